@@ -1,0 +1,65 @@
+"""What the user asked for, in the user's words. Frozen: what is discovered at run time is passed beside it."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Axis = Literal["token", "channel"]
+Bits = Literal["16", "8", "4", "2", "fp8"]
+
+
+@dataclass(frozen=True)
+class KVOptions:
+    """The KV-cache options as given; None means not given. `kvtool.kv.format.resolve` makes a KVFormat of them.
+
+    Attributes:
+        nbits: bits of keys and values alike, unless `nbits_key` or `nbits_value` says otherwise; 16 is the model's
+            dtype.
+        axis_key, axis_value: which elements share a scale: a token's along head_dim, or a channel's along the tokens
+            of a block.
+        symmetric: no zero point; 2 bits are then ternary.
+        q_group_size: elements to a scale (32, 64 or 128); on the channel axis also the tokens of a block.
+        residual_length: tokens kept at full precision behind every query, rounded up to whole blocks.
+        rotate: Hadamard rotation before quantising (token axis only).
+        plan: path of a YAML file `{layer: {nbits_key, nbits_value}}`, KVTuner's format.
+    """
+
+    nbits: Bits | None = None
+    nbits_key: Bits | None = None
+    nbits_value: Bits | None = None
+    axis_key: Axis | None = None
+    axis_value: Axis | None = None
+    symmetric: bool | None = None
+    q_group_size: int | None = None
+    residual_length: int | None = None
+    rotate: bool | None = None
+    plan: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """One engine: the model, where it runs, and how much it may hold.
+
+    Attributes:
+        model: a Hugging Face folder, a hub id, or the name of an embedded model.
+        dtype: "auto" is the checkpoint's own dtype on a GPU, float32 on CPU.
+        device: "auto" is cuda where there is one.
+        seed: of dummy weights and of requests that name no seed.
+        load_format: "dummy" gives random weights of the config's true shape.
+        max_model_len: tokens of prompt and answer together; None: the model's context.
+        max_num_seqs: sequences that run at once; each owns a tail slot.
+        max_num_batched_tokens: tokens computed in one step; longer prompts are cut into chunks.
+        kv_cache_memory: bytes of KV cache, blocks and tails together; None: 1 GiB on CPU, what is free on a GPU.
+        attention_backend: "auto" or a name from `kvtool.attention.BACKENDS`.
+    """
+
+    model: str = "tiny"
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    seed: int = 0
+    load_format: Literal["auto", "dummy"] = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    kv_cache_memory: int | None = None
+    attention_backend: str = "auto"
+    kv: KVOptions = field(default_factory=KVOptions)
