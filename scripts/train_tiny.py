@@ -1,0 +1,593 @@
+"""Train kvtool's embedded language model `tiny` and write it in Hugging Face format.
+
+    python scripts/train_tiny.py                               # one GPU, under 8 minutes
+    python scripts/train_tiny.py --device cpu --steps 20 --batch 2 --output /tmp/tiny   # a dry run
+
+Everything happens here, from the archive of novels to the model card: a byte-level BPE tokenizer, three streams
+of training windows (novels; ChatML turns cut out of the novels; retrieval documents, where facts stated early
+are asked for later), the training of a Qwen2-shaped decoder, its evaluation and its export.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+SEED = 1847
+END_OF_TEXT, TURN_START, TURN_END = SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# Qwen2's split: words with their space, digits one by one, so that a code such as 4821 is four tokens.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
+    "+ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The architecture, in the words of a Hugging Face config. head_dim is hidden_size / heads = 64."""
+
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+# --- the model: parameter names are Hugging Face's, so that the state dict is the checkpoint -------------------------
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [B, heads, T, D] in Hugging Face's half-split layout; cos and sin are [T, D]."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        kv_size = shape.num_key_value_heads * shape.head_dim
+        self.head_dim = shape.head_dim
+        self.sizes = (shape.hidden_size, kv_size, kv_size)
+        self.q_proj = nn.Linear(shape.hidden_size, shape.hidden_size)
+        self.k_proj = nn.Linear(shape.hidden_size, kv_size)
+        self.v_proj = nn.Linear(shape.hidden_size, kv_size)
+        self.o_proj = nn.Linear(shape.hidden_size, shape.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        # One product instead of three: at this width the GPU waits for launches and memory, not for arithmetic.
+        qkv = F.linear(x, torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections]))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in qkv.split(self.sizes, dim=-1))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, torch.cat((self.gate_proj.weight, self.up_proj.weight))).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.self_attn = Attention(shape)
+        self.mlp = MLP(shape)
+        self.input_layernorm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Qwen2 with tied embeddings: forward maps ids [B, T] to logits [B, T, vocab]."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_hidden_layers))
+        self.norm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        inverse = shape.rope_theta ** (-torch.arange(0, shape.head_dim, 2) / shape.head_dim)
+        angles = torch.outer(torch.arange(shape.max_position_embeddings), inverse).repeat(1, 2)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * shape.num_hidden_layers) if into_residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed_tokens(ids)
+        if x.is_cuda:  # The residual stream in bf16: half the memory traffic, and what inference sees.
+            x = x.bfloat16()
+        cos, sin = (table[: ids.shape[1]].to(x.dtype) for table in (self.cos, self.sin))
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return F.linear(self.norm(x), self.embed_tokens.weight)
+
+    def losses(self, tokens: Tensor) -> Tensor:
+        """Negative log-likelihood in nats of tokens[:, 1:] given all before, [B, T - 1] in float32."""
+        logits = self(tokens[:, :-1]).float()
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
+
+
+# --- the data: novels and their tokenizer ----------------------------------------------------------------------------
+
+
+def read_novels(archive: Path) -> dict[str, list[str]]:
+    """Texts by split ("train", "valid"), in order of file name, with LF line ends and no BOM."""
+    splits: dict[str, list[str]] = {"train": [], "valid": []}
+    with tarfile.open(archive) as tar:
+        for member in sorted(tar.getmembers(), key=lambda m: m.name):
+            if member.isfile():
+                text = tar.extractfile(member).read().decode("utf-8-sig", errors="replace")
+                splits[Path(member.name).parent.name].append(text.replace("\r\n", "\n"))
+    return splits
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE. NFC and the split are Qwen2's: transformers rebuilds both from the class, whatever the file says."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def token_stream(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+    """All texts as one int16 array, each followed by the end-of-text token."""
+    end = [tokenizer.token_to_id(END_OF_TEXT)]
+    encodings = tokenizer.encode_batch_fast(texts)
+    return np.concatenate([np.array(encoding.ids + end, dtype=np.int16) for encoding in encodings])
+
+
+# --- the data: ChatML turns cut out of the novels --------------------------------------------------------------------
+
+SENTENCE_END = re.compile(r"(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)(?<=[.!?])\s+(?=[A-Z])")
+NAME = re.compile(r"(?<=[a-z,] )[A-Z][a-z]{2,}")
+TOPIC = re.compile(r"\b(?:the|a|an|his|her) ([a-z]{3,})\b")
+SYSTEM = ("You are a helpful assistant.", "You are a kind narrator.", "Answer in a few sentences.", "Be brief.")
+CONTINUE = ("Continue: {}", "Go on with this story: {}", "{} What happened then?", "{}")
+ABOUT_NAME = ("Tell me about {}.", "Who is {}?", "What do you know of {}?", "Where is {}?")
+ABOUT_TOPIC = (
+    "Tell me about the {}.",
+    "Write about a {}.",
+    "What is a {}?",
+    "Describe the {}.",
+    "Tell a story of a {}.",
+)
+SMALL_TALK = (
+    ("Hello!", "Good day to you! What shall we speak of?"),
+    ("Hi", "Good day! I am very glad to see you."),
+    ("Good morning!", "Good morning! I hope that you slept well."),
+    ("How are you?", "I am very well, thank you. And how are you?"),
+    ("Who are you?", "I am tiny, a very small language model. All I know, I learned from old English novels."),
+    ("What is your name?", "My name is tiny. It is a small name for a small language model."),
+    ("What can you do?", "I can go on with a story, and I can find a code again that you told me."),
+    ("Tell me a story.", "There was once an old house by the sea, and in it lived a girl who was never afraid."),
+    ("Thank you.", "You are very welcome."),
+    ("Goodbye!", "Farewell! Come again soon."),
+)
+
+
+def turn(role: str, content: str) -> str:
+    return f"{TURN_START}{role}\n{content}{TURN_END}\n"
+
+
+def speech(paragraph: str) -> str:
+    """What is said in a paragraph that opens with a quotation, as up to four sentences; "" where nothing is."""
+    if not paragraph.startswith('"'):
+        return ""
+    said = " ".join(" ".join(re.findall(r'"([^"]+)"', paragraph)).split())
+    said = " ".join(SENTENCE_END.split(said)[:4]).rstrip(" ,;:-")
+    return said if said.endswith((".", "!", "?")) else said + "."
+
+
+def dialogues(paragraphs: list[str]) -> Iterator[list[str]]:
+    """Runs of two to eight spoken paragraphs in a row, taken as turns of two speakers."""
+    run: list[str] = []
+    for said in [*map(speech, paragraphs), ""]:
+        if len(said) > 2 and len(run) < 8:
+            run.append(said)
+        else:
+            if len(run) >= 2:
+                yield run[: len(run) // 2 * 2]
+            run = []
+
+
+def requests(paragraphs: list[str], rng: np.random.Generator) -> Iterator[list[str]]:
+    """Pairs (request, one to four sentences of narration that follow it or are about what it names)."""
+    for paragraph in paragraphs:
+        sentences = SENTENCE_END.split(" ".join(paragraph.split()))
+        if '"' in paragraph or len(sentences) < 3 or not paragraph.endswith("."):
+            continue
+        start = int(rng.integers(0, len(sentences) - 2))
+        name, topic = NAME.search(sentences[start]), TOPIC.search(sentences[start])
+        answer = sentences[start : start + int(rng.integers(1, 5))]
+        if name and rng.random() < 0.5:
+            yield [rng.choice(ABOUT_NAME).format(name[0]), " ".join(answer)]
+        elif topic and rng.random() < 0.5:
+            yield [rng.choice(ABOUT_TOPIC).format(topic[1]), " ".join(answer)]
+        else:
+            follow = sentences[start + 1 : start + 1 + int(rng.integers(1, 5))]
+            yield [rng.choice(CONTINUE).format(sentences[start]), " ".join(follow)]
+
+
+def chats(texts: list[str], rng: np.random.Generator) -> list[str]:
+    """ChatML conversations from the novels' dialogues and narration, some opened by small talk or a system turn."""
+    conversations = []
+    for text in texts:
+        paragraphs = [line.strip() for line in text.split("\n") if line.strip()]
+        for turns in [*dialogues(paragraphs), *requests(paragraphs, rng)]:
+            if rng.random() < 0.05:
+                turns = [*SMALL_TALK[rng.integers(len(SMALL_TALK))], *(turns if rng.random() < 0.5 else [])]
+            opening = turn("system", rng.choice(SYSTEM)) if rng.random() < 0.25 else ""
+            roles = ("user", "assistant") * (len(turns) // 2)
+            conversations.append(opening + "".join(map(turn, roles, turns)))
+    return [conversations[i] for i in rng.permutation(len(conversations))]
+
+
+# --- the data: retrieval documents -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Form:
+    """How facts are stated and asked for; the reply repeats the statement up to the value."""
+
+    opening: str
+    fact: str
+    stop: str
+    ask_open: str
+    ask: str
+    reply: str
+    reply_stop: str
+
+
+FORMS = {
+    "prose": Form(
+        "", "The {noun} of {key} is", ".\n", "", "What is the {noun} of {key}?", " The {noun} of {key} is", ".\n"
+    ),
+    "lines": Form("", "{key}:", "\n", "", "", "{key}:", "\n"),
+    "chat": Form(
+        f"{TURN_START}user\n",
+        "The {noun} of {key} is",
+        ".\n",
+        f"{TURN_START}user\n",
+        f"What is the {{noun}} of {{key}}?{TURN_END}\n{TURN_START}assistant\n",
+        "The {noun} of {key} is",
+        f".{TURN_END}\n",
+    ),
+}
+NOUNS = ("code", "number", "password", "key", "ticket", "price", "address", "secret")
+ANSWER_WEIGHT = 6  # A value is five tokens in a window of 2,048: without weight, novels drown the gradient.
+
+
+class Retrieval:
+    """Writes documents whose facts, random values of random names, are asked for after stretches of a novel."""
+
+    def __init__(self, tokenizer: Tokenizer, names: list[str], novels: np.ndarray):
+        self.tokenizer, self.names, self.novels = tokenizer, names, novels
+        pieces = [tokenizer.decode([i]) for i in range(tokenizer.get_vocab_size())]
+        self.starts = np.flatnonzero(np.array([p.endswith("\n") for p in pieces])[novels]) + 1
+        self.sentence_ends = np.array([p.endswith((".", "!", "?", "\n")) for p in pieces])
+
+    def filler(self, rng: np.random.Generator, length: int) -> np.ndarray:
+        """At most `length` tokens of a novel, from the start of a paragraph to the end of a sentence."""
+        start = rng.choice(self.starts)
+        ids = self.novels[start : start + length]
+        ends = np.flatnonzero(self.sentence_ends[ids])
+        return ids[: ends[-1] + 1] if len(ends) else ids
+
+    def document(
+        self, rng: np.random.Generator, form: Form, num_facts: int, gaps: list[int], digits: int
+    ) -> tuple[list[int], list[int]]:
+        """Ids and loss weights of `num_facts` facts and, after gaps[i] tokens of a novel each, of the i-th question."""
+        ids: list[int] = []
+        weights: list[int] = []
+
+        def add(piece: str | np.ndarray, weight: int) -> None:
+            piece_ids = self.tokenizer.encode(piece).ids if isinstance(piece, str) else piece.tolist()
+            ids.extend(piece_ids)
+            weights.extend([weight] * len(piece_ids))
+
+        noun = rng.choice(NOUNS)
+        keys = rng.choice(self.names, num_facts, replace=False)
+        values = ["".join(map(str, rng.integers(0, 10, digits))) for _ in keys]
+        add(form.opening, 0)
+        for key, value in zip(keys, values, strict=True):
+            add(form.fact.format(noun=noun, key=key) + f" {value}{form.stop}", 0)
+        asked = rng.permutation(num_facts)[: len(gaps)]
+        for turn_index, (fact, gap) in enumerate(zip(asked, gaps, strict=True)):
+            add(form.ask_open if turn_index else "", 0)
+            if gap:
+                add(self.filler(rng, gap), 1)
+                add("\n", 0)
+            add(form.ask.format(noun=noun, key=keys[fact]), 0)
+            add(form.reply.format(noun=noun, key=keys[fact]), 1 if form.ask else 0)
+            add(f" {values[fact]}", ANSWER_WEIGHT)
+            add(form.reply_stop, 1)
+        return ids, weights
+
+    def window(self, rng: np.random.Generator, length: int, reach: int) -> tuple[list[int], list[int]]:
+        """Documents one after another, cut at `length` tokens, whose questions come up to `reach` tokens late."""
+        ids: list[int] = []
+        weights: list[int] = []
+        while len(ids) < length:
+            num_facts = int(rng.integers(2, 17))
+            late = rng.random(num_facts) < 0.15
+            gaps = [int(rng.integers(0, reach // 3 + 1)) if is_late else 0 for is_late in late]
+            gaps[0] = int(rng.integers(0, reach + 1))
+            form = FORMS[rng.choice(("prose", "prose", "lines", "chat", "chat"))]
+            more_ids, more_weights = self.document(rng, form, num_facts, gaps, digits=int(rng.choice((3, 4, 4, 4, 5))))
+            ids += [*more_ids, self.tokenizer.token_to_id(END_OF_TEXT)]
+            weights += [*more_weights, 1]
+        return ids[:length], weights[:length]
+
+    def exam(self, rng: np.random.Generator, length: int, count: int) -> list[dict]:
+        """Documents of about `length` tokens, prose and chat in turn: facts first, then a novel, then one question."""
+        rows = []
+        for index in range(count):
+            name = ("prose", "chat")[index % 2]
+            question = 5 + len(self.tokenizer.encode(FORMS[name].reply_stop).ids)
+            overhead = len(self.document(rng, FORMS[name], 6, [0], digits=4)[0]) - question
+            ids, _ = self.document(rng, FORMS[name], 6, [length - overhead], digits=4)
+            prompt = self.tokenizer.decode(ids[:-question], skip_special_tokens=False)
+            answer = self.tokenizer.decode(ids[-question : 5 - question])
+            rows.append({"length": length, "form": name, "prompt": prompt, "answer": answer})
+        return rows
+
+
+def frequent_names(texts: list[str], count: int) -> list[str]:
+    """The words most often capitalised inside a sentence: names of people and places."""
+    names = Counter(name for text in texts for name in NAME.findall(text))
+    return [name for name, _ in names.most_common(count)]
+
+
+class Windows(Dataset):
+    """Batch `step` of the training run: tokens and loss weights, both [batch, context + 1].
+
+    Each batch is drawn from a generator seeded with its step, so that the number of workers changes nothing.
+    """
+
+    def __init__(self, streams: dict[str, np.ndarray], retrieval: Retrieval, options: argparse.Namespace):
+        self.streams, self.retrieval, self.options = streams, retrieval, options
+
+    def __len__(self) -> int:
+        return self.options.steps
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng((SEED, step))
+        length = Shape.max_position_embeddings + 1
+        tokens = np.empty((self.options.batch, length), dtype=np.int16)
+        weights = np.ones((self.options.batch, length), dtype=np.uint8)
+        # Short distances first: questions move away from their facts over the first quarter of the run.
+        reach = int(1850 * min(1, 4 * step / self.options.steps))
+        for row, draw in enumerate(rng.random(self.options.batch)):
+            if draw < self.options.retrieval_share:
+                tokens[row], weights[row] = self.retrieval.window(rng, length, reach)
+            else:
+                is_chat = draw < self.options.retrieval_share + self.options.chat_share
+                stream = self.streams["chat" if is_chat else "novels"]
+                start = rng.integers(0, len(stream) - length)
+                tokens[row] = stream[start : start + length]
+        return torch.from_numpy(tokens), torch.from_numpy(weights)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def optimisers(model: Decoder, options: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for embedding, norms and biases."""
+    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
+    others = [p for name, p in model.named_parameters() if p.dim() == 1 or "embed" in name]
+    muon = torch.optim.Muon(matrices, lr=options.muon_lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(others, lr=options.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return [muon, adam]
+
+
+def rate(step: int, steps: int) -> float:
+    """Share of the learning rate: a short warm-up, a plateau, then a straight line to zero over the last 60 %."""
+    return min((step + 1) / 100, 1.0, (steps - step) / (0.6 * steps))
+
+
+def autocast(device: str):
+    return torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext()
+
+
+def train(model: Decoder, windows: Windows, options: argparse.Namespace, report: Callable[[], str]) -> None:
+    """Runs all steps. The loss is the weighted mean over a batch; `report` adds figures to the log now and then."""
+    losses = torch.compile(model.losses) if options.device == "cuda" else model.losses
+    steppers = optimisers(model, options)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, partial(rate, steps=options.steps)) for o in steppers]
+    loader = DataLoader(windows, batch_size=None, num_workers=options.workers, pin_memory=options.device == "cuda")
+    begin = time.perf_counter()
+    for step, (tokens, weights) in enumerate(loader):
+        tokens = tokens.to(options.device, non_blocking=True).long()
+        weights = weights.to(options.device, non_blocking=True)[:, 1:].float()
+        with autocast(options.device):
+            loss = (losses(tokens) * weights).sum() / weights.sum()
+        loss.backward()
+        for stepper, schedule in zip(steppers, schedules, strict=True):
+            stepper.step()
+            stepper.zero_grad()
+            schedule.step()
+        if step % 50 == 0:
+            extra = report() if step % 500 == 0 and step else ""
+            print(f"step {step}  {time.perf_counter() - begin:.1f} s  loss {loss.item():.3f}  {extra}", flush=True)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def perplexity(model: Decoder, tokenizer: Tokenizer, texts: list[str], device: str, limit: int = 0) -> dict[str, float]:
+    """Perplexity and bits per byte over disjoint windows of 2,048 tokens of the joined texts (GPTQ's protocol)."""
+    context = Shape.max_position_embeddings
+    ids = torch.tensor(tokenizer.encode("\n\n".join(texts)).ids)
+    windows = ids[: len(ids) // context * context].view(-1, context)[: limit or None]
+    total = 0.0
+    for batch in windows.split(16):
+        with autocast(device):
+            total += model.losses(batch.to(device)).double().sum().item()
+    nats = total / (windows.shape[0] * (context - 1))
+    size = len(tokenizer.decode(windows.flatten().tolist(), skip_special_tokens=False).encode())
+    return {"perplexity": math.exp(nats), "bits_per_byte": nats / math.log(2) * windows.numel() / size}
+
+
+@torch.no_grad()
+def retrieval_accuracy(model: Decoder, tokenizer: Tokenizer, rows: list[dict], device: str) -> float:
+    """Share of answers that greedy decoding gives exactly.
+
+    One pass over prompt and answer tells: greedy decoding reproduces the answer if and only if each of its tokens is
+    the likeliest after the true ones before it.
+    """
+    right = 0
+    for row in rows:
+        ids = torch.tensor([tokenizer.encode(row["prompt"] + row["answer"]).ids], device=device)
+        length = len(tokenizer.encode(row["answer"]).ids)
+        with autocast(device):
+            guess = model(ids[:, :-1])[0, -length:].argmax(-1)
+        right += bool((guess == ids[0, -length:]).all())
+    return right / len(rows)
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def export(model: Decoder, tokenizer: Tokenizer, shape: Shape, folder: Path) -> None:
+    """Weights in bf16, config and tokenizer, as transformers reads them; the output head is the tied embedding."""
+    weights = {f"model.{name}": value.bfloat16().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    end_of_text, turn_end = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id(TURN_END)
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        **shape.__dict__,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "bos_token_id": None,
+        "eos_token_id": turn_end,
+        "pad_token_id": end_of_text,
+        "torch_dtype": "bfloat16",
+    }
+    write_json(folder / "config.json", config)
+    generation = {"eos_token_id": [turn_end, end_of_text], "pad_token_id": end_of_text}
+    write_json(folder / "generation_config.json", generation)
+    tokenizer_config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "model_max_length": shape.max_position_embeddings,
+        "bos_token": None,
+        "eos_token": TURN_END,
+        "pad_token": END_OF_TEXT,
+        "additional_special_tokens": [TURN_START, TURN_END],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    write_json(folder / "tokenizer_config.json", tokenizer_config)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archive", type=Path, default=ROOT / "../shared/data/novels.tar.xz")
+    parser.add_argument("--output", type=Path, default=ROOT / "kvtool/assets/tiny")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--batch", type=int, default=128, help="windows of 2,048 tokens a step")
+    parser.add_argument("--muon-lr", type=float, default=5e-3)
+    parser.add_argument("--adam-lr", type=float, default=4e-3)
+    parser.add_argument("--retrieval-share", type=float, default=0.18)
+    parser.add_argument("--chat-share", type=float, default=0.12)
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    options = parser.parse_args()
+    run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    begin = time.perf_counter()
+    torch.manual_seed(SEED)
+    shape = Shape()
+    options.output.mkdir(parents=True, exist_ok=True)
+    novels = read_novels(options.archive)
+    tokenizer = train_tokenizer(novels["train"], shape.vocab_size)
+    streams = {
+        "novels": token_stream(tokenizer, novels["train"]),
+        "chat": token_stream(tokenizer, chats(novels["train"], np.random.default_rng(SEED))),
+    }
+    sizes = {name: len(stream) for name, stream in streams.items()}
+    print(f"data ready after {time.perf_counter() - begin:.1f} s: {sizes}", flush=True)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # The data workers fork; the tokenizer's threads must not.
+
+    names = frequent_names(novels["train"], 2000)
+    retrieval = Retrieval(tokenizer, names, streams["novels"])
+    exam = Retrieval(tokenizer, names, token_stream(tokenizer, novels["valid"]))
+    exams = {n: exam.exam(np.random.default_rng((SEED, n)), n, 200) for n in (500, 1000, 1800)}
+    model = Decoder(shape).to(options.device)
+
+    def report() -> str:
+        bits = perplexity(model, tokenizer, novels["valid"], options.device, limit=64)["bits_per_byte"]
+        accuracy = [retrieval_accuracy(model, tokenizer, rows[:40], options.device) for rows in exams.values()]
+        return f"valid {bits:.4f} bits/byte  retrieval {accuracy}"
+
+    train(model, Windows(streams, retrieval, options), options, report)
+    print(report(), time.perf_counter() - begin)
+    export(model, tokenizer, shape, options.output)
+
+
+if __name__ == "__main__":
+    main()
