@@ -1,0 +1,69 @@
+"""Attention over the KV store: the table of backends, and the one call that a decoder layer makes."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from kvtool.attention.layer import AttentionLayer
+from kvtool.attention.torch_backend import TorchAttention
+from kvtool.errors import UnsupportedError
+from kvtool.kv.batch import KVBatch
+from kvtool.kv.hadamard import hadamard
+from kvtool.kv.store import KVStore, LayerKV, Near
+
+
+class AttentionBackend(Protocol):
+    """One way to compute attention over the store."""
+
+    name: str
+
+    def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
+        """Why this backend cannot run `layer` on `kv`, or None if it can."""
+
+    def forward(self, q: Tensor, near: list[Near], kv: LayerKV, batch: KVBatch, layer: AttentionLayer) -> Tensor:
+        """Attention of `q` [T, Hq, D] over what `kv.write` has stored, as [T, Hq, D]."""
+
+
+BACKENDS: tuple[AttentionBackend, ...] = (TorchAttention(),)  # best first
+
+
+def select(layer: AttentionLayer, kv: LayerKV, asked: str = "auto") -> AttentionBackend:
+    """The first backend that takes this layer.
+
+    Raises:
+        UnsupportedError: with every backend's reason.
+    """
+    refusals = {}
+    for backend in BACKENDS:
+        if asked in ("auto", backend.name):
+            reason = backend.refuses(layer, kv)
+            if reason is None:
+                return backend
+            refusals[backend.name] = reason
+    if not refusals:
+        known = ", ".join(["auto", *(backend.name for backend in BACKENDS)])
+        raise UnsupportedError(f"--attention-backend {asked}: must be one of {known}")
+    raise UnsupportedError(f"no attention backend for {layer.describe()}: {refusals}")
+
+
+class PagedAttention:
+    """All attention layers of a model over one store; called with a layer's index, queries, keys and values."""
+
+    def __init__(self, store: KVStore, layers: Sequence[AttentionLayer], asked: str = "auto") -> None:
+        self.store, self.layers = store, layers
+        self.backends = [select(layer, kv, asked) for layer, kv in zip(layers, store.layers, strict=True)]
+
+    def __call__(self, index: int, q: Tensor, key: Tensor, value: Tensor, batch: KVBatch) -> Tensor:
+        """Store this step's `key` and `value` [T, Hkv, D] and attend with `q` [T, Hq, D]; returns [T, Hq, D].
+
+        Rotated streams are rotated here, once: keys and queries alike, values on the way in and the output back.
+        """
+        layer, kv = self.layers[index], self.store.layers[index]
+        if kv.key.format.rotate:
+            q, key = hadamard(q), hadamard(key)
+        if kv.value.format.rotate:
+            value = hadamard(value)
+        near = kv.write(key, value, batch)
+        out = self.backends[index].forward(q, near, kv, batch, layer)
+        return hadamard(out) if kv.value.format.rotate else out

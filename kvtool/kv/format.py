@@ -1,0 +1,172 @@
+"""KV formats: what the user's options mean for a model. Integers only; `codecs.py` does the arithmetic."""
+
+from dataclasses import dataclass
+from itertools import groupby
+
+from kvtool.config import Axis, Bits, KVOptions
+from kvtool.errors import ConfigError, UnsupportedError
+from kvtool.kv.plan import load_plan
+from kvtool.kv.spec import KVSpec, StreamSpec
+from kvtool.kv.visibility import visible
+
+GROUP_SIZES = (32, 64, 128)
+BLOCK_SIZE = 64
+
+
+@dataclass(frozen=True)
+class StreamFormat:
+    """How one stream of one layer is stored.
+
+    Attributes:
+        bits: "16" is the model's dtype as it is; "fp8" is e4m3 with one scale per token and head.
+        axis: "token": a scale serves `group` neighbours along head_dim; "channel": it serves one channel of a block.
+        group: elements to a scale; 0 at 16 bits.
+        symmetric: no zero point; 2 bits are then ternary.
+        rotate: stored after a Hadamard rotation along head_dim.
+    """
+
+    bits: Bits = "16"
+    axis: Axis = "token"
+    group: int = 0
+    symmetric: bool = True
+    rotate: bool = False
+
+    def describe(self) -> str:
+        if self.bits == "16":
+            return "16 bits"
+        if self.bits == "fp8":
+            return "fp8 e4m3 per token and head"
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        rotated = ", rotated" if self.rotate else ""
+        return f"{self.bits} bits per {self.axis}, groups of {self.group}, {kind}{rotated}"
+
+
+@dataclass(frozen=True)
+class LayerFormat:
+    key: StreamFormat
+    value: StreamFormat
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """How a model's whole cache is stored.
+
+    Attributes:
+        layers: one format per layer.
+        block_size: tokens per packed block, B.
+        residual: tokens kept at full precision behind every query, a multiple of B.
+    """
+
+    layers: tuple[LayerFormat, ...]
+    block_size: int
+    residual: int
+
+    @property
+    def packs_on_write(self) -> bool:
+        """Every token can be stored for good when it is written: no scale spans tokens and no window is kept."""
+        streams = (stream for layer in self.layers for stream in (layer.key, layer.value))
+        return self.residual == 0 and all(stream.axis == "token" for stream in streams)
+
+    @property
+    def tail_tokens(self) -> int:
+        """Tokens that a sequence's private tail holds; its position p stands in row p mod tail_tokens."""
+        return 0 if self.packs_on_write else self.residual + self.block_size
+
+    def visible(self, position: int) -> int:
+        """First position that a query at `position` reads at full precision; `position + 1` where none is."""
+        return position + 1 if self.packs_on_write else visible(position, self.block_size, self.residual)
+
+    def packed_tokens(self, num_tokens: int) -> int:
+        """Tokens of a sequence of `num_tokens` that stand in blocks; the rest is its tail."""
+        return num_tokens if self.packs_on_write else self.visible(num_tokens)
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Blocks that a sequence of `num_tokens` computed tokens owns or shares."""
+        return -(-self.packed_tokens(num_tokens) // self.block_size)
+
+    def describe(self) -> str:
+        """One line for people."""
+        window = f"; newest {self.residual} to {self.residual + self.block_size} tokens at full precision"
+        tail = "" if self.packs_on_write else window
+        if len(set(self.layers)) == 1:
+            layer = self.layers[0]
+            if layer.key == layer.value:
+                return f"K and V {layer.key.describe()}{tail}"
+            return f"K {layer.key.describe()}; V {layer.value.describe()}{tail}"
+        pairs = groupby(f"K{layer.key.bits}V{layer.value.bits}" for layer in self.layers)
+        return "by layer: " + " ".join(f"{len(list(same))}×{pair}" for pair, same in pairs) + tail
+
+
+def resolve(options: KVOptions, spec: KVSpec) -> KVFormat:
+    """The format that `options` ask for on a model of `spec`.
+
+    Raises:
+        ConfigError: options that contradict each other, or a plan that does not fit the model.
+        UnsupportedError: a head_dim that the bits cannot pack.
+    """
+    bits = _layer_bits(options, spec.num_layers)
+    _check(options, bits)
+    layers = tuple(
+        LayerFormat(
+            _stream_format(options, key_bits, options.axis_key or "channel", spec.key),
+            _stream_format(options, value_bits, options.axis_value or "token", spec.value),
+        )
+        for key_bits, value_bits in bits
+    )
+    spans_tokens = any(stream.axis == "channel" for layer in layers for stream in (layer.key, layer.value))
+    block_size = (options.q_group_size or BLOCK_SIZE) if spans_tokens else BLOCK_SIZE
+    residual = -(-(options.residual_length or 0) // block_size) * block_size
+    return KVFormat(layers, block_size, residual)
+
+
+def sixteen_bits(spec: KVSpec) -> KVFormat:
+    """The format that every saving is measured against."""
+    return resolve(KVOptions(), spec)
+
+
+def _layer_bits(options: KVOptions, num_layers: int) -> list[tuple[Bits, Bits]]:
+    if options.plan is None:
+        both = options.nbits or "16"
+        return [(options.nbits_key or both, options.nbits_value or both)] * num_layers
+    for name in ("nbits", "nbits_key", "nbits_value"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--kv-plan sets the bits of every layer; leave out --{name.replace('_', '-')}")
+    return load_plan(options.plan, num_layers)
+
+
+def _check(options: KVOptions, bits: list[tuple[Bits, Bits]]) -> None:
+    """Refuse what could only be a mistake."""
+    if options.q_group_size is not None and options.q_group_size not in GROUP_SIZES:
+        raise ConfigError(f"--q-group-size {options.q_group_size}: must be one of {', '.join(map(str, GROUP_SIZES))}")
+    if options.residual_length is not None and options.residual_length < 0:
+        raise ConfigError(f"--residual-length {options.residual_length}: must be 0 or more tokens")
+    used: set[Bits] = {stream for pair in bits for stream in pair}
+    if used == {"16"}:
+        given = [name for name, value in vars(options).items() if value and not name.startswith(("nbits", "plan"))]
+        if given:
+            raise ConfigError(
+                f"--{given[0].replace('_', '-')} means nothing for a 16-bit cache; add --nbits 8, 4, 2 or fp8"
+            )
+    for name, axis, index in (("key", options.axis_key, 0), ("value", options.axis_value, 1)):
+        if axis == "channel" and "fp8" in {pair[index] for pair in bits}:
+            raise ConfigError(f"--axis-{name} channel: fp8 has one scale per token and head; leave the axis out")
+    if used <= {"16", "fp8"} and (options.rotate or options.symmetric is not None):
+        raise ConfigError("--rotate, --sym and --asym are for 8, 4 and 2 bits; leave them out with fp8")
+    if options.rotate and ((options.axis_key or "channel") == "channel" or options.axis_value == "channel"):
+        raise ConfigError("--rotate mixes the channels of a token, so it needs --axis-key token and --axis-value token")
+
+
+def _stream_format(options: KVOptions, bits: Bits, axis: Axis, stream: StreamSpec) -> StreamFormat:
+    if bits == "16":
+        return StreamFormat()
+    if bits == "fp8":
+        return StreamFormat("fp8", "token", stream.dim, symmetric=True)
+    if stream.dim % (8 // int(bits)):
+        raise UnsupportedError(f"head_dim {stream.dim} is not a whole number of bytes at {bits} bits")
+    size = options.q_group_size or BLOCK_SIZE
+    group = size if axis == "channel" else _largest_divisor(stream.dim, size)
+    return StreamFormat(bits, axis, group, bool(options.symmetric), bool(options.rotate))
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(divisor for divisor in range(1, min(number, limit) + 1) if number % divisor == 0)
