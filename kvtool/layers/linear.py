@@ -1,0 +1,67 @@
+"""Matrix products, with the names under which checkpoints store their weights."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """Uninitialised weights, to be filled from a checkpoint or at random."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ + b, x [..., in_features] → [..., out_features]."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.weight = empty_parameter(out_features, in_features, dtype=dtype, device=device)
+        self.bias = empty_parameter(out_features, dtype=dtype, device=device) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
+        """Checkpoint names of this layer's tensors, the layer's own name being `path`, and where each one goes."""
+        yield f"{path}.weight", self.weight
+        if self.bias is not None:
+            yield f"{path}.bias", self.bias
+
+
+class MergedLinear(Linear):
+    """Several products of the same x as one, their outputs side by side: q, k and v, or gate and up.
+
+    Args:
+        parts: name in the checkpoint and out_features of each, in order.
+        stored_merged: the checkpoint, too, holds one tensor (phi3).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        parts: dict[str, int],
+        *,
+        bias: bool,
+        stored_merged: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(in_features, sum(parts.values()), bias=bias, dtype=dtype, device=device)
+        self.parts = parts
+        self.stored_merged = stored_merged
+
+    def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
+        if self.stored_merged:
+            yield from super().slots(path)
+            return
+        parent = path.rpartition(".")[0]
+        for kind, merged in super().slots(""):
+            for part, rows in zip(self.parts, merged.split(list(self.parts.values())), strict=True):
+                yield f"{parent}.{part}{kind}", rows

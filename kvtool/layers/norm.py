@@ -1,0 +1,65 @@
+"""Root-mean-square normalisation (Zhang and Sennrich, 2019)."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvtool.layers.linear import empty_parameter
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension; 16-bit inputs are normalised in fp32."""
+
+    weight: Tensor
+
+    def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = empty_parameter(size, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Normalise the residual stream after adding `x` to it.
+
+        Args:
+            x: [..., size], what the last block computed, or the embedding.
+            residual: [..., size], the stream before it, overwritten; None: `x` begins the stream.
+
+        Returns:
+            The normalised stream and the stream itself.
+        """
+        residual = x if residual is None else residual.add_(x)
+        return F.rms_norm(residual, self.weight.shape, self.weight, self.eps), residual
+
+    def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
+        """Checkpoint name of the weight, and where it goes."""
+        yield f"{path}.weight", self.weight
+
+
+class QKNorm(nn.Module):
+    """RMSNorm of every query and key head (qwen3), with one weight for queries and one for keys.
+
+    x [T, num_heads + num_kv_heads, head_dim], queries first; the same shape returns.
+    """
+
+    weight: Tensor
+    kind: Tensor
+
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = empty_parameter(2, head_dim, dtype=dtype, device=device)
+        kind = torch.tensor([0] * num_heads + [1] * num_kv_heads, device=device)
+        self.register_buffer("kind", kind, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight[self.kind]
+
+    def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
+        """Checkpoint names of the two weights, and where each one goes."""
+        parent = path.rpartition(".")[0]
+        yield f"{parent}.q_norm.weight", self.weight[0]
+        yield f"{parent}.k_norm.weight", self.weight[1]

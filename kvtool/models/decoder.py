@@ -1,0 +1,144 @@
+"""The forward pass: one decoder for all architectures. Where keys and values are kept is not its business."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvtool.layers.embedding import Embedding
+from kvtool.layers.linear import Linear, MergedLinear
+from kvtool.layers.norm import QKNorm, RMSNorm
+from kvtool.layers.rotary import Rotary, rotate
+from kvtool.models.architectures import ARCHITECTURES
+from kvtool.models.config import ModelConfig
+
+# (layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) → [T, Hq, D]. q and k come normalised and rotated, all three as
+# strided views; scale, mask, sliding window and the KV store are the callee's.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        architecture = ARCHITECTURES[config.model_type]
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.qkv_proj = MergedLinear(
+            config.hidden_size,
+            {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
+            bias=config.qkv_bias,
+            stored_merged=architecture.stored_merged,
+            dtype=dtype,
+            device=device,
+        )
+        self.qk_norm = (
+            QKNorm(
+                config.num_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps, dtype=dtype, device=device
+            )
+            if architecture.qk_norm
+            else None
+        )
+        self.o_proj = Linear(q_size, config.hidden_size, bias=config.o_bias, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        heads = self.qkv_proj(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+        qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
+        if self.qk_norm is not None:
+            qk = self.qk_norm(qk)
+        q, k = rotate(qk, cos, sin).split((self.num_heads, self.num_kv_heads), dim=1)
+        out: Tensor = self.o_proj(attend(self.layer, q, k, v).flatten(1))
+        return out
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedLinear(
+            config.hidden_size,
+            {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
+            bias=config.mlp_bias,
+            stored_merged=ARCHITECTURES[config.model_type].stored_merged,
+            dtype=dtype,
+            device=device,
+        )
+        self.down_proj = Linear(
+            config.intermediate_size, config.hidden_size, bias=config.mlp_bias, dtype=dtype, device=device
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        out: Tensor = self.down_proj(F.silu(gate).mul_(up))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.self_attn = Attention(config, layer, dtype=dtype, device=device)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.mlp = MLP(config, dtype=dtype, device=device)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, cos, sin, attend)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer of any architecture in the table, its weights not yet filled.
+
+    Args:
+        max_len: tokens of the longest sequence it will see.
+    """
+
+    def __init__(self, config: ModelConfig, max_len: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.rotary = Rotary(config.rope, max_len, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, dtype=dtype, device=device) for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device)
+        )
+
+    def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states after the final norm, of T tokens of any number of sequences laid end to end.
+
+        Args:
+            ids: [T] int64.
+            positions: [T] int64, each token's index in its own sequence, below `max_len`.
+            attend: attention over what it keeps of earlier calls and the keys and values given.
+
+        Returns:
+            [T, hidden_size] in the model's dtype.
+        """
+        cos, sin = self.rotary(positions)
+        x: Tensor = self.embed_tokens(ids)
+        residual: Tensor | None = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, cos, sin, attend)
+        x, _ = self.norm(x, residual)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token: hidden [N, hidden_size] → [N, vocab_size], in the model's dtype."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(hidden, head.weight)
+
+    def slots(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that a checkpoint must hold, and where it goes. Leave out the "model." that files prepend."""
+        for path, module in self.named_modules():
+            if isinstance(module, (Linear, Embedding, RMSNorm, QKNorm)):
+                yield from module.slots(path)

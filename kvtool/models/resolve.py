@@ -1,0 +1,48 @@
+"""From what a user calls a model to a folder on disk."""
+
+import re
+from pathlib import Path
+
+import httpx
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from kvtool.errors import ModelError
+
+EMBEDDED = {"tiny": Path(__file__).parent.parent / "assets" / "tiny"}
+FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+
+
+def resolve_model(name: str) -> Path:
+    """The folder of a model: an embedded one's name, a folder, or a hub id, which is downloaded unless it is cached.
+
+    An embedded name wins over a folder of the same name; write `./tiny` for the folder. Only weights in safetensors,
+    configuration and tokenizer are downloaded, never pickles or code.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be downloaded.
+    """
+    if name in EMBEDDED:
+        return EMBEDDED[name]
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelError(f"--model {name}: is a file; give the folder that holds it")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise ModelError(f"--model {name}: no such folder, and no hub id; embedded models: {', '.join(EMBEDDED)}")
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES))
+    except GatedRepoError:
+        why = "needs permission; accept its terms on huggingface.co and run `hf auth login`"
+    except (RepositoryNotFoundError, HFValidationError):
+        why = "neither a folder nor a model on the hub; if it is private, run `hf auth login`"
+    except LocalEntryNotFoundError:
+        why = "no such folder, and the hub cannot be reached; download the model elsewhere and give its folder"
+    except (OSError, httpx.HTTPError) as error:
+        why = f"cannot be downloaded ({str(error).splitlines()[0]}); try again, or give a folder"
+    raise ModelError(f"--model {name}: {why}")

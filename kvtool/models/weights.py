@@ -1,0 +1,196 @@
+"""Weights from safetensors files, piece by piece, so that no more than the model and one piece are ever in memory."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kvtool.errors import ModelError
+from kvtool.layers.norm import QKNorm, RMSNorm
+from kvtool.models.config import ModelConfig, read_fields, refuse_lfs_pointer
+from kvtool.models.decoder import Decoder
+
+INDEX = "model.safetensors.index.json"
+PIECE_BYTES = 16 << 20
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `start` is its first byte in the file; `dtype` is safetensors' name."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.name}"
+
+
+def load_model(
+    folder: Path,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_format: Literal["auto", "dummy"] = "auto",
+    seed: int = 0,
+    max_model_len: int | None = None,
+) -> Decoder:
+    """The model in this folder, on the device, in the given dtype.
+
+    Weights go shard by shard and piece by piece to where they stay: beyond the model itself, a piece's worth of host
+    memory is used.
+
+    Args:
+        load_format: "dummy" reads no weights and draws them from `seed`.
+        max_model_len: tokens of the longest sequence it will see; None: `config.max_position`. LongRoPE chooses its
+            factors by it.
+
+    Raises:
+        ModelError: the weights are missing, damaged or not those of `config`.
+    """
+    tensors = stored_tensors(folder) if load_format == "auto" else []
+    model = Decoder(config, max_model_len or config.max_position, dtype=dtype, device=device)
+    if load_format == "dummy":
+        fill_randomly(model, seed)
+    else:
+        load_weights(model, tensors)
+    return model
+
+
+def stored_tensors(folder: Path) -> list[StoredTensor]:
+    """Every tensor of a checkpoint, in the order of the files' bytes. Reads headers only.
+
+    Raises:
+        ModelError: no safetensors, or a file that is missing, truncated, inconsistent or a git-LFS pointer.
+    """
+    return [tensor for file in _weight_files(folder) for tensor in _tensors_of(file)]
+
+
+def load_weights(model: Decoder, tensors: list[StoredTensor]) -> None:
+    """Fill the model from a checkpoint. All names and shapes are checked before the first weight is read.
+
+    Weights are converted to the model's dtype on the host, a piece at a time, and refused where the result is not
+    finite.
+
+    Raises:
+        ModelError: a tensor is missing, unexpected, stored twice, of the wrong shape or an unreadable type, or holds
+            NaN or infinity.
+    """
+    buffer = bytearray(PIECE_BYTES)
+    for tensor, slot in _match(model, tensors):
+        _fill(slot, tensor, buffer)
+
+
+def fill_randomly(model: Decoder, seed: int) -> None:
+    """Random weights with standard deviation 0.02, norms 1. The same seed gives the same weights on the same device."""
+    device, dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
+    if device.type == "meta":
+        return
+    # Drawing billions of numbers takes minutes on CPU. Repeating one block, of a length prime to every row's, takes
+    # seconds, and no two rows come out equal.
+    generator = torch.Generator(device).manual_seed(seed)
+    block = (torch.randn(1_000_003, generator=generator, device=device) * 0.02).to(dtype)
+    for parameter in model.parameters():
+        for piece in parameter.view(-1).split(len(block)):
+            piece.copy_(block[: len(piece)])
+        block = block.roll(parameter.numel() % len(block))
+    for module in model.modules():
+        if isinstance(module, (RMSNorm, QKNorm)):
+            module.weight.fill_(1.0)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).exists():
+        index = read_fields(folder / INDEX)
+        weight_map = index.nested("weight_map")
+        names = sorted({str(name) for name in weight_map.values.values()})
+        if not names:
+            index.refuse("weight_map", "is missing or empty; download the file again")
+        for name in names:
+            if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+                index.refuse("weight_map", f"names {name!r}; shards must be .safetensors files of the same folder")
+            if not (folder / name).exists():
+                index.refuse("weight_map", f"names the shard {name}, which is missing; download it")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"{folder / pickled[0]}: pickled weights can run code when they are opened; convert them to safetensors"
+        )
+    raise ModelError(f"{folder}: no model.safetensors or {INDEX}; --load-format dummy needs no weights")
+
+
+def _tensors_of(file: Path) -> list[StoredTensor]:
+    with file.open("rb") as stream:
+        refuse_lfs_pointer(file, stream.read(64))
+    try:
+        with safe_open(file, "pt"):  # checks that the header is sound and that the tensors cover the file exactly
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: is damaged ({error}); download it again") from error
+    with file.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        header: dict[str, Any] = json.loads(stream.read(header_bytes))
+    tensors = [
+        StoredTensor(name, file, entry["dtype"], tuple(entry["shape"]), 8 + header_bytes + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    ]
+    return sorted(tensors, key=lambda tensor: tensor.start)
+
+
+def _match(model: Decoder, tensors: list[StoredTensor]) -> list[tuple[StoredTensor, Tensor]]:
+    slots = dict(model.slots())
+    matched: dict[str, tuple[StoredTensor, Tensor]] = {}
+    for tensor in tensors:
+        name = tensor.name.removeprefix("model.")
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in slots):
+            continue  # computed, and tied to the embedding
+        if name not in slots:
+            raise ModelError(f"{tensor} has no place in a {model.config.model_type} model as config.json describes it")
+        if name in matched:
+            raise ModelError(f"{tensor} is also in {matched[name][0].file.name}; download the checkpoint again")
+        if tensor.dtype not in STORED_DTYPES:
+            raise ModelError(f"{tensor} is stored as {tensor.dtype}; readable are {', '.join(STORED_DTYPES)}")
+        if tensor.shape != slots[name].shape:
+            raise ModelError(
+                f"{tensor} has shape {list(tensor.shape)}, but config.json makes it {list(slots[name].shape)}"
+            )
+        matched[name] = tensor, slots[name]
+    missing = [name for name in slots if name not in matched]
+    if missing:
+        folder = tensors[0].file.parent if tensors else "the checkpoint"
+        raise ModelError(
+            f"{folder}: {missing[0]} is missing from the weights, with {len(missing) - 1} others; download them again"
+        )
+    return list(matched.values())
+
+
+def _fill(slot: Tensor, tensor: StoredTensor, buffer: bytearray) -> None:
+    dtype = STORED_DTYPES[tensor.dtype]
+    with tensor.file.open("rb") as stream:
+        stream.seek(tensor.start)
+        for piece in slot.view(-1).split(len(buffer) // dtype.itemsize):
+            count = stream.readinto(memoryview(buffer)[: len(piece) * dtype.itemsize])
+            assert count == len(piece) * dtype.itemsize, "safe_open has checked that the file holds it"
+            stored = torch.frombuffer(buffer, dtype=dtype, count=len(piece))
+            values = stored.to(slot.dtype)
+            if not _is_finite(values):
+                why = f"values beyond {slot.dtype}; choose another --dtype" if _is_finite(stored) else "NaN or infinity"
+                raise ModelError(f"{tensor} holds {why}")
+            piece.copy_(values)
+
+
+def _is_finite(values: Tensor) -> bool:
+    low, high = values.aminmax()  # one pass, and NaN comes through
+    return bool(low.isfinite() and high.isfinite())
