@@ -1,0 +1,69 @@
+"""The `kvtool` command line. A command is a file here and a word in COMMANDS."""
+
+import sys
+import traceback
+from typing import Annotated, NoReturn
+
+import typer
+
+from kvtool.errors import KVToolError
+
+from .options import Command, shared
+from .serve import serve
+
+COMMANDS = (serve,)
+
+EPILOG = "Any option can also come from KVTOOL_<OPTION> or from --config; the command line goes first, then those."
+
+app = typer.Typer(
+    name="kvtool",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for function in COMMANDS:
+    app.command(cls=Command, epilog=EPILOG)(shared(function))
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print("kvtool", version("kvtool"))
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=show_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Serve language models from a KV cache in 8, 4 or 2 bits, and measure what it costs."""
+
+
+def main() -> NoReturn:
+    """Run the command line; a failure is one line on stderr and exit code 2."""
+    state = {"debug": False}
+    try:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False, obj=state)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except Exception as error:
+        if state["debug"]:
+            traceback.print_exc()
+        print("error:", explain(error), file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+def explain(error: Exception) -> str:
+    """One line for the user."""
+    if hasattr(error, "format_message"):  # typer's, of a command line that it cannot read
+        message = error.format_message().replace("Value error, ", "")
+    elif isinstance(error, (KVToolError, OSError)):
+        message = str(error)
+    else:
+        message = f"{type(error).__name__}: {error} (a bug in kvtool; --debug shows where)"
+    return " ".join(message.split())

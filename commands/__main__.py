@@ -1,0 +1,6 @@
+"""`python -m commands`, from the checkout."""
+
+from . import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""What the commands share: the engine's options, each written once, and where an option's value may come from."""
+
+import inspect
+import re
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperCommand
+
+from kvtool.config import Axis, Bits, EngineConfig, KVOptions
+from kvtool.errors import ConfigError
+
+# What people bring from SGLang's and KVTuner's scripts; `--kvtuner-X` is `--X`.
+ALIASES = {
+    "--model-path": "--model",
+    "--context-length": "--max-model-len",
+    "--max-running-requests": "--max-num-seqs",
+    "--chunked-prefill-size": "--max-num-batched-tokens",
+}
+# KVTuner's switch says only that there is a quantised cache; its options name the bits, or this does.
+KVTUNER_SWITCH, KVTUNER_DEFAULT = "--enable-kvtuner-quant", ["--nbits", "4"]
+
+AXES: dict[str, Axis] = {"token": "token", "channel": "channel", "0": "token", "1": "channel"}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def memory_size(text: str) -> int:
+    """Bytes of `6GiB`, `500MB` or `1000000`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B|)", text.strip().upper())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no size; write 6GiB, 500MB or a number of bytes")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def axis(text: str) -> Axis:
+    """`token` or `channel`, or KVTuner's 0 and 1."""
+    if text not in AXES:
+        raise typer.BadParameter(f"{text!r} is no axis; choose token (0) or channel (1)")
+    return AXES[text]
+
+
+def option(*names: str, panel: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, show_envvar=False, **settings)
+
+
+def model_option(*names: str, **settings: Any) -> Any:
+    return option(*names, panel="Model", **settings)
+
+
+def kv_option(*names: str, **settings: Any) -> Any:
+    return option(*names, panel="KV cache", **settings)
+
+
+def engine_option(*names: str, **settings: Any) -> Any:
+    return option(*names, panel="Engine", **settings)
+
+
+def server_option(*names: str, **settings: Any) -> Any:
+    return option(*names, panel="Server", **settings)
+
+
+def engine_config(
+    model: Annotated[
+        str, model_option("--model", help="A Hugging Face folder, a hub id, or the name of an embedded model.")
+    ] = EngineConfig.model,
+    dtype: Annotated[
+        Literal["auto", "float64", "float32", "bfloat16", "float16"],
+        model_option("--dtype", help="auto: the checkpoint's own on a GPU, float32 on CPU."),
+    ] = EngineConfig.dtype,
+    device: Annotated[
+        str, model_option("--device", help="auto, cpu, cuda or cuda:N; auto is cuda where there is one.")
+    ] = EngineConfig.device,
+    load_format: Annotated[
+        Literal["auto", "dummy"],
+        model_option("--load-format", help="dummy: random weights of the config's true shape."),
+    ] = EngineConfig.load_format,
+    max_model_len: Annotated[
+        int | None,
+        model_option("--max-model-len", min=1, help="Tokens of prompt and answer together (default: model's context)."),
+    ] = EngineConfig.max_model_len,
+    nbits: Annotated[
+        Bits | None, kv_option("--nbits", help="Bits of keys and values; 16 is the model's dtype (default: 16).")
+    ] = None,
+    nbits_key: Annotated[Bits | None, kv_option("--nbits-key", help="Bits of keys, before --nbits.")] = None,
+    nbits_value: Annotated[Bits | None, kv_option("--nbits-value", help="Bits of values, before --nbits.")] = None,
+    axis_key: Annotated[
+        Axis | None,
+        kv_option("--axis-key", parser=axis, metavar="token|channel", help="What shares a scale among keys (0|1 too)."),
+    ] = None,
+    axis_value: Annotated[
+        Axis | None,
+        kv_option("--axis-value", parser=axis, metavar="token|channel", help="What shares a scale among values."),
+    ] = None,
+    symmetric: Annotated[
+        bool | None, kv_option("--sym/--asym", help="Without or with a zero point (default: asym).", show_default=False)
+    ] = None,
+    q_group_size: Annotated[
+        int | None, kv_option("--q-group-size", help="Elements to a scale: 32, 64 or 128 (default: 64).")
+    ] = None,
+    residual_length: Annotated[
+        int | None,
+        kv_option("--residual-length", min=0, help="Newest tokens kept at full precision, in blocks (default: 0)."),
+    ] = None,
+    rotate: Annotated[
+        bool | None,
+        kv_option("--rotate/--no-rotate", help="Hadamard rotation before quantising (token axis).", show_default=False),
+    ] = None,
+    kv_plan: Annotated[
+        str | None, kv_option("--kv-plan", metavar="FILE", help="Bits for each layer: KVTuner's YAML.")
+    ] = None,
+    kv_cache_memory: Annotated[
+        int | None,
+        kv_option(
+            "--kv-cache-memory",
+            parser=memory_size,
+            metavar="SIZE",
+            help="Memory of the cache, say 6GiB (default: 1GiB on CPU, what is free on a GPU).",
+        ),
+    ] = EngineConfig.kv_cache_memory,
+    max_num_seqs: Annotated[
+        int, engine_option("--max-num-seqs", min=1, help="Sequences that run at once.")
+    ] = EngineConfig.max_num_seqs,
+    max_num_batched_tokens: Annotated[
+        int,
+        engine_option("--max-num-batched-tokens", min=1, help="Tokens computed in one step; longer prompts are cut."),
+    ] = EngineConfig.max_num_batched_tokens,
+    attention_backend: Annotated[
+        str, engine_option("--attention-backend", help="auto, or the name of a backend.")
+    ] = EngineConfig.attention_backend,
+    seed: Annotated[
+        int, engine_option("--seed", min=0, help="Of dummy weights, and of requests that name no seed.")
+    ] = EngineConfig.seed,
+) -> EngineConfig:
+    """The signature is the list of the engine's options; the body says which field each one fills."""
+    kv = KVOptions(
+        nbits=nbits,
+        nbits_key=nbits_key,
+        nbits_value=nbits_value,
+        axis_key=axis_key,
+        axis_value=axis_value,
+        symmetric=symmetric,
+        q_group_size=q_group_size,
+        residual_length=residual_length,
+        rotate=rotate,
+        plan=kv_plan,
+    )
+    return EngineConfig(
+        model=model,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        load_format=load_format,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        kv_cache_memory=kv_cache_memory,
+        attention_backend=attention_backend,
+        kv=kv,
+    )
+
+
+def read_config(context: typer.Context, path: str | None) -> None:
+    """Make a YAML file's values this command's defaults, so that the environment and the command line go before it."""
+    if path is None:
+        return
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: write one `option: value` a line")
+    names = {name: p.name for p in context.command.params for name in p.opts if p.name != "config"}
+    context.default_map = {}
+    for key, value in values.items():
+        name = f"--{key}".replace("_", "-")
+        parameter = names.get(canonical(name))
+        if parameter is None:
+            raise ConfigError(f"--config {path}: {key} is no option of `{context.info_name}`; see --help")
+        if isinstance(value, list):
+            value = ",".join(map(str, value))
+        # As if typed: YAML's 4 is the option's "4".
+        context.default_map[parameter] = value if isinstance(value, bool | None) else str(value)
+
+
+def set_debug(context: typer.Context, debug: bool) -> None:
+    context.find_root().obj["debug"] = debug
+
+
+def canonical(name: str) -> str:
+    """An option's own name, given any that people know it by."""
+    name = re.sub("^--kvtuner-", "--", name)
+    return ALIASES.get(name, name)
+
+
+def own_words(args: list[str]) -> list[str]:
+    """A command line with aliases replaced by the options they stand for."""
+    words = []
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        words.append(canonical(name) + equals + value if arg.startswith("--") else arg)
+    if KVTUNER_SWITCH in words:
+        words.remove(KVTUNER_SWITCH)
+        if not any(word.startswith(("--nbits", "--kv-plan")) for word in words):
+            words = KVTUNER_DEFAULT + words
+    return words
+
+
+class Command(TyperCommand):
+    """A command whose options can also come from `KVTOOL_<OPTION>`, and under the names that people know."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        for parameter in self.params:
+            parameter.envvar = "KVTOOL_" + parameter.opts[0].lstrip("-").replace("-", "_").upper()
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, own_words(args))
+
+
+def common_option(name: str, kind: Any, default: object, **settings: Any) -> inspect.Parameter:
+    annotation = Annotated[kind, option(f"--{name}", panel="Options", is_eager=True, **settings)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+COMMON = (
+    common_option("config", str | None, None, callback=read_config, metavar="FILE", help="Options from a YAML file."),
+    common_option("debug", bool, False, callback=set_debug, help="Show a traceback with an error."),
+)
+
+
+def shared(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command --config and --debug and, where it takes an `engine: EngineConfig`, the engine's options."""
+    signature = inspect.signature(command)
+    own = [p for p in signature.parameters.values() if p.name != "engine"]
+    engine = inspect.signature(engine_config).parameters if "engine" in signature.parameters else {}
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        for parameter in COMMON:  # their callbacks have done all they do
+            del values[parameter.name]
+        if engine:
+            values["engine"] = engine_config(**{name: values.pop(name) for name in engine})
+        command(**values)
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*engine.values(), *own, *COMMON)]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run

@@ -1,0 +1,183 @@
+"""Text in, text out: between the bodies that clients send and the ids that the engine knows."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+from kvtool.client import EngineClient
+from kvtool.errors import ModelError
+from kvtool.request import FinishReason, Request, SamplingParams
+from kvtool.server.protocol import Prompt, Sampling
+from kvtool.tokenizer import Detokenizer, StopChecker, Tokenizer
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Sampling where a body says nothing."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What has newly come of one prompt's answer.
+
+    Attributes:
+        index: of the prompt in its body.
+        first: nothing came of this answer before.
+        token_ids: with the end-of-text token, if there was one; `text` is without.
+        finish_reason: None until the last piece.
+        matched: the stop string or the end-of-text id that ended the answer.
+    """
+
+    index: int
+    first: bool
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    matched: str | int | None = None
+
+
+@dataclass
+class Answer:
+    """One prompt's answer, as far as it has come."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    matched: str | int | None = None
+
+    def add(self, piece: Piece) -> None:
+        self.text += piece.text
+        self.token_ids += piece.token_ids
+        self.finish_reason, self.matched = piece.finish_reason, piece.matched
+
+
+class Generator:
+    """An engine that takes and gives text.
+
+    Attributes:
+        name: the model's name in requests.
+        created: when serving began, in seconds of Unix time.
+        model_defaults: sampling as the model's generation_config.json wants it.
+    """
+
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer, name: str) -> None:
+        self.client, self.tokenizer, self.name = client, tokenizer, name
+        self.info = client.info
+        self.created = int(time.time())
+        self.model_defaults = read_model_defaults(Path(client.info.path))
+
+    async def requests(
+        self, prompts: Sequence[Prompt], sampling: Sampling, defaults: Defaults, max_tokens: int | None
+    ) -> list[Request]:
+        """A request for each prompt; whether it can run is the engine's to say.
+
+        Args:
+            prompts: texts or ids.
+            sampling: as the body has it.
+            defaults: for what the body leaves open.
+            max_tokens: where the body leaves that open; cut to what the context has room for. None: all of that.
+        """
+        requests = []
+        for prompt in prompts:
+            # A long text takes a while, and other requests' tokens must not wait for it.
+            ids = await asyncio.to_thread(self.tokenizer.encode, prompt) if isinstance(prompt, str) else prompt
+            room = max(1, self.info.max_model_len - len(ids))
+            params = SamplingParams(
+                temperature=defaults.temperature if sampling.temperature is None else sampling.temperature,
+                top_p=defaults.top_p if sampling.top_p is None else sampling.top_p,
+                top_k=max(0, defaults.top_k if sampling.top_k is None else sampling.top_k),  # -1 keeps all, too
+                seed=sampling.seed,
+                max_tokens=sampling.max_tokens or min(max_tokens or room, room),
+                ignore_eos=sampling.ignore_eos,
+            )
+            requests.append(Request(id=uuid4().hex, prompt=ids, params=params))
+        return requests
+
+    async def generate(self, requests: Sequence[Request], stop: Sequence[str]) -> AsyncGenerator[Piece, None]:
+        """Pieces of all answers as they come; leaving early, or being cancelled, aborts what still runs.
+
+        Raises:
+            RequestError: a request can never run.
+            EngineDeadError: the engine ended meanwhile.
+        """
+        queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+
+        async def drain(index: int, request: Request) -> None:
+            try:
+                async for piece in self._answer(index, request, stop):
+                    queue.put_nowait(piece)
+            except Exception as error:
+                queue.put_nowait(error)
+
+        running = len(requests)
+        tasks = [asyncio.create_task(drain(index, request)) for index, request in enumerate(requests)]
+        try:
+            while running:
+                piece = await queue.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                running -= piece.finish_reason is not None
+                yield piece
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _answer(self, index: int, request: Request, stop: Sequence[str]) -> AsyncGenerator[Piece, None]:
+        """Pieces of one answer; tokens whose text must wait for later ones come with those."""
+        detokenizer, checker = Detokenizer(self.tokenizer), StopChecker(stop)
+        first, waiting = True, list[int]()
+        stream = self.client.submit(request)
+        assert isinstance(stream, AsyncGenerator)
+        async with aclosing(stream):
+            async for tokens in stream:
+                waiting += tokens.token_ids
+                visible, reason = tokens.token_ids, tokens.finish_reason
+                matched: str | int | None = None
+                if reason == "stop":  # the engine's only reason for it is an end-of-text token
+                    *visible, matched = visible
+                text = checker.push(detokenizer.push(visible))
+                if reason and not checker.stopped:
+                    text += checker.push(detokenizer.finish())
+                if checker.stopped:
+                    reason, matched = "stop", checker.stopped
+                elif reason:
+                    text += checker.finish()
+                if text or reason:
+                    yield Piece(index, first, text, waiting, reason, matched)
+                    first, waiting = False, []
+                if reason:
+                    return
+
+
+async def collect(pieces: AsyncIterator[Piece], count: int) -> list[Answer]:
+    """All `count` answers, whole."""
+    answers = [Answer() for _ in range(count)]
+    async for piece in pieces:
+        answers[piece.index].add(piece)
+    return answers
+
+
+def read_model_defaults(path: Path) -> Defaults:
+    """How the model's makers want it sampled: temperature, top_p and top_k of generation_config.json, as in vLLM.
+
+    Raises:
+        ModelError: a value is out of range.
+    """
+    file = path / "generation_config.json"
+    if not file.exists():
+        return Defaults()
+    try:
+        values = json.loads(file.read_text())
+        asked = Sampling.model_validate({name: values.get(name) for name in Defaults.__annotations__})
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{file}: {error}; correct or remove it") from error
+    return Defaults(**asked.model_dump(include=set(Defaults.__annotations__), exclude_none=True))

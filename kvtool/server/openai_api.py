@@ -1,0 +1,134 @@
+"""OpenAI's routes: models, completions and chat completions."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from kvtool.request import Request as EngineRequest
+from kvtool.server.generation import Answer, Generator, Piece, collect
+from kvtool.server.protocol import ChatBody, CompletionBody, OpenAIBody
+from kvtool.server.responses import GeneratorArg, UnknownModelError, stream, while_connected
+
+router = APIRouter(prefix="/v1")
+
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default; a chat may fill the context
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What tells a chat completion from a plain one.
+
+    Attributes:
+        prefix: of ids.
+        whole, chunk: `object` of a response and of a streamed part of one.
+        of_answer, of_piece: what a choice holds of either.
+    """
+
+    prefix: str
+    whole: str
+    chunk: str
+    of_answer: Callable[[Answer], dict[str, Any]]
+    of_piece: Callable[[Piece], dict[str, Any]]
+
+
+COMPLETION = Shape(
+    prefix="cmpl",
+    whole="text_completion",
+    chunk="text_completion",
+    of_answer=lambda answer: {"text": answer.text},
+    of_piece=lambda piece: {"text": piece.text},
+)
+CHAT = Shape(
+    prefix="chatcmpl",
+    whole="chat.completion",
+    chunk="chat.completion.chunk",
+    of_answer=lambda answer: {"message": {"role": "assistant", "content": answer.text}},
+    of_piece=lambda piece: {"delta": ({"role": "assistant"} if piece.first else {}) | {"content": piece.text}},
+)
+
+
+@router.post("/completions")
+async def completions(body: CompletionBody, generator: GeneratorArg, http: Request) -> Response:
+    check_model(body.model, generator)
+    requests = await generator.requests(body.prompt.items, body, generator.model_defaults, COMPLETION_MAX_TOKENS)
+    return await respond(COMPLETION, body, requests, generator, http)
+
+
+@router.post("/chat/completions")
+async def chat_completions(body: ChatBody, generator: GeneratorArg, http: Request) -> Response:
+    check_model(body.model, generator)
+    messages = [{"role": message.role, "content": message.content} for message in body.messages]
+    prompt = await asyncio.to_thread(generator.tokenizer.chat, messages)
+    requests = await generator.requests([prompt], body, generator.model_defaults, None)
+    return await respond(CHAT, body, requests, generator, http)
+
+
+async def respond(
+    shape: Shape, body: OpenAIBody, requests: Sequence[EngineRequest], generator: Generator, http: Request
+) -> Response:
+    """The answers to `requests`, whole or streamed."""
+    head = {"id": f"{shape.prefix}-{uuid4().hex}", "created": int(time.time()), "model": generator.name}
+    pieces = generator.generate(requests, body.stop)
+    prompt_tokens, completion_tokens = sum(len(request.prompt) for request in requests), 0
+
+    def chunk(piece: Piece) -> dict[str, Any]:
+        nonlocal completion_tokens
+        completion_tokens += len(piece.token_ids)
+        return head | {"object": shape.chunk, "choices": [choice(piece.index, piece, shape.of_piece(piece))]}
+
+    def closing() -> Iterator[dict[str, Any]]:
+        if body.wants_usage:
+            yield head | {"object": shape.chunk, "choices": [], "usage": usage(prompt_tokens, completion_tokens)}
+
+    if body.stream:
+        return await stream(http, pieces, chunk, closing)
+    answers = await while_connected(http, collect(pieces, len(requests)))
+    completion_tokens = sum(len(answer.token_ids) for answer in answers)
+    choices = [choice(index, answer, shape.of_answer(answer)) for index, answer in enumerate(answers)]
+    counts = usage(prompt_tokens, completion_tokens)
+    return JSONResponse(head | {"object": shape.whole, "choices": choices, "usage": counts})
+
+
+def choice(index: int, part: Answer | Piece, content: dict[str, Any]) -> dict[str, Any]:
+    return {"index": index, **content, "logprobs": None, "finish_reason": part.finish_reason}
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+@router.get("/models")
+async def models(generator: GeneratorArg) -> dict[str, Any]:
+    return {"object": "list", "data": [card(generator)]}
+
+
+@router.get("/models/{name:path}")
+async def model(name: str, generator: GeneratorArg) -> dict[str, Any]:
+    check_model(name, generator)
+    return card(generator)
+
+
+def card(generator: Generator) -> dict[str, Any]:
+    return {
+        "id": generator.name,
+        "object": "model",
+        "created": generator.created,
+        "owned_by": "kvtool",
+        "root": generator.info.path,
+        "max_model_len": generator.info.max_model_len,
+    }
+
+
+def check_model(name: str | None, generator: Generator) -> None:
+    if name not in (None, generator.name):
+        raise UnknownModelError(f"model: there is no {name!r} here; use {generator.name!r}", "model")

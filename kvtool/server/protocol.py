@@ -1,0 +1,207 @@
+"""The bodies that clients send, as OpenAI and SGLang define them.
+
+Strict: "1" is no number and NaN is none either. Fields that change nothing are ignored; those that would change the
+answer, and that kvtool does not have, are refused.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, TypeGuard
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
+
+LIMIT = 2**31  # of ids and counts; what they may be within it is for the engine to say
+
+Prompt = str | list[int]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """One prompt, or `many` in a list, if only a list of one."""
+
+    items: list[Prompt]
+    many: bool
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """A string that UTF-8 can carry; JSON can spell lone surrogates, which it cannot."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def is_ids(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < LIMIT for item in value)
+
+
+def as_prompts(value: object) -> Prompts:
+    """Text, token ids, or a list of either."""
+    if is_text(value) or is_ids(value):
+        return Prompts([value], many=False)
+    if isinstance(value, list) and all(is_text(item) or is_ids(item) for item in value):
+        return Prompts(value, many=True)
+    raise PydanticCustomError("prompt", "should be a text, a list of token ids (0 or more), or a list of either")
+
+
+def as_stops(value: object) -> list[str]:
+    stops = [] if value is None else [value] if isinstance(value, str) else value
+    if isinstance(stops, list) and all(is_text(stop) and stop for stop in stops):
+        return stops
+    raise PydanticCustomError("stop", "should be a text or a list of texts, none of them empty")
+
+
+def as_text(value: object) -> object:
+    """A message's content: text as it is, a list of text parts joined, null as nothing."""
+    if value is None:
+        return ""
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            raise PydanticCustomError(
+                "content", "should be a text or a list of text parts; other parts are unsupported"
+            )
+    return "\n".join(part["text"] for part in value)
+
+
+class Body(BaseModel):
+    """An object in a request.
+
+    Attributes:
+        unsupported: fields that would change the answer, each with the values that would not.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="after")
+    def _refuse_unsupported(self) -> "Body":
+        for field, value in (self.model_extra or {}).items():
+            if value not in self.unsupported.get(field, (value,)):
+                raise PydanticCustomError("unsupported", "is not supported; leave it out", {"field": field})
+        return self
+
+
+class Sampling(Body):
+    """How tokens are chosen; None is whatever the route and the model have as default."""
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "bad_words": (None, []),
+        "frequency_penalty": (None, 0),
+        "include_stop_str_in_output": (None, False),
+        "json_schema": (None,),
+        "logit_bias": (None, {}),
+        "min_p": (None, 0),
+        "min_tokens": (None, 0),
+        "n": (None, 1),
+        "presence_penalty": (None, 0),
+        "regex": (None,),
+        "repetition_penalty": (None, 1),
+        "skip_special_tokens": (None, True),
+        "stop_token_ids": (None, []),
+    }
+
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=LIMIT)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=LIMIT)] | None = None
+    stop: Annotated[list[str], PlainValidator(as_stops)] = []
+    ignore_eos: bool = False
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class OpenAIBody(Sampling):
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = Sampling.unsupported | {
+        "best_of": (None, 1),
+        "guided_choice": (None,),
+        "guided_grammar": (None,),
+        "guided_json": (None,),
+        "guided_regex": (None,),
+        "prompt_logprobs": (None,),
+        "response_format": (None, {"type": "text"}),
+        "return_token_ids": (None, False),
+        "structured_outputs": (None,),
+        "truncate_prompt_tokens": (None,),
+        "use_beam_search": (None, False),
+    }
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionBody(OpenAIBody):
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = OpenAIBody.unsupported | {
+        "echo": (None, False),
+        "logprobs": (None,),
+        "suffix": (None, ""),
+    }
+
+    prompt: Annotated[Prompts, PlainValidator(as_prompts)]
+
+
+class Message(Body):
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"function_call": (None,), "tool_calls": (None, [])}
+
+    role: str
+    content: Annotated[str, BeforeValidator(as_text)]
+
+
+class ChatBody(OpenAIBody):
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = OpenAIBody.unsupported | {
+        "add_generation_prompt": (None, True),
+        "audio": (None,),
+        "chat_template": (None,),
+        "chat_template_kwargs": (None, {}),
+        "continue_final_message": (None, False),
+        "documents": (None, []),
+        "functions": (None, []),
+        "logprobs": (None, False),
+        "tool_choice": (None, "none", "auto"),
+        "tools": (None, []),
+        "top_logprobs": (None, 0),
+    }
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=LIMIT)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_limit(cls, body: Any) -> Any:
+        """`max_completion_tokens` is the new name of `max_tokens`, and goes before it."""
+        if isinstance(body, dict) and body.get("max_completion_tokens") is not None:
+            return body | {"max_tokens": body["max_completion_tokens"]}
+        return body
+
+
+class GenerateSampling(Sampling):
+    """SGLang's `sampling_params`."""
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = Sampling.unsupported | {
+        "ebnf": (None,),
+        "min_new_tokens": (None, 0),
+        "no_stop_trim": (None, False),
+        "structural_tag": (None,),
+    }
+
+    max_tokens: Annotated[int, Field(ge=1, lt=LIMIT)] | None = Field(default=None, alias="max_new_tokens")
+
+
+class GenerateBody(Body):
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "image_data": (None, []),
+        "input_embeds": (None,),
+        "lora_path": (None,),
+        "return_logprob": (None, False),
+    }
+
+    text: Annotated[Prompts, PlainValidator(as_prompts)] | None = None
+    input_ids: Annotated[Prompts, PlainValidator(as_prompts)] | None = None
+    sampling_params: GenerateSampling | None = None
+    stream: bool | None = None

@@ -1,0 +1,173 @@
+"""What every route needs to answer: errors in OpenAI's form, event streams, and an eye on the client."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from contextlib import aclosing
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kvtool.errors import EngineDeadError, KVToolError, RequestError
+from kvtool.server.generation import Generator, Piece
+
+T = TypeVar("T")
+
+MAX_BODY_BYTES = 16 * 2**20
+
+
+def _generator(request: Request) -> Generator:
+    generator: Generator = request.app.state.generator
+    return generator
+
+
+GeneratorArg = Annotated[Generator, Depends(_generator)]
+
+
+class UnknownModelError(RequestError):
+    """A request for another model than the one that is served."""
+
+
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_of(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body that tell a client of `error`."""
+    if isinstance(error, UnknownModelError):
+        return 404, error_body(404, str(error), error.param, "model_not_found")
+    if isinstance(error, RequestError):
+        return 400, error_body(400, str(error), error.param)
+    if isinstance(error, EngineDeadError):
+        return 503, error_body(503, str(error), code="engine_dead")
+    if isinstance(error, RequestValidationError):
+        return 400, error_body(400, *_first_fault(error))
+    if isinstance(error, StarletteHTTPException):
+        return error.status_code, error_body(error.status_code, str(error.detail))
+    return 500, error_body(
+        500, str(error) if isinstance(error, KVToolError) else "internal error; see the server's log"
+    )
+
+
+def _first_fault(error: RequestValidationError) -> tuple[str, str | None]:
+    """Message and field of the first of pydantic's complaints."""
+    fault = error.errors()[0]
+    if fault["type"] == "json_invalid":
+        return f"the body is no valid JSON: {fault['ctx']['error']} at character {fault['loc'][-1]}", None
+    path = [str(part) for part in fault["loc"][1:]]
+    path += [fault.get("ctx", {}).get("field")] if fault["type"] == "unsupported" else []
+    message = fault["msg"].removeprefix("Input ")
+    if not path:
+        return f"the body: {message}; send a JSON object", None
+    given = "" if fault["type"] in ("missing", "unsupported") else f"; got {fault['input']!r:.60}"
+    return f"{'.'.join(path)}: {message}{given}", ".".join(path)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Every failure becomes OpenAI's error object."""
+
+    def answer(_: Request, error: Exception) -> Response:
+        status, body = error_of(error)
+        return JSONResponse(body, status)
+
+    def nobody_listens(_: Request, error: Exception) -> Response:
+        return Response(status_code=499)
+
+    for kind in (RequestValidationError, StarletteHTTPException, KVToolError, Exception):
+        app.add_exception_handler(kind, answer)
+    app.add_exception_handler(ClientDisconnect, nobody_listens)
+
+
+class JSONBodies:
+    """Takes bodies as JSON whatever their content type says (`curl -d` says form), and of bounded size."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        size = 0
+
+        async def bounded() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > MAX_BODY_BYTES:
+                raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes; send less at once")
+            return message
+
+        if scope["type"] == "http":
+            headers = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+            scope = {**scope, "headers": [*headers, (b"content-type", b"application/json")]}
+        await self.app(scope, bounded, send)
+
+
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away.
+
+    Raises:
+        ClientDisconnect: it went.
+    """
+    task = asyncio.ensure_future(work)
+    # The body has been read, so all that can still come from the client is its leaving.
+    gone = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; the generator behind them is closed at once when the client goes away."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(events)
+        self.events = events
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self.events):
+            await super().stream_response(send)
+
+
+async def stream(
+    request: Request,
+    pieces: AsyncGenerator[Piece, None],
+    show: Callable[[Piece], dict[str, Any]],
+    last: Callable[[], Iterable[dict[str, Any]]] = tuple,
+) -> Response:
+    """An event for each piece, then those of `last`, then [DONE].
+
+    The response begins with the first piece: what goes wrong before it still gets a status of its own. What goes wrong
+    later is an event with an error, and no [DONE] follows.
+    """
+    piece = await while_connected(request, anext(pieces))
+
+    async def events() -> AsyncGenerator[str, None]:
+        try:
+            async with aclosing(pieces):
+                yield event(show(piece))
+                async for later in pieces:
+                    yield event(show(later))
+            for closing in last():
+                yield event(closing)
+            yield "data: [DONE]\n\n"
+        except Exception as error:
+            yield event(error_of(error)[1])
+
+    return EventStream(events())
+
+
+def event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
