@@ -15,4 +15,5 @@ def hadamard(x: Tensor) -> Tensor:
     while matrix.shape[0] < run:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     runs: Tensor = x.unflatten(-1, (-1, run))
-    return (runs @ (matrix * run**-0.5)).flatten(-2)
+    rotated: Tensor = (runs @ (matrix * run**-0.5)).flatten(-2)
+    return rotated

@@ -1,0 +1,130 @@
+"""The process boundary: the engine runs in a process of its own, reached through a private socket."""
+
+import asyncio
+import contextlib
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from kvtool.config import EngineConfig
+from kvtool.errors import EngineDeadError, KVToolError, RequestError
+from kvtool.request import Abort, EngineFailed, EngineInfo, Request, Tokens
+
+HEADER_BYTES = 4
+
+
+class EngineClient:
+    """Starts an engine process and talks to it in msgpack frames: a 4-byte little-endian length, then the message."""
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        info: EngineInfo,
+    ) -> None:
+        self.info = info
+        self._process, self._reader, self._writer = process, reader, writer
+        self._queues: dict[str, asyncio.Queue[Tokens | None]] = {}
+        self._dispatcher = asyncio.create_task(self._dispatch())
+
+    @classmethod
+    async def start(cls, config: EngineConfig) -> "EngineClient":
+        """Start an engine and wait until it can take requests.
+
+        Raises:
+            KVToolError: the engine could not start, in its own words.
+        """
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "kvtool.engine", str(theirs.fileno())]
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        theirs.close()
+        reader, writer = await asyncio.open_connection(sock=ours)
+        try:
+            writer.write(frame(config))
+            answer = msgspec.msgpack.decode(await _read(reader), type=EngineInfo | EngineFailed)
+        except BaseException as error:
+            writer.close()
+            process.kill()
+            status = process.wait()
+            if isinstance(error, asyncio.IncompleteReadError | OSError):
+                raise EngineDeadError(f"the engine ended while it started (status {status})") from error
+            raise
+        if isinstance(answer, EngineFailed):
+            writer.close()
+            process.wait()
+            raise KVToolError(answer.error)
+        return cls(process, reader, writer, answer)
+
+    @property
+    def alive(self) -> bool:
+        """The engine can take requests."""
+        return not self._dispatcher.done()
+
+    async def submit(self, request: Request) -> AsyncIterator[Tokens]:
+        """New tokens of `request` as they come; the last message carries its finish reason.
+
+        Leaving the iterator early, or being cancelled in it, aborts the request.
+
+        Raises:
+            RequestError: the request can never run.
+            EngineDeadError: the engine ended meanwhile.
+        """
+        if not self.alive:
+            raise EngineDeadError("the engine has ended; restart the server")
+        assert request.id not in self._queues, "request ids are unique"
+        queue = self._queues[request.id] = asyncio.Queue()
+        finished = False
+        try:
+            self._writer.write(frame(request))
+            while not finished:
+                tokens = await queue.get()
+                finished = tokens is None or tokens.error is not None or tokens.finish_reason is not None
+                if tokens is None:
+                    raise EngineDeadError("the engine ended before the answer did")
+                if tokens.error is not None:
+                    raise RequestError(tokens.error, tokens.param)
+                yield tokens
+        finally:
+            del self._queues[request.id]
+            if not finished and self.alive:
+                self._writer.write(frame(Abort(request.id)))
+
+    async def wait_closed(self) -> int:
+        """Wait until the engine has ended, for whatever reason; returns its exit status."""
+        await asyncio.wait([self._dispatcher])
+        return await asyncio.to_thread(self._process.wait)
+
+    async def close(self) -> None:
+        """End the engine; whoever still waits for tokens gets an EngineDeadError."""
+        self._writer.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(self._process.wait, 5)
+        self._process.kill()
+        await self.wait_closed()
+
+    async def _dispatch(self) -> None:
+        """Hand each message to the request that it belongs to, until the engine closes its end."""
+        try:
+            with contextlib.suppress(asyncio.IncompleteReadError, OSError):
+                while True:
+                    for tokens in msgspec.msgpack.decode(await _read(self._reader), type=list[Tokens]):
+                        if queue := self._queues.get(tokens.id):
+                            queue.put_nowait(tokens)
+        finally:
+            for queue in self._queues.values():
+                queue.put_nowait(None)
+
+
+def frame(message: object) -> bytes:
+    """`message` as it crosses the boundary."""
+    body = msgspec.msgpack.encode(message)
+    return len(body).to_bytes(HEADER_BYTES, "little") + body
+
+
+async def _read(reader: asyncio.StreamReader) -> bytes:
+    size = int.from_bytes(await reader.readexactly(HEADER_BYTES), "little")
+    return await reader.readexactly(size)

@@ -1,0 +1,242 @@
+"""The engine: requests in, tokens out, one step at a time."""
+
+import contextlib
+import random
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+
+import msgspec
+
+from kvtool.client import HEADER_BYTES, frame
+from kvtool.config import EngineConfig
+from kvtool.errors import KVToolError, RequestError
+from kvtool.kv.format import sixteen_bits
+from kvtool.kv.layout import KVLayout
+from kvtool.request import Abort, EngineFailed, EngineInfo, FinishReason, Request, SamplingParams, Tokens
+from kvtool.runner import Runner
+from kvtool.scheduler import Scheduler
+from kvtool.tokenizer import Detokenizer, Tokenizer
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The answer to one prompt. `token_ids` holds the end-of-text token, if there was one; `text` does not."""
+
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    text: str
+    finish_reason: FinishReason
+
+
+class Engine:
+    """A model, its KV cache and a scheduler, in this process.
+
+    Example:
+        >>> engine = Engine(EngineConfig(model="tiny", kv=KVOptions(nbits="4")))
+        >>> engine.generate(["It was a dark night"], SamplingParams(max_tokens=32))[0].text
+        >>> for text in engine.stream("It was a dark night"):
+        ...     print(text, end="", flush=True)
+
+    Raises:
+        KVToolError: the model cannot be loaded, or the options do not fit it.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        started = time.perf_counter()
+        self.runner = Runner(config)
+        store, model = self.runner.store, self.runner.model_config
+        self.scheduler = Scheduler(
+            store.format,
+            num_blocks=store.num_blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=self.runner.max_model_len,
+            eos_token_ids=model.eos_token_ids,
+        )
+        self._seeds = random.Random(config.seed)
+        self._ids = count()
+        spec = store.layout.spec
+        self.info = EngineInfo(
+            model=config.model,
+            path=str(self.runner.path),
+            max_model_len=self.runner.max_model_len,
+            vocab_size=model.vocab_size,
+            eos_token_ids=list(model.eos_token_ids),
+            dtype=str(self.runner.dtype).removeprefix("torch."),
+            device=str(self.runner.device),
+            kv_format=store.format.describe(),
+            kv_bytes=store.nbytes,
+            kv_tokens=store.num_blocks * store.format.block_size + config.max_num_seqs * store.format.tail_tokens,
+            kv_tokens_16bit=store.nbytes * store.format.block_size // KVLayout(spec, sixteen_bits(spec)).block_bytes,
+            bits_per_element=store.layout.bits_per_element,
+            tail_bytes=store.layout.tail_bytes,
+            max_num_seqs=config.max_num_seqs,
+            load_seconds=time.perf_counter() - started,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; `step` brings its tokens.
+
+        Raises:
+            RequestError: it could never run.
+        """
+        if not all(0 <= token < self.info.vocab_size for token in request.prompt):
+            raise RequestError(f"token ids must be from 0 to {self.info.vocab_size - 1}", "prompt")
+        seed = self._seeds.getrandbits(63) if request.params.seed is None else request.params.seed
+        self.scheduler.add(request, seed)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and free its memory."""
+        self.scheduler.abort(request_id)
+
+    def step(self) -> list[Tokens]:
+        """Run the model once over what the scheduler chooses; returns the new tokens."""
+        batch = self.scheduler.schedule()
+        handle = self.runner.launch(batch)
+        return self.scheduler.update(batch, self.runner.collect(handle))
+
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | None = None
+    ) -> list[Completion]:
+        """Answer all `prompts`, texts or token ids, together; in their order.
+
+        Raises:
+            RequestError: one of them could never run; nothing has been computed then.
+        """
+        requests = [self._request(prompt, params) for prompt in prompts]
+        generated: dict[str, list[int]] = {request.id: [] for request in requests}
+        reasons: dict[str, FinishReason] = {}
+        for tokens in self._run(requests):
+            generated[tokens.id].extend(tokens.token_ids)
+            if tokens.finish_reason:
+                reasons[tokens.id] = tokens.finish_reason
+        return [
+            Completion(r.prompt, generated[r.id], self._tokenizer.decode(generated[r.id]), reasons[r.id])
+            for r in requests
+        ]
+
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
+        """The answer to `prompt` piece by piece, each piece whole characters.
+
+        Raises:
+            RequestError: the prompt could never run.
+        """
+        detokenizer = Detokenizer(self._tokenizer)
+        for tokens in self._run([self._request(prompt, params)]):
+            if text := detokenizer.push(tokens.token_ids):
+                yield text
+        if rest := detokenizer.finish():
+            yield rest
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.runner.path, self.info.vocab_size)
+
+    def _request(self, prompt: str | Sequence[int], params: SamplingParams | None) -> Request:
+        token_ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return Request(f"local-{next(self._ids)}", token_ids, params or SamplingParams())
+
+    def _run(self, requests: Sequence[Request]) -> Iterator[Tokens]:
+        """Tokens of `requests` as they come; what is unfinished when the caller leaves is aborted."""
+        unfinished: set[str] = set()
+        try:
+            for request in requests:
+                self.submit(request)
+                unfinished.add(request.id)
+            while unfinished:
+                for tokens in self.step():
+                    if tokens.finish_reason:
+                        unfinished.discard(tokens.id)
+                    yield tokens
+        finally:
+            for request_id in unfinished:
+                self.abort(request_id)
+
+
+def serve(connection: socket.socket) -> None:
+    """Be the engine process of an `EngineClient`: until the other end closes, take requests and send tokens."""
+    inbox = _Inbox(connection)
+    config = msgspec.msgpack.decode(next(inbox.wait()), type=EngineConfig)
+    try:
+        engine = Engine(config)
+    except KVToolError as error:
+        connection.sendall(frame(EngineFailed(str(error))))
+        return
+    connection.sendall(frame(engine.info))
+    decoder = msgspec.msgpack.Decoder(Request | Abort)
+    while True:
+        news = []
+        for body in inbox.poll() if engine.has_work else inbox.wait():
+            news += _take(engine, decoder.decode(body))
+        if engine.has_work:
+            news += engine.step()
+        if news:
+            connection.sendall(frame(news))
+
+
+def _take(engine: Engine, message: Request | Abort) -> list[Tokens]:
+    """Carry out one message; a request that can never run is answered at once."""
+    if isinstance(message, Abort):
+        engine.abort(message.id)
+        return []
+    try:
+        engine.submit(message)
+    except RequestError as error:
+        return [Tokens(message.id, [], error=str(error), param=error.param)]
+    return []
+
+
+class _Inbox:
+    """Frames that have arrived on a socket.
+
+    Raises:
+        EOFError: the other end has closed.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection, self._buffer = connection, bytearray()
+
+    def poll(self) -> Iterator[bytes]:
+        """Frames that are here already."""
+        while select.select([self._connection], [], [], 0)[0]:
+            self._receive()
+        while (body := self._next()) is not None:
+            yield body
+
+    def wait(self) -> Iterator[bytes]:
+        """At least one frame."""
+        while (body := self._next()) is None:
+            self._receive()
+        yield body
+        yield from self.poll()
+
+    def _receive(self) -> None:
+        data = self._connection.recv(1 << 20)
+        if not data:
+            raise EOFError
+        self._buffer += data
+
+    def _next(self) -> bytes | None:
+        end = HEADER_BYTES + int.from_bytes(self._buffer[:HEADER_BYTES], "little")
+        if len(self._buffer) < HEADER_BYTES or len(self._buffer) < end:
+            return None
+        body = bytes(self._buffer[HEADER_BYTES:end])
+        del self._buffer[:end]
+        return body
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides what it means
+    with contextlib.suppress(EOFError, ConnectionError):
+        serve(socket.socket(fileno=int(sys.argv[1])))

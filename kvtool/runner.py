@@ -1,0 +1,167 @@
+"""The model on its device: a scheduled batch goes in, sampled token ids come out."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kvtool.attention import PagedAttention
+from kvtool.attention.layer import AttentionLayer
+from kvtool.config import EngineConfig
+from kvtool.errors import CapacityError, ConfigError
+from kvtool.kv.batch import KVBatch, Span
+from kvtool.kv.format import resolve
+from kvtool.kv.layout import KVLayout
+from kvtool.kv.spec import KVSpec, StreamSpec
+from kvtool.kv.store import KVStore
+from kvtool.models import load_config, load_model, resolve_model
+from kvtool.models.config import ModelConfig
+from kvtool.sampler import sample, uniform
+from kvtool.scheduler import ScheduledBatch
+
+CPU_KV_CACHE_MEMORY = 1 << 30
+
+
+class Runner:
+    """Model, KV store and sampler of one process.
+
+    Attributes:
+        path: local folder of the model.
+        model_config: what the checkpoint is.
+        max_model_len: tokens of prompt and answer together, as asked for or as model and cache allow.
+        store: the KV cache, sized from the configuration.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.device = _device(config)
+        self.path = resolve_model(config.model)
+        self.model_config = load_config(self.path)
+        self.dtype = _dtype(config, self.model_config, self.device)
+        layout = _layout(config, self.model_config, self.dtype)
+        with torch.inference_mode():
+            self.model = load_model(
+                self.path,
+                self.model_config,
+                dtype=self.dtype,
+                device=self.device,
+                load_format=config.load_format,
+                seed=config.seed,
+                max_model_len=config.max_model_len,
+            )
+            memory = _kv_cache_memory(config, self.device)
+            num_blocks, self.max_model_len = _capacity(config, self.model_config, layout, memory)
+            self.store = KVStore(layout, num_blocks, config.max_num_seqs, self.dtype, self.device)
+            self.newest = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)
+        self.attention = PagedAttention(self.store, _attention_layers(self.model_config), config.attention_backend)
+
+    @torch.inference_mode()
+    def launch(self, batch: ScheduledBatch) -> Tensor:
+        """Start one step; the answer, [len(batch.sampled)] ids on the device, is for `collect`."""
+        spans = [Span(span.start, span.end, span.blocks, span.sequence.slot) for span in batch.spans]
+        kv_batch = KVBatch.build(self.store.format, spans, self.device)
+        hidden = self.model(self._input_ids(batch), kv_batch.positions, partial(self._attend, kv_batch))
+        self.store.seal(kv_batch)
+        if not batch.sampled:
+            return torch.empty(0, dtype=torch.int64)
+        last, end = [], 0
+        for span in batch.spans:
+            end += span.end - span.start
+            if span.samples:
+                last.append(end - 1)
+        sequences = [span.sequence for span in batch.sampled]
+        uniforms = [uniform(span.sequence.seed, span.end) for span in batch.sampled]
+        token_ids = sample(self.model.logits(hidden[last]), [sequence.params for sequence in sequences], uniforms)
+        self.newest[[sequence.slot for sequence in sequences]] = token_ids
+        return token_ids
+
+    def collect(self, handle: Tensor) -> list[int]:
+        """The token ids of a launched step, in the order of `batch.sampled`."""
+        ids: list[int] = handle.tolist()
+        return ids
+
+    def _input_ids(self, batch: ScheduledBatch) -> Tensor:
+        """Ids of all tokens of a step: known ones from the host, a decode's from what was sampled last."""
+        known = [i for span in batch.spans for i in (span.token_ids or [0])]
+        ids = torch.tensor(known, device=self.device)
+        at, slots, position = [], [], 0
+        for span in batch.spans:
+            if not span.token_ids:
+                at.append(position)
+                slots.append(span.sequence.slot)
+            position += span.end - span.start
+        if at:
+            ids[at] = self.newest[slots]
+        return ids
+
+    def _attend(self, batch: KVBatch, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.attention(layer, q, key, value, batch)
+
+
+def _device(config: EngineConfig) -> torch.device:
+    try:
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+    auto = "float32" if device.type == "cpu" else model.dtype
+    dtype: torch.dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
+    return dtype
+
+
+def _layout(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> KVLayout:
+    stream = StreamSpec(model.num_kv_heads, model.head_dim)
+    spec = KVSpec(model.num_layers, stream, stream, dtype.itemsize)
+    return KVLayout(spec, resolve(config.kv, spec))
+
+
+def _attention_layers(model: ModelConfig) -> list[AttentionLayer]:
+    return [
+        AttentionLayer(model.num_heads, model.num_kv_heads, model.head_dim, model.softmax_scale, window)
+        for window in model.sliding_window
+    ]
+
+
+def _kv_cache_memory(config: EngineConfig, device: torch.device) -> int:
+    if config.kv_cache_memory is not None:
+        return config.kv_cache_memory
+    if device.type == "cpu":
+        return CPU_KV_CACHE_MEMORY
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * 0.8)
+
+
+def _capacity(config: EngineConfig, model: ModelConfig, layout: KVLayout, memory: int) -> tuple[int, int]:
+    """Blocks that fit in `memory` beside the tails, and the longest request that may run.
+
+    Raises:
+        CapacityError: not even one request fits.
+        ConfigError: --max-model-len is beyond the model.
+    """
+    longest = config.max_model_len or model.max_position
+    if longest > model.max_position:
+        raise ConfigError(f"--max-model-len {longest}: the model's context is {model.max_position} tokens")
+    fmt, tails = layout.format, config.max_num_seqs * layout.tail_bytes
+    num_blocks = layout.num_blocks_within(memory, config.max_num_seqs)
+    asked = f"--kv-cache-memory {_mib(memory)}"
+    if num_blocks < 1:
+        raise CapacityError(
+            f"{asked} is too small: {config.max_num_seqs} tails take {_mib(tails)} and a block "
+            f"{_mib(layout.block_bytes)}; raise it or lower --max-num-seqs"
+        )
+    held = num_blocks * fmt.block_size + fmt.tail_tokens
+    if config.max_model_len and held < longest:
+        needed = tails + fmt.num_blocks(longest) * layout.block_bytes
+        raise CapacityError(
+            f"{asked} holds {held} tokens, fewer than one request of --max-model-len {longest}; "
+            f"raise it to {_mib(needed)} or lower --max-model-len"
+        )
+    return num_blocks, min(longest, held)
+
+
+def _mib(nbytes: int) -> str:
+    return f"{-(-nbytes * 10 >> 20) / 10:g}MiB" if nbytes >= 1 << 20 else f"{nbytes}B"

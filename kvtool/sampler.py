@@ -1,0 +1,44 @@
+"""From logits to token ids, on the device, each row by its own parameters."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvtool.request import SamplingParams
+
+COLDEST = 1e-5  # a lower temperature would overflow the logits; it is greedy in all but name
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on a request's seed and the token's position alone, so not on the batch."""
+    digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def sample(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
+    """One token id for each row of `logits` [N, V], as [N] int64.
+
+    Temperatures below `COLDEST` take the largest logit. Otherwise top_k and then top_p keep the most likely tokens
+    (always at least one), and the row's uniform number picks among them by inverse transform.
+    """
+    greedy = logits.argmax(-1)
+    if all(p.temperature < COLDEST for p in params):
+        return greedy
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+
+    temperature = column([max(p.temperature, COLDEST) for p in params])
+    top_k = column([p.top_k or logits.shape[-1] for p in params])
+    top_p = column([p.top_p for p in params])
+    probs, ids = (logits / temperature.to(logits.dtype)).softmax(-1, dtype=torch.float64).sort(-1, descending=True)
+    probs[torch.arange(probs.shape[-1], device=logits.device) >= top_k] = 0
+    before = probs.cumsum(-1) - probs
+    probs[before >= top_p * probs.sum(-1, keepdim=True)] = 0
+    cumulative = probs.cumsum(-1)
+    drawn = torch.searchsorted(cumulative, column(list(uniforms)) * cumulative[:, -1:], right=True)
+    kept = (probs > 0).sum(-1, keepdim=True)
+    sampled = ids.gather(-1, drawn.minimum(kept - 1))[:, 0]
+    return torch.where(temperature[:, 0] > COLDEST, sampled, greedy)

@@ -1,0 +1,138 @@
+"""The engine in this process: what a request gets depends on nothing but the request."""
+
+import random
+
+import pytest
+
+from kvtool.config import EngineConfig, KVOptions
+from kvtool.engine import Engine
+from kvtool.errors import CapacityError, ConfigError, KVToolError, RequestError
+from kvtool.request import Request, SamplingParams
+from kvtool.tokenizer import Tokenizer
+
+MIB = 1 << 20
+GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+FORMATS = {
+    "16": KVOptions(),
+    "4": KVOptions(nbits="4"),
+    "2, window": KVOptions(nbits="2", q_group_size=32, residual_length=32),
+    "4, rotated, on write": KVOptions(nbits="4", axis_key="token", rotate=True),
+    "fp8": KVOptions(nbits="fp8"),
+}
+
+
+def engine(kv: KVOptions, **overrides: object) -> Engine:
+    settings = {"dtype": "float64", "kv_cache_memory": 64 * MIB, "max_num_seqs": 16} | overrides
+    return Engine(EngineConfig(kv=kv, **settings))  # type: ignore[arg-type]
+
+
+def prompts(count: int, longest: int) -> list[list[int]]:
+    rng = random.Random(5)
+    return [[rng.randrange(3, 4000) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def answers(engine: Engine, prompts: list[list[int]], params: SamplingParams = GREEDY) -> list[list[int]]:
+    return [completion.token_ids for completion in engine.generate(prompts, params)]
+
+
+@pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())
+def test_tokens_are_the_same_alone_among_others_and_in_any_chunking(kv):
+    asked = prompts(16, 150)
+    alone = [answers(engine(kv), [prompt])[0] for prompt in asked[:3]]
+    assert len({tuple(answer) for answer in alone}) == 3, "the prompts must tell the answers apart"
+    assert answers(engine(kv), asked)[:3] == alone
+    for chunk in (1, 7, 64):
+        assert answers(engine(kv, max_num_batched_tokens=chunk), asked[:3]) == alone
+
+
+@pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())
+def test_tokens_are_the_same_when_sequences_are_preempted(kv):
+    asked = prompts(6, 200)
+    roomy = engine(kv)
+    layout = roomy.runner.store.layout
+    blocks = layout.format.num_blocks(240) + 2
+    tight = engine(kv, kv_cache_memory=blocks * layout.block_bytes + 6 * layout.tail_bytes, max_num_seqs=6)
+    preempted = []
+    preempt = tight.scheduler._preempt
+    tight.scheduler._preempt = lambda sequence: (preempted.append(sequence.id), preempt(sequence))  # type: ignore[method-assign]
+    assert answers(tight, asked) == answers(roomy, asked)
+    assert preempted
+
+
+def test_sampling_depends_on_the_seed_and_not_on_the_batch():
+    kv, asked = KVOptions(nbits="4"), prompts(8, 60)
+    params = SamplingParams(temperature=1.0, top_p=0.9, seed=17, max_tokens=20, ignore_eos=True)
+    alone = answers(engine(kv), asked[:1], params)[0]
+    assert answers(engine(kv), asked, params)[0] == alone
+    other = SamplingParams(temperature=1.0, top_p=0.9, seed=18, max_tokens=20, ignore_eos=True)
+    assert answers(engine(kv), asked[:1], other)[0] != alone
+
+
+def test_a_packed_cache_holds_more_in_the_same_bytes_and_says_how_much():
+    sixteen, four, two = (engine(KVOptions(nbits=bits), dtype="float32").info for bits in ("16", "4", "2"))
+    assert sixteen.kv_tokens == sixteen.kv_tokens_16bit
+    assert two.kv_tokens > 1.3 * four.kv_tokens > 1.3 * 1.5 * sixteen.kv_tokens
+    for info in (sixteen, four, two):
+        assert 63 * MIB < info.kv_bytes <= 64 * MIB
+
+
+def test_abort_frees_everything_in_any_phase():
+    tested = engine(KVOptions(nbits="4"), max_num_batched_tokens=32)
+    free = tested.scheduler.blocks.num_free
+    for steps in range(8):
+        tested.submit(Request("a", prompts(1, 1)[0] * 150, GREEDY))
+        for _ in range(steps):
+            tested.step()
+        tested.abort("a")
+        assert not tested.has_work and tested.scheduler.blocks.num_free == free
+
+
+def test_text_goes_in_and_comes_out_whole_or_streamed():
+    tested = engine(KVOptions(nbits="4"), dtype="float32")
+    params = SamplingParams(temperature=0, max_tokens=24)
+    completion = tested.generate(["It was a dark night, and"], params)[0]
+    assert completion.text and "".join(tested.stream("It was a dark night, and", params)) == completion.text
+    tokenizer = Tokenizer.load(tested.runner.path, tested.info.vocab_size)
+    assert completion.prompt_token_ids == tokenizer.encode("It was a dark night, and")
+
+
+def test_an_abandoned_stream_is_aborted():
+    tested = engine(KVOptions())
+    stream = tested.stream("Once", GREEDY)
+    next(stream)
+    stream.close()
+    assert not tested.has_work
+
+
+@pytest.mark.parametrize("prompt", [[], [-1], [10**9], [5] * 5000])
+def test_a_bad_prompt_is_refused_and_costs_the_others_nothing(prompt):
+    tested = engine(KVOptions())
+    with pytest.raises(RequestError) as caught:
+        tested.generate([[5, 6], prompt], GREEDY)
+    assert caught.value.param == "prompt" and not tested.has_work
+    assert len(answers(tested, [[5, 6]])[0]) == 40
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "says"),
+    [
+        ({"kv_cache_memory": 1000}, CapacityError, "--kv-cache-memory 1000B is too small"),
+        ({"kv_cache_memory": MIB, "max_model_len": 2000, "max_num_seqs": 1}, CapacityError, "raise it to"),
+        ({"max_model_len": 10**6}, ConfigError, "--max-model-len 1000000"),
+        ({"device": "warp"}, ConfigError, "--device warp"),
+        ({"attention_backend": "magic"}, KVToolError, "must be one of auto, torch"),
+        ({"model": "no/such/folder"}, KVToolError, "no/such/folder"),
+    ],
+)
+def test_an_engine_that_cannot_run_says_so_in_one_line(overrides, error, says):
+    with pytest.raises(error, match=says) as caught:
+        engine(KVOptions(), **overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_max_model_len_a_small_cache_shortens_the_context_and_what_fits_is_answered():
+    tested = engine(KVOptions(nbits="4"), kv_cache_memory=2 * MIB, max_num_seqs=1)
+    limit = tested.info.max_model_len
+    assert 64 < limit < tested.runner.model_config.max_position
+    params = SamplingParams(temperature=0, ignore_eos=True)
+    assert len(answers(tested, [[5] * 10], params)[0]) == limit - 10

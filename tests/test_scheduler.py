@@ -1,0 +1,147 @@
+"""The scheduler alone: memory, order and progress, with a runner that makes up tokens."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtool.config import KVOptions
+from kvtool.errors import RequestError
+from kvtool.kv.format import KVFormat, resolve
+from kvtool.kv.spec import KVSpec, StreamSpec
+from kvtool.request import Request, SamplingParams
+from kvtool.scheduler import ScheduledBatch, Scheduler
+
+SPEC = KVSpec(2, StreamSpec(2, 32), StreamSpec(2, 32), 4)
+FORMATS = [resolve(o, SPEC) for o in (KVOptions(), KVOptions(nbits="4"), KVOptions(nbits="2", residual_length=64))]
+
+
+def scheduler(fmt: KVFormat, num_blocks: int = 8, seqs: int = 4, budget: int = 64, context: int = 512) -> Scheduler:
+    return Scheduler(
+        fmt,
+        num_blocks=num_blocks,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=context,
+        eos_token_ids=[1],
+    )
+
+
+def request(name: str, prompt: int, max_tokens: int | None = None, **params: object) -> Request:
+    return Request(name, [5] * prompt, SamplingParams(max_tokens=max_tokens, **params))  # type: ignore[arg-type]
+
+
+def check(scheduler: Scheduler, batch: ScheduledBatch) -> None:
+    """What must hold of every step."""
+    lengths = [span.end - span.start for span in batch.spans]
+    assert 0 < sum(lengths) <= scheduler.max_num_batched_tokens
+    assert lengths == sorted(lengths, key=lambda n: n > 1), "spans of one token come first"
+    assert len({id(span.sequence) for span in batch.spans}) == len(batch.spans)
+    owned = [block for sequence in scheduler.running for block in sequence.blocks]
+    assert len(owned) == len(set(owned)) == scheduler.blocks.num_used
+    assert len({sequence.slot for sequence in scheduler.running}) == len(scheduler.running)
+    assert scheduler.slots.num_free + len(scheduler.running) == scheduler.slots.num_slots
+    for span in batch.spans:
+        assert span.sequence in scheduler.running
+        assert len(span.blocks) >= scheduler.format.num_blocks(span.end)
+        assert span.samples == (span.end == len(span.sequence.tokens))
+
+
+@settings(deadline=None, max_examples=60)
+@given(fmt=st.sampled_from(FORMATS), seed=st.integers(0, 2**31))
+def test_every_request_is_answered_in_full_and_all_memory_comes_back(fmt, seed):
+    rng = random.Random(seed)
+    s = scheduler(fmt, num_blocks=rng.randint(8, 20), seqs=rng.randint(1, 6), budget=rng.choice([7, 64, 1000]))
+    expected, got, finished, aborted = {}, {}, {}, set()
+    for i in range(20):
+        prompt, answer = rng.randint(1, 250), rng.randint(1, 150)
+        s.add(request(str(i), prompt, answer, ignore_eos=True), seed=0)
+        expected[str(i)] = answer
+    computed: dict[str, int] = {}
+    while s.has_work:
+        batch = s.schedule()
+        check(s, batch)
+        for span in batch.spans:  # each position once, in order, from 0 again only after preemption
+            assert span.start in (0, computed.get(span.sequence.id, 0))
+            computed[span.sequence.id] = span.end
+        for tokens in s.update(batch, [rng.randint(0, 9) for _ in batch.sampled]):
+            assert tokens.id not in finished and tokens.id not in aborted
+            got[tokens.id] = got.get(tokens.id, 0) + len(tokens.token_ids)
+            if tokens.finish_reason:
+                finished[tokens.id] = tokens.finish_reason
+        if rng.random() < 0.02:
+            aborted.add(name := str(rng.randrange(20)))
+            s.abort(name)
+    answered = {name: n for name, n in expected.items() if name not in aborted}
+    assert {name: got[name] for name in answered} == answered
+    assert all(finished[name] == "length" for name in answered)
+    assert s.blocks.num_free == s.blocks.num_blocks and s.slots.num_free == s.slots.num_slots
+
+
+def test_decodes_run_while_a_long_prompt_is_cut_into_chunks():
+    s = scheduler(FORMATS[1], budget=64)
+    s.add(request("short", 10, 50), 0)
+    s.update(s.schedule(), [7])
+    s.add(request("long", 300, 5), 0)
+    starts = []
+    for _ in range(3):
+        batch = s.schedule()
+        assert [span.sequence.id for span in batch.spans] == ["short", "long"]
+        starts.append((batch.spans[1].start, batch.spans[1].end))
+        s.update(batch, [7] * len(batch.sampled))
+    assert starts == [(0, 63), (63, 126), (126, 189)]
+
+
+def test_the_youngest_gives_way_and_the_oldest_never_does():
+    s = scheduler(FORMATS[0], num_blocks=4, seqs=3, budget=256)
+    for name in ("old", "middle", "young"):
+        s.add(request(name, 64, 100, ignore_eos=True), 0)
+    order = []
+    while s.has_work:
+        batch = s.schedule()
+        check(s, batch)
+        assert batch.spans[0].sequence.id == "old" or "old" in order
+        order += [t.id for t in s.update(batch, [7] * len(batch.sampled)) if t.finish_reason]
+    assert order == ["old", "middle", "young"]
+
+
+def test_end_of_text_ends_unless_ignored():
+    for ignore, reasons in ((False, ["stop"]), (True, [None, None, "length"])):
+        s = scheduler(FORMATS[0])
+        s.add(request("a", 3, 3, ignore_eos=ignore), 0)
+        seen = []
+        while s.has_work:
+            batch = s.schedule()
+            seen += [t.finish_reason for t in s.update(batch, [1])]
+        assert seen == reasons
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "param", "says"),
+    [
+        (0, 5, "prompt", "empty"),
+        (512, None, "prompt", "context of 512"),
+        (10, 0, "max_tokens", "at least 1"),
+        (10, -3, "max_tokens", "at least 1"),
+        (10, 503, "max_tokens", "at most 502"),
+    ],
+)
+def test_what_can_never_run_is_refused_at_once(prompt, max_tokens, param, says):
+    s = scheduler(FORMATS[1])
+    with pytest.raises(RequestError, match=says) as caught:
+        s.add(request("x", prompt, max_tokens), 0)
+    assert caught.value.param == param and not s.has_work
+
+
+def test_a_request_that_exceeds_the_cache_is_refused_and_the_largest_that_fits_runs():
+    for fmt in FORMATS:
+        s = scheduler(fmt, num_blocks=3, context=10_000)
+        fits = max(n for n in range(1, 1000) if fmt.num_blocks(n - 1) <= 3)
+        with pytest.raises(RequestError, match="KV cache"):
+            s.add(request("x", 10, fits - 9), 0)
+        s.add(request("y", 10, fits - 10, ignore_eos=True), 0)
+        while s.has_work:
+            batch = s.schedule()
+            check(s, batch)
+            s.update(batch, [7] * len(batch.sampled))
