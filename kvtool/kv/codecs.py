@@ -48,7 +48,7 @@ class Integer:
         self.bits = bits
 
     def encode(self, x: Tensor, fmt: StreamFormat) -> Arrays:
-        groups, dim = _grouped(_wide(x), fmt)
+        groups, dim = _grouped(x.to(_wide(x.dtype)), fmt)
         if fmt.symmetric:
             levels = 2 ** (self.bits - 1) - 1
             scale = _round_fp16(groups.abs().amax(dim, keepdim=True) / levels, up=True)
@@ -65,14 +65,15 @@ class Integer:
         return {"codes": pack(codes.to(torch.uint8).reshape(x.shape), self.bits), **squeezed}
 
     def decode(self, arrays: Arrays, fmt: StreamFormat, dtype: torch.dtype) -> Tensor:
-        codes = unpack(arrays["codes"], self.bits).to(dtype)
+        # In float32 at least: bf16 would round the scale, and 255 of its steps add up to more than the bound.
+        codes = unpack(arrays["codes"], self.bits).to(_wide(dtype))
         groups, _ = _grouped(codes, fmt)
-        scale = _grouped_scale(arrays["scale"], fmt).to(dtype)
+        scale = _grouped_scale(arrays["scale"], fmt).to(codes.dtype)
         if fmt.symmetric:
-            return ((groups - (2 ** (self.bits - 1) - 1)) * scale).view(codes.shape)
-        zero = _grouped_scale(arrays["zero"], fmt).to(dtype)
-        decoded: Tensor = torch.addcmul(zero, groups, scale)
-        return decoded.view(codes.shape)
+            groups.sub_(2 ** (self.bits - 1) - 1).mul_(scale)
+        else:
+            groups.mul_(scale).add_(_grouped_scale(arrays["zero"], fmt).to(codes.dtype))
+        return codes.to(dtype)
 
 
 class Float8:
@@ -81,12 +82,15 @@ class Float8:
     LARGEST = 448.0
 
     def encode(self, x: Tensor, fmt: StreamFormat) -> Arrays:
-        wide = _wide(x)
+        wide = x.to(_wide(x.dtype))
         scale = _round_fp16(wide.abs().amax(-1, keepdim=True) / self.LARGEST, up=True)
         return {"codes": (wide / _divisor(scale, wide.dtype)).to(torch.float8_e4m3fn).view(torch.uint8), "scale": scale}
 
     def decode(self, arrays: Arrays, fmt: StreamFormat, dtype: torch.dtype) -> Tensor:
-        return arrays["codes"].view(torch.float8_e4m3fn).to(dtype) * arrays["scale"].to(dtype)
+        # An e4m3 byte moved into fp16's exponent is its value / 256; ten times as fast on CPU as torch's conversion.
+        bits = (arrays["codes"].view(torch.int8).to(torch.int16) << 7) & -0x4001
+        scale = arrays["scale"].to(_wide(dtype)) * 256
+        return bits.view(torch.float16).to(scale.dtype).mul_(scale).to(dtype)
 
 
 CODECS: dict[Bits, Codec] = {"16": Raw(), "8": Integer(8), "4": Integer(4), "2": Integer(2), "fp8": Float8()}
@@ -109,8 +113,9 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     return torch.cat([*low, packed >> (8 - bits)], dim=-1)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What the arithmetic runs in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _grouped(x: Tensor, fmt: StreamFormat) -> tuple[Tensor, int]:
@@ -139,9 +144,10 @@ def _divisor(scale: Tensor, dtype: torch.dtype) -> Tensor:
 def _round_fp16(x: Tensor, *, up: bool) -> Tensor:
     """The nearest fp16 that is not below (`up`) or not above `x`; refuses what fp16 cannot hold."""
     near = x.to(torch.float16)
-    if not near.isfinite().all():
-        raise UnsupportedError("a key or value is NaN or beyond fp16's 65,504: this model's cache cannot be quantised")
     back = near.to(x.dtype)
     missed = back < x if up else back > x
     limit = torch.full_like(near, float("inf") if up else float("-inf"))
-    return torch.where(missed, torch.nextafter(near, limit), near)
+    rounded = torch.where(missed, torch.nextafter(near, limit), near)
+    if not rounded.isfinite().all():
+        raise UnsupportedError("a key or value is NaN or beyond fp16's 65,504: this model's cache cannot be quantised")
+    return rounded + 0.0  # -0.0 becomes 0.0: which of the two a minimum finds depends on how it runs

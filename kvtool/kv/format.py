@@ -11,6 +11,8 @@ from kvtool.kv.visibility import visible
 
 GROUP_SIZES = (32, 64, 128)
 BLOCK_SIZE = 64
+KEY_AXIS: Axis = "channel"  # keys have a few channels of huge outliers, values have not
+VALUE_AXIS: Axis = "token"
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,8 @@ def resolve(options: KVOptions, spec: KVSpec) -> KVFormat:
     _check(options, bits)
     layers = tuple(
         LayerFormat(
-            _stream_format(options, key_bits, options.axis_key or "channel", spec.key),
-            _stream_format(options, value_bits, options.axis_value or "token", spec.value),
+            _stream_format(options, key_bits, options.axis_key or KEY_AXIS, spec.key),
+            _stream_format(options, value_bits, options.axis_value or VALUE_AXIS, spec.value),
         )
         for key_bits, value_bits in bits
     )
@@ -144,16 +146,17 @@ def _check(options: KVOptions, bits: list[tuple[Bits, Bits]]) -> None:
     if used == {"16"}:
         given = [name for name, value in vars(options).items() if value and not name.startswith(("nbits", "plan"))]
         if given:
-            raise ConfigError(
-                f"--{given[0].replace('_', '-')} means nothing for a 16-bit cache; add --nbits 8, 4, 2 or fp8"
-            )
+            option = given[0].replace("_", "-").replace("symmetric", "sym")
+            raise ConfigError(f"--{option} means nothing for a 16-bit cache; add --nbits 8, 4, 2 or fp8")
     for name, axis, index in (("key", options.axis_key, 0), ("value", options.axis_value, 1)):
         if axis == "channel" and "fp8" in {pair[index] for pair in bits}:
             raise ConfigError(f"--axis-{name} channel: fp8 has one scale per token and head; leave the axis out")
-    if used <= {"16", "fp8"} and (options.rotate or options.symmetric is not None):
-        raise ConfigError("--rotate, --sym and --asym are for 8, 4 and 2 bits; leave them out with fp8")
-    if options.rotate and ((options.axis_key or "channel") == "channel" or options.axis_value == "channel"):
-        raise ConfigError("--rotate mixes the channels of a token, so it needs --axis-key token and --axis-value token")
+    if used <= {"16", "fp8"} and (options.rotate or options.symmetric is not None or options.q_group_size):
+        raise ConfigError("--rotate, --sym, --asym and --q-group-size are for 8, 4 and 2 bits; leave them out")
+    axes = (("key", options.axis_key or KEY_AXIS, 0), ("value", options.axis_value or VALUE_AXIS, 1))
+    for name, axis, index in axes if options.rotate else ():
+        if axis == "channel" and {pair[index] for pair in bits} - {"16", "fp8"}:
+            raise ConfigError(f"--rotate mixes the channels of a token, so it needs --axis-{name} token")
 
 
 def _stream_format(options: KVOptions, bits: Bits, axis: Axis, stream: StreamSpec) -> StreamFormat:

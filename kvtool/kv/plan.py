@@ -21,7 +21,7 @@ def load_plan(path: str, num_layers: int) -> list[tuple[Bits, Bits]]:
         plan = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--kv-plan {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--kv-plan {path}: is not YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(plan, dict) or set(plan) != set(range(num_layers)):
         found = f"{len(plan)} entries" if isinstance(plan, dict) else "no mapping"
@@ -33,7 +33,9 @@ def load_plan(path: str, num_layers: int) -> list[tuple[Bits, Bits]]:
 
 
 def _bits(path: str, entry: object, layer: int, name: str) -> Bits:
-    value = str(entry.get(name)) if isinstance(entry, dict) else "None"
-    if value not in BITS:
-        raise ConfigError(f"--kv-plan {path}: layer {layer}: {name} is {value}; must be one of {', '.join(BITS)}")
-    return cast(Bits, value)
+    value = entry.get(name, "missing") if isinstance(entry, dict) else "missing"
+    # A nested value is not spelled out: with YAML's aliases a few lines become gigabytes.
+    bits = str(value) if isinstance(value, str | int | float) else type(value).__name__
+    if bits not in BITS:
+        raise ConfigError(f"--kv-plan {path}: layer {layer}: {name} is {bits!r:.40}; must be one of {', '.join(BITS)}")
+    return cast(Bits, bits)
