@@ -1,0 +1,75 @@
+"""A real server, as a process, shared by all tests that only ask it things."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+START_SECONDS = 120  # generous: CI machines may run other things beside
+
+
+def kvtool(*arguments: str, **settings: object) -> "subprocess.Popen[str]":
+    """`kvtool` from the checkout, installed or not, without the caller's KVTOOL_ variables."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("KVTOOL_")}
+    command = [sys.executable, "-m", "commands", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": REPOSITORY, "env": env}
+    return subprocess.Popen(command, **(pipes | settings))  # type: ignore[call-overload,no-any-return]
+
+
+def children(pid: int) -> list[int]:
+    """Processes that `pid` has started and that still run."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@dataclass(frozen=True)
+class ServerProcess:
+    process: "subprocess.Popen[str]"
+    url: str
+    card: str
+
+    @property
+    def engine(self) -> int:
+        """Process id of the engine."""
+        (pid,) = children(self.process.pid)
+        return pid
+
+    def end(self) -> tuple[int, str]:
+        """Exit status and stderr, once it has ended by itself."""
+        _, stderr = self.process.communicate(timeout=60)
+        return self.process.returncode, stderr
+
+
+@contextmanager
+def serving(*options: str) -> Iterator[ServerProcess]:
+    """`kvtool serve` on a free port, from ready to ended."""
+    process = kvtool("serve", "--port", "0", *options)
+    try:
+        assert process.stdout is not None
+        card = ""
+        while "curl" not in card:  # the card's last line
+            line = process.stdout.readline()
+            if not line:
+                pytest.fail(f"the server did not start: {process.communicate()[1]}")
+            card += line
+        url = re.search(r"http://\S+", card)
+        assert url is not None
+        yield ServerProcess(process, url[0], card)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ServerProcess]:
+    """The embedded model at 4 bits; two sequences at once, so that a forgotten request would be in others' way."""
+    with serving("--nbits", "4", "--kv-cache-memory", "64MiB", "--max-num-seqs", "2") as running:
+        yield running
