@@ -207,7 +207,7 @@ def _architecture(fields: Fields) -> Architecture:
     model_type, known = fields.get("model_type"), ", ".join(ARCHITECTURES)
     if model_type is None:
         fields.refuse("model_type", f"is missing; it must be one of {known}")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         if fields.get("auto_map") is not None:
             fields.refuse(
                 "auto_map", f"asks to run code that comes with the model, which is refused; use one of {known}"
@@ -290,10 +290,10 @@ def _sliding_window(fields: Fields, architecture: Architecture, num_layers: int)
     if layer_types is None:
         first = fields.count("max_window_layers") if fields.get("max_window_layers") != 0 else 0
         return tuple(window if layer >= first else None for layer in range(num_layers))
-    windows = {"full_attention": None, "sliding_attention": window}
-    if not isinstance(layer_types, list) or len(layer_types) != num_layers or not set(layer_types) <= windows.keys():
-        fields.refuse("layer_types", f"must be a list of {num_layers} entries, full_attention or sliding_attention")
-    return tuple(windows[kind] for kind in layer_types)
+    kinds = ("full_attention", "sliding_attention")
+    if not isinstance(layer_types, list) or len(layer_types) != num_layers or any(t not in kinds for t in layer_types):
+        fields.refuse("layer_types", f"must be a list of {num_layers} entries, each {' or '.join(kinds)}")
+    return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
 
 
 def _dtype(fields: Fields) -> str:

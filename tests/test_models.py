@@ -1,0 +1,486 @@
+"""The decoder against transformers, and what a config.json may say."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from checkpoints import SHAPE, DenseAttend, make_checkpoint, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding
+
+from kvtool.errors import ModelError
+from kvtool.layers.rotary import Rotary
+from kvtool.models import Decoder, ModelConfig, load_config, load_model, resolve_model
+
+CPU = torch.device("cpu")
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"rope_theta": 500.0, "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0, "original_max_position_embeddings": 32}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.75}
+LONGROPE |= {"short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5], "long_factor": [1.0, 1.5, 2.5, 4.0, 8.0, 16.0]}
+
+# Name: architecture, fields of the config, and the longest sequence where that matters.
+CASES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}, 512),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, 512),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}, 512),
+    "qwen3": ("qwen3", {"head_dim": 32}, 512),
+    "llama": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}, 512),
+    "llama3": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}, 512),
+    "llama-yarn": ("llama", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4, "truncate": False}}, 512),
+    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 500.0}}, 512),
+    "mistral": ("mistral", {"sliding_window": 9}, 512),
+    "mistral-full": ("mistral", {"sliding_window": None, "num_key_value_heads": 1}, 512),
+    "phi3": ("phi3", {"sliding_window": 17}, 512),
+    "phi3-short": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 256}, 256),
+    "phi3-long": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}, 512),
+}
+PROMPT = torch.randint(SHAPE["vocab_size"], (80,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    """By name of a case: transformers' model, and the folder it was saved to."""
+
+    @cache
+    def make(case: str) -> tuple[Any, Path]:
+        model_type, overrides, _ = CASES[case]
+        folder = tmp_path_factory.mktemp(case)
+        return make_checkpoint(model_type, folder, **overrides), folder
+
+    return make
+
+
+def load(case: str, folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
+    return load_model(folder, load_config(folder), dtype=dtype, device=CPU, max_model_len=CASES[case][2])
+
+
+def in_chunks(model: Decoder, ids: list[int], sizes: list[int]) -> Tensor:
+    """Logits of `ids`, computed in chunks of these sizes and one of what is left."""
+    attend, parts, start = DenseAttend(model.config), [], 0
+    for size in [*sizes, len(ids)]:
+        if chunk := ids[start : start + size]:
+            parts.append(run(model, chunk, attend, start))
+        start += len(chunk)
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_match_transformers(case: str, opened: Any) -> None:
+    oracle, folder = opened(case)
+    with torch.inference_mode():
+        expected = oracle(torch.tensor([PROMPT])).logits[0]
+    assert expected.std() > 0.5
+    torch.testing.assert_close(in_chunks(load(case, folder), PROMPT, []), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_64_greedy_tokens_match_transformers(case: str, opened: Any) -> None:
+    oracle, folder = opened(case)
+    prompt = PROMPT[:40]
+    oracle.generation_config.eos_token_id = None
+    ids = torch.tensor([prompt])
+    expected = oracle.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64)
+    model = load(case, folder)
+    attend = DenseAttend(model.config)
+    tokens = [int(run(model, prompt, attend)[-1].argmax())]
+    while len(tokens) < 64:
+        tokens.append(int(run(model, tokens[-1:], attend, len(prompt) + len(tokens) - 1)[0].argmax()))
+    assert len(set(tokens)) > 8
+    assert tokens == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+@pytest.mark.parametrize("case", CASES)
+def test_chunks_of_any_size_give_the_same_logits(case: str, size: int, opened: Any) -> None:
+    model = load(case, opened(case)[1], torch.float64)
+    whole = in_chunks(model, PROMPT, [])
+    torch.testing.assert_close(in_chunks(model, PROMPT, [size] * (80 // size)), whole, rtol=0, atol=1e-10)
+
+
+def test_any_cut_gives_the_same_logits(opened: Any) -> None:
+    model = load("qwen2-window", opened("qwen2-window")[1], torch.float64)
+    whole = in_chunks(model, PROMPT, [])
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.lists(st.integers(1, 40), max_size=8))
+    def law(sizes: list[int]) -> None:
+        torch.testing.assert_close(in_chunks(model, PROMPT, sizes), whole, rtol=0, atol=1e-10)
+
+    law()
+
+
+def test_sequences_laid_end_to_end_do_not_see_each_other(opened: Any) -> None:
+    model = load("qwen3", opened("qwen3")[1], torch.float64)
+    first, second = PROMPT[:30], PROMPT[30:]
+    attends = DenseAttend(model.config), DenseAttend(model.config)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        pairs = zip(attends, *(x.split((30, 50)) for x in (q, k, v)), strict=True)
+        return torch.cat([each(layer, q, k, v) for each, q, k, v in pairs])
+
+    positions = torch.cat((torch.arange(30), torch.arange(50)))
+    with torch.inference_mode():
+        together = model.logits(model(torch.tensor(PROMPT), positions, attend))
+    apart = torch.cat((in_chunks(model, first, []), in_chunks(model, second, [])))
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 8e-2)], ids=str
+)
+@pytest.mark.parametrize("case", ["qwen3", "llama3", "phi3-long"])
+def test_every_dtype_computes_the_same_model(case: str, dtype: torch.dtype, tolerance: float, opened: Any) -> None:
+    folder = opened(case)[1]
+    expected = in_chunks(load(case, folder), PROMPT, [])
+    logits = in_chunks(load(case, folder, dtype), PROMPT, [])
+    assert logits.dtype == dtype
+    error = (logits.double() - expected.double()).square().mean().sqrt() / expected.std()
+    assert error < tolerance
+
+
+ROPES = {
+    "default": st.fixed_dictionaries({}),
+    "linear": st.fixed_dictionaries({"factor": st.floats(1, 50)}),
+    "llama3": st.fixed_dictionaries(
+        {
+            "factor": st.floats(1, 50),
+            "low_freq_factor": st.floats(0.5, 2),
+            "high_freq_factor": st.floats(2.5, 8),
+            "original_max_position_embeddings": st.integers(64, 4096),
+        }
+    ),
+    "yarn": st.fixed_dictionaries(
+        {"factor": st.floats(1, 50), "original_max_position_embeddings": st.integers(64, 4096)},
+        optional={
+            "beta_fast": st.floats(8, 64),
+            "beta_slow": st.floats(0.5, 4),
+            "attention_factor": st.floats(0.5, 2),
+            "mscale": st.floats(0.5, 2),
+            "mscale_all_dim": st.floats(0.5, 2),
+            "truncate": st.booleans(),
+        },
+    ),
+    "longrope": st.fixed_dictionaries(
+        {
+            "short_factor": st.lists(st.floats(1, 20), min_size=8, max_size=8),
+            "long_factor": st.lists(st.floats(1, 20), min_size=8, max_size=8),
+            "original_max_position_embeddings": st.integers(64, 4096),
+        },
+        optional={"factor": st.floats(1, 50), "attention_factor": st.floats(0.5, 2)},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rotary_tables_match_transformers(kind: str, tmp_path: Path) -> None:
+    @settings(max_examples=40, deadline=None)
+    @given(ROPES[kind], st.floats(100, 1e6), st.integers(1, 2048))
+    def law(parameters: dict[str, Any], theta: float, max_len: int) -> None:
+        parameters = {"rope_type": kind, "rope_theta": theta, **parameters}
+        write_config(tmp_path, rope_parameters=parameters)
+        hf_config = LlamaConfig.from_dict({**SHAPE, "rope_parameters": dict(parameters)})
+        positions = torch.arange(max_len)
+        cos, sin = LlamaRotaryEmbedding(hf_config)(torch.zeros(()), positions[None])
+        own_cos, own_sin = Rotary(load_config(tmp_path).rope, max_len, dtype=torch.float32, device=CPU)(positions)
+        sign = torch.tensor([-1.0] * 8 + [1.0] * 8)
+        # A relative error of 1e-7 in a frequency is 1e-7 × position in the angle.
+        torch.testing.assert_close(own_cos[:, 0], cos[0], rtol=0, atol=5e-7 * max_len + 1e-6)
+        torch.testing.assert_close(own_sin[:, 0] * sign, sin[0], rtol=0, atol=5e-7 * max_len + 1e-6)
+
+    law()
+
+
+# What a config.json may say
+
+OLD = {"rope_theta": 500.0, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}
+
+
+def write_config(folder: Path, **overrides: Any) -> None:
+    config = {"model_type": "llama", "rms_norm_eps": 1e-6, **SHAPE, **overrides}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_old_and_new_spelling_say_the_same(tmp_path: Path) -> None:
+    write_config(tmp_path, torch_dtype="bfloat16", **OLD)
+    old = load_config(tmp_path)
+    write_config(tmp_path, dtype="bfloat16", rope_parameters=YARN)
+    assert load_config(tmp_path) == old
+    assert old.dtype == "bfloat16"
+
+
+def test_phi3_names_longrope_in_two_ways(tmp_path: Path) -> None:
+    longrope = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    ropes = set()
+    for kind in ("su", "longrope"):
+        scaling = {"type": kind, **longrope}
+        write_config(tmp_path, model_type="phi3", original_max_position_embeddings=64, rope_scaling=scaling)
+        ropes.add(load_config(tmp_path).rope)
+    assert len(ropes) == 1
+
+
+def test_end_of_text_ids_come_from_both_files(tmp_path: Path) -> None:
+    write_config(tmp_path, eos_token_id=7)
+    assert load_config(tmp_path).eos_token_ids == (7,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 7]}')
+    assert load_config(tmp_path).eos_token_ids == (7, 9)
+    write_config(tmp_path, eos_token_id=None)
+    assert load_config(tmp_path).eos_token_ids == (9, 7)
+
+
+def test_only_layers_named_slide(tmp_path: Path) -> None:
+    write_config(tmp_path, model_type="qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=2)
+    assert load_config(tmp_path).sliding_window == (None, None, 9)
+    types = ["sliding_attention", "full_attention", "full_attention"]
+    write_config(tmp_path, model_type="qwen3", use_sliding_window=True, sliding_window=9, layer_types=types)
+    assert load_config(tmp_path).sliding_window == (9, None, None)
+    write_config(tmp_path, model_type="qwen2", use_sliding_window=False, sliding_window=9)
+    assert load_config(tmp_path).sliding_window == (None,) * 3
+    write_config(tmp_path, model_type="llama", sliding_window=9)
+    assert load_config(tmp_path).sliding_window == (None,) * 3
+
+
+REQUIRED = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+REQUIRED += ["num_key_value_heads", "max_position_embeddings", "rms_norm_eps"]
+
+
+def refusal(folder: Path) -> str:
+    """The one line that a folder is refused with."""
+    with pytest.raises(ModelError) as caught:
+        load_config(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("field", REQUIRED)
+def test_a_missing_field_is_named(field: str, tmp_path: Path) -> None:
+    write_config(tmp_path, **{field: None})
+    assert f"config.json: {field} is missing" in refusal(tmp_path)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "text": ({"hidden_size": "64"}, "hidden_size is '64'; it must be a positive integer"),
+    "fraction": ({"vocab_size": 1.5}, "vocab_size is 1.5; it must be a positive integer"),
+    "truth": ({"num_hidden_layers": True}, "num_hidden_layers is True; it must be a positive integer"),
+    "zero": ({"intermediate_size": 0}, "intermediate_size is 0; it must be a positive integer"),
+    "eps": ({"rms_norm_eps": -1}, "rms_norm_eps is -1; it must be a positive number"),
+    "flag": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; it must be true or false"),
+    "kv heads": ({"num_key_value_heads": 3}, "num_attention_heads is 4; it must be a multiple of num_key_value_heads"),
+    "heads": (
+        {"num_attention_heads": 6, "head_dim": None},
+        "hidden_size is 64; it must be a multiple of num_attention",
+    ),
+    "odd head": ({"head_dim": 15}, "head_dim is 15"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
+    "dtype": ({"torch_dtype": "int8"}, "torch_dtype is 'int8'; it must be one of"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config says"),
+    "eos": ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
+    "architecture": ({"model_type": "gpt2"}, "model_type is 'gpt2', which is not supported; use one of llama"),
+    "remote code": ({"model_type": "x", "auto_map": {"AutoModel": "x.X"}}, "auto_map asks to run code"),
+    "rope": ({"rope_scaling": [1]}, "rope_scaling is [1]; it must be an object"),
+    "rope type": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type is 'dynamic'"),
+    "rope factor": ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
+    "rope theta": ({"rope_parameters": {"rope_theta": "x"}}, "rope_parameters.rope_theta is 'x'"),
+    "long factors": (
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0]}},
+        "rope_scaling.long_factor must be a list of 8 positive numbers",
+    ),
+    "layer types": (
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention"]},
+        "layer_types must be a list of 3 entries",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_field_is_named_with_its_remedy(case: str, tmp_path: Path) -> None:
+    overrides, expected = WRONG[case]
+    write_config(tmp_path, **overrides)
+    assert f"{tmp_path / 'config.json'}: {expected}" in refusal(tmp_path)
+
+
+def test_code_of_a_known_architecture_is_ignored(tmp_path: Path) -> None:
+    write_config(tmp_path, model_type="phi3", auto_map={"AutoConfig": "configuration_phi3.Phi3Config"})
+    assert load_config(tmp_path).model_type == "phi3"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "no such file"),
+        (b"{", "is no JSON"),
+        (b"\xff\xfe", "is no JSON"),
+        (b"[]", "holds no JSON object"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a git-LFS pointer"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused(content: bytes | None, expected: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    assert f"{tmp_path / 'config.json'}: {expected}" in refusal(tmp_path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+SCALING = st.dictionaries(
+    st.sampled_from(
+        ["factor", "original_max_position_embeddings", "rope_theta", "short_factor", "mscale", "beta_fast"]
+    ),
+    JSON,
+).flatmap(lambda fields: st.builds(lambda kind: {**fields, "type": kind}, st.sampled_from([*ROPES, "su", 1])))
+FIELDS = ["rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "layer_types", "max_window_layers"]
+FIELDS += ["head_dim", "eos_token_id", "torch_dtype", "use_sliding_window", "attention_bias", "partial_rotary_factor"]
+FIELDS += ["hidden_act", "original_max_position_embeddings", *REQUIRED]
+
+
+def test_no_config_whatever_gives_a_traceback(tmp_path: Path) -> None:
+    @settings(max_examples=200, deadline=None)
+    @given(
+        st.sampled_from(["llama", "qwen2", "phi3"]),
+        st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3),
+        st.none() | SCALING,
+    )
+    def law(model_type: str, overrides: dict[str, Any], scaling: dict[str, Any] | None) -> None:
+        write_config(tmp_path, **{"model_type": model_type, "rope_scaling": scaling, **overrides})
+        try:
+            config = load_config(tmp_path)
+        except ModelError as error:
+            assert "\n" not in str(error)
+        else:
+            Rotary(config.rope, 8, dtype=torch.float32, device=CPU)
+
+    law()
+
+
+# The true shapes of real models
+
+LITERAL: dict[str, dict[str, Any]] = {
+    "Qwen2.5-7B": {
+        "model_type": "qwen2",
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+    },
+    "Llama-3.2-1B": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    },
+    "Phi-3-mini": {
+        "model_type": "phi3",
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    },
+}
+MILLIONS = {"Qwen2.5-7B": 7616, "Llama-3.2-1B": 1236, "Phi-3-mini": 3821}
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "configs"
+SHARED_MILLIONS = {
+    "Llama-3.1-8B": 8030,
+    "Llama-3.2-1B": 1236,
+    "Mistral-7B-v0.3": 7248,
+    "Phi-3-mini-4k-instruct": 3821,
+    "Qwen2.5-0.5B-Instruct": 494,
+    "Qwen2.5-1.5B-Instruct": 1544,
+    "Qwen2.5-3B": 3086,
+    "Qwen2.5-7B-Instruct": 7616,
+    "Qwen3-0.6B": 596,
+    "Qwen3-1.7B": 1721,
+    "Qwen3-8B": 8191,
+    "SmolLM2-135M": 135,
+    "TinyLlama-1.1B-Chat-v1.0": 1100,
+}
+
+
+def parameters_in_millions(folder: Path) -> int:
+    meta = torch.device("meta")
+    config = load_config(folder)
+    model = load_model(folder, config, dtype=torch.bfloat16, device=meta, load_format="dummy", max_model_len=64)
+    return round(sum(parameter.numel() for parameter in model.parameters()) / 1e6)
+
+
+@pytest.mark.parametrize("name", LITERAL)
+def test_true_shape_has_the_published_number_of_parameters(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LITERAL[name]))
+    assert parameters_in_millions(tmp_path) == MILLIONS[name]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the collection of configs is not here")
+@pytest.mark.parametrize("name", SHARED_MILLIONS)
+def test_every_collected_config_builds_at_true_shape(name: str) -> None:
+    assert parameters_in_millions(SHARED / name) == SHARED_MILLIONS[name]
+
+
+# Where a model is
+
+
+def test_the_embedded_model_is_found_by_name() -> None:
+    config = load_config(resolve_model("tiny"))
+    assert config.model_type == "qwen2"
+
+
+def test_a_folder_is_itself(tmp_path: Path) -> None:
+    assert resolve_model(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("/no/such/folder", "no such folder"),
+        ("./model", "no such folder"),
+        ("a/b/c", "no such folder"),
+        (__file__, "give the folder"),
+        ("nobody/nothing", "the hub cannot be reached"),
+    ],
+)
+def test_a_model_that_is_nowhere_is_one_line(name: str, expected: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=expected) as caught:
+        resolve_model(name)
+    assert str(caught.value).startswith(f"--model {name}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cached_hub_model_loads_without_a_network(tmp_path: Path, monkeypatch: Any) -> None:
+    repository = tmp_path / "models--who--what"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    make_checkpoint("qwen2", repository / "blobs")
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    for file in (repository / "blobs").iterdir():
+        (snapshot / file.name).symlink_to(file)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = resolve_model("who/what")
+    assert folder == snapshot
+    config: ModelConfig = load_config(folder)
+    load_model(folder, config, dtype=torch.float32, device=CPU)
