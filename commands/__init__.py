@@ -1,5 +1,6 @@
 """The `kvtool` command line. A command is a file here and a word in COMMANDS."""
 
+import os
 import sys
 import traceback
 from typing import Annotated, NoReturn
@@ -45,13 +46,13 @@ def root(
 
 def main() -> NoReturn:
     """Run the command line; a failure is one line on stderr and exit code 2."""
-    state = {"debug": False}
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False, obj=state)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:
-        if state["debug"]:
+        # Read here, because a command line that cannot be parsed has errors to show too.
+        if "--debug" in sys.argv or os.environ.get("KVTOOL_DEBUG", "0") != "0":
             traceback.print_exc()
         print("error:", explain(error), file=sys.stderr)
         code = 2

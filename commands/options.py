@@ -187,10 +187,6 @@ def read_config(context: typer.Context, path: str | None) -> None:
         context.default_map[parameter] = value if isinstance(value, bool | None) else str(value)
 
 
-def set_debug(context: typer.Context, debug: bool) -> None:
-    context.find_root().obj["debug"] = debug
-
-
 def canonical(name: str) -> str:
     """An option's own name, given any that people know it by."""
     name = re.sub("^--kvtuner-", "--", name)
@@ -229,7 +225,7 @@ def common_option(name: str, kind: Any, default: object, **settings: Any) -> ins
 
 COMMON = (
     common_option("config", str | None, None, callback=read_config, metavar="FILE", help="Options from a YAML file."),
-    common_option("debug", bool, False, callback=set_debug, help="Show a traceback with an error."),
+    common_option("debug", bool, False, help="Show a traceback with an error."),
 )
 
 
@@ -240,9 +236,7 @@ def shared(command: Callable[..., None]) -> Callable[..., None]:
     engine = inspect.signature(engine_config).parameters if "engine" in signature.parameters else {}
 
     @wraps(command)
-    def run(**values: Any) -> None:
-        for parameter in COMMON:  # their callbacks have done all they do
-            del values[parameter.name]
+    def run(*, config: str | None, debug: bool, **values: Any) -> None:  # these two have done their work
         if engine:
             values["engine"] = engine_config(**{name: values.pop(name) for name in engine})
         command(**values)

@@ -25,7 +25,10 @@ class Prompts:
 
 def is_text(value: object) -> TypeGuard[str]:
     """A string that UTF-8 can carry; JSON can spell lone surrogates, which it cannot."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def is_ids(value: object) -> TypeGuard[list[int]]:
