@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
+from pydantic import ValidationError
+
 from kvtool.client import EngineClient
-from kvtool.errors import ModelError
+from kvtool.errors import ModelError, RequestError
 from kvtool.request import FinishReason, Request, SamplingParams
 from kvtool.server.protocol import Prompt, Sampling
 from kvtool.tokenizer import Detokenizer, StopChecker, Tokenizer
@@ -78,19 +80,22 @@ class Generator:
     async def requests(
         self, prompts: Sequence[Prompt], sampling: Sampling, defaults: Defaults, max_tokens: int | None
     ) -> list[Request]:
-        """A request for each prompt; whether it can run is the engine's to say.
+        """A request for each prompt, once all of them are known to fit the model.
 
         Args:
             prompts: texts or ids.
             sampling: as the body has it.
             defaults: for what the body leaves open.
             max_tokens: where the body leaves that open; cut to what the context has room for. None: all of that.
+
+        Raises:
+            RequestError: one of the prompts is empty, foreign to the model, or too long for its context.
         """
         requests = []
         for prompt in prompts:
             # A long text takes a while, and other requests' tokens must not wait for it.
             ids = await asyncio.to_thread(self.tokenizer.encode, prompt) if isinstance(prompt, str) else prompt
-            room = max(1, self.info.max_model_len - len(ids))
+            room = self._room(ids, sampling.max_tokens)
             params = SamplingParams(
                 temperature=defaults.temperature if sampling.temperature is None else sampling.temperature,
                 top_p=defaults.top_p if sampling.top_p is None else sampling.top_p,
@@ -101,6 +106,27 @@ class Generator:
             )
             requests.append(Request(id=uuid4().hex, prompt=ids, params=params))
         return requests
+
+    def _room(self, prompt: list[int], asked: int | None) -> int:
+        """Tokens that the context leaves for the answer to `prompt`, at least the `asked` ones.
+
+        The engine would refuse too, but by then the answers to other prompts of the body may be on their way.
+        """
+        context, vocab_size = self.info.max_model_len, self.info.vocab_size
+        room = context - len(prompt)
+        if not prompt:
+            raise RequestError("the prompt is empty; send at least one token", "prompt")
+        if max(prompt) >= vocab_size:
+            raise RequestError(f"the prompt holds id {max(prompt)}; this model's end at {vocab_size - 1}", "prompt")
+        if room < 1:
+            raise RequestError(f"the prompt has {len(prompt)} tokens; send at most {context - 1}", "prompt")
+        if asked is not None and asked > room:
+            raise RequestError(
+                f"max_tokens is {asked}, and {len(prompt)} tokens of prompt leave room for {room} in the context of "
+                f"{context}; ask for no more",
+                "max_tokens",
+            )
+        return room
 
     async def generate(self, requests: Sequence[Request], stop: Sequence[str]) -> AsyncGenerator[Piece, None]:
         """Pieces of all answers as they come; leaving early, or being cancelled, aborts what still runs.
@@ -178,6 +204,9 @@ def read_model_defaults(path: Path) -> Defaults:
     try:
         values = json.loads(file.read_text())
         asked = Sampling.model_validate({name: values.get(name) for name in Defaults.__annotations__})
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise ModelError(f"{file}: {fault['loc'][0]}: {fault['msg']}; correct or remove it") from error
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{file}: {error}; correct or remove it") from error
     return Defaults(**asked.model_dump(include=set(Defaults.__annotations__), exclude_none=True))

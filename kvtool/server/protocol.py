@@ -7,7 +7,7 @@ answer, and that kvtool does not have, are refused.
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeGuard
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 LIMIT = 2**31  # of ids and counts; what they may be within it is for the engine to say
@@ -33,6 +33,15 @@ def is_text(value: object) -> TypeGuard[str]:
 
 def is_ids(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < LIMIT for item in value)
+
+
+def as_utf8(value: str) -> str:
+    if is_text(value):
+        return value
+    raise PydanticCustomError("unicode", "should be a text without lone surrogates")
+
+
+Text = Annotated[str, AfterValidator(as_utf8)]
 
 
 def as_prompts(value: object) -> Prompts:
@@ -152,8 +161,8 @@ class CompletionBody(OpenAIBody):
 class Message(Body):
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"function_call": (None,), "tool_calls": (None, [])}
 
-    role: str
-    content: Annotated[str, BeforeValidator(as_text)]
+    role: Text
+    content: Annotated[Text, BeforeValidator(as_text)]
 
 
 class ChatBody(OpenAIBody):
