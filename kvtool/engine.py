@@ -1,6 +1,7 @@
 """The engine: requests in, tokens out, one step at a time."""
 
 import contextlib
+import os
 import random
 import select
 import signal
@@ -13,6 +14,7 @@ from functools import cached_property
 from itertools import count
 
 import msgspec
+import torch
 
 from kvtool.client import HEADER_BYTES, frame
 from kvtool.config import EngineConfig
@@ -164,6 +166,12 @@ class Engine:
                 self.abort(request_id)
 
 
+def cpu_threads() -> int:
+    """Threads for the model on a CPU: one core is left to the HTTP server, because a thread that waits for a core that
+    another process holds stops all the others at every operation."""
+    return max(1, len(os.sched_getaffinity(0)) - 1)
+
+
 def serve(connection: socket.socket) -> None:
     """Be the engine process of an `EngineClient`: until the other end closes, take requests and send tokens."""
     inbox = _Inbox(connection)
@@ -237,6 +245,7 @@ class _Inbox:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(cpu_threads())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides what it means
     with contextlib.suppress(EOFError, ConnectionError):
         serve(socket.socket(fileno=int(sys.argv[1])))

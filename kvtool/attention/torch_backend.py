@@ -33,32 +33,26 @@ class TorchAttention:
 
 def _decodes(q: Tensor, kv: LayerKV, batch: KVBatch, layer: AttentionLayer) -> Tensor:
     """One query per sequence, `q` [n, Hq, D], over its blocks below v(t) and its tail from v(t) to t."""
-    n, size = q.shape[0], kv.format.block_size
-    position, first_near = batch.positions[:n, None], batch.visible[:n, None]
+    n, slots = q.shape[0], batch.tail_slots[: q.shape[0]]
+    blocks, at = batch.decode_columns
     heads = (q * layer.scale).view(n, layer.num_kv_heads, -1, q.shape[-1])
-    scores, seen = [], []
-    width = max(-(-kv.format.visible(span.start) // size) for span in batch.spans[:n])
-    blocks = batch.block_table[:n, :width]
-    if width:
-        keys = kv.key.read_blocks(blocks, q.dtype)  # [n, width, Hkv, B, D]
-        far = heads[:, None] @ keys.transpose(-1, -2)
+    scores = []
+    if blocks.numel():
+        far = heads[:, None] @ kv.key.read_blocks(blocks, q.dtype).transpose(-1, -2)  # [n, width, Hkv, G, B]
         scores.append(far.permute(0, 2, 3, 1, 4).flatten(-2))
-        at = torch.arange(width * size, device=q.device)
-        seen.append((at < first_near) & _in_window(at, position, layer))
     if not kv.format.packs_on_write:
-        tail_keys = kv.key.tail[batch.tail_slots[:n]]  # [n, Hkv, rows, D]
-        scores.append(heads @ tail_keys.transpose(-1, -2))
-        rows = torch.arange(kv.format.tail_tokens, device=q.device)
-        at = position - (position - rows) % kv.format.tail_tokens  # the newest position that each row can hold
-        seen.append((at >= first_near) & _in_window(at, position, layer))
-    mask = torch.cat(seen, -1)[:, None, None]
-    probs = torch.cat(scores, -1).masked_fill(~mask, float("-inf")).softmax(-1, dtype=_softmax_dtype(q)).to(q.dtype)
-    out = torch.zeros_like(heads)
-    if width:
-        far = probs[..., : width * size].unflatten(-1, (width, size)).permute(0, 3, 1, 2, 4)
-        out = (far @ kv.value.read_blocks(blocks, q.dtype)).sum(1)
+        scores.append(heads @ kv.key.tail[slots].transpose(-1, -2))
+    first = 0 if layer.sliding_window is None else (batch.positions[:n, None] + 1 - layer.sliding_window).clamp_(min=0)
+    masked = torch.cat(scores, -1).masked_fill_((at < first)[:, None, None], float("-inf"))
+    probs = masked.softmax(-1, dtype=_softmax_dtype(q)).to(q.dtype)
+    columns = blocks.shape[1] * kv.format.block_size
+    outs = []
+    if blocks.numel():
+        far = probs[..., :columns].unflatten(-1, (-1, kv.format.block_size)).permute(0, 3, 1, 2, 4)
+        outs.append((far @ kv.value.read_blocks(blocks, q.dtype)).sum(1))
     if not kv.format.packs_on_write:
-        out = out + probs[..., width * size :] @ kv.value.tail[batch.tail_slots[:n]]
+        outs.append(probs[..., columns:] @ kv.value.tail[slots])
+    out = outs[0] if len(outs) == 1 else outs[0] + outs[1]
     return out.view(n, layer.num_heads, -1)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class KVBatch:
     """One step's spans as tensors. Tokens are flat, in the spans' order; spans of one token come first ("decodes").
 
     Attributes:
+        format: of the store that the spans live in.
         spans: as given.
         num_decodes: how many spans, from the first, compute one token.
         positions: [T] int64, of every token.
@@ -42,6 +44,7 @@ class KVBatch:
         visible: [T] int64, the first position that each token reads at full precision.
     """
 
+    format: KVFormat
     spans: tuple[Span, ...]
     num_decodes: int
     positions: Tensor
@@ -70,6 +73,7 @@ class KVBatch:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
         return cls(
+            format=fmt,
             spans=tuple(spans),
             num_decodes=num_decodes,
             positions=tensor(positions),
@@ -79,3 +83,20 @@ class KVBatch:
             tail_slots=tensor([span.tail_slot for span in spans]),
             visible=tensor([fmt.visible(position) for position in positions]),
         )
+
+    @cached_property
+    def decode_columns(self) -> tuple[Tensor, Tensor]:
+        """What the decodes read: their blocks [n, width], and the position in each column of blocks and then tail.
+
+        A column that a query may not read holds -1, in [n, width * B + tail_tokens].
+        """
+        n, fmt, device = self.num_decodes, self.format, self.positions.device
+        width = max(-(-fmt.visible(span.start) // fmt.block_size) for span in self.spans[:n])
+        position, first_near = self.positions[:n, None], self.visible[:n, None]
+        far = torch.arange(width * fmt.block_size, device=device).expand(n, -1)
+        columns = [far.masked_fill(far >= first_near, -1)]
+        if fmt.tail_tokens:
+            rows = torch.arange(fmt.tail_tokens, device=device)
+            near = position - (position - rows) % fmt.tail_tokens  # the newest position that each row can hold
+            columns.append(near.masked_fill(near < first_near, -1))
+        return self.block_table[:n, :width], torch.cat(columns, dim=1)

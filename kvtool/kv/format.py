@@ -1,6 +1,7 @@
 """KV formats: what the user's options mean for a model. Integers only; `codecs.py` does the arithmetic."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 from kvtool.config import Axis, Bits, KVOptions
@@ -63,7 +64,7 @@ class KVFormat:
     block_size: int
     residual: int
 
-    @property
+    @cached_property
     def packs_on_write(self) -> bool:
         """Every token can be stored for good when it is written: no scale spans tokens and no window is kept."""
         streams = (stream for layer in self.layers for stream in (layer.key, layer.value))
