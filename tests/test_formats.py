@@ -5,6 +5,7 @@ import struct
 from itertools import pairwise
 from pathlib import Path
 
+import kv_oracle
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +18,6 @@ from kvtool.kv.format import StreamFormat, resolve, sixteen_bits
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.visibility import visible
-from tests import kv_oracle
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 PRESETS = Path(__file__).parents[2] / "shared" / "data" / "kvtuner-presets"
