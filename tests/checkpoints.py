@@ -1,5 +1,6 @@
 """Tiny random checkpoints written by transformers, and the plainest attention a decoder can be run with."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def make_checkpoint(
 
     Weights are large enough, and norms uneven enough, that every one of them shows in the logits.
     """
-    config = CONFIG_MAPPING[model_type].from_dict({**SHAPE, **overrides})
+    config = CONFIG_MAPPING[model_type].from_dict({**SHAPE, **deepcopy(overrides)})  # it writes into what it is given
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for name, parameter in model.named_parameters():

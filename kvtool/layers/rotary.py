@@ -120,22 +120,23 @@ class Rotary(nn.Module):
         frequencies = rope.inverse_frequencies(max_len, exact).to(device)
         angles = torch.arange(max_len, dtype=exact, device=device)[:, None] * frequencies
         cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
-        # The second row carries the sign of rotate_half, so that a rotation is x·cos + swap(x)·sin.
-        table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), dim=1)
+        # The signs of rotate_half go with the sines, so that a rotation is x·cos + swapped(x)·sin.
+        table = torch.stack((cos, cos, -sin, sin), dim=1)
         self.register_buffer("table", table.to(dtype), persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and signed sin [T, 1, dim] of positions [T] int64, to be used by all layers of a step."""
-        cos, sin = self.table[positions].split(1, dim=1)
-        return cos, sin
+        """cos and signed sin [T, 1, 2, dim / 2] of positions [T] int64, to be used by all layers of a step."""
+        table = self.table[positions][:, None]
+        return table[:, :, :2], table[:, :, 2:]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first `dim` elements of every head, pairing element i with i + dim / 2.
 
-    Shapes: x [T, H, D]; cos and sin [T, 1, dim] as `Rotary` gives them. Returns [T, H, D].
+    Shapes: x [T, H, D]; cos and sin [T, 1, 2, dim / 2] as `Rotary` gives them. Returns [T, H, D].
     """
-    dim = cos.shape[-1]
+    dim = 2 * cos.shape[-1]
     if dim < x.shape[-1]:
         return torch.cat((rotate(x[..., :dim], cos, sin), x[..., dim:]), dim=-1)
-    return torch.addcmul(x * cos, x.roll(dim // 2, -1), sin)
+    halves = x.view(*x.shape[:-1], 2, -1)
+    return torch.addcmul(halves * cos, halves.flip(-2), sin).flatten(-2)

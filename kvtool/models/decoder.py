@@ -45,10 +45,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         heads = self.qkv_proj(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-        qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
+        qk, v = heads[:, : -self.num_kv_heads], heads[:, -self.num_kv_heads :]
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
-        q, k = rotate(qk, cos, sin).split((self.num_heads, self.num_kv_heads), dim=1)
+        qk = rotate(qk, cos, sin)
+        q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
         out: Tensor = self.o_proj(attend(self.layer, q, k, v).flatten(1))
         return out
 
