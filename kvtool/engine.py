@@ -19,8 +19,6 @@ import torch
 from kvtool.client import HEADER_BYTES, frame
 from kvtool.config import EngineConfig
 from kvtool.errors import KVToolError, RequestError
-from kvtool.kv.format import sixteen_bits
-from kvtool.kv.layout import KVLayout
 from kvtool.request import Abort, EngineFailed, EngineInfo, FinishReason, Request, SamplingParams, Tokens
 from kvtool.runner import Runner
 from kvtool.scheduler import Scheduler
@@ -64,7 +62,6 @@ class Engine:
         )
         self._seeds = random.Random(config.seed)
         self._ids = count()
-        spec = store.layout.spec
         self.info = EngineInfo(
             model=config.model,
             path=str(self.runner.path),
@@ -76,7 +73,7 @@ class Engine:
             kv_format=store.format.describe(),
             kv_bytes=store.nbytes,
             kv_tokens=store.num_blocks * store.format.block_size + config.max_num_seqs * store.format.tail_tokens,
-            kv_tokens_16bit=store.nbytes * store.format.block_size // KVLayout(spec, sixteen_bits(spec)).block_bytes,
+            kv_tokens_16bit=store.nbytes // (2 * store.layout.spec.elements),
             bits_per_element=store.layout.bits_per_element,
             tail_bytes=store.layout.tail_bytes,
             max_num_seqs=config.max_num_seqs,

@@ -67,7 +67,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
         kv_format: one line for people.
         kv_bytes: bytes of blocks and tails, as allocated.
         kv_tokens: tokens that fit, blocks and tails together.
-        kv_tokens_16bit: tokens that the same bytes would hold at 16 bits.
+        kv_tokens_16bit: tokens that the same bytes would hold at 2 bytes an element.
         bits_per_element: honest bits of sealed tokens, scales and padding included.
         tail_bytes: bytes of one sequence's full-precision tail.
         max_num_seqs: sequences that run at once.

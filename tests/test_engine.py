@@ -70,7 +70,7 @@ def test_sampling_depends_on_the_seed_and_not_on_the_batch():
 
 def test_a_packed_cache_holds_more_in_the_same_bytes_and_says_how_much():
     sixteen, four, two = (engine(KVOptions(nbits=bits), dtype="float32").info for bits in ("16", "4", "2"))
-    assert sixteen.kv_tokens == sixteen.kv_tokens_16bit
+    assert sixteen.kv_tokens_16bit == 2 * sixteen.kv_tokens == four.kv_tokens_16bit, "float32 has 4 bytes an element"
     assert two.kv_tokens > 1.3 * four.kv_tokens > 1.3 * 1.5 * sixteen.kv_tokens
     for info in (sixteen, four, two):
         assert 63 * MIB < info.kv_bytes <= 64 * MIB

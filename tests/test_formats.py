@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvtool.config import KVOptions
 from kvtool.errors import ConfigError, KVToolError, UnsupportedError
 from kvtool.kv.codecs import CODECS, pack, unpack
-from kvtool.kv.format import StreamFormat, resolve, sixteen_bits
+from kvtool.kv.format import StreamFormat, resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.visibility import visible
@@ -316,7 +316,7 @@ def test_recipes_by_default(bits, honest):
 
 def test_sixteen_bits_by_default():
     fmt = resolve(KVOptions(), spec(3))
-    assert fmt == sixteen_bits(spec(3))
+    assert fmt == resolve(KVOptions(nbits="16"), spec(3))
     assert {layer.key for layer in fmt.layers} | {layer.value for layer in fmt.layers} == {StreamFormat()}
     assert fmt.packs_on_write and fmt.tail_tokens == 0
     assert KVLayout(spec(3), fmt).bits_per_element == 16

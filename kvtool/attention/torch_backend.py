@@ -52,7 +52,7 @@ def _decodes(q: Tensor, kv: LayerKV, batch: KVBatch, layer: AttentionLayer) -> T
         outs.append((far @ kv.value.read_blocks(blocks, q.dtype)).sum(1))
     if not kv.format.packs_on_write:
         outs.append(probs[..., columns:] @ kv.value.tail[slots])
-    out = outs[0] if len(outs) == 1 else outs[0] + outs[1]
+    out: Tensor = outs[0] if len(outs) == 1 else outs[0] + outs[1]
     return out.view(n, layer.num_heads, -1)
 
 

@@ -36,7 +36,7 @@ class StreamFormat:
 
     def describe(self) -> str:
         if self.bits == "16":
-            return "16 bits"
+            return "at the model's precision"
         if self.bits == "fp8":
             return "fp8 e4m3 per token and head"
         kind = "symmetric" if self.symmetric else "asymmetric"
@@ -120,11 +120,6 @@ def resolve(options: KVOptions, spec: KVSpec) -> KVFormat:
     block_size = (options.q_group_size or BLOCK_SIZE) if spans_tokens else BLOCK_SIZE
     residual = -(-(options.residual_length or 0) // block_size) * block_size
     return KVFormat(layers, block_size, residual)
-
-
-def sixteen_bits(spec: KVSpec) -> KVFormat:
-    """The format that every saving is measured against."""
-    return resolve(KVOptions(), spec)
 
 
 def _layer_bits(options: KVOptions, num_layers: int) -> list[tuple[Bits, Bits]]:
