@@ -27,11 +27,14 @@ from kvtool.tokenizer import Detokenizer, Tokenizer
 
 @dataclass(frozen=True)
 class Completion:
-    """The answer to one prompt. `token_ids` holds the end-of-text token, if there was one; `text` does not."""
+    """The answer to one prompt: text to a text, ids to ids.
+
+    `token_ids` holds the end-of-text token, if there was one; `text` does not, and is None if the prompt was ids.
+    """
 
     prompt_token_ids: list[int]
     token_ids: list[int]
-    text: str
+    text: str | None
     finish_reason: FinishReason
 
 
@@ -121,8 +124,13 @@ class Engine:
             if tokens.finish_reason:
                 reasons[tokens.id] = tokens.finish_reason
         return [
-            Completion(r.prompt, generated[r.id], self._tokenizer.decode(generated[r.id]), reasons[r.id])
-            for r in requests
+            Completion(
+                prompt_token_ids=request.prompt,
+                token_ids=generated[request.id],
+                text=self._tokenizer.decode(generated[request.id]) if isinstance(prompt, str) else None,
+                finish_reason=reasons[request.id],
+            )
+            for request, prompt in zip(requests, prompts, strict=True)
         ]
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:

@@ -20,22 +20,23 @@ def main() -> None:
     console = Console()
     with console.status("loading the embedded model"):
         engines = [Engine(EngineConfig(dtype="bfloat16", max_num_seqs=4, kv=KVOptions(nbits=b))) for b in BITS]
-    prompts = demo_prompts(engines[0])
+    tokenizer = Tokenizer.load(engines[0].runner.path, engines[0].info.vocab_size)
+    prompts = demo_prompts(tokenizer)
     answers = [engine.generate(list(prompts.values()), PARAMS) for engine in engines]
     table = Table(box=box.SIMPLE_HEAD, show_lines=True, title="One model, one prompt, three caches")
     table.add_column("prompt", ratio=1)
     for bits in BITS:
         table.add_column(f"{bits} bits", ratio=2)
     for row, name in enumerate(prompts):
-        table.add_row(name, *(cell(engine, done[row]) for engine, done in zip(engines, answers, strict=True)))
+        cells = [cell(engine, tokenizer, done[row]) for engine, done in zip(engines, answers, strict=True)]
+        table.add_row(name, *cells)
     console.print(table)
     console.print("Bytes are packed blocks + the newest tokens at full precision; the model runs in bfloat16.")
 
 
-def demo_prompts(engine: Engine) -> dict[str, list[int]]:
+def demo_prompts(tokenizer: Tokenizer) -> dict[str, list[int]]:
     """A question about something said 1,800 tokens earlier, a novel to continue, and a chat."""
     assets = files("kvtool") / "assets" / "tiny"
-    tokenizer = Tokenizer.load(engine.runner.path, engine.info.vocab_size)
     documents = [json.loads(line) for line in (assets / "retrieval.jsonl").read_text("utf-8").splitlines()]
     asked = next(d for d in documents if d["length"] == 1800)
     novel = tokenizer.encode((assets / "sample.txt").read_text("utf-8"))[:1200]
@@ -46,11 +47,12 @@ def demo_prompts(engine: Engine) -> dict[str, list[int]]:
     }
 
 
-def cell(engine: Engine, completion: Completion) -> str:
+def cell(engine: Engine, tokenizer: Tokenizer, completion: Completion) -> str:
     layout = engine.runner.store.layout
     length = len(completion.prompt_token_ids) + len(completion.token_ids) - 1
     packed = layout.format.num_blocks(length) * layout.block_bytes
-    return f"{completion.text.strip()}\n\n[bold]{packed / 1024:,.0f} + {layout.tail_bytes / 1024:,.0f} KiB[/bold]"
+    nbytes = f"{packed / 1024:,.0f} + {layout.tail_bytes / 1024:,.0f} KiB"
+    return f"{tokenizer.decode(completion.token_ids).strip()}\n\n[bold]{nbytes}[/bold]"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """The engine in this process: what a request gets depends on nothing but the request."""
 
 import random
+from typing import Any
 
 import pytest
+import torch
+from checkpoints import make_checkpoint
 
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
@@ -37,12 +40,37 @@ def answers(engine: Engine, prompts: list[list[int]], params: SamplingParams = G
 
 @pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())
 def test_tokens_are_the_same_alone_among_others_and_in_any_chunking(kv):
-    asked = prompts(16, 150)
-    alone = [answers(engine(kv), [prompt])[0] for prompt in asked[:3]]
+    asked, tested = prompts(16, 150), engine(kv)
+    alone = [answers(tested, [prompt])[0] for prompt in asked[:3]]
     assert len({tuple(answer) for answer in alone}) == 3, "the prompts must tell the answers apart"
-    assert answers(engine(kv), asked)[:3] == alone
+    assert answers(tested, asked)[:3] == alone
     for chunk in (1, 7, 64):
         assert answers(engine(kv, max_num_batched_tokens=chunk), asked[:3]) == alone
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 32},
+    "llama": {"num_key_value_heads": 4},
+    "mistral": {"sliding_window": 9},
+    "phi3": {"sliding_window": 17},
+}
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_greedy_tokens_are_those_of_transformers(model_type, tmp_path):
+    oracle = make_checkpoint(model_type, tmp_path, **ARCHITECTURES[model_type])
+    oracle.generation_config.eos_token_id = None
+    asked = [[(7 * i + n) % 199 for i in range(n)] for n in (1, 30, 100)]
+    expected = []
+    for prompt in asked:
+        ids = torch.tensor([prompt])
+        out = oracle.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64)
+        expected.append(out[0, len(prompt) :].tolist())
+    params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+    for chunk in (7, 2048):
+        tested = engine(KVOptions(), model=str(tmp_path), dtype="float32", max_num_batched_tokens=chunk)
+        assert answers(tested, asked, params) == expected
 
 
 @pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())
@@ -131,7 +159,7 @@ def test_an_engine_that_cannot_run_says_so_in_one_line(overrides, error, says):
 
 
 def test_without_max_model_len_a_small_cache_shortens_the_context_and_what_fits_is_answered():
-    tested = engine(KVOptions(nbits="4"), kv_cache_memory=2 * MIB, max_num_seqs=1)
+    tested = engine(KVOptions(nbits="4"), kv_cache_memory=MIB, max_num_seqs=1)
     limit = tested.info.max_model_len
     assert 64 < limit < tested.runner.model_config.max_position
     params = SamplingParams(temperature=0, ignore_eos=True)
