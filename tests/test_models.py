@@ -268,11 +268,11 @@ def test_a_missing_field_is_named(field: str, tmp_path: Path) -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "text": ({"hidden_size": "64"}, "hidden_size is '64'; it must be a positive integer"),
-    "fraction": ({"vocab_size": 1.5}, "vocab_size is 1.5; it must be a positive integer"),
-    "truth": ({"num_hidden_layers": True}, "num_hidden_layers is True; it must be a positive integer"),
-    "zero": ({"intermediate_size": 0}, "intermediate_size is 0; it must be a positive integer"),
-    "eps": ({"rms_norm_eps": -1}, "rms_norm_eps is -1; it must be a positive number"),
+    "text": ({"hidden_size": "64"}, "hidden_size is '64'; it must be an integer of at least 1"),
+    "fraction": ({"vocab_size": 1.5}, "vocab_size is 1.5; it must be an integer of at least 1"),
+    "truth": ({"num_hidden_layers": True}, "num_hidden_layers is True; it must be an integer of at least 1"),
+    "zero": ({"intermediate_size": 0}, "intermediate_size is 0; it must be an integer of at least 1"),
+    "eps": ({"rms_norm_eps": -1}, "rms_norm_eps is -1; it must be a number above 0"),
     "flag": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; it must be true or false"),
     "kv heads": ({"num_key_value_heads": 3}, "num_attention_heads is 4; it must be a multiple of num_key_value_heads"),
     "heads": (
@@ -290,6 +290,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "rope type": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type is 'dynamic'"),
     "rope factor": ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
     "rope theta": ({"rope_parameters": {"rope_theta": "x"}}, "rope_parameters.rope_theta is 'x'"),
+    "rope band": ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "rope_scaling.high_freq_factor is 4.0; it must"),
+    "huge": ({"vocab_size": 10**400}, "vocab_size is 1000"),
     "long factors": (
         {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0]}},
         "rope_scaling.long_factor must be a list of 8 positive numbers",
@@ -330,7 +332,7 @@ def test_a_file_that_is_no_config_is_refused(content: bytes | None, expected: st
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=3),
+    st.none() | st.booleans() | st.integers(-5, 5) | st.just(10**400) | st.floats() | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=4,
 )

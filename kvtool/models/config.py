@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,24 +129,24 @@ class Fields:
         value = self.values.get(name)
         return default if value is None else value
 
-    def count(self, name: str, default: int | None = None) -> int:
-        """A positive integer."""
+    def count(self, name: str, default: int | None = None, least: int = 1) -> int:
+        """An integer."""
         value = self._present(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            self.refuse(name, f"is {value!r}; it must be a positive integer")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+            self.refuse(name, f"is {value!r}; it must be an integer of at least {least}")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
-        """A positive number."""
+    def number(self, name: str, default: float | None = None, above: float = 0) -> float:
+        """A finite number."""
         value = self._present(name, default)
-        if not _is_positive(value):
-            self.refuse(name, f"is {value!r}; it must be a positive number")
+        if not _is_number(value, above):
+            self.refuse(name, f"is {value!r}; it must be a number above {above}")
         return float(value)
 
     def numbers(self, name: str, length: int) -> tuple[float, ...]:
         """A list of positive numbers, of a given length."""
         value = self._present(name, None)
-        if not isinstance(value, list) or len(value) != length or not all(map(_is_positive, value)):
+        if not isinstance(value, list) or len(value) != length or not all(_is_number(item, 0) for item in value):
             self.refuse(
                 name, f"must be a list of {length} positive numbers, one for every two rotated elements of a head"
             )
@@ -186,7 +187,7 @@ def read_fields(path: Path) -> Fields:
         raise ModelError(f"{path}: no such file; --model takes a folder in the Hugging Face layout") from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: is no JSON ({error}); download it again") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path}: holds no JSON object; download it again")
@@ -199,8 +200,8 @@ def refuse_lfs_pointer(path: Path, content: bytes) -> None:
         raise ModelError(f"{path}: is a git-LFS pointer, not the file itself; run `git lfs pull` in its folder")
 
 
-def _is_positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+def _is_number(value: object, above: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and above < value <= sys.float_info.max
 
 
 def _architecture(fields: Fields) -> Architecture:
@@ -218,7 +219,9 @@ def _architecture(fields: Fields) -> Architecture:
 
 def _rope(fields: Fields, head_dim: int, max_position: int) -> Rope:
     scaling = fields.nested("rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling")
-    theta = (scaling if scaling.get("rope_theta") is not None else fields).number("rope_theta", default=10000.0)
+    theta = (scaling if scaling.get("rope_theta") is not None else fields).number(
+        "rope_theta", default=10000.0, above=1
+    )
     partial = scaling if scaling.get("partial_rotary_factor") is not None else fields
     dim = int(head_dim * partial.number("partial_rotary_factor", default=1.0))
     if dim % 2 or not 0 < dim <= head_dim:
@@ -231,16 +234,11 @@ def _rope(fields: Fields, head_dim: int, max_position: int) -> Rope:
     if kind == "linear":
         return LinearRope(dim, theta, scaling.number("factor"))
 
-    original = outer.count("original_max_position_embeddings", default=max_position)
+    original = outer.count("original_max_position_embeddings", default=max_position, least=2)
     if kind == "llama3":
-        return Llama3Rope(
-            dim,
-            theta,
-            scaling.number("factor"),
-            scaling.number("low_freq_factor"),
-            scaling.number("high_freq_factor"),
-            original,
-        )
+        low = scaling.number("low_freq_factor")
+        high = scaling.number("high_freq_factor", above=low)
+        return Llama3Rope(dim, theta, scaling.number("factor"), low, high, original)
     if kind in ("longrope", "su") or (kind == "yarn" and "short_factor" in scaling.values):  # names phi3 has had
         factor = scaling.number("factor", default=max_position / original)
         stretch = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
@@ -288,7 +286,7 @@ def _sliding_window(fields: Fields, architecture: Architecture, num_layers: int)
         return (None,) * num_layers
     layer_types = fields.get("layer_types")
     if layer_types is None:
-        first = fields.count("max_window_layers") if fields.get("max_window_layers") != 0 else 0
+        first = fields.count("max_window_layers", least=0)
         return tuple(window if layer >= first else None for layer in range(num_layers))
     kinds = ("full_attention", "sliding_attention")
     if not isinstance(layer_types, list) or len(layer_types) != num_layers or any(t not in kinds for t in layer_types):

@@ -10,7 +10,8 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntry
 from kvtool.errors import ModelError
 
 EMBEDDED = {"tiny": Path(__file__).parent.parent / "assets" / "tiny"}
-FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+UNWANTED = ["*/*", "consolidated*"]  # the same weights once more, in their makers' own layout
 
 
 def resolve_model(name: str) -> Path:
@@ -36,7 +37,7 @@ def resolve_model(name: str) -> Path:
 
 def _download(name: str) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
+        return Path(snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED))
     except GatedRepoError:
         why = "needs permission; accept its terms on huggingface.co and run `hf auth login`"
     except (RepositoryNotFoundError, HFValidationError):
@@ -44,5 +45,5 @@ def _download(name: str) -> Path:
     except LocalEntryNotFoundError:
         why = "no such folder, and the hub cannot be reached; download the model elsewhere and give its folder"
     except (OSError, httpx.HTTPError) as error:
-        why = f"cannot be downloaded ({str(error).splitlines()[0]}); try again, or give a folder"
+        why = f"cannot be downloaded ({' '.join(str(error).split())}); try again, or give a folder"
     raise ModelError(f"--model {name}: {why}")

@@ -15,7 +15,7 @@ from kvtool.models.config import ModelConfig, read_fields, refuse_lfs_pointer
 from kvtool.models.decoder import Decoder
 
 INDEX = "model.safetensors.index.json"
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 4 << 20
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -131,16 +131,16 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _tensors_of(file: Path) -> list[StoredTensor]:
-    with file.open("rb") as stream:
-        refuse_lfs_pointer(file, stream.read(64))
     try:
-        with safe_open(file, "pt"):  # checks that the header is sound and that the tensors cover the file exactly
-            pass
+        with file.open("rb") as stream:
+            refuse_lfs_pointer(file, stream.read(64))
+            with safe_open(file, "pt"):  # checks that the header is sound and that the tensors fill the file exactly
+                pass
+            stream.seek(0)
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            header: dict[str, Any] = json.loads(stream.read(header_bytes))
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: is damaged ({error}); download it again") from error
-    with file.open("rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        header: dict[str, Any] = json.loads(stream.read(header_bytes))
+        raise ModelError(f"{file}: is damaged or unreadable ({error}); download it again") from error
     tensors = [
         StoredTensor(name, file, entry["dtype"], tuple(entry["shape"]), 8 + header_bytes + entry["data_offsets"][0])
         for name, entry in header.items()
