@@ -61,7 +61,7 @@ def main() -> NoReturn:
 
 def explain(error: Exception) -> str:
     """One line for the user."""
-    if hasattr(error, "format_message"):  # typer's, of a command line that it cannot read
+    if isinstance(error, typer.TyperException):  # a command line that cannot be parsed
         message = error.format_message().replace("Value error, ", "")
     elif isinstance(error, (KVToolError, OSError)):
         message = str(error)

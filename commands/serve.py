@@ -36,7 +36,7 @@ def start_card(info: "EngineInfo", url: str) -> str:
     body = '{"text": "Once upon a time", "sampling_params": {"temperature": 0}}'
     return f"""\
 kvtool serves {info.model} at {url}
-  model     {info.dtype} on {info.device}, context {info.max_model_len:,} tokens, loaded in {info.load_seconds:.1f} s
+  model     {info.dtype} on {info.device}, context {info.max_model_len:,} tokens
   KV cache  {info.kv_format}
   holds     {info.kv_tokens:,} tokens in {info.kv_bytes / 2**20:,.0f} MiB; at 16 bits {info.kv_tokens_16bit:,}
   try       curl {url}/generate -d '{body}'"""

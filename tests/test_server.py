@@ -328,6 +328,7 @@ def test_a_bad_chat_is_a_400_that_names_the_field(http: httpx.Client, body: dict
         ({"text": "a", "sampling_params": {"temperature": "hot"}}, "sampling_params.temperature"),
         ({"text": "a", "sampling_params": {"max_new_tokens": -1}}, "sampling_params.max_new_tokens"),
         ({"text": "a", "sampling_params": {"regex": "a+"}}, "sampling_params.regex"),
+        ({"text": "a", "sampling_params": {"max_new_tokens": 5000}}, "max_new_tokens"),
         ({"text": "a", "return_logprob": True}, "return_logprob"),
     ],
 )

@@ -95,7 +95,7 @@ class Generator:
         for prompt in prompts:
             # A long text takes a while, and other requests' tokens must not wait for it.
             ids = await asyncio.to_thread(self.tokenizer.encode, prompt) if isinstance(prompt, str) else prompt
-            room = self._room(ids, sampling.max_tokens)
+            room = self._room(ids, sampling)
             params = SamplingParams(
                 temperature=defaults.temperature if sampling.temperature is None else sampling.temperature,
                 top_p=defaults.top_p if sampling.top_p is None else sampling.top_p,
@@ -107,8 +107,8 @@ class Generator:
             requests.append(Request(id=uuid4().hex, prompt=ids, params=params))
         return requests
 
-    def _room(self, prompt: list[int], asked: int | None) -> int:
-        """Tokens that the context leaves for the answer to `prompt`, at least the `asked` ones.
+    def _room(self, prompt: list[int], sampling: Sampling) -> int:
+        """Tokens that the context leaves for the answer to `prompt`, at least those that are asked for.
 
         The engine would refuse too, but by then the answers to other prompts of the body may be on their way.
         """
@@ -120,11 +120,11 @@ class Generator:
             raise RequestError(f"the prompt holds id {max(prompt)}; this model's end at {vocab_size - 1}", "prompt")
         if room < 1:
             raise RequestError(f"the prompt has {len(prompt)} tokens; send at most {context - 1}", "prompt")
-        if asked is not None and asked > room:
+        if sampling.max_tokens is not None and sampling.max_tokens > room:
             raise RequestError(
-                f"max_tokens is {asked}, and {len(prompt)} tokens of prompt leave room for {room} in the context of "
-                f"{context}; ask for no more",
-                "max_tokens",
+                f"{sampling.limit_name} is {sampling.max_tokens}, but {len(prompt)} tokens of prompt leave room for "
+                f"{room} in the context of {context}; ask for no more",
+                sampling.limit_name,
             )
         return room
 

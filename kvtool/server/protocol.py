@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, TypeGuard
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
-LIMIT = 2**31  # of ids and counts; what they may be within it is for the engine to say
+LIMIT = 2**31  # of ids and counts, so that all of them can be sent on; a model's own limits are far below
 
 Prompt = str | list[int]
 
@@ -111,6 +111,8 @@ class Sampling(Body):
         "stop_token_ids": (None, []),
     }
 
+    limit_name: ClassVar[str] = "max_tokens"  # as the body spells it
+
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=LIMIT)] | None = None
@@ -201,6 +203,8 @@ class GenerateSampling(Sampling):
         "no_stop_trim": (None, False),
         "structural_tag": (None,),
     }
+
+    limit_name: ClassVar[str] = "max_new_tokens"
 
     max_tokens: Annotated[int, Field(ge=1, lt=LIMIT)] | None = Field(default=None, alias="max_new_tokens")
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import Annotated, Any, TypeVar
@@ -17,6 +18,8 @@ from kvtool.errors import EngineDeadError, KVToolError, RequestError
 from kvtool.server.generation import Generator, Piece
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 16 * 2**20
 
@@ -164,6 +167,8 @@ async def stream(
                 yield event(closing)
             yield "data: [DONE]\n\n"
         except Exception as error:
+            if not isinstance(error, KVToolError):
+                logger.exception("a stream failed")
             yield event(error_of(error)[1])
 
     return EventStream(events())
