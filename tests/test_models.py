@@ -133,6 +133,16 @@ def test_sequences_laid_end_to_end_do_not_see_each_other(opened: Any) -> None:
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_asks_for_no_value_of_any_tensor(case: str, opened: Any) -> None:
+    """The meta device has shapes and no values: what runs there can be captured as a CUDA graph."""
+    config, meta = load_config(opened(case)[1]), torch.device("meta")
+    model = load_model(opened(case)[1], config, dtype=torch.float16, device=meta, load_format="dummy")
+    ids = torch.zeros(5, dtype=torch.int64, device=meta)
+    logits = model.logits(model(ids, ids, lambda layer, q, k, v: q))
+    assert (logits.shape, logits.dtype) == ((5, config.vocab_size), torch.float16)
+
+
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 8e-2)], ids=str
 )
@@ -222,7 +232,8 @@ def test_phi3_names_longrope_in_two_ways(tmp_path: Path) -> None:
     ropes = set()
     for kind in ("su", "longrope"):
         scaling = {"type": kind, **longrope}
-        write_config(tmp_path, model_type="phi3", original_max_position_embeddings=64, rope_scaling=scaling)
+        outer = {"original_max_position_embeddings": 64, "sliding_window": None}
+        write_config(tmp_path, model_type="phi3", rope_scaling=scaling, **outer)
         ropes.add(load_config(tmp_path).rope)
     assert len(ropes) == 1
 
@@ -286,6 +297,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "eos": ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
     "architecture": ({"model_type": "gpt2"}, "model_type is 'gpt2', which is not supported; use one of llama"),
     "remote code": ({"model_type": "x", "auto_map": {"AutoModel": "x.X"}}, "auto_map asks to run code"),
+    "window": ({"model_type": "mistral"}, "sliding_window is missing; set it"),
     "rope": ({"rope_scaling": [1]}, "rope_scaling is [1]; it must be an object"),
     "rope type": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type is 'dynamic'"),
     "rope factor": ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
@@ -311,7 +323,8 @@ def test_a_wrong_field_is_named_with_its_remedy(case: str, tmp_path: Path) -> No
 
 
 def test_code_of_a_known_architecture_is_ignored(tmp_path: Path) -> None:
-    write_config(tmp_path, model_type="phi3", auto_map={"AutoConfig": "configuration_phi3.Phi3Config"})
+    auto_map = {"AutoConfig": "configuration_phi3.Phi3Config"}
+    write_config(tmp_path, model_type="phi3", sliding_window=None, auto_map=auto_map)
     assert load_config(tmp_path).model_type == "phi3"
 
 
@@ -402,6 +415,7 @@ LITERAL: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
+        "sliding_window": 2047,
     },
 }
 MILLIONS = {"Qwen2.5-7B": 7616, "Llama-3.2-1B": 1236, "Phi-3-mini": 3821}

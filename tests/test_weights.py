@@ -182,14 +182,17 @@ DAMAGED: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncated, "model.safetensors: is damaged"),
     "overlapping": (lambda folder: edit_header(folder / "model.safetensors", overlap), "model.safetensors: is damaged"),
     "missing": (lambda folder: edit_tensors(folder, **{DOWN: None}), "layers.2.mlp.down_proj.weight is missing"),
-    "unexpected": (lambda folder: edit_tensors(folder, **{BIAS: torch.ones(64)}), f"{BIAS} has no place in a llama"),
+    "unexpected": (
+        lambda folder: edit_tensors(folder, **{BIAS: torch.ones(64)}),
+        f"{BIAS} has no place in the llama model",
+    ),
     "shape": (
         lambda folder: edit_tensors(folder, **{DOWN: torch.ones(64, 81)}),
         f"{DOWN} has shape [64, 81], but config.json makes it [64, 80]",
     ),
     "type": (
         lambda folder: edit_tensors(folder, **{NORM: torch.ones(64, dtype=torch.int8)}),
-        f"{NORM} is stored as I8; readable are F64, F32, F16, BF16",
+        f"{NORM} is stored as I8; convert it to one of F64, F32, F16, BF16",
     ),
     "nan": (lambda folder: edit_tensors(folder, **{DOWN: with_value(float("nan"))}), f"{DOWN} holds NaN or infinity"),
     "inf": (lambda folder: edit_tensors(folder, **{DOWN: with_value(float("-inf"))}), f"{DOWN} holds NaN or infinity"),

@@ -130,14 +130,14 @@ class Fields:
         return default if value is None else value
 
     def count(self, name: str, default: int | None = None, least: int = 1) -> int:
-        """An integer."""
+        """An integer from `least` up, below 2³¹."""
         value = self._present(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
             self.refuse(name, f"is {value!r}; it must be an integer of at least {least}")
         return value
 
     def number(self, name: str, default: float | None = None, above: float = 0) -> float:
-        """A finite number."""
+        """A finite number greater than `above`."""
         value = self._present(name, default)
         if not _is_number(value, above):
             self.refuse(name, f"is {value!r}; it must be a number above {above}")
@@ -218,7 +218,7 @@ def _architecture(fields: Fields) -> Architecture:
 
 
 def _rope(fields: Fields, head_dim: int, max_position: int) -> Rope:
-    scaling = fields.nested("rope_parameters" if fields.get("rope_parameters") is not None else "rope_scaling")
+    scaling = fields.nested("rope_scaling" if fields.get("rope_scaling") else "rope_parameters")
     theta = (scaling if scaling.get("rope_theta") is not None else fields).number(
         "rope_theta", default=10000.0, above=1
     )
@@ -277,6 +277,8 @@ def _yarn_scale(scaling: Fields, factor: float) -> float:
 
 
 def _sliding_window(fields: Fields, architecture: Architecture, num_layers: int) -> tuple[int | None, ...]:
+    if architecture.sliding_window == "all" and "sliding_window" not in fields.values:
+        fields.refuse("sliding_window", "is missing; set it to the window's tokens, or to null for none")
     if architecture.sliding_window == "none" or fields.get("sliding_window") is None:
         return (None,) * num_layers
     window = fields.count("sliding_window")

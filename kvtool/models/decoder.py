@@ -19,6 +19,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Attention(nn.Module):
+    """Queries, keys and values of a layer: x [T, hidden_size] → [T, hidden_size]."""
+
     def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         architecture = ARCHITECTURES[config.model_type]
@@ -55,6 +57,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Down(silu(gate(x)) · up(x)), SwiGLU (Shazeer, 2020): x [T, hidden_size] → [T, hidden_size]."""
+
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.gate_up_proj = MergedLinear(
@@ -76,6 +80,8 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Attention and MLP, each added to the residual stream by the norm that comes after it."""
+
     def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)

@@ -122,7 +122,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
-    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    pickled = sorted(file.name for pattern in ("*model*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
     if pickled:
         raise ModelError(
             f"{folder / pickled[0]}: pickled weights can run code when they are opened; convert them to safetensors"
@@ -157,14 +157,17 @@ def _match(model: Decoder, tensors: list[StoredTensor]) -> list[tuple[StoredTens
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in slots):
             continue  # computed, and tied to the embedding
         if name not in slots:
-            raise ModelError(f"{tensor} has no place in a {model.config.model_type} model as config.json describes it")
+            raise ModelError(
+                f"{tensor} has no place in the {model.config.model_type} model of config.json; are both of one model?"
+            )
         if name in matched:
             raise ModelError(f"{tensor} is also in {matched[name][0].file.name}; download the checkpoint again")
         if tensor.dtype not in STORED_DTYPES:
-            raise ModelError(f"{tensor} is stored as {tensor.dtype}; readable are {', '.join(STORED_DTYPES)}")
+            raise ModelError(f"{tensor} is stored as {tensor.dtype}; convert it to one of {', '.join(STORED_DTYPES)}")
         if tensor.shape != slots[name].shape:
             raise ModelError(
-                f"{tensor} has shape {list(tensor.shape)}, but config.json makes it {list(slots[name].shape)}"
+                f"{tensor} has shape {list(tensor.shape)}, but config.json makes it {list(slots[name].shape)}; "
+                "are both of one model?"
             )
         matched[name] = tensor, slots[name]
     missing = [name for name in slots if name not in matched]
@@ -186,8 +189,9 @@ def _fill(slot: Tensor, tensor: StoredTensor, buffer: bytearray) -> None:
             stored = torch.frombuffer(buffer, dtype=dtype, count=len(piece))
             values = stored.to(slot.dtype)
             if not _is_finite(values):
-                why = f"values beyond {slot.dtype}; choose another --dtype" if _is_finite(stored) else "NaN or infinity"
-                raise ModelError(f"{tensor} holds {why}")
+                if _is_finite(stored):
+                    raise ModelError(f"{tensor} holds values beyond {slot.dtype}; choose another --dtype")
+                raise ModelError(f"{tensor} holds NaN or infinity; the checkpoint is damaged, download it again")
             piece.copy_(values)
 
 
