@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,23 +43,14 @@ def axis(text: str) -> Axis:
 
 
 def option(*names: str, panel: str, **settings: Any) -> Any:
+    """An option, with the heading that it stands under in the help."""
     return typer.Option(*names, rich_help_panel=panel, show_envvar=False, **settings)
 
 
-def model_option(*names: str, **settings: Any) -> Any:
-    return option(*names, panel="Model", **settings)
-
-
-def kv_option(*names: str, **settings: Any) -> Any:
-    return option(*names, panel="KV cache", **settings)
-
-
-def engine_option(*names: str, **settings: Any) -> Any:
-    return option(*names, panel="Engine", **settings)
-
-
-def server_option(*names: str, **settings: Any) -> Any:
-    return option(*names, panel="Server", **settings)
+model_option = partial(option, panel="Model")
+kv_option = partial(option, panel="KV cache")
+engine_option = partial(option, panel="Engine")
+server_option = partial(option, panel="Server")
 
 
 def engine_config(
@@ -174,17 +165,22 @@ def read_config(context: typer.Context, path: str | None) -> None:
         raise ConfigError(f"--config {path}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: write one `option: value` a line")
-    names = {name: p.name for p in context.command.params for name in p.opts if p.name != "config"}
+    parameters = [p for p in context.command.params if p.name != "config"]
+    names = {name: (p.name, True) for p in parameters for name in p.opts}
+    names |= {name: (p.name, False) for p in parameters for name in p.secondary_opts}
     context.default_map = {}
     for key, value in values.items():
-        name = f"--{key}".replace("_", "-")
-        parameter = names.get(canonical(name))
-        if parameter is None:
+        name = canonical(f"--{key}".replace("_", "-"))
+        if name not in names:
             raise ConfigError(f"--config {path}: {key} is no option of `{context.info_name}`; see --help")
-        if isinstance(value, list):
+        parameter, positive = names[name]
+        if isinstance(value, bool):
+            value = value is positive
+        elif isinstance(value, list):
             value = ",".join(map(str, value))
-        # As if typed: YAML's 4 is the option's "4".
-        context.default_map[parameter] = value if isinstance(value, bool | None) else str(value)
+        elif value is not None:
+            value = str(value)  # as if typed: YAML's 4 is the option's "4"
+        context.default_map[parameter] = value
 
 
 def canonical(name: str) -> str:

@@ -79,9 +79,7 @@ def test_the_command_line_goes_before_the_environment_before_the_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "kvtool.yaml"
-    file.write_text(
-        "nbits: 8\nmax_num_seqs: 3\nq-group-size: 32\nkv-cache-memory: 2GiB\nrotate: true\nmodel-path: here\n"
-    )
+    file.write_text("nbits: 8\nmax_num_seqs: 3\nq-group-size: 32\nkv-cache-memory: 2GiB\nmodel-path: here\n")
     monkeypatch.setenv("KVTOOL_CONFIG", str(file))
     monkeypatch.setenv("KVTOOL_NBITS", "4")
     monkeypatch.setenv("KVTOOL_MAX_NUM_SEQS", "5")
@@ -89,8 +87,15 @@ def test_the_command_line_goes_before_the_environment_before_the_file(
         model="here",
         max_num_seqs=5,
         kv_cache_memory=2 * 2**30,
-        kv=KVOptions(nbits="2", q_group_size=32, rotate=True),
+        kv=KVOptions(nbits="2", q_group_size=32),
     )
+
+
+def test_a_file_knows_flags_by_both_their_names(tmp_path: Path) -> None:
+    file = tmp_path / "kvtool.yaml"
+    file.write_text("asym: true\nrotate: true\n")
+    assert parse("--config", str(file)).kv == KVOptions(symmetric=False, rotate=True)
+    assert parse("--config", str(file), "--sym", "--no-rotate").kv == KVOptions(symmetric=True, rotate=False)
 
 
 def test_names_from_sglang_and_kvtuner_are_known() -> None:
