@@ -50,7 +50,7 @@ class Runner:
             )
             memory = _kv_cache_memory(config, self.device)
             num_blocks, self.max_model_len = _capacity(config, self.model_config, layout, memory)
-            self.store = KVStore(layout, num_blocks, config.max_num_seqs, self.dtype, self.device)
+            self.store = _allocate(layout, num_blocks, config.max_num_seqs, self.dtype, self.device)
             self.newest = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)
         self.attention = PagedAttention(self.store, _attention_layers(self.model_config), config.attention_backend)
 
@@ -161,6 +161,18 @@ def _capacity(config: EngineConfig, model: ModelConfig, layout: KVLayout, memory
             f"raise it to {_mib(needed)} or lower --max-model-len"
         )
     return num_blocks, min(longest, held)
+
+
+def _allocate(
+    layout: KVLayout, num_blocks: int, num_tail_slots: int, dtype: torch.dtype, device: torch.device
+) -> KVStore:
+    try:
+        return KVStore(layout, num_blocks, num_tail_slots, dtype, device)
+    except RuntimeError as error:  # torch's word for a failed allocation
+        nbytes = num_blocks * layout.block_bytes + num_tail_slots * layout.tail_bytes
+        raise CapacityError(
+            f"{device} has no {_mib(nbytes)} for the KV cache; ask for less with --kv-cache-memory"
+        ) from error
 
 
 def _mib(nbytes: int) -> str:

@@ -146,6 +146,7 @@ def test_a_bad_prompt_is_refused_and_costs_the_others_nothing(prompt):
     [
         ({"kv_cache_memory": 1000}, CapacityError, "--kv-cache-memory 1000B is too small"),
         ({"kv_cache_memory": MIB, "max_model_len": 2000, "max_num_seqs": 1}, CapacityError, "raise it to"),
+        ({"kv_cache_memory": 1 << 50}, CapacityError, "cpu has no .*MiB for the KV cache"),
         ({"max_model_len": 10**6}, ConfigError, "--max-model-len 1000000"),
         ({"device": "warp"}, ConfigError, "--device warp"),
         ({"attention_backend": "magic"}, KVToolError, "must be one of auto, torch"),

@@ -14,7 +14,7 @@ import torch
 from checkpoints import SHAPE, make_checkpoint
 from safetensors.torch import load_file, save_file
 
-from kvtool.errors import ModelError
+from kvtool.errors import CapacityError, ModelError
 from kvtool.models import Decoder, load_config, load_model, weights
 
 CPU = torch.device("cpu")
@@ -298,3 +298,11 @@ def test_loading_takes_less_than_a_fifth_more_than_the_model(shards: int, dtype:
     print(f"{taken / size:.3f} × the model")
     assert size > 160e6
     assert taken < 1.2 * size
+
+
+def test_a_model_that_no_memory_could_hold_is_refused(single: Path) -> None:
+    fields = json.loads((single / "config.json").read_text())
+    (single / "config.json").write_text(json.dumps(fields | {"vocab_size": 10**12}))
+    with pytest.raises(CapacityError, match="does not fit in the memory of cpu") as caught:
+        load(single, load_format="dummy")
+    assert "\n" not in str(caught.value)

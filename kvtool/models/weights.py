@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvtool.errors import ModelError
+from kvtool.errors import CapacityError, ModelError
 from kvtool.layers.norm import QKNorm, RMSNorm
 from kvtool.models.config import ModelConfig, read_fields, refuse_lfs_pointer
 from kvtool.models.decoder import Decoder
@@ -55,9 +55,14 @@ def load_model(
 
     Raises:
         ModelError: the weights are missing, damaged or not those of `config`.
+        CapacityError: the device has no room for them.
     """
     tensors = stored_tensors(folder) if load_format == "auto" else []
-    model = Decoder(config, max_model_len or config.max_position, dtype=dtype, device=device)
+    try:
+        model = Decoder(config, max_model_len or config.max_position, dtype=dtype, device=device)
+    except RuntimeError as error:  # torch's word for a failed allocation
+        reason = str(error).partition("\n")[0]
+        raise CapacityError(f"{folder}: the model does not fit in the memory of {device}: {reason}") from error
     if load_format == "dummy":
         fill_randomly(model, seed)
     else:
