@@ -4,13 +4,13 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from kvtool.server import generate_api, openai_api
-from kvtool.server.generation import Generator
-from kvtool.server.responses import GeneratorArg, JSONBodies, error_body, install_error_handlers
+from kvtool.server.generation import TextEngine
+from kvtool.server.responses import EngineArg, JSONBodies, error_body, install_error_handlers
 
 
-def create_app(generator: Generator) -> FastAPI:
+def create_app(engine: TextEngine) -> FastAPI:
     app = FastAPI(title="kvtool", docs_url=None, redoc_url=None)
-    app.state.generator = generator
+    app.state.engine = engine
     app.add_middleware(JSONBodies)
     install_error_handlers(app)
     app.include_router(openai_api.router)
@@ -19,7 +19,7 @@ def create_app(generator: Generator) -> FastAPI:
     return app
 
 
-async def health(generator: GeneratorArg) -> Response:
-    if not generator.client.alive:
+async def health(engine: EngineArg) -> Response:
+    if not engine.client.alive:
         return JSONResponse(error_body(503, "the engine has ended; restart the server", code="engine_dead"), 503)
     return Response()

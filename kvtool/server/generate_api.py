@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from kvtool.errors import RequestError
 from kvtool.server.generation import Answer, Defaults, Piece, collect
 from kvtool.server.protocol import GenerateBody, GenerateSampling
-from kvtool.server.responses import GeneratorArg, stream, while_connected
+from kvtool.server.responses import EngineArg, stream, while_connected
 
 router = APIRouter()
 
@@ -17,15 +17,15 @@ MAX_NEW_TOKENS = 128  # SGLang's default
 
 
 @router.post("/generate")
-async def generate(body: GenerateBody, generator: GeneratorArg, http: Request) -> Response:
+async def generate(body: GenerateBody, engine: EngineArg, http: Request) -> Response:
     """Continue `text` or `input_ids`, one or a list; streams carry the text so far, not what is new of it."""
     started = time.perf_counter()
     prompts = body.text or body.input_ids
     if prompts is None or None not in (body.text, body.input_ids):
         raise RequestError("text: send either text or input_ids", "text")
     sampling = body.sampling_params or GenerateSampling()
-    requests = await generator.requests(prompts.items, sampling, Defaults(), MAX_NEW_TOKENS)
-    pieces = generator.generate(requests, sampling.stop)
+    requests = await engine.requests(prompts.items, sampling, Defaults(), MAX_NEW_TOKENS)
+    pieces = engine.generate(requests, sampling.stop)
 
     def so_far(index: int, answer: Answer) -> dict[str, Any]:
         return {

@@ -62,7 +62,7 @@ class Answer:
         self.finish_reason, self.matched = piece.finish_reason, piece.matched
 
 
-class Generator:
+class TextEngine:
     """An engine that takes and gives text.
 
     Attributes:

@@ -17,7 +17,7 @@ from kvtool.config import EngineConfig
 from kvtool.errors import ConfigError, EngineDeadError
 from kvtool.request import EngineInfo
 from kvtool.server.app import create_app
-from kvtool.server.generation import Generator
+from kvtool.server.generation import TextEngine
 from kvtool.tokenizer import Tokenizer
 
 GRACE_SECONDS = 5  # for answers under way when the server is told to stop
@@ -88,7 +88,7 @@ async def serve(
         async with engine(config) as client:
             info = client.info
             tokenizer = await asyncio.to_thread(Tokenizer.load, Path(info.path), info.vocab_size)
-            app = create_app(Generator(client, tokenizer, name or info.model))
+            app = create_app(TextEngine(client, tokenizer, name or info.model))
             server = Server(
                 uvicorn.Config(
                     app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE_SECONDS

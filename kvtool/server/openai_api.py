@@ -11,9 +11,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from kvtool.request import Request as EngineRequest
-from kvtool.server.generation import Answer, Generator, Piece, collect
+from kvtool.server.generation import Answer, Piece, TextEngine, collect
 from kvtool.server.protocol import ChatBody, CompletionBody, OpenAIBody
-from kvtool.server.responses import GeneratorArg, UnknownModelError, stream, while_connected
+from kvtool.server.responses import EngineArg, UnknownModelError, stream, while_connected
 
 router = APIRouter(prefix="/v1")
 
@@ -54,27 +54,27 @@ CHAT = Shape(
 
 
 @router.post("/completions")
-async def completions(body: CompletionBody, generator: GeneratorArg, http: Request) -> Response:
-    check_model(body.model, generator)
-    requests = await generator.requests(body.prompt.items, body, generator.model_defaults, COMPLETION_MAX_TOKENS)
-    return await respond(COMPLETION, body, requests, generator, http)
+async def completions(body: CompletionBody, engine: EngineArg, http: Request) -> Response:
+    check_model(body.model, engine)
+    requests = await engine.requests(body.prompt.items, body, engine.model_defaults, COMPLETION_MAX_TOKENS)
+    return await respond(COMPLETION, body, requests, engine, http)
 
 
 @router.post("/chat/completions")
-async def chat_completions(body: ChatBody, generator: GeneratorArg, http: Request) -> Response:
-    check_model(body.model, generator)
+async def chat_completions(body: ChatBody, engine: EngineArg, http: Request) -> Response:
+    check_model(body.model, engine)
     messages = [{"role": message.role, "content": message.content} for message in body.messages]
-    prompt = await asyncio.to_thread(generator.tokenizer.chat, messages)
-    requests = await generator.requests([prompt], body, generator.model_defaults, None)
-    return await respond(CHAT, body, requests, generator, http)
+    prompt = await asyncio.to_thread(engine.tokenizer.chat, messages)
+    requests = await engine.requests([prompt], body, engine.model_defaults, None)
+    return await respond(CHAT, body, requests, engine, http)
 
 
 async def respond(
-    shape: Shape, body: OpenAIBody, requests: Sequence[EngineRequest], generator: Generator, http: Request
+    shape: Shape, body: OpenAIBody, requests: Sequence[EngineRequest], engine: TextEngine, http: Request
 ) -> Response:
     """The answers to `requests`, whole or streamed."""
-    head = {"id": f"{shape.prefix}-{uuid4().hex}", "created": int(time.time()), "model": generator.name}
-    pieces = generator.generate(requests, body.stop)
+    head = {"id": f"{shape.prefix}-{uuid4().hex}", "created": int(time.time()), "model": engine.name}
+    pieces = engine.generate(requests, body.stop)
     prompt_tokens, completion_tokens = sum(len(request.prompt) for request in requests), 0
 
     def chunk(piece: Piece) -> dict[str, Any]:
@@ -108,27 +108,27 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 
 @router.get("/models")
-async def models(generator: GeneratorArg) -> dict[str, Any]:
-    return {"object": "list", "data": [card(generator)]}
+async def models(engine: EngineArg) -> dict[str, Any]:
+    return {"object": "list", "data": [card(engine)]}
 
 
 @router.get("/models/{name:path}")
-async def model(name: str, generator: GeneratorArg) -> dict[str, Any]:
-    check_model(name, generator)
-    return card(generator)
+async def model(name: str, engine: EngineArg) -> dict[str, Any]:
+    check_model(name, engine)
+    return card(engine)
 
 
-def card(generator: Generator) -> dict[str, Any]:
+def card(engine: TextEngine) -> dict[str, Any]:
     return {
-        "id": generator.name,
+        "id": engine.name,
         "object": "model",
-        "created": generator.created,
+        "created": engine.created,
         "owned_by": "kvtool",
-        "root": generator.info.path,
-        "max_model_len": generator.info.max_model_len,
+        "root": engine.info.path,
+        "max_model_len": engine.info.max_model_len,
     }
 
 
-def check_model(name: str | None, generator: Generator) -> None:
-    if name not in (None, generator.name):
-        raise UnknownModelError(f"model: there is no {name!r} here; use {generator.name!r}", "model")
+def check_model(name: str | None, engine: TextEngine) -> None:
+    if name not in (None, engine.name):
+        raise UnknownModelError(f"model: there is no {name!r} here; use {engine.name!r}", "model")

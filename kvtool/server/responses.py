@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvtool.errors import EngineDeadError, KVToolError, RequestError
-from kvtool.server.generation import Generator, Piece
+from kvtool.server.generation import Piece, TextEngine
 
 T = TypeVar("T")
 
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 * 2**20
 
 
-def _generator(request: Request) -> Generator:
-    generator: Generator = request.app.state.generator
-    return generator
+def _engine(request: Request) -> TextEngine:
+    engine: TextEngine = request.app.state.engine
+    return engine
 
 
-GeneratorArg = Annotated[Generator, Depends(_generator)]
+EngineArg = Annotated[TextEngine, Depends(_engine)]
 
 
 class UnknownModelError(RequestError):
