@@ -266,5 +266,5 @@ def test_equal_chains_and_they_alone_have_equal_digests(one, other):
 def test_a_digest_names_model_format_and_salt_through_its_first_parent():
     assert block_digest(b"model, 4 bits", [1, 2]) != block_digest(b"model, 2 bits", [1, 2])
     assert block_digest(ROOT, [1, 2]) != block_digest(ROOT, [2, 1])
-    assert block_digest(ROOT, [258]) != block_digest(ROOT, [2, 1]), "ids have a width"
+    assert block_digest(ROOT, [12, 3]) != block_digest(ROOT, [1, 23]), "ids have a width"
     assert block_digest(block_digest(ROOT, [1]), [2]) != block_digest(ROOT, [1, 2])

@@ -441,6 +441,7 @@ def test_kvtuners_own_presets_load(path):
     "text, complaint",
     [
         ("0: {nbits_key: 4, nbits_value: 4}", "0 to 1; found 1 entries"),
+        ("0: {nbits_key: 4, nbits_value: 4}\n1: {nbits_key: 4, nbits_value: 4}\n2: {}", "0 to 1; found 3 entries"),
         ("{}", "found 0 entries"),
         ("", "found no mapping"),
         ("- 4\n- 4", "found no mapping"),
