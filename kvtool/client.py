@@ -39,7 +39,7 @@ class EngineClient:
             KVToolError: the engine could not start, in its own words.
         """
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "kvtool.engine", str(theirs.fileno())]
+        command = [sys.executable, "-m", "kvtool.engine_process", str(theirs.fileno())]
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
         reader, writer = await asyncio.open_connection(sock=ours)
@@ -71,6 +71,7 @@ class EngineClient:
 
         Raises:
             RequestError: the request can never run.
+            KVToolError: it ran, and the model could not answer it.
             EngineDeadError: the engine ended meanwhile.
         """
         if not self.alive:
@@ -86,7 +87,7 @@ class EngineClient:
                 if tokens is None:
                     raise EngineDeadError("the engine ended before the answer did")
                 if tokens.error is not None:
-                    raise RequestError(tokens.error, tokens.param)
+                    raise RequestError(tokens.error, tokens.param) if tokens.param else KVToolError(tokens.error)
                 yield tokens
         finally:
             del self._queues[request.id]

@@ -1,25 +1,15 @@
 """The engine: requests in, tokens out, one step at a time."""
 
-import contextlib
-import os
 import random
-import select
-import signal
-import socket
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 
-import msgspec
-import torch
-
-from kvtool.client import HEADER_BYTES, frame
 from kvtool.config import EngineConfig
-from kvtool.errors import KVToolError, RequestError
-from kvtool.request import Abort, EngineFailed, EngineInfo, FinishReason, Request, SamplingParams, Tokens
+from kvtool.errors import KVToolError, RequestError, UnsupportedError
+from kvtool.request import EngineInfo, FinishReason, Request, SamplingParams, Tokens
 from kvtool.runner import Runner
 from kvtool.scheduler import Scheduler
 from kvtool.tokenizer import Detokenizer, Tokenizer
@@ -103,10 +93,16 @@ class Engine:
         self.scheduler.abort(request_id)
 
     def step(self) -> list[Tokens]:
-        """Run the model once over what the scheduler chooses; returns the new tokens."""
+        """Run the model once over what the scheduler chooses; returns the new tokens.
+
+        Where the cache's format cannot hold what the model makes of them, all requests of the step end with that error.
+        """
         batch = self.scheduler.schedule()
-        handle = self.runner.launch(batch)
-        return self.scheduler.update(batch, self.runner.collect(handle))
+        try:
+            handle = self.runner.launch(batch)
+            return self.scheduler.update(batch, self.runner.collect(handle))
+        except UnsupportedError as error:
+            return self.scheduler.fail(batch, str(error))
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | None = None
@@ -163,94 +159,12 @@ class Engine:
                 unfinished.add(request.id)
             while unfinished:
                 for tokens in self.step():
+                    if tokens.error:
+                        unfinished.discard(tokens.id)
+                        raise KVToolError(tokens.error)
                     if tokens.finish_reason:
                         unfinished.discard(tokens.id)
                     yield tokens
         finally:
             for request_id in unfinished:
                 self.abort(request_id)
-
-
-def cpu_threads() -> int:
-    """Threads for the model on a CPU: one core is left to the HTTP server, because a thread that waits for a core that
-    another process holds stops all the others at every operation."""
-    return max(1, len(os.sched_getaffinity(0)) - 1)
-
-
-def serve(connection: socket.socket) -> None:
-    """Be the engine process of an `EngineClient`: until the other end closes, take requests and send tokens."""
-    inbox = _Inbox(connection)
-    config = msgspec.msgpack.decode(next(inbox.wait()), type=EngineConfig)
-    try:
-        engine = Engine(config)
-    except KVToolError as error:
-        connection.sendall(frame(EngineFailed(str(error))))
-        return
-    connection.sendall(frame(engine.info))
-    decoder = msgspec.msgpack.Decoder(Request | Abort)
-    while True:
-        news = []
-        for body in inbox.poll() if engine.has_work else inbox.wait():
-            news += _take(engine, decoder.decode(body))
-        if engine.has_work:
-            news += engine.step()
-        if news:
-            connection.sendall(frame(news))
-
-
-def _take(engine: Engine, message: Request | Abort) -> list[Tokens]:
-    """Carry out one message; a request that can never run is answered at once."""
-    if isinstance(message, Abort):
-        engine.abort(message.id)
-        return []
-    try:
-        engine.submit(message)
-    except RequestError as error:
-        return [Tokens(message.id, [], error=str(error), param=error.param)]
-    return []
-
-
-class _Inbox:
-    """Frames that have arrived on a socket.
-
-    Raises:
-        EOFError: the other end has closed.
-    """
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection, self._buffer = connection, bytearray()
-
-    def poll(self) -> Iterator[bytes]:
-        """Frames that are here already."""
-        while select.select([self._connection], [], [], 0)[0]:
-            self._receive()
-        while (body := self._next()) is not None:
-            yield body
-
-    def wait(self) -> Iterator[bytes]:
-        """At least one frame."""
-        while (body := self._next()) is None:
-            self._receive()
-        yield body
-        yield from self.poll()
-
-    def _receive(self) -> None:
-        data = self._connection.recv(1 << 20)
-        if not data:
-            raise EOFError
-        self._buffer += data
-
-    def _next(self) -> bytes | None:
-        end = HEADER_BYTES + int.from_bytes(self._buffer[:HEADER_BYTES], "little")
-        if len(self._buffer) < HEADER_BYTES or len(self._buffer) < end:
-            return None
-        body = bytes(self._buffer[HEADER_BYTES:end])
-        del self._buffer[:end]
-        return body
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(cpu_threads())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides what it means
-    with contextlib.suppress(EOFError, ConnectionError):
-        serve(socket.socket(fileno=int(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""What crosses the process boundary: requests in, tokens out. Integers only; text stays above the engine."""
+"""What passes between the parts of an engine, also over process boundaries: requests, steps, tokens. Integers only."""
 
 from typing import Literal
 
@@ -44,7 +44,8 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     """New tokens of a request; the last message of a request carries its `finish_reason`.
 
-    A request that can never run gets one message with `error`, no tokens and the offending `param`.
+    A request that can never run gets one message with `error`, no tokens and the offending `param`; one that fails on
+    its way, a message with `error` alone.
     """
 
     id: str
@@ -52,6 +53,45 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     finish_reason: FinishReason | None = None
     error: str | None = None
     param: str | None = None
+
+
+class ScheduledSpan(msgspec.Struct, frozen=True, kw_only=True):
+    """Positions `start` to `end` of one sequence, to be computed in one step.
+
+    Attributes:
+        id: of the request.
+        slot: the sequence's tail slot, and its row in the runner's memory of newest tokens.
+        token_ids: the tokens at these positions; empty for a decode, whose one token is what was sampled last for
+            `slot`.
+        blocks: the sequence's blocks, enough for `end` tokens.
+        samples: the span ends with the sequence's last token, so that the step yields the next one.
+        params, seed: how that one is chosen.
+    """
+
+    id: str
+    slot: int
+    start: int
+    end: int
+    token_ids: list[int]
+    blocks: list[int]
+    samples: bool
+    params: SamplingParams
+    seed: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+
+class ScheduledBatch(msgspec.Struct, frozen=True):
+    """One step: spans of one token first, as the KV store wants them."""
+
+    spans: list[ScheduledSpan]
+
+    @property
+    def sampled(self) -> list[ScheduledSpan]:
+        """Spans that yield a token, in the order of the runner's answer."""
+        return [span for span in self.spans if span.samples]
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):

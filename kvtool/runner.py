@@ -1,6 +1,7 @@
 """The model on its device: a scheduled batch goes in, sampled token ids come out."""
 
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.store import KVStore
 from kvtool.models import load_config, load_model, resolve_model
 from kvtool.models.config import ModelConfig
+from kvtool.request import ScheduledBatch
 from kvtool.sampler import sample, uniform
-from kvtool.scheduler import ScheduledBatch
 
 CPU_KV_CACHE_MEMORY = 1 << 30
 
@@ -57,21 +58,18 @@ class Runner:
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch) -> Tensor:
         """Start one step; the answer, [len(batch.sampled)] ids on the device, is for `collect`."""
-        spans = [Span(span.start, span.end, span.blocks, span.sequence.slot) for span in batch.spans]
+        spans = [Span(span.start, span.end, span.blocks, span.slot) for span in batch.spans]
         kv_batch = KVBatch.build(self.store.format, spans, self.device)
         hidden = self.model(self._input_ids(batch), kv_batch.positions, partial(self._attend, kv_batch))
         self.store.seal(kv_batch)
-        if not batch.sampled:
+        sampled = batch.sampled
+        if not sampled:
             return torch.empty(0, dtype=torch.int64)
-        last, end = [], 0
-        for span in batch.spans:
-            end += span.end - span.start
-            if span.samples:
-                last.append(end - 1)
-        sequences = [span.sequence for span in batch.sampled]
-        uniforms = [uniform(span.sequence.seed, span.end) for span in batch.sampled]
-        token_ids = sample(self.model.logits(hidden[last]), [sequence.params for sequence in sequences], uniforms)
-        self.newest[[sequence.slot for sequence in sequences]] = token_ids
+        ends = accumulate(span.length for span in batch.spans)
+        last = [end - 1 for span, end in zip(batch.spans, ends, strict=True) if span.samples]
+        uniforms = [uniform(span.seed, span.end) for span in sampled]
+        token_ids = sample(self.model.logits(hidden[last]), [span.params for span in sampled], uniforms)
+        self.newest[[span.slot for span in sampled]] = token_ids
         return token_ids
 
     def collect(self, handle: Tensor) -> list[int]:
@@ -81,16 +79,12 @@ class Runner:
 
     def _input_ids(self, batch: ScheduledBatch) -> Tensor:
         """Ids of all tokens of a step: known ones from the host, a decode's from what was sampled last."""
-        known = [i for span in batch.spans for i in (span.token_ids or [0])]
-        ids = torch.tensor(known, device=self.device)
-        at, slots, position = [], [], 0
-        for span in batch.spans:
-            if not span.token_ids:
-                at.append(position)
-                slots.append(span.sequence.slot)
-            position += span.end - span.start
-        if at:
-            ids[at] = self.newest[slots]
+        ids = torch.tensor([i for span in batch.spans for i in span.token_ids or [0]], device=self.device)
+        starts = accumulate((span.length for span in batch.spans), initial=0)
+        decodes = [(start, span.slot) for span, start in zip(batch.spans, starts, strict=False) if not span.token_ids]
+        if decodes:
+            at, slots = zip(*decodes, strict=True)
+            ids[list(at)] = self.newest[list(slots)]
         return ids
 
     def _attend(self, batch: KVBatch, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:

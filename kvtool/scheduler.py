@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from kvtool.errors import RequestError
 from kvtool.kv.blocks import BlockPool, SlotPool
 from kvtool.kv.format import KVFormat
-from kvtool.request import FinishReason, Request, SamplingParams, Tokens
+from kvtool.request import FinishReason, Request, SamplingParams, ScheduledBatch, ScheduledSpan, Tokens
 
 
 @dataclass(eq=False)
@@ -44,36 +44,6 @@ class Sequence:
     @property
     def is_prefilling(self) -> bool:
         return self.num_computed_tokens < self.num_known_tokens
-
-
-@dataclass(frozen=True)
-class ScheduledSpan:
-    """Positions `start` to `end` of one sequence, to be computed in one step.
-
-    Attributes:
-        token_ids: their ids; empty for a decode, whose one id is what the runner sampled last for `slot`.
-        blocks: the sequence's blocks, enough for `end` tokens.
-        samples: the span reaches the sequence's last known token, so that the step yields the next one.
-    """
-
-    sequence: Sequence
-    start: int
-    end: int
-    token_ids: Items[int]
-    blocks: Items[int]
-    samples: bool
-
-
-@dataclass(frozen=True)
-class ScheduledBatch:
-    """One step: spans of one token first, as the KV store wants them."""
-
-    spans: tuple[ScheduledSpan, ...]
-
-    @property
-    def sampled(self) -> list[ScheduledSpan]:
-        """Spans that yield a token, in the order of the runner's answer."""
-        return [span for span in self.spans if span.samples]
 
 
 class Scheduler:
@@ -153,26 +123,31 @@ class Scheduler:
         for sequence in self.running:
             if sequence.is_prefilling and budget > 0:
                 chunks.append(self._span(sequence, budget))
-                budget -= chunks[-1].end - chunks[-1].start
+                budget -= chunks[-1].length
         while budget > 0 and self.waiting and self._admit(self.waiting[0]):
             chunks.append(self._span(self.waiting.popleft(), budget))
-            budget -= chunks[-1].end - chunks[-1].start
-        return ScheduledBatch((*decodes, *sorted(chunks, key=lambda span: span.end - span.start > 1)))
+            budget -= chunks[-1].length
+        return ScheduledBatch([*decodes, *sorted(chunks, key=lambda span: span.length > 1)])
 
     def update(self, batch: ScheduledBatch, token_ids: Items[int]) -> list[Tokens]:
         """Append what a step sampled, one token for each of `batch.sampled`; finish and free what has ended."""
-        news = []
+        news, running = [], {sequence.id: sequence for sequence in self.running}
         for span, token in zip(batch.sampled, token_ids, strict=True):
-            sequence = span.sequence
-            if sequence.slot < 0:  # aborted or preempted since it was scheduled
+            sequence = running.get(span.id)
+            if sequence is None:  # aborted since it was scheduled
                 continue
             sequence.tokens.append(token)
             reason = self._finish_reason(sequence)
             news.append(Tokens(sequence.id, [token], reason))
             if reason:
-                self._release(sequence)
-                self.running.remove(sequence)
+                self._end(sequence)
         return news
+
+    def fail(self, batch: ScheduledBatch, error: str) -> list[Tokens]:
+        """End every sequence of a step that could not be computed."""
+        for span in batch.spans:
+            self.abort(span.id)
+        return [Tokens(span.id, [], error=error) for span in batch.spans]
 
     def abort(self, request_id: str) -> None:
         """Drop a request in whatever state it is; one that has ended meanwhile is no error."""
@@ -182,17 +157,26 @@ class Scheduler:
                 return
         for sequence in self.running:
             if sequence.id == request_id:
-                self._release(sequence)
-                self.running.remove(sequence)
+                self._end(sequence)
                 return
 
     def _span(self, sequence: Sequence, budget: int) -> ScheduledSpan:
         """Schedule the next tokens of `sequence`, at most `budget`."""
         start = sequence.num_computed_tokens
         end = min(len(sequence.tokens), start + budget)
-        token_ids = sequence.tokens[start:end] if sequence.is_prefilling else ()
+        span = ScheduledSpan(
+            id=sequence.id,
+            slot=sequence.slot,
+            start=start,
+            end=end,
+            token_ids=sequence.tokens[start:end] if sequence.is_prefilling else [],
+            blocks=sequence.blocks.copy(),
+            samples=end == len(sequence.tokens),
+            params=sequence.params,
+            seed=sequence.seed,
+        )
         sequence.num_computed_tokens = end
-        return ScheduledSpan(sequence, start, end, token_ids, tuple(sequence.blocks), end == len(sequence.tokens))
+        return span
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a slot and the blocks of all its tokens, if there are enough."""
@@ -213,12 +197,13 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self._release(sequence)
+        self._end(sequence)
         sequence.num_computed_tokens = 0
         self.waiting.appendleft(sequence)
 
-    def _release(self, sequence: Sequence) -> None:
+    def _end(self, sequence: Sequence) -> None:
+        """Stop running a sequence and take its memory back."""
+        self.running.remove(sequence)
         for block in sequence.blocks:
             self.blocks.free(block)
         self.slots.free(sequence.slot)

@@ -21,7 +21,8 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from kvtool.config import EngineConfig, KVOptions
-from kvtool.engine import Engine, cpu_threads
+from kvtool.engine import Engine
+from kvtool.engine_process import cpu_threads
 from kvtool.request import Request, SamplingParams
 
 PROMPT = 32

@@ -15,8 +15,9 @@ ROWS = [
     {"disagg"},
     {"server"},
     {"quantize", "perplexity", "expert_parallel", "sizing"},
-    {"client", "engine"},
-    {"scheduler", "runner", "cuda_graph", "sampler", "tokenizer"},  # the runner takes the scheduler's batches
+    {"client", "engine", "engine_process"},
+    {"scheduler"},
+    {"runner", "cuda_graph", "sampler", "tokenizer"},
     {"models"},
     {"layers"},
     {"attention"},

@@ -10,8 +10,8 @@ from kvtool.config import KVOptions
 from kvtool.errors import RequestError
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.spec import KVSpec, StreamSpec
-from kvtool.request import Request, SamplingParams
-from kvtool.scheduler import ScheduledBatch, Scheduler
+from kvtool.request import Request, SamplingParams, ScheduledBatch
+from kvtool.scheduler import Scheduler
 
 SPEC = KVSpec(2, StreamSpec(2, 32), StreamSpec(2, 32), 4)
 FORMATS = [resolve(o, SPEC) for o in (KVOptions(), KVOptions(nbits="4"), KVOptions(nbits="2", residual_length=64))]
@@ -34,18 +34,19 @@ def request(name: str, prompt: int, max_tokens: int | None = None, **params: obj
 
 def check(scheduler: Scheduler, batch: ScheduledBatch) -> None:
     """What must hold of every step."""
-    lengths = [span.end - span.start for span in batch.spans]
+    lengths = [span.length for span in batch.spans]
     assert 0 < sum(lengths) <= scheduler.max_num_batched_tokens
     assert lengths == sorted(lengths, key=lambda n: n > 1), "spans of one token come first"
-    assert len({id(span.sequence) for span in batch.spans}) == len(batch.spans)
+    assert len({span.id for span in batch.spans}) == len(batch.spans)
     owned = [block for sequence in scheduler.running for block in sequence.blocks]
     assert len(owned) == len(set(owned)) == scheduler.blocks.num_used
     assert len({sequence.slot for sequence in scheduler.running}) == len(scheduler.running)
     assert scheduler.slots.num_free + len(scheduler.running) == scheduler.slots.num_slots
+    running = {sequence.id: sequence for sequence in scheduler.running}
     for span in batch.spans:
-        assert span.sequence in scheduler.running
+        assert span.blocks == running[span.id].blocks and span.slot == running[span.id].slot
         assert len(span.blocks) >= scheduler.format.num_blocks(span.end)
-        assert span.samples == (span.end == len(span.sequence.tokens))
+        assert span.samples == (span.end == len(running[span.id].tokens))
 
 
 @settings(deadline=None, max_examples=60)
@@ -63,8 +64,8 @@ def test_every_request_is_answered_in_full_and_all_memory_comes_back(fmt, seed):
         batch = s.schedule()
         check(s, batch)
         for span in batch.spans:  # each position once, in order, from 0 again only after preemption
-            assert span.start in (0, computed.get(span.sequence.id, 0))
-            computed[span.sequence.id] = span.end
+            assert span.start in (0, computed.get(span.id, 0))
+            computed[span.id] = span.end
         for tokens in s.update(batch, [rng.randint(0, 9) for _ in batch.sampled]):
             assert tokens.id not in finished and tokens.id not in aborted
             got[tokens.id] = got.get(tokens.id, 0) + len(tokens.token_ids)
@@ -87,7 +88,7 @@ def test_decodes_run_while_a_long_prompt_is_cut_into_chunks():
     starts = []
     for _ in range(3):
         batch = s.schedule()
-        assert [span.sequence.id for span in batch.spans] == ["short", "long"]
+        assert [span.id for span in batch.spans] == ["short", "long"]
         starts.append((batch.spans[1].start, batch.spans[1].end))
         s.update(batch, [7] * len(batch.sampled))
     assert starts == [(0, 63), (63, 126), (126, 189)]
@@ -101,7 +102,7 @@ def test_the_youngest_gives_way_and_the_oldest_never_does():
     while s.has_work:
         batch = s.schedule()
         check(s, batch)
-        assert batch.spans[0].sequence.id == "old" or "old" in order
+        assert batch.spans[0].id == "old" or "old" in order
         order += [t.id for t in s.update(batch, [7] * len(batch.sampled)) if t.finish_reason]
     assert order == ["old", "middle", "young"]
 

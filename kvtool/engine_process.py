@@ -1,0 +1,103 @@
+"""The engine process: an Engine behind the socket of an `EngineClient`."""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+
+import msgspec
+import torch
+
+from kvtool.client import HEADER_BYTES, frame
+from kvtool.config import EngineConfig
+from kvtool.engine import Engine
+from kvtool.errors import KVToolError, RequestError
+from kvtool.request import Abort, EngineFailed, Request, Tokens
+
+
+def serve(connection: socket.socket) -> None:
+    """Be the engine process of an `EngineClient`: until the other end closes, take requests and send tokens."""
+    inbox = _Inbox(connection)
+    config = msgspec.msgpack.decode(next(inbox.wait()), type=EngineConfig)
+    try:
+        engine = Engine(config)
+    except KVToolError as error:
+        connection.sendall(frame(EngineFailed(str(error))))
+        return
+    connection.sendall(frame(engine.info))
+    decoder = msgspec.msgpack.Decoder(Request | Abort)
+    while True:
+        news = []
+        for body in inbox.poll() if engine.has_work else inbox.wait():
+            news += _take(engine, decoder.decode(body))
+        if engine.has_work:
+            news += engine.step()
+        if news:
+            connection.sendall(frame(news))
+
+
+def _take(engine: Engine, message: Request | Abort) -> list[Tokens]:
+    """Carry out one message; a request that can never run is answered at once."""
+    if isinstance(message, Abort):
+        engine.abort(message.id)
+        return []
+    try:
+        engine.submit(message)
+    except RequestError as error:
+        return [Tokens(message.id, [], error=str(error), param=error.param)]
+    return []
+
+
+class _Inbox:
+    """Frames that have arrived on a socket.
+
+    Raises:
+        EOFError: the other end has closed.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection, self._buffer = connection, bytearray()
+
+    def poll(self) -> Iterator[bytes]:
+        """Frames that are here already."""
+        while select.select([self._connection], [], [], 0)[0]:
+            self._receive()
+        while (body := self._next()) is not None:
+            yield body
+
+    def wait(self) -> Iterator[bytes]:
+        """At least one frame."""
+        while (body := self._next()) is None:
+            self._receive()
+        yield body
+        yield from self.poll()
+
+    def _receive(self) -> None:
+        data = self._connection.recv(1 << 20)
+        if not data:
+            raise EOFError
+        self._buffer += data
+
+    def _next(self) -> bytes | None:
+        end = HEADER_BYTES + int.from_bytes(self._buffer[:HEADER_BYTES], "little")
+        if len(self._buffer) < HEADER_BYTES or len(self._buffer) < end:
+            return None
+        body = bytes(self._buffer[HEADER_BYTES:end])
+        del self._buffer[:end]
+        return body
+
+
+def cpu_threads() -> int:
+    """Threads for the model on a CPU: one core is left to the HTTP server, because a thread that waits for a core that
+    another process holds stops all the others at every operation."""
+    return max(1, len(os.sched_getaffinity(0)) - 1)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(cpu_threads())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides what it means
+    with contextlib.suppress(EOFError, ConnectionError):
+        serve(socket.socket(fileno=int(sys.argv[1])))
