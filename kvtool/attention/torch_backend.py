@@ -6,11 +6,11 @@ from torch import Tensor
 
 from kvtool.attention.layer import AttentionLayer
 from kvtool.kv.batch import KVBatch, Span
-from kvtool.kv.store import LayerKV, Near
+from kvtool.kv.store import LayerKV, Near, Stream
 
 
 class TorchAttention:
-    """Decodes the blocks that a step reads and multiplies; the single queries of all sequences go together."""
+    """Decodes what a step reads and leaves the rest to torch; the single queries of all sequences go together."""
 
     name = "torch"
 
@@ -22,38 +22,33 @@ class TorchAttention:
         outs = [_decodes(q[:n], kv, batch, layer)] if n else []
         for index, span in enumerate(batch.spans[batch.num_decodes :]):
             chunk = slice(n, n + span.length)
-            far_blocks = batch.block_table[batch.num_decodes + index]
+            blocks = batch.block_table[batch.num_decodes + index]
             if near:
-                outs.append(_chunk(q[chunk], near[index], kv, far_blocks, batch.visible[chunk], span, layer))
+                outs.append(_chunk(q[chunk], near[index], kv, blocks, batch.visible[chunk], span, layer))
             else:
-                outs.append(_packed_chunk(q[chunk], kv, far_blocks, span, layer))
+                outs.append(_packed_chunk(q[chunk], kv, blocks, span, layer))
             n += span.length
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def _decodes(q: Tensor, kv: LayerKV, batch: KVBatch, layer: AttentionLayer) -> Tensor:
     """One query per sequence, `q` [n, Hq, D], over its blocks below v(t) and its tail from v(t) to t."""
-    n, slots = q.shape[0], batch.tail_slots[: q.shape[0]]
+    n = q.shape[0]
     blocks, at = batch.decode_columns
-    heads = (q * layer.scale).view(n, layer.num_kv_heads, -1, q.shape[-1])
-    scores = []
-    if blocks.numel():
-        far = heads[:, None] @ kv.key.read_blocks(blocks, q.dtype).transpose(-1, -2)  # [n, width, Hkv, G, B]
-        scores.append(far.permute(0, 2, 3, 1, 4).flatten(-2))
-    if not kv.format.packs_on_write:
-        scores.append(heads @ kv.key.tail[slots].transpose(-1, -2))
     first = 0 if layer.sliding_window is None else (batch.positions[:n, None] + 1 - layer.sliding_window).clamp_(min=0)
-    masked = torch.cat(scores, -1).masked_fill_((at < first)[:, None, None], float("-inf"))
-    probs = masked.softmax(-1, dtype=_softmax_dtype(q)).to(q.dtype)
-    columns = blocks.shape[1] * kv.format.block_size
-    outs = []
-    if blocks.numel():
-        far = probs[..., :columns].unflatten(-1, (-1, kv.format.block_size)).permute(0, 3, 1, 2, 4)
-        outs.append((far @ kv.value.read_blocks(blocks, q.dtype)).sum(1))
-    if not kv.format.packs_on_write:
-        outs.append(probs[..., columns:] @ kv.value.tail[slots])
-    out: Tensor = outs[0] if len(outs) == 1 else outs[0] + outs[1]
-    return out.view(n, layer.num_heads, -1)
+
+    def columns(stream: Stream) -> Tensor:
+        parts = [stream.read_blocks(blocks, q.dtype)] if blocks.numel() else []
+        if not kv.format.packs_on_write:
+            parts.append(stream.tail[batch.tail_slots[:n]])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    # A KV head's queries stand where sdpa expects positions: they read the same keys under the same mask.
+    heads = q.reshape(n, layer.num_kv_heads, -1, q.shape[-1])
+    out = F.scaled_dot_product_attention(
+        heads, columns(kv.key), columns(kv.value), attn_mask=(at >= first)[:, None, None], scale=layer.scale
+    )
+    return out.reshape(n, layer.num_heads, -1)
 
 
 def _chunk(
@@ -81,9 +76,8 @@ def _packed_chunk(q: Tensor, kv: LayerKV, blocks: Tensor, span: Span, layer: Att
 
 def _read_span(kv: LayerKV, blocks: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Decoded keys and values of the first `length` positions, [Hkv, length, D]."""
-    used = blocks[: -(-length // kv.format.block_size)]
-    key, value = (stream.read_blocks(used, dtype).transpose(0, 1).flatten(1, 2) for stream in (kv.key, kv.value))
-    return key[:, :length], value[:, :length]
+    used = blocks[None, : -(-length // kv.format.block_size)]
+    return kv.key.read_blocks(used, dtype)[0, :, :length], kv.value.read_blocks(used, dtype)[0, :, :length]
 
 
 def _attend(q: Tensor, key: Tensor, value: Tensor, mask: Tensor, layer: AttentionLayer) -> Tensor:
@@ -95,7 +89,3 @@ def _attend(q: Tensor, key: Tensor, value: Tensor, mask: Tensor, layer: Attentio
 
 def _in_window(at: Tensor, position: Tensor, layer: AttentionLayer) -> Tensor | bool:
     return True if layer.sliding_window is None else at > position - layer.sliding_window
-
-
-def _softmax_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -115,11 +115,14 @@ class Stream:
             self.arrays[name][blocks] = value
 
     def read_blocks(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
-        """Decoded blocks, [*blocks.shape, heads, B, D]."""
-        # index_select: on CPU, array[blocks] takes ten times as long.
+        """Tokens of `blocks` [n, width], decoded: [n, heads, width * B, D]."""
+        # index_select: on CPU, array[blocks] takes ten times as long. Codes change places before they grow.
         flat = blocks.flatten()
-        gathered = {name: array.index_select(0, flat).unflatten(0, blocks.shape) for name, array in self.arrays.items()}
-        return CODECS[self.format.bits].decode(gathered, self.format, dtype)
+        gathered = {
+            name: array.index_select(0, flat).unflatten(0, blocks.shape).transpose(1, 2).contiguous()
+            for name, array in self.arrays.items()
+        }
+        return CODECS[self.format.bits].decode(gathered, self.format, dtype).flatten(2, 3)
 
     def read_tail(self, slot: int, first: int, end: int) -> Tensor:
         """Positions `first` to `end` of the tail in `slot`, [heads, n, D]."""
