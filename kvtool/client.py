@@ -5,7 +5,7 @@ import contextlib
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import msgspec
 
@@ -64,7 +64,7 @@ class EngineClient:
         """The engine can take requests."""
         return not self._dispatcher.done()
 
-    async def submit(self, request: Request) -> AsyncIterator[Tokens]:
+    async def submit(self, request: Request) -> AsyncGenerator[Tokens, None]:
         """New tokens of `request` as they come; the last message carries its finish reason.
 
         Leaving the iterator early, or being cancelled in it, aborts the request.

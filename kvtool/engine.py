@@ -1,7 +1,6 @@
 """The engine: requests in, tokens out, one step at a time."""
 
 import random
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,7 +41,6 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        started = time.perf_counter()
         self.runner = Runner(config)
         store, model = self.runner.store, self.runner.model_config
         self.scheduler = Scheduler(
@@ -70,7 +68,6 @@ class Engine:
             bits_per_element=store.layout.bits_per_element,
             tail_bytes=store.layout.tail_bytes,
             max_num_seqs=config.max_num_seqs,
-            load_seconds=time.perf_counter() - started,
         )
 
     @property

@@ -111,7 +111,6 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
         bits_per_element: honest bits of sealed tokens, scales and padding included.
         tail_bytes: bytes of one sequence's full-precision tail.
         max_num_seqs: sequences that run at once.
-        load_seconds: from start of the process to ready.
     """
 
     model: str
@@ -128,7 +127,6 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
     bits_per_element: float
     tail_bytes: int
     max_num_seqs: int
-    load_seconds: float
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):

@@ -50,7 +50,7 @@ def test_leaving_early_makes_room_for_the_next():
     async def test(client: EngineClient) -> None:
         stream = client.submit(request("long", 2000))
         await anext(stream)
-        await stream.aclose()  # type: ignore[attr-defined]
+        await stream.aclose()
         async for tokens in client.submit(request("next", 3)):  # the only slot is free again
             assert tokens.id == "next"
 

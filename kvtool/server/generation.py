@@ -162,7 +162,6 @@ class TextEngine:
         detokenizer, checker = Detokenizer(self.tokenizer), StopChecker(stop)
         first, waiting = True, list[int]()
         stream = self.client.submit(request)
-        assert isinstance(stream, AsyncGenerator)
         async with aclosing(stream):
             async for tokens in stream:
                 waiting += tokens.token_ids
