@@ -89,8 +89,10 @@ def load_weights(model: Decoder, tensors: list[StoredTensor]) -> None:
         ModelError: a tensor is missing, unexpected, stored twice, of the wrong shape or an unreadable type, or holds
             NaN or infinity.
     """
-    buffer = bytearray(PIECE_BYTES)
-    for tensor, slot in _match(model, tensors):
+    matched = _match(model, tensors)
+    longest_row = max(slot[0].numel() * STORED_DTYPES[tensor.dtype].itemsize for tensor, slot in matched)
+    buffer = bytearray(max(PIECE_BYTES, longest_row))
+    for tensor, slot in matched:
         _fill(slot, tensor, buffer)
 
 
@@ -104,7 +106,8 @@ def fill_randomly(model: Decoder, seed: int) -> None:
     generator = torch.Generator(device).manual_seed(seed)
     block = (torch.randn(1_000_003, generator=generator, device=device) * 0.02).to(dtype)
     for parameter in model.parameters():
-        for piece in parameter.view(-1).split(len(block)):
+        memory = parameter if parameter.is_contiguous() else parameter.t()
+        for piece in memory.view(-1).split(len(block)):
             piece.copy_(block[: len(piece)])
         block = block.roll(parameter.numel() % len(block))
     for module in model.modules():
@@ -185,13 +188,16 @@ def _match(model: Decoder, tensors: list[StoredTensor]) -> list[tuple[StoredTens
 
 
 def _fill(slot: Tensor, tensor: StoredTensor, buffer: bytearray) -> None:
+    """Read a tensor into its place, as many rows at a time as the buffer holds."""
     dtype = STORED_DTYPES[tensor.dtype]
+    rows = len(buffer) // (slot[0].numel() * dtype.itemsize)
     with tensor.file.open("rb") as stream:
         stream.seek(tensor.start)
-        for piece in slot.view(-1).split(len(buffer) // dtype.itemsize):
-            count = stream.readinto(memoryview(buffer)[: len(piece) * dtype.itemsize])
-            assert count == len(piece) * dtype.itemsize, "safe_open has checked that the file holds it"
-            stored = torch.frombuffer(buffer, dtype=dtype, count=len(piece))
+        for piece in slot.split(rows):
+            nbytes = piece.numel() * dtype.itemsize
+            count = stream.readinto(memoryview(buffer)[:nbytes])
+            assert count == nbytes, "safe_open has checked that the file holds it"
+            stored = torch.frombuffer(buffer, dtype=dtype, count=piece.numel()).view(piece.shape)
             values = stored.to(slot.dtype)
             if not _is_finite(values):
                 if _is_finite(stored):
