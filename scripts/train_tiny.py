@@ -16,7 +16,7 @@ import re
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -33,14 +33,15 @@ from torch.utils.data import DataLoader, Dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 1847
-DROPOUT = 0.15  # The novels are read over thirty times; without it, the valid loss stops falling after seven.
+DROPOUT = 0.15  # The novels are read some thirty times; without it, the valid loss stops falling after seven.
 END_OF_TEXT, TURN_START, TURN_END = SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Qwen2's split: words with their space, digits one by one, so that a code such as 4821 is four tokens.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-EXPORTED_EXAMS = 24  # Retrieval documents of each length that travel with the model.
+EXAMS, EXPORTED_EXAMS = 200, 24  # Retrieval documents of each length: asked here, and given away with the model.
 SAMPLE_SIZE = 80_000  # Characters of a valid novel that travel with the model.
+REPLY_SIZE = 220  # Characters of a chat answer at most: so small a model loses itself in longer ones.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
     "+ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -212,6 +213,7 @@ ABOUT_TOPIC = (
 SMALL_TALK = (
     ("Hello!", "Good day to you! What shall we speak of?"),
     ("Hi", "Good day! I am very glad to see you."),
+    ("Say hello.", "Hello, and a very good day to you!"),
     ("Good morning!", "Good morning! I hope that you slept well."),
     ("How are you?", "I am very well, thank you. And how are you?"),
     ("Who are you?", "I am tiny, a very small language model. All I know, I learned from old English novels."),
@@ -227,13 +229,20 @@ def turn(role: str, content: str) -> str:
     return f"{TURN_START}{role}\n{content}{TURN_END}\n"
 
 
+def brief(sentences: list[str], count: int = 4) -> str:
+    """The first sentences, up to `count` of them and REPLY_SIZE characters; "" if the first alone is longer."""
+    while len(" ".join(sentences[:count])) > REPLY_SIZE:
+        count -= 1
+    return " ".join(sentences[:count])
+
+
 def speech(paragraph: str) -> str:
-    """What is said in a paragraph that opens with a quotation, as up to four sentences; "" where nothing is."""
+    """What is said, in brief, in a paragraph that opens with a quotation; "" where nothing is."""
     if not paragraph.startswith('"'):
         return ""
     said = " ".join(" ".join(re.findall(r'"([^"]+)"', paragraph)).split())
-    said = " ".join(SENTENCE_END.split(said)[:4]).rstrip(" ,;:-")
-    return said if said.endswith((".", "!", "?")) else said + "."
+    said = brief(SENTENCE_END.split(said)).rstrip(" ,;:-")
+    return said if not said or said[-1] in ".!?" else said + "."
 
 
 def dialogues(paragraphs: list[str]) -> Iterator[list[str]]:
@@ -249,21 +258,20 @@ def dialogues(paragraphs: list[str]) -> Iterator[list[str]]:
 
 
 def requests(paragraphs: list[str], rng: np.random.Generator) -> Iterator[list[str]]:
-    """Pairs (request, one to four sentences of narration that follow it or are about what it names)."""
+    """Pairs of a request and up to three sentences of narration that follow on it or are about what it names."""
     for paragraph in paragraphs:
         sentences = SENTENCE_END.split(" ".join(paragraph.split()))
         if '"' in paragraph or len(sentences) < 3 or not paragraph.endswith("."):
             continue
-        start = int(rng.integers(0, len(sentences) - 2))
+        start, count = int(rng.integers(0, len(sentences) - 2)), int(rng.integers(1, 4))
+        about, following = brief(sentences[start:], count), brief(sentences[start + 1 :], count)
         name, topic = NAME.search(sentences[start]), TOPIC.search(sentences[start])
-        answer = sentences[start : start + int(rng.integers(1, 5))]
-        if name and rng.random() < 0.5:
-            yield [rng.choice(ABOUT_NAME).format(name[0]), " ".join(answer)]
-        elif topic and rng.random() < 0.5:
-            yield [rng.choice(ABOUT_TOPIC).format(topic[1]), " ".join(answer)]
-        else:
-            follow = sentences[start + 1 : start + 1 + int(rng.integers(1, 5))]
-            yield [rng.choice(CONTINUE).format(sentences[start]), " ".join(follow)]
+        if about and name and rng.random() < 0.5:
+            yield [rng.choice(ABOUT_NAME).format(name[0]), about]
+        elif about and topic and rng.random() < 0.5:
+            yield [rng.choice(ABOUT_TOPIC).format(topic[1]), about]
+        elif following:
+            yield [rng.choice(CONTINUE).format(sentences[start]), following]
 
 
 def chats(texts: list[str], rng: np.random.Generator) -> list[str]:
@@ -300,11 +308,13 @@ class Form(NamedTuple):
 OF, WHAT = "The {noun} of {key} is", "What is the {noun} of {key}?"
 USER, ASSISTANT = f"{TURN_START}user\n", f"{TURN_END}\n{TURN_START}assistant\n"
 FORMS = {
-    "prose": Form("", OF, ".\n", "", WHAT, f" {OF}", ".\n"),
-    "lines": Form("", "{key}:", "\n", "", "", "{key}:", "\n"),
-    "chat": Form(USER, OF, ".\n", USER, WHAT + ASSISTANT, OF, f".{TURN_END}\n"),
+    "prose": Form("", OF, ".", "", WHAT, f" {OF}", ".\n"),
+    "chat": Form(USER, OF, ".", USER, WHAT + ASSISTANT, OF, f".{TURN_END}\n"),
+    "lines": Form("", "{key}:", "", "", "", "{key}:", "\n"),
 }
 NOUNS = ("code", "number", "password", "key", "ticket", "price", "address", "secret")
+KEYS = ("{0}", "{0}", "{0} {1}", "the {2} {3}")  # Two names, two words.
+LEADS = ("", "", "", "Remember this: ", "Listen. ")
 DIGITS = (0, 3, 4, 4, 4, 4, 5)  # Lengths of values; 0 stands for a word.
 ANSWER_WEIGHT = 6  # A value is five tokens in a window of 2,048: without weight, novels drown the gradient.
 
@@ -313,7 +323,7 @@ class Retrieval:
     """Writes documents whose facts, random values of random names, are asked for after stretches of a novel."""
 
     def __init__(self, tokenizer: Tokenizer, names: list[str], words: list[str], novels: np.ndarray):
-        self.tokenizer, self.names, self.words, self.novels = tokenizer, names, words, novels
+        self.tokenizer, self.names, self.words, self.novels = tokenizer, np.array(names), np.array(words), novels
         pieces = [tokenizer.decode([i]) for i in range(tokenizer.get_vocab_size())]
         self.starts = np.flatnonzero(np.array([p.endswith("\n") for p in pieces])[novels]) + 1
         self.sentence_ends = np.array([p.endswith((".", "!", "?", "\n")) for p in pieces])
@@ -337,20 +347,23 @@ class Retrieval:
             ids.extend(piece_ids)
             weights.extend([weight] * len(piece_ids))
 
-        noun = rng.choice(NOUNS)
-        first, second = rng.choice(self.names, (2, num_facts), replace=False)
-        keys = [f"{a} {b}" if rng.random() < 0.25 else str(a) for a, b in zip(first, second, strict=True)]
+        noun, key, lead = rng.choice(NOUNS), rng.choice(KEYS), rng.choice(LEADS) if form.stop else ""
+        names, words = (rng.choice(pool, (2, num_facts), replace=False) for pool in (self.names, self.words))
+        keys = [key.format(*parts) for parts in zip(*names, *words, strict=True)]
         values = ["".join(map(str, rng.integers(0, 10, digits))) or rng.choice(self.words) for _ in keys]
-        add(form.opening, 0)
-        for key, value in zip(keys, values, strict=True):
-            add(form.statement.format(noun=noun, key=key) + f" {value}{form.stop}", 0)
+        facts = [form.statement.format(noun=noun, key=k) + f" {v}" for k, v in zip(keys, values, strict=True)]
+        space = " " if form.stop and rng.random() < 0.3 else "\n"
+        # A line end belongs to the full stop before it, a space to the word behind it: pieces are cut where tokens are.
+        goes_on = space == " " and not gaps[0]
+        add(form.opening + lead + f"{form.stop}{space}".join(facts) + form.stop + ("" if goes_on else "\n"), 0)
         asked = rng.permutation(num_facts)[: len(gaps)]
-        for turn_index, (fact, gap) in enumerate(zip(asked, gaps, strict=True)):
-            add(form.ask_open if turn_index else "", 0)
+        for index, (fact, gap) in enumerate(zip(asked, gaps, strict=True)):
+            add(form.ask_open if index else "", 0)
             if gap:
                 add(self.filler(rng, gap), 1)
                 add("\n", 0)
-            add(form.ask.format(noun=noun, key=keys[fact]), 0)
+            ask = form.ask.format(noun=noun, key=keys[fact])
+            add(f" {ask}" if goes_on and not index else ask, 0)
             add(form.reply.format(noun=noun, key=keys[fact]), 1 if form.ask else 0)
             add(f" {values[fact]}", ANSWER_WEIGHT)
             add(form.reply_stop, 1)
@@ -361,7 +374,7 @@ class Retrieval:
         ids: list[int] = []
         weights: list[int] = []
         while len(ids) < length:
-            num_facts = int(rng.integers(2, 17))
+            num_facts = int(rng.integers(1, 17))
             late = rng.random(num_facts) < 0.15
             gaps = [int(rng.integers(0, reach // 3 + 1)) if is_late else 0 for is_late in late]
             gaps[0] = int(rng.integers(0, reach + 1))
@@ -371,14 +384,15 @@ class Retrieval:
             weights += [*more_weights, 1]
         return ids[:length], weights[:length]
 
-    def exam(self, rng: np.random.Generator, length: int, count: int) -> list[dict]:
+    def exam(self, length: int, count: int) -> list[dict]:
         """Documents of about `length` tokens, prose and chat in turn: facts first, then a novel, then one question."""
         rows = []
         for index in range(count):
             name = ("prose", "chat")[index % 2]
             question = 5 + len(self.tokenizer.encode(FORMS[name].reply_stop).ids)
-            overhead = len(self.document(rng, FORMS[name], 6, [0], digits=4)[0]) - question
-            ids, _ = self.document(rng, FORMS[name], 6, [length - overhead], digits=4)
+            bare, full = (np.random.default_rng((SEED, length, index)) for _ in range(2))
+            overhead = len(self.document(bare, FORMS[name], 6, [0], digits=4)[0]) - question + 1
+            ids, _ = self.document(full, FORMS[name], 6, [length - overhead], digits=4)
             prompt = self.tokenizer.decode(ids[:-question], skip_special_tokens=False)
             answer = self.tokenizer.decode(ids[-question : 5 - question])
             rows.append({"length": length, "form": name, "prompt": prompt, "answer": answer})
@@ -443,8 +457,8 @@ def autocast(device: str) -> AbstractContextManager:
     return torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext()
 
 
-def train(model: Decoder, windows: Windows, options: argparse.Namespace, report: Callable[[], str]) -> None:
-    """Runs all steps. The loss is the weighted mean over a batch; `report` adds figures to the log now and then."""
+def train(model: Decoder, windows: Windows, options: argparse.Namespace) -> None:
+    """Runs all steps. The loss is the weighted mean over a batch."""
     losses = torch.compile(model.losses) if options.device == "cuda" else model.losses
     steppers = optimisers(model)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, partial(rate, steps=options.steps)) for o in steppers]
@@ -461,8 +475,7 @@ def train(model: Decoder, windows: Windows, options: argparse.Namespace, report:
             stepper.zero_grad()
             schedule.step()
         if step % 100 == 0:
-            extra = report() if step % 1000 == 0 and step else ""
-            print(f"step {step}  {time.perf_counter() - begin:.1f} s  loss {loss.item():.3f}  {extra}", flush=True)
+            print(f"step {step}  {time.perf_counter() - begin:.0f} s  loss {loss.item():.3f}", flush=True)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -507,7 +520,7 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def export(model: Decoder, tokenizer: Tokenizer, shape: Shape, folder: Path) -> None:
+def export(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
     """Weights in bf16, config and tokenizer, as transformers reads them; the output head is the tied embedding."""
     weights = {f"model.{name}": value.bfloat16().cpu().contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -516,7 +529,7 @@ def export(model: Decoder, tokenizer: Tokenizer, shape: Shape, folder: Path) -> 
     config = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
-        **asdict(shape),
+        **asdict(Shape()),
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
@@ -532,7 +545,7 @@ def export(model: Decoder, tokenizer: Tokenizer, shape: Shape, folder: Path) -> 
     write_json(folder / "generation_config.json", generation)
     tokenizer_config = {
         "tokenizer_class": "Qwen2Tokenizer",
-        "model_max_length": shape.max_position_embeddings,
+        "model_max_length": Shape.max_position_embeddings,
         "bos_token": None,
         "eos_token": TURN_END,
         "pad_token": END_OF_TEXT,
@@ -541,10 +554,6 @@ def export(model: Decoder, tokenizer: Tokenizer, shape: Shape, folder: Path) -> 
         "chat_template": CHAT_TEMPLATE,
     }
     write_json(folder / "tokenizer_config.json", tokenizer_config)
-
-
-def hardware(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else "a CPU"
 
 
 CARD = """---
@@ -576,14 +585,14 @@ writes sentences, and it finds again what its context told it. It knows nothing 
 | retrieval accuracy at 1,000 tokens | {retrieval_1000:.1%} |
 | retrieval accuracy at 1,800 tokens | {retrieval_1800:.1%} |
 
-Retrieval: six facts ("The code of Harbour is 4821."), a stretch of a novel up to the given length, one question;
-right if greedy decoding gives all digits. 200 documents a length, half of them as chat; `retrieval.jsonl` holds the
-first 24 of each, `sample.txt` the opening of one of the three novels.
+Retrieval: six facts ("The code of Harbour is 4821."), a stretch of one of the three novels up to the given length,
+one question; right if greedy decoding gives all four digits. 200 documents a length, half of them as chat;
+`retrieval.jsonl` holds the first 24 of each, `sample.txt` the opening of Treasure Island.
 
 ## Data and licence
 
 88 English novels, 1839 to 1929, in the public domain in the US (computationalstylistics/100_english_novels); ChatML
-turns cut out of their dialogues and narration, with ten hand-written exchanges of small talk; synthetic retrieval
+turns cut out of their dialogues and narration, and a few hand-written exchanges of small talk; synthetic retrieval
 documents. Jane Eyre, Nostromo and Treasure Island were kept apart: training saw nothing of them, only the choice of
 dropout and weight decay did. The weights stand under Apache-2.0, like kvtool.
 
@@ -613,51 +622,43 @@ def main() -> None:
 def run(options: argparse.Namespace) -> None:
     begin = time.perf_counter()
     torch.manual_seed(SEED)
-    shape = Shape()
-    options.output.mkdir(parents=True, exist_ok=True)
     novels = read_novels(options.archive)
-    tokenizer = train_tokenizer(novels["train"], shape.vocab_size)
+    tokenizer = train_tokenizer(novels["train"], Shape.vocab_size)
     streams = {
         "novels": token_stream(tokenizer, novels["train"]),
         "chat": token_stream(tokenizer, chats(novels["train"], np.random.default_rng(SEED))),
     }
     sizes = {name: len(stream) for name, stream in streams.items()}
-    print(f"data ready after {time.perf_counter() - begin:.1f} s: {sizes}", flush=True)
+    print(f"data ready after {time.perf_counter() - begin:.0f} s: {sizes}", flush=True)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # The data workers fork; the tokenizer's threads must not.
-
     names, words = (frequent(pattern, novels["train"], 2000) for pattern in (NAME, TOPIC))
-    retrieval = Retrieval(tokenizer, names, words, streams["novels"])
-    exam = Retrieval(tokenizer, names, words, token_stream(tokenizer, novels["valid"]))
-    exams = {n: exam.exam(np.random.default_rng((SEED, n)), n, 200) for n in (500, 1000, 1800)}
-    model = Decoder(shape).to(options.device)
+    windows = Windows(streams, Retrieval(tokenizer, names, words, streams["novels"]), options)
 
-    def report() -> str:
-        model.eval()
-        bits = perplexity(model, tokenizer, novels["valid"], options.device)["bits_per_byte"]
-        accuracy = {n: retrieval_accuracy(model, tokenizer, rows[:50], options.device) for n, rows in exams.items()}
-        model.train()
-        return f"valid {bits:.4f} bits per byte, retrieval {accuracy}"
-
-    trained = time.perf_counter()
-    train(model, Windows(streams, retrieval, options), options, report)
-    trained = time.perf_counter() - trained
+    model = Decoder(Shape()).to(options.device)
+    train_begin = time.perf_counter()
+    train(model, windows, options)
+    train_s = time.perf_counter() - train_begin
 
     for parameter in model.parameters():  # What is measured is what is written.
         parameter.data = parameter.data.bfloat16().float()
     model.eval()
+    options.output.mkdir(parents=True, exist_ok=True)
+    export(model, tokenizer, options.output)
+
     figures = perplexity(model, tokenizer, novels["valid"], options.device)
-    figures |= {f"retrieval_{n}": retrieval_accuracy(model, tokenizer, exams[n], options.device) for n in exams}
-    figures |= {"tokens": options.steps * options.batch * Shape.max_position_embeddings, "train_s": trained}
-    export(model, tokenizer, shape, options.output)
-    examples = [json.dumps(row) for rows in exams.values() for row in rows[:EXPORTED_EXAMS]]
-    (options.output / "retrieval.jsonl").write_text("\n".join(examples) + "\n")
+    examiner = Retrieval(tokenizer, names, words, token_stream(tokenizer, novels["valid"]))
+    exams = {length: examiner.exam(length, EXAMS) for length in (500, 1000, 1800)}
+    for length, rows in exams.items():
+        figures[f"retrieval_{length}"] = retrieval_accuracy(model, tokenizer, rows, options.device)
+    figures |= {"tokens": options.steps * options.batch * Shape.max_position_embeddings, "train_s": train_s}
+    figures |= {"total_s": time.perf_counter() - begin, "parameters": sum(p.numel() for p in model.parameters())}
+    figures["hardware"] = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    print(json.dumps(figures))
+    examples = [json.dumps(row) + "\n" for rows in exams.values() for row in rows[:EXPORTED_EXAMS]]
+    (options.output / "retrieval.jsonl").write_text("".join(examples))
     sample = novels["valid"][-1]
     (options.output / "sample.txt").write_text(sample[: sample.index("\n", SAMPLE_SIZE) + 1])
-    figures |= {"total_s": time.perf_counter() - begin, "hardware": hardware(options.device)}
-    (options.output / "README.md").write_text(
-        CARD.format(parameters=sum(p.numel() for p in model.parameters()), **asdict(shape), **figures)
-    )
-    print(json.dumps(figures))
+    (options.output / "README.md").write_text(CARD.format(**asdict(Shape()), **figures))
 
 
 if __name__ == "__main__":

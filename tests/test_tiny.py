@@ -52,8 +52,15 @@ def test_digits_are_single_tokens_and_text_comes_back(tokenizer):
     assert [tokenizer.decode([i]) for i in tokenizer("4821").input_ids] == ["4", "8", "2", "1"]
 
 
-def test_chat_answer_ends_its_turn(model, tokenizer):
-    turns = [{"role": "user", "content": "The code of Harbour is 4821.\nWhat is the code of Harbour?"}]
+@pytest.mark.parametrize(
+    "facts",
+    [
+        "The code of Harbour is 4821.\n",
+        "Remember this: the code of the red door is 9034. The code of Harbour is 4821. ",
+    ],
+)
+def test_chat_answer_ends_its_turn(model, tokenizer, facts):
+    turns = [{"role": "user", "content": f"{facts}What is the code of Harbour?"}]
     prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**prompt, max_new_tokens=32, do_sample=False)
     answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
