@@ -84,7 +84,7 @@ class ScheduledSpan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ScheduledBatch(msgspec.Struct, frozen=True):
-    """One step: spans of one token first, as the KV store wants them."""
+    """One step: decodes first, then other spans of one token, then longer ones, as the KV store wants them."""
 
     spans: list[ScheduledSpan]
 

@@ -60,15 +60,17 @@ class Runner:
         """Start one step; the answer, [len(batch.sampled)] ids on the device, is for `collect`."""
         spans = [Span(span.start, span.end, span.blocks, span.slot) for span in batch.spans]
         kv_batch = KVBatch.build(self.store.format, spans, self.device)
-        hidden = self.model(self._input_ids(batch), kv_batch.positions, partial(self._attend, kv_batch))
+        ids = self._input_ids(batch, kv_batch)
+        hidden = self.model(ids, kv_batch.positions, partial(self._attend, kv_batch))
         self.store.seal(kv_batch)
         sampled = batch.sampled
         if not sampled:
             return torch.empty(0, dtype=torch.int64)
         ends = accumulate(span.length for span in batch.spans)
         last = [end - 1 for span, end in zip(batch.spans, ends, strict=True) if span.samples]
+        logits = self.model.logits(hidden if len(last) == len(hidden) else hidden[last])
         uniforms = [uniform(span.seed, span.end) for span in sampled]
-        token_ids = sample(self.model.logits(hidden[last]), [span.params for span in sampled], uniforms)
+        token_ids = sample(logits, [span.params for span in sampled], uniforms)
         self.newest[[span.slot for span in sampled]] = token_ids
         return token_ids
 
@@ -77,15 +79,12 @@ class Runner:
         ids: list[int] = handle.tolist()
         return ids
 
-    def _input_ids(self, batch: ScheduledBatch) -> Tensor:
-        """Ids of all tokens of a step: known ones from the host, a decode's from what was sampled last."""
-        ids = torch.tensor([i for span in batch.spans for i in span.token_ids or [0]], device=self.device)
-        starts = accumulate((span.length for span in batch.spans), initial=0)
-        decodes = [(start, span.slot) for span, start in zip(batch.spans, starts, strict=False) if not span.token_ids]
-        if decodes:
-            at, slots = zip(*decodes, strict=True)
-            ids[list(at)] = self.newest[list(slots)]
-        return ids
+    def _input_ids(self, batch: ScheduledBatch, kv_batch: KVBatch) -> Tensor:
+        """Ids of a step's tokens: first the decodes', from what was sampled last, then those that the host knows."""
+        num_decodes = sum(not span.token_ids for span in batch.spans)
+        sampled = self.newest[kv_batch.tail_slots[:num_decodes]]
+        known = [token for span in batch.spans[num_decodes:] for token in span.token_ids]
+        return torch.cat([sampled, torch.tensor(known, device=self.device)]) if known else sampled
 
     def _attend(self, batch: KVBatch, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self.attention(layer, q, key, value, batch)

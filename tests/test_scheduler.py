@@ -37,6 +37,8 @@ def check(scheduler: Scheduler, batch: ScheduledBatch) -> None:
     lengths = [span.length for span in batch.spans]
     assert 0 < sum(lengths) <= scheduler.max_num_batched_tokens
     assert lengths == sorted(lengths, key=lambda n: n > 1), "spans of one token come first"
+    known = [bool(span.token_ids) for span in batch.spans]
+    assert known == sorted(known), "decodes come before what the host knows"
     assert len({span.id for span in batch.spans}) == len(batch.spans)
     owned = [block for sequence in scheduler.running for block in sequence.blocks]
     assert len(owned) == len(set(owned)) == scheduler.blocks.num_used
