@@ -34,14 +34,20 @@ class StreamFormat:
     symmetric: bool = True
     rotate: bool = False
 
-    def describe(self) -> str:
+    @property
+    def kind(self) -> str:
+        """What is stored, for people."""
         if self.bits == "16":
             return "at the model's precision"
-        if self.bits == "fp8":
-            return "fp8 e4m3 per token and head"
-        kind = "symmetric" if self.symmetric else "asymmetric"
-        rotated = ", rotated" if self.rotate else ""
-        return f"{self.bits} bits per {self.axis}, groups of {self.group}, {kind}{rotated}"
+        return "fp8 e4m3 per token and head" if self.bits == "fp8" else f"{self.bits} bits per {self.axis}"
+
+    @property
+    def grouping(self) -> str:
+        """How scales are shared, for people."""
+        if self.bits in ("16", "fp8"):
+            return ""
+        symmetry = "symmetric" if self.symmetric else "asymmetric"
+        return f", {symmetry} in groups of {self.group}" + (", rotated" if self.rotate else "")
 
 
 @dataclass(frozen=True)
@@ -89,15 +95,19 @@ class KVFormat:
 
     def describe(self) -> str:
         """One line for people."""
-        window = f"; newest {self.residual} to {self.residual + self.block_size} tokens at full precision"
-        tail = "" if self.packs_on_write else window
-        if len(set(self.layers)) == 1:
-            layer = self.layers[0]
-            if layer.key == layer.value:
-                return f"K and V {layer.key.describe()}{tail}"
-            return f"K {layer.key.describe()}; V {layer.value.describe()}{tail}"
-        pairs = groupby(f"K{layer.key.bits}V{layer.value.bits}" for layer in self.layers)
-        return "by layer: " + " ".join(f"{len(list(same))}×{pair}" for pair, same in pairs) + tail
+        tail = f"; the newest {self.residual + 1} to {self.tail_tokens} tokens at full precision"
+        return self._describe_layers() + ("" if self.packs_on_write else tail)
+
+    def _describe_layers(self) -> str:
+        if len(set(self.layers)) > 1:
+            runs = groupby(f"K{layer.key.bits}V{layer.value.bits}" for layer in self.layers)
+            return "by layer: " + " ".join(f"{len(list(same))}×{pair}" for pair, same in runs)
+        key, value = self.layers[0].key, self.layers[0].value
+        if key == value:
+            return f"K and V {key.kind}{key.grouping}"
+        if key.grouping == value.grouping:
+            return f"K {key.kind}, V {value.kind}{key.grouping}"
+        return f"K {key.kind}{key.grouping}; V {value.kind}{value.grouping}"
 
 
 def resolve(options: KVOptions, spec: KVSpec) -> KVFormat:
