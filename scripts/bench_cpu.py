@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from operator import truediv
 from statistics import median
 
 import torch
@@ -80,14 +81,11 @@ def throughput(engines: dict[str, Engine], args: argparse.Namespace) -> list[Row
         for count in (1, 16):
             runs[f"{bits} bits × {count}"] = partial(engine.generate, prompts[:count], params)
     seconds = timed(runs, args.rounds)
-    rows = [
-        Row("transformers, one request", f"{args.tokens / median(seconds['transformers']):.0f} tok/s", 1.0, "", True)
-    ]
-    for name, elapsed in list(seconds.items())[1:]:
+    peer = seconds.pop("transformers")
+    rows = [Row("transformers, one request", f"{args.tokens / median(peer):.0f} tok/s", 1.0, "", True)]
+    for name, elapsed in seconds.items():
         bits, count = name.split(" bits × ")
-        ratio = int(count) * median(
-            [theirs / ours for theirs, ours in zip(seconds["transformers"], elapsed, strict=True)]
-        )
+        ratio = int(count) * median(map(truediv, peer, elapsed))
         target = {"1": 1.5, "16": 6.0}[count] if bits == "16" else 0.0
         figure = f"{int(count) * args.tokens / median(elapsed):.0f} tok/s"
         asked = f"≥ {target} × transformers" if target else ""

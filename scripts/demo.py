@@ -39,7 +39,7 @@ def demo_prompts(tokenizer: Tokenizer) -> dict[str, list[int]]:
     assets = files("kvtool") / "assets" / "tiny"
     documents = [json.loads(line) for line in (assets / "retrieval.jsonl").read_text("utf-8").splitlines()]
     asked = next(d for d in documents if d["length"] == 1800)
-    novel = tokenizer.encode((assets / "sample.txt").read_text("utf-8"))[:1200]
+    novel = tokenizer.encode((assets / "sample.txt").read_text("utf-8"))[11_000:12_200]
     return {
         f"1,800 tokens with a fact to find again (it is {asked['answer'].strip()})": tokenizer.encode(asked["prompt"]),
         "1,200 tokens of a novel to continue": novel,
