@@ -7,6 +7,7 @@ from typing import Any
 from kvtool.errors import ModelError, RequestError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+PARTIAL = 3  # bytes of an incomplete character at most, and so tokens and U+FFFD
 
 
 class Tokenizer:
@@ -78,7 +79,7 @@ class Detokenizer:
     """The text of one growing list of ids: what `push` and `finish` return adds up to `decode` of them all.
 
     A character's bytes may be spread over several tokens, so a trailing U+FFFD is held back until what follows says
-    whether it is half a character or really broken.
+    whether it is half a character or really broken. What ends in U+FFFD for longer than a character can take is broken.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -86,18 +87,30 @@ class Detokenizer:
         self._window: list[int] = []  # the newest ids, from a point that no later token reaches behind
         self._text = ""  # decode(_window)
         self._shown = 0  # characters of _text already returned
+        self._unsettled = 0  # how many of the newest ids left _text ending in U+FFFD
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that `token_ids` complete."""
-        window = [*self._window, *token_ids]
+        return "".join(map(self._push, token_ids))
+
+    def _push(self, token_id: int) -> str:
+        window = [*self._window, token_id]
         text = self._tokenizer.decode(window)
         settled = len(text.rstrip(REPLACEMENT))
+        self._unsettled = self._unsettled + 1 if settled < len(text) else 0
+        broken = self._unsettled > PARTIAL
+        if broken:
+            settled = max(settled, len(text) - PARTIAL)
         fresh = text[self._shown : settled]
         self._shown = max(self._shown, settled)
         # Some tokenizers strip the space of a first word, so a new window may begin only where that changes nothing.
-        alone = self._tokenizer.decode(token_ids)
-        if alone and settled == len(text) and text == self._text + alone:
-            window, text, self._shown = list(token_ids), alone, len(alone)
+        before, newest = self._text, [token_id]
+        if broken:
+            newest = window[-2 * PARTIAL :]  # more than an incomplete character
+            before = self._tokenizer.decode(window[: -len(newest)])
+        alone = self._tokenizer.decode(newest)
+        if (len(alone) > PARTIAL if broken else alone and settled == len(text)) and text == before + alone:
+            window, text, self._shown = newest, alone, self._shown - len(before)
         self._window, self._text = window, text
         return fresh
 

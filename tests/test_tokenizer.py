@@ -33,6 +33,7 @@ def byte_fallback() -> Tokenizer:
 
 
 BYTE_FALLBACK = byte_fallback()
+BROKEN = [i for i in range(VOCAB) if BYTE_LEVEL.decode([i]) == "\N{REPLACEMENT CHARACTER}"]
 
 
 def stream(tokenizer: Tokenizer, pieces: list[list[int]]) -> list[str]:
@@ -62,6 +63,32 @@ def test_leading_spaces_and_byte_tokens_stream_too(pieces: list[list[int]]) -> N
 def test_no_half_character_is_ever_shown(text: str) -> None:
     shown = stream(BYTE_LEVEL, [[token_id] for token_id in BYTE_LEVEL.encode(text)])
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(shown)
+
+
+@given(in_pieces(st.lists(st.sampled_from(BROKEN) | st.sampled_from(BYTE_LEVEL.encode("你😀é")), max_size=60)))
+def test_bytes_that_are_no_text_stream_too(pieces: list[list[int]]) -> None:
+    assert "".join(stream(BYTE_LEVEL, pieces)) == BYTE_LEVEL.decode(list(chain(*pieces)))
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK])
+def test_bytes_that_are_no_text_are_neither_held_back_nor_read_again(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = next(i for i in range(255, 0, -1) if tokenizer.decode([i]) == "\N{REPLACEMENT CHARACTER}")
+    longest = 0
+    decode = tokenizer.decode
+
+    def watched(token_ids: list[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(token_ids))
+        return decode(token_ids)
+
+    monkeypatch.setattr(tokenizer, "decode", watched)
+    detokenizer = Detokenizer(tokenizer)
+    shown = [detokenizer.push([broken]) for _ in range(100)]
+    assert all(shown[3:])
+    assert longest < 20
+    assert "".join(shown) + detokenizer.finish() == decode([broken] * 100)
 
 
 def test_text_is_not_held_back_without_need() -> None:
