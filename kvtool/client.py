@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
+from pathlib import Path
 
 import msgspec
 
@@ -39,7 +40,9 @@ class EngineClient:
             KVToolError: the engine could not start, in its own words.
         """
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "kvtool.engine_process", str(theirs.fileno())]
+        # Not `-m`: that would import whatever Python files lie in the current folder, a model's among them.
+        code = "import sys; sys.path[0] = sys.argv[2]; from kvtool.engine_process import main; main(int(sys.argv[1]))"
+        command = [sys.executable, "-c", code, str(theirs.fileno()), str(Path(__file__).parents[1])]
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
         reader, writer = await asyncio.open_connection(sock=ours)
@@ -48,6 +51,8 @@ class EngineClient:
             answer = msgspec.msgpack.decode(await _read(reader), type=EngineInfo | EngineFailed)
         except BaseException as error:
             writer.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1)  # its own status says more than ours
             process.kill()
             status = process.wait()
             if isinstance(error, asyncio.IncompleteReadError | OSError):

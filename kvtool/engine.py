@@ -1,6 +1,7 @@
 """The engine: requests in, tokens out, one step at a time."""
 
 import random
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,6 +54,7 @@ class Engine:
         )
         self._seeds = random.Random(config.seed)
         self._ids = count()
+        self._arrivals: dict[str, deque[Tokens]] = {}  # of `generate` and `stream`, by request
         self.info = EngineInfo(
             model=config.model,
             path=str(self.runner.path),
@@ -65,9 +67,6 @@ class Engine:
             kv_bytes=store.nbytes,
             kv_tokens=store.num_blocks * store.format.block_size + config.max_num_seqs * store.format.tail_tokens,
             kv_tokens_16bit=store.nbytes // (2 * store.layout.spec.elements),
-            bits_per_element=store.layout.bits_per_element,
-            tail_bytes=store.layout.tail_bytes,
-            max_num_seqs=config.max_num_seqs,
         )
 
     @property
@@ -93,12 +92,14 @@ class Engine:
         """Run the model once over what the scheduler chooses; returns the new tokens.
 
         Where the cache's format cannot hold what the model makes of them, all requests of the step end with that error.
+        For requests of `submit`; `generate` and `stream` step by themselves.
         """
         batch = self.scheduler.schedule()
         try:
             handle = self.runner.launch(batch)
             return self.scheduler.update(batch, self.runner.collect(handle))
         except UnsupportedError as error:
+            self.runner.clear(batch.spans)
             return self.scheduler.fail(batch, str(error))
 
     def generate(
@@ -109,6 +110,8 @@ class Engine:
         Raises:
             RequestError: one of them could never run; nothing has been computed then.
         """
+        if isinstance(prompts, str):
+            raise RequestError("prompts is one text; give a list of prompts", "prompts")
         requests = [self._request(prompt, params) for prompt in prompts]
         generated: dict[str, list[int]] = {request.id: [] for request in requests}
         reasons: dict[str, FinishReason] = {}
@@ -148,20 +151,29 @@ class Engine:
         return Request(f"local-{next(self._ids)}", token_ids, params or SamplingParams())
 
     def _run(self, requests: Sequence[Request]) -> Iterator[Tokens]:
-        """Tokens of `requests` as they come; what is unfinished when the caller leaves is aborted."""
+        """Tokens of `requests` as they come; what is unfinished when the caller leaves is aborted.
+
+        Several of these may be under way: whoever steps hands the others their tokens.
+        """
+        arrived: deque[Tokens] = deque()
         unfinished: set[str] = set()
         try:
             for request in requests:
                 self.submit(request)
                 unfinished.add(request.id)
+                self._arrivals[request.id] = arrived
             while unfinished:
-                for tokens in self.step():
-                    if tokens.error:
-                        unfinished.discard(tokens.id)
-                        raise KVToolError(tokens.error)
-                    if tokens.finish_reason:
-                        unfinished.discard(tokens.id)
-                    yield tokens
+                while not arrived:
+                    for tokens in self.step():
+                        self._arrivals[tokens.id].append(tokens)
+                tokens = arrived.popleft()
+                if tokens.error or tokens.finish_reason:
+                    unfinished.discard(tokens.id)
+                if tokens.error:
+                    raise KVToolError(tokens.error)
+                yield tokens
         finally:
             for request_id in unfinished:
                 self.abort(request_id)
+            for request in requests:
+                self._arrivals.pop(request.id, None)

@@ -5,7 +5,7 @@ import os
 import select
 import signal
 import socket
-import sys
+import traceback
 from collections.abc import Iterator
 
 import msgspec
@@ -24,10 +24,15 @@ def serve(connection: socket.socket) -> None:
     config = msgspec.msgpack.decode(next(inbox.wait()), type=EngineConfig)
     try:
         engine = Engine(config)
+        ready = frame(engine.info)
     except KVToolError as error:
         connection.sendall(frame(EngineFailed(str(error))))
         return
-    connection.sendall(frame(engine.info))
+    except Exception as error:
+        traceback.print_exc()
+        connection.sendall(frame(EngineFailed(f"{type(error).__name__}: {error} (a bug in kvtool)")))
+        return
+    connection.sendall(ready)
     decoder = msgspec.msgpack.Decoder(Request | Abort)
     while True:
         news = []
@@ -96,8 +101,12 @@ def cpu_threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
-if __name__ == "__main__":
+def main(fd: int) -> None:
+    """The process that `EngineClient` starts, with its end of the socket."""
     torch.set_num_threads(cpu_threads())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides what it means
+    # Ctrl-C and a service manager's SIGTERM reach the whole group. The server decides what they mean: it closes the
+    # socket when the last answer is out.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with contextlib.suppress(EOFError, ConnectionError):
-        serve(socket.socket(fileno=int(sys.argv[1])))
+        serve(socket.socket(fileno=fd))

@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,9 +108,6 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
         kv_bytes: bytes of blocks and tails, as allocated.
         kv_tokens: tokens that fit, blocks and tails together.
         kv_tokens_16bit: tokens that the same bytes would hold at 2 bytes an element.
-        bits_per_element: honest bits of sealed tokens, scales and padding included.
-        tail_bytes: bytes of one sequence's full-precision tail.
-        max_num_seqs: sequences that run at once.
     """
 
     model: str
@@ -124,9 +121,6 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
     kv_bytes: int
     kv_tokens: int
     kv_tokens_16bit: int
-    bits_per_element: float
-    tail_bytes: int
-    max_num_seqs: int
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):

@@ -1,5 +1,7 @@
 """The model on its device: a scheduled batch goes in, sampled token ids come out."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
@@ -17,10 +19,19 @@ from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.store import KVStore
 from kvtool.models import load_config, load_model, resolve_model
 from kvtool.models.config import ModelConfig
-from kvtool.request import ScheduledBatch
+from kvtool.request import ScheduledBatch, ScheduledSpan
 from kvtool.sampler import sample, uniform
 
 CPU_KV_CACHE_MEMORY = 1 << 30
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Handle:
+    """A step under way: `token_ids` [len(batch.sampled)] may still be computing on the device."""
+
+    batch: ScheduledBatch
+    token_ids: Tensor
 
 
 class Runner:
@@ -34,7 +45,7 @@ class Runner:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self.device = _device(config)
+        self.device = _device(config.device)
         self.path = resolve_model(config.model)
         self.model_config = load_config(self.path)
         self.dtype = _dtype(config, self.model_config, self.device)
@@ -56,8 +67,8 @@ class Runner:
         self.attention = PagedAttention(self.store, _attention_layers(self.model_config), config.attention_backend)
 
     @torch.inference_mode()
-    def launch(self, batch: ScheduledBatch) -> Tensor:
-        """Start one step; the answer, [len(batch.sampled)] ids on the device, is for `collect`."""
+    def launch(self, batch: ScheduledBatch) -> Handle:
+        """Start one step."""
         spans = [Span(span.start, span.end, span.blocks, span.slot) for span in batch.spans]
         kv_batch = KVBatch.build(self.store.format, spans, self.device)
         ids = self._input_ids(batch, kv_batch)
@@ -65,19 +76,26 @@ class Runner:
         self.store.seal(kv_batch)
         sampled = batch.sampled
         if not sampled:
-            return torch.empty(0, dtype=torch.int64)
+            return Handle(batch, torch.empty(0, dtype=torch.int64))
         ends = accumulate(span.length for span in batch.spans)
         last = [end - 1 for span, end in zip(batch.spans, ends, strict=True) if span.samples]
         logits = self.model.logits(hidden if len(last) == len(hidden) else hidden[last])
         uniforms = [uniform(span.seed, span.end) for span in sampled]
         token_ids = sample(logits, [span.params for span in sampled], uniforms)
-        self.newest[[span.slot for span in sampled]] = token_ids
-        return token_ids
+        self.newest[[span.slot for span in sampled]] = token_ids.clamp(min=0)
+        return Handle(batch, token_ids)
 
-    def collect(self, handle: Tensor) -> list[int]:
-        """The token ids of a launched step, in the order of `batch.sampled`."""
-        ids: list[int] = handle.tolist()
+    def collect(self, handle: Handle) -> list[int]:
+        """The token ids of a launched step, in the order of `batch.sampled`; -1 where the logits were not finite."""
+        ids: list[int] = handle.token_ids.tolist()
+        self.clear(span for span, token in zip(handle.batch.sampled, ids, strict=True) if token < 0)
         return ids
+
+    @torch.inference_mode()
+    def clear(self, spans: Iterable[ScheduledSpan]) -> None:
+        """Wipe what sequences that failed have stored: NaN would reach those that own the memory after them."""
+        for span in spans:
+            self.store.clear(span.blocks, span.slot)
 
     def _input_ids(self, batch: ScheduledBatch, kv_batch: KVBatch) -> Tensor:
         """Ids of a step's tokens: first the decodes', from what was sampled last, then those that the host knows."""
@@ -90,17 +108,21 @@ class Runner:
         return self.attention(layer, q, key, value, batch)
 
 
-def _device(config: EngineConfig) -> torch.device:
+def _device(asked: str) -> torch.device:
     try:
-        name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-        device = torch.device(name)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("no model runs there")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
+        reason = str(error).partition("\n")[0].partition(":")[0]
+        raise ConfigError(f"--device {asked}: {reason}; choose auto, cpu, cuda or cuda:N") from error
     return device
 
 
 def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+    if config.dtype not in DTYPES:
+        raise ConfigError(f"--dtype {config.dtype}: must be one of {', '.join(DTYPES)}")
     auto = "float32" if device.type == "cpu" else model.dtype
     dtype: torch.dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
     return dtype
@@ -140,18 +162,18 @@ def _capacity(config: EngineConfig, model: ModelConfig, layout: KVLayout, memory
         raise ConfigError(f"--max-model-len {longest}: the model's context is {model.max_position} tokens")
     fmt, tails = layout.format, config.max_num_seqs * layout.tail_bytes
     num_blocks = layout.num_blocks_within(memory, config.max_num_seqs)
-    asked = f"--kv-cache-memory {_mib(memory)}"
+    asked = f"--kv-cache-memory {_size(memory)}"
     if num_blocks < 1:
         raise CapacityError(
-            f"{asked} is too small: {config.max_num_seqs} tails take {_mib(tails)} and a block "
-            f"{_mib(layout.block_bytes)}; raise it or lower --max-num-seqs"
+            f"{asked} is too small: {config.max_num_seqs} tails take {_size(tails)} and a block "
+            f"{_size(layout.block_bytes)}; raise it or lower --max-num-seqs"
         )
     held = num_blocks * fmt.block_size + fmt.tail_tokens
     if config.max_model_len and held < longest:
         needed = tails + fmt.num_blocks(longest) * layout.block_bytes
         raise CapacityError(
             f"{asked} holds {held} tokens, fewer than one request of --max-model-len {longest}; "
-            f"raise it to {_mib(needed)} or lower --max-model-len"
+            f"raise it to {_size(needed)} or lower --max-model-len"
         )
     return num_blocks, min(longest, held)
 
@@ -164,9 +186,13 @@ def _allocate(
     except RuntimeError as error:  # torch's word for a failed allocation
         nbytes = num_blocks * layout.block_bytes + num_tail_slots * layout.tail_bytes
         raise CapacityError(
-            f"{device} has no {_mib(nbytes)} for the KV cache; ask for less with --kv-cache-memory"
+            f"{device} has no {_size(nbytes)} for the KV cache; ask for less with --kv-cache-memory"
         ) from error
 
 
-def _mib(nbytes: int) -> str:
-    return f"{-(-nbytes * 10 >> 20) / 10:g}MiB" if nbytes >= 1 << 20 else f"{nbytes}B"
+def _size(nbytes: int) -> str:
+    """`nbytes` as a size that --kv-cache-memory takes, rounded up."""
+    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if nbytes >= 1 << shift:
+            return f"{-(-nbytes * 10 >> shift) / 10:g}{unit}"
+    return str(nbytes)

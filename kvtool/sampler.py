@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvtool.request import SamplingParams
 
-COLDEST = 1e-5  # a lower temperature would overflow the logits; it is greedy in all but name
+COLDEST = 1e-5  # a lower temperature is greedy in all but name
 
 
 def uniform(seed: int, position: int) -> float:
@@ -21,9 +21,11 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[
     """One token id for each row of `logits` [N, V], as [N] int64.
 
     Temperatures below `COLDEST` take the largest logit. Otherwise top_k and then top_p keep the most likely tokens
-    (always at least one), and the row's uniform number picks among them by inverse transform.
+    (always at least one), and the row's uniform number picks among them by inverse transform. A row that is not finite
+    gives -1.
     """
     greedy = logits.argmax(-1)
+    greedy = torch.where(logits.isfinite().all(-1), greedy, -1)
     if all(p.temperature < COLDEST for p in params):
         return greedy
 
@@ -33,12 +35,12 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[
     temperature = column([max(p.temperature, COLDEST) for p in params])
     top_k = column([p.top_k or logits.shape[-1] for p in params])
     top_p = column([p.top_p for p in params])
-    probs, ids = (logits / temperature.to(logits.dtype)).softmax(-1, dtype=torch.float64).sort(-1, descending=True)
+    probs, ids = (logits.double() / temperature).softmax(-1).sort(-1, descending=True)
     probs[torch.arange(probs.shape[-1], device=logits.device) >= top_k] = 0
     before = probs.cumsum(-1) - probs
     probs[before >= top_p * probs.sum(-1, keepdim=True)] = 0
     cumulative = probs.cumsum(-1)
     drawn = torch.searchsorted(cumulative, column(list(uniforms)) * cumulative[:, -1:], right=True)
-    kept = (probs > 0).sum(-1, keepdim=True)
+    kept = (probs > 0).sum(-1, keepdim=True).clamp_(min=1)
     sampled = ids.gather(-1, drawn.minimum(kept - 1))[:, 0]
-    return torch.where(temperature[:, 0] > COLDEST, sampled, greedy)
+    return torch.where((temperature[:, 0] > COLDEST) & (greedy >= 0), sampled, greedy)

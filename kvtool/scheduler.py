@@ -3,11 +3,14 @@
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from math import inf
 
 from kvtool.errors import RequestError
 from kvtool.kv.blocks import BlockPool, SlotPool
 from kvtool.kv.format import KVFormat
 from kvtool.request import FinishReason, Request, SamplingParams, ScheduledBatch, ScheduledSpan, Tokens
+
+NOT_FINITE = "the model computed NaN or infinity for this prompt; a wider --dtype may help"
 
 
 @dataclass(eq=False)
@@ -83,6 +86,7 @@ class Scheduler:
             RequestError: it could never run: no prompt, or more tokens than the context or the cache can hold.
         """
         length, params = len(request.prompt), request.params
+        _check_sampling(params)
         if length == 0:
             raise RequestError("the prompt is empty; send at least one token", "prompt")
         if length >= self.max_model_len:
@@ -130,11 +134,18 @@ class Scheduler:
         return ScheduledBatch([*decodes, *sorted(chunks, key=lambda span: span.length > 1)])
 
     def update(self, batch: ScheduledBatch, token_ids: Items[int]) -> list[Tokens]:
-        """Append what a step sampled, one token for each of `batch.sampled`; finish and free what has ended."""
+        """Append what a step sampled, one token for each of `batch.sampled`; finish and free what has ended.
+
+        A token of -1 says that the model's logits were not finite.
+        """
         news, running = [], {sequence.id: sequence for sequence in self.running}
         for span, token in zip(batch.sampled, token_ids, strict=True):
             sequence = running.get(span.id)
             if sequence is None:  # aborted since it was scheduled
+                continue
+            if token < 0:
+                self._end(sequence)
+                news.append(Tokens(span.id, [], error=NOT_FINITE))
                 continue
             sequence.tokens.append(token)
             reason = self._finish_reason(sequence)
@@ -213,3 +224,13 @@ class Scheduler:
         if sequence.tokens[-1] in self.eos_token_ids and not sequence.params.ignore_eos:
             return "stop"
         return "length" if len(sequence.tokens) >= sequence.max_length else None
+
+
+def _check_sampling(params: SamplingParams) -> None:
+    """Raises RequestError for parameters outside their ranges; NaN is in none."""
+    if not 0 <= params.temperature < inf:
+        raise RequestError(f"temperature is {params.temperature}; it must be 0 or more", "temperature")
+    if not 0 < params.top_p <= 1:
+        raise RequestError(f"top_p is {params.top_p}; it must be above 0 and at most 1", "top_p")
+    if params.top_k < 0:
+        raise RequestError(f"top_k is {params.top_k}; it must be 0, which keeps all, or more", "top_k")

@@ -50,7 +50,7 @@ def demo_prompts(tokenizer: Tokenizer) -> dict[str, list[int]]:
 def cell(engine: Engine, tokenizer: Tokenizer, completion: Completion) -> str:
     layout = engine.runner.store.layout
     length = len(completion.prompt_token_ids) + len(completion.token_ids) - 1
-    packed = layout.format.num_blocks(length) * layout.block_bytes
+    packed = layout.bytes_for([length]) - layout.tail_bytes
     nbytes = f"{packed / 1024:,.0f} + {layout.tail_bytes / 1024:,.0f} KiB"
     return f"{tokenizer.decode(completion.token_ids).strip()}\n\n[bold]{nbytes}[/bold]"
 

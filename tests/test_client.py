@@ -72,6 +72,27 @@ def test_an_engine_that_cannot_start_says_why():
         asyncio.run(EngineClient.start(EngineConfig(kv_cache_memory=10)))
 
 
+def test_python_files_in_the_current_folder_are_not_run(tmp_path, monkeypatch):
+    (tmp_path / "msgspec.py").write_text("raise SystemExit('ran')")
+    (tmp_path / "random.py").write_text("raise SystemExit('ran')")
+    monkeypatch.chdir(tmp_path)
+
+    async def test(client: EngineClient) -> None:
+        assert len([tokens async for tokens in client.submit(request("a", 2))]) == 2
+
+    with_engine(test)
+
+
+def test_a_sigterm_that_reaches_the_engine_too_is_the_servers_to_answer():
+    async def test(client: EngineClient) -> None:
+        stream = client.submit(request("a", 200))
+        await anext(stream)
+        os.kill(client._process.pid, signal.SIGTERM)
+        assert len([tokens async for tokens in stream]) == 199
+
+    with_engine(test)
+
+
 def test_a_killed_engine_ends_every_stream():
     async def test(client: EngineClient) -> None:
         streams = [client.submit(request(name, 2000)) for name in ("runs", "waits")]

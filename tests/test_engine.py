@@ -124,6 +124,39 @@ def test_text_goes_in_and_comes_out_whole_or_streamed():
     assert completion.prompt_token_ids == tokenizer.encode("It was a dark night, and")
 
 
+def test_streams_may_be_read_side_by_side_and_generate_in_between():
+    tested = engine(KVOptions(nbits="4"), dtype="float32")
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    alone = [list(tested.stream(prompt, params)) for prompt in ("Once upon a time", "Who are you?")]
+    left, right = (tested.stream(prompt, params) for prompt in ("Once upon a time", "Who are you?"))
+    together = [[next(left)], [next(right)]]
+    assert tested.generate(["She said"], params)
+    together[1] += right
+    together[0] += left
+    assert together == alone
+
+
+@pytest.mark.parametrize("bits", ["16", "4"])
+def test_what_a_failed_request_stored_reaches_nobody(bits):
+    tested = engine(KVOptions(nbits=bits), dtype="float32", max_num_seqs=2)
+    prompt = [5] * 100
+    good = answers(tested, [prompt])
+    weight = tested.runner.model.embed_tokens.weight
+    with torch.inference_mode():
+        kept = weight[4000].clone()
+        weight[4000] = float("inf")
+    with pytest.raises(KVToolError, match="NaN or"):
+        tested.generate([[5] * 70 + [4000] + [5] * 29], GREEDY)
+    with torch.inference_mode():
+        weight[4000] = kept
+    assert answers(tested, [prompt, prompt]) == good * 2
+
+
+def test_one_text_instead_of_a_list_is_refused():
+    with pytest.raises(RequestError, match="list of prompts"):
+        engine(KVOptions()).generate("Hi")
+
+
 def test_an_abandoned_stream_is_aborted():
     tested = engine(KVOptions())
     stream = tested.stream("Once", GREEDY)
@@ -158,18 +191,23 @@ def test_keys_that_no_format_can_hold_end_the_request_and_not_the_engine(tmp_pat
 @pytest.mark.parametrize(
     ("overrides", "error", "says"),
     [
-        ({"kv_cache_memory": 1000}, CapacityError, "--kv-cache-memory 1000B is too small"),
+        ({"kv_cache_memory": 1000}, CapacityError, "--kv-cache-memory 1000 is too small"),
         ({"kv_cache_memory": MIB, "max_model_len": 2000, "max_num_seqs": 1}, CapacityError, "raise it to"),
-        ({"kv_cache_memory": 1 << 50}, CapacityError, "cpu has no .*MiB for the KV cache"),
+        ({"kv_cache_memory": 1 << 50}, CapacityError, "cpu has no .*GiB for the KV cache"),
         ({"max_model_len": 10**6}, ConfigError, "--max-model-len 1000000"),
-        ({"device": "warp"}, ConfigError, "--device warp"),
+        ({"dtype": "bf16"}, ConfigError, "--dtype bf16: must be one of auto"),
+        ({"kv": KVOptions(nbits=4)}, ConfigError, "--nbits 4: must be one of 16"),  # type: ignore[arg-type]
+        ({"device": "warp"}, ConfigError, "--device warp: .*; choose auto, cpu, cuda"),
+        ({"device": "meta"}, ConfigError, "--device meta: .*; choose auto, cpu, cuda"),
+        ({"model": "a" * 300}, KVToolError, "no such folder"),
+        ({"model": "~nobody-at-all/x"}, KVToolError, "no such folder"),
         ({"attention_backend": "magic"}, KVToolError, "must be one of auto, torch"),
         ({"model": "no/such/folder"}, KVToolError, "no/such/folder"),
     ],
 )
 def test_an_engine_that_cannot_run_says_so_in_one_line(overrides, error, says):
     with pytest.raises(error, match=says) as caught:
-        engine(KVOptions(), **overrides)
+        engine(**{"kv": KVOptions()} | overrides)
     assert "\n" not in str(caught.value)
 
 

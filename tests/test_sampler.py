@@ -64,6 +64,21 @@ def test_temperature_zero_is_greedy_among_sampled_rows():
         assert int(sample(LOGITS.expand(2, -1), params, [uniform(i, 0), uniform(i, 1)])[0]) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_temperature_near_zero_is_no_overflow(dtype):
+    params = [SamplingParams(temperature=t) for t in (2e-5, 1e-4, 3e-4)]
+    assert sample((10 * LOGITS).to(dtype).expand(3, -1), params, [0.99] * 3).tolist() == [0] * 3
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_not_finite_is_told_apart(poison):
+    logits = LOGITS.repeat(4, 1)
+    logits[1:3, 2] = poison
+    drawn = sample(logits, [SamplingParams(temperature=t) for t in (0, 0, 1, 1)], [0.5] * 4).tolist()
+    assert drawn[0] == 0 and drawn[1:3] == [-1, -1] and drawn[3] >= 0
+    assert sample(logits, [SamplingParams(temperature=0)] * 4, [0.5] * 4).tolist() == [0, -1, -1, 0]
+
+
 def test_uniform_is_spread_and_depends_on_seed_and_position_alone():
     numbers = torch.tensor([uniform(7, i) for i in range(10_000)])
     assert abs(float(numbers.mean()) - 0.5) < 0.02 and float(numbers.min()) >= 0 and float(numbers.max()) < 1

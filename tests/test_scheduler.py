@@ -137,6 +137,18 @@ def test_what_can_never_run_is_refused_at_once(prompt, max_tokens, param, says):
     assert caught.value.param == param and not s.has_work
 
 
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [("temperature", (-0.1, float("nan"), float("inf"))), ("top_p", (0.0, 1.1, float("nan"))), ("top_k", (-1,))],
+)
+def test_sampling_outside_its_range_is_refused(field, values):
+    s = scheduler(FORMATS[0])
+    for value in values:
+        with pytest.raises(RequestError, match=field) as caught:
+            s.add(request("x", 3, 3, **{field: value}), 0)
+        assert caught.value.param == field and not s.has_work
+
+
 def test_a_request_that_exceeds_the_cache_is_refused_and_the_largest_that_fits_runs():
     for fmt in FORMATS:
         s = scheduler(fmt, num_blocks=3, context=10_000)

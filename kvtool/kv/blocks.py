@@ -11,7 +11,8 @@ class BlockPool:
 
     A block is either *free* (unowned and unknown), *owned* by one or more sequences, or *cached*: unowned, but sealed
     under a digest, so that it can be shared again until the pool needs it. Cached blocks are evicted in the order in
-    which they were given up. A block is written only by its single owner before it is sealed.
+    which they were given up. A block is written only by its single owner before it is sealed. (The scheduler seals and
+    shares nothing yet, so its blocks are free or owned.)
     """
 
     def __init__(self, num_blocks: int) -> None:

@@ -6,7 +6,7 @@ from itertools import groupby
 
 from kvtool.config import Axis, Bits, KVOptions
 from kvtool.errors import ConfigError, UnsupportedError
-from kvtool.kv.plan import load_plan
+from kvtool.kv.plan import BITS, load_plan
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.visibility import visible
 
@@ -148,6 +148,9 @@ def _check(options: KVOptions, bits: list[tuple[Bits, Bits]]) -> None:
         raise ConfigError(f"--q-group-size {options.q_group_size}: must be one of {', '.join(map(str, GROUP_SIZES))}")
     if options.residual_length is not None and options.residual_length < 0:
         raise ConfigError(f"--residual-length {options.residual_length}: must be 0 or more tokens")
+    unknown = {stream for pair in bits for stream in pair} - set(BITS)
+    if unknown:
+        raise ConfigError(f"--nbits {unknown.pop()!r}: must be one of {', '.join(BITS)}")
     used: set[Bits] = {stream for pair in bits for stream in pair}
     if used == {"16"}:
         given = [name for name, value in vars(options).items() if value and not name.startswith(("nbits", "plan"))]

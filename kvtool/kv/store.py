@@ -1,5 +1,6 @@
 """The KV store: packed blocks and full-precision tails of all layers, each in one allocation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,15 @@ class KVStore:
         for layer in self.layers:
             for stream in (layer.key, layer.value):
                 stream.write_blocks(stream.tail[slots[:, None], :, rows].transpose(1, 2), blocks)
+
+    def clear(self, blocks: Sequence[int], tail_slot: int) -> None:
+        """Overwrite blocks and a tail with zeros."""
+        offset = 0
+        for index in range(self.layout.spec.num_layers):
+            nbytes = self.layout.layer_block_bytes(index)
+            self.blocks[offset : offset + self.num_blocks * nbytes].view(self.num_blocks, nbytes)[list(blocks)] = 0
+            offset += self.num_blocks * nbytes
+        self.tails[tail_slot * self.layout.tail_bytes : (tail_slot + 1) * self.layout.tail_bytes] = 0
 
     def _block_view(self, layer: int, layer_offset: int, field: Field) -> Tensor:
         """[num_blocks, heads, rows, n] of one field of one layer."""

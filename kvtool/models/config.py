@@ -12,6 +12,7 @@ from kvtool.errors import ModelError
 from kvtool.layers.rotary import LinearRope, Llama3Rope, LongRope, Rope, YarnRope
 from kvtool.models.architectures import ARCHITECTURES, Architecture
 
+MAX_LAYERS, MAX_POSITIONS = 1024, 1 << 24  # beyond any model; tables are built before a weight is seen
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -74,7 +75,7 @@ def load_config(folder: Path) -> ModelConfig:
         fields.refuse(
             "num_key_value_heads", "is missing; a GQA model needs it (or set it equal to num_attention_heads)"
         )
-    num_kv_heads, num_layers = fields.count("num_key_value_heads"), fields.count("num_hidden_layers")
+    num_kv_heads, num_layers = fields.count("num_key_value_heads"), fields.count("num_hidden_layers", most=MAX_LAYERS)
     if num_heads % num_kv_heads:
         fields.refuse(
             "num_attention_heads", f"is {num_heads}; it must be a multiple of num_key_value_heads, {num_kv_heads}"
@@ -85,7 +86,7 @@ def load_config(folder: Path) -> ModelConfig:
             f"is {hidden_size}; it must be a multiple of num_attention_heads, {num_heads}, or set head_dim",
         )
     head_dim = fields.count("head_dim", default=hidden_size // num_heads)
-    max_position = fields.count("max_position_embeddings")
+    max_position = fields.count("max_position_embeddings", most=MAX_POSITIONS)
     attention_bias = architecture.config_biases and fields.flag("attention_bias")
     return ModelConfig(
         model_type=fields.get("model_type"),
@@ -129,11 +130,11 @@ class Fields:
         value = self.values.get(name)
         return default if value is None else value
 
-    def count(self, name: str, default: int | None = None, least: int = 1) -> int:
-        """An integer from `least` up, below 2³¹."""
+    def count(self, name: str, default: int | None = None, least: int = 1, most: int = 2**31 - 1) -> int:
+        """An integer from `least` to `most`."""
         value = self._present(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
-            self.refuse(name, f"is {value!r}; it must be an integer of at least {least}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            self.refuse(name, f"is {value!r:.40}; it must be an integer of at least {least} and at most {most}")
         return value
 
     def number(self, name: str, default: float | None = None, above: float = 0) -> float:
@@ -309,7 +310,7 @@ def _eos_token_ids(config: Fields, generation_config: Path) -> tuple[int, ...]:
     for fields in (config, read_fields(generation_config)) if generation_config.exists() else (config,):
         value = fields.get("eos_token_id", [])
         several = value if isinstance(value, list) else [value]
-        if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in several):
+        if not all(isinstance(id, int) and not isinstance(id, bool) and 0 <= id < 2**31 for id in several):
             fields.refuse("eos_token_id", f"is {value!r}; it must be a token id or a list of them")
         ids |= dict.fromkeys(several)
     return tuple(ids)

@@ -25,11 +25,14 @@ def resolve_model(name: str) -> Path:
     """
     if name in EMBEDDED:
         return EMBEDDED[name]
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ModelError(f"--model {name}: is a file; give the folder that holds it")
+    try:
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise ModelError(f"--model {name}: is a file; give the folder that holds it")
+    except (OSError, RuntimeError) as error:  # no name that a file can have, or no such user
+        raise ModelError(f"--model {name:.40}: no such folder ({str(error).partition(':')[0]})") from error
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise ModelError(f"--model {name}: no such folder, and no hub id; embedded models: {', '.join(EMBEDDED)}")
     return _download(name)

@@ -181,9 +181,8 @@ def _match(model: Decoder, tensors: list[StoredTensor]) -> list[tuple[StoredTens
     missing = [name for name in slots if name not in matched]
     if missing:
         folder = tensors[0].file.parent if tensors else "the checkpoint"
-        raise ModelError(
-            f"{folder}: {missing[0]} is missing from the weights, with {len(missing) - 1} others; download them again"
-        )
+        named = ", ".join(missing[:3]) + " …" * (len(missing) > 3)
+        raise ModelError(f"{folder}: {named} is missing from the weights; download them again")
     return list(matched.values())
 
 
