@@ -38,5 +38,5 @@ def start_card(info: "EngineInfo", url: str) -> str:
 kvtool serves {info.model} at {url}
   model     {info.dtype} on {info.device}, context {info.max_model_len:,} tokens
   KV cache  {info.kv_format}
-  holds     {info.kv_tokens:,} tokens in {info.kv_bytes / 2**20:,.0f} MiB; at 16 bits {info.kv_tokens_16bit:,}
+  holds     {info.kv_tokens:,} tokens in {info.kv_bytes / 2**20:,.0f} MiB; at 16 bits an element {info.kv_tokens_16bit:,}
   try       curl {url}/generate -d '{body}'"""

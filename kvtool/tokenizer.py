@@ -11,10 +11,15 @@ PARTIAL = 3  # bytes of an incomplete character at most, and so tokens and U+FFF
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer, narrowed to what serving needs."""
+    """A Hugging Face tokenizer, narrowed to what serving needs.
+
+    Attributes:
+        longest: characters of its longest token.
+    """
 
     def __init__(self, hf: Any) -> None:
         self._hf = hf
+        self.longest = max(map(len, hf.get_vocab()))
         self._special = {token_id for token_id, token in hf.added_tokens_decoder.items() if token.special}
 
     @classmethod

@@ -46,7 +46,7 @@ def events(response: httpx.Response) -> list[str]:
 def test_the_card_says_what_runs_and_what_to_try(server: ServerProcess) -> None:
     assert f"tiny at {server.url}" in server.card
     assert "4 bits" in server.card
-    assert "at 16 bits" in server.card
+    assert "at 16 bits an element" in server.card
     command = next(line for line in server.card.splitlines() if "curl" in line).strip().removeprefix("try").strip()
     done = subprocess.run(command, shell=True, capture_output=True, timeout=60)
     assert json.loads(done.stdout)["meta_info"]["completion_tokens"] > 0
@@ -242,6 +242,10 @@ BAD = [
     ({"prompt": ["a", 1]}, "prompt"),
     ({}, "prompt"),
     (LONG, "prompt"),
+    ({"prompt": [PROMPT] * 1025}, "prompt"),
+    ({"prompt": [[260]] * 1025}, "prompt"),
+    ({"prompt": "a" * 10**6}, "prompt"),
+    ({"prompt": [PROMPT, "a" * 10**6]}, "prompt"),
     ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 2.5}, "max_tokens"),
@@ -258,6 +262,8 @@ BAD = [
     ({"seed": 2**64}, "seed"),
     ({"stop": [""]}, "stop"),
     ({"stop": [1]}, "stop"),
+    ({"stop": ["a"] * 17}, "stop"),
+    ({"stop": "a" * 1025}, "stop"),
     ({"stream": "yes"}, "stream"),
     ({"ignore_eos": 1}, "ignore_eos"),
     ({"n": 2}, "n"),
@@ -311,7 +317,12 @@ def test_a_body_that_is_no_json_object_is_a_400(http: httpx.Client, content: str
         ({"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools"),
         ({"messages": MESSAGES, "response_format": {"type": "json_object"}}, "response_format"),
         ({"messages": MESSAGES, "logprobs": True}, "logprobs"),
-        ({"messages": MESSAGES, "max_completion_tokens": 10**5}, "max_tokens"),
+        ({"messages": MESSAGES, "max_completion_tokens": 10**5}, "max_completion_tokens"),
+        ({"messages": MESSAGES, "max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"messages": MESSAGES, "max_tokens": 10**5}, "max_tokens"),
+        ({"messages": MESSAGES * 2000}, "messages"),
+        ({"messages": MESSAGES * 20_000}, "messages"),
+        ({"messages": [{"role": "user", "content": "a" * 10**6}]}, "messages"),
     ],
 )
 def test_a_bad_chat_is_a_400_that_names_the_field(http: httpx.Client, body: dict[str, Any], param: str) -> None:
@@ -328,7 +339,11 @@ def test_a_bad_chat_is_a_400_that_names_the_field(http: httpx.Client, body: dict
         ({"text": "a", "sampling_params": {"temperature": "hot"}}, "sampling_params.temperature"),
         ({"text": "a", "sampling_params": {"max_new_tokens": -1}}, "sampling_params.max_new_tokens"),
         ({"text": "a", "sampling_params": {"regex": "a+"}}, "sampling_params.regex"),
-        ({"text": "a", "sampling_params": {"max_new_tokens": 5000}}, "max_new_tokens"),
+        ({"text": "a", "sampling_params": {"max_new_tokens": 5000}}, "sampling_params.max_new_tokens"),
+        ({"text": ""}, "text"),
+        ({"text": "a" * 10**6}, "text"),
+        ({"input_ids": []}, "input_ids"),
+        ({"input_ids": [10**6]}, "input_ids"),
         ({"text": "a", "return_logprob": True}, "return_logprob"),
     ],
 )
@@ -336,6 +351,42 @@ def test_a_bad_generate_is_a_400_that_names_the_field(http: httpx.Client, body: 
     response = http.post("/generate", json=body)
     assert response.status_code == 400
     assert fault(response)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "instead"),
+    [
+        ({"sampling_params": {"max_tokens": 2}}, "sampling_params.max_tokens", "sampling_params.max_new_tokens"),
+        ({"max_tokens": 2}, "max_tokens", "sampling_params.max_new_tokens"),
+        ({"max_new_tokens": 2}, "max_new_tokens", "sampling_params.max_new_tokens"),
+        ({"temperature": 0}, "temperature", "sampling_params.temperature"),
+    ],
+)
+def test_a_misplaced_field_is_a_400_that_says_where_it_belongs(
+    http: httpx.Client, body: dict[str, Any], param: str, instead: str
+) -> None:
+    response = http.post("/generate", json={"text": "a"} | body)
+    assert response.status_code == 400
+    error = fault(response)
+    assert (error["param"], error["message"]) == (param, f"{param}: is not supported; send {instead}")
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [(b'{"prompt": "\xff"}', "UTF-8"), (b"[" * 100_000, "nested too deep"), (b"[" + b"1" * 5000 + b"]", "digits")],
+    ids=["no UTF-8", "deep", "long integer"],
+)
+def test_a_body_that_cannot_be_read_is_a_400_that_says_why(http: httpx.Client, content: bytes, cause: str) -> None:
+    response = http.post("/v1/completions", content=content)
+    assert response.status_code == 400
+    assert cause in fault(response)["message"]
+
+
+@pytest.mark.parametrize("field", ["prompt", "stop"])
+def test_too_many_items_are_refused_before_any_is_read(http: httpx.Client, field: str) -> None:
+    response = http.post("/v1/completions", json={"prompt": PROMPT} | {field: [[""]] * 2000})
+    assert response.status_code == 400
+    assert "2000" in fault(response)["message"]
 
 
 def test_lone_surrogates_are_no_text(http: httpx.Client) -> None:
@@ -463,4 +514,7 @@ def test_sampling_defaults_are_the_model_s(tmp_path: Path) -> None:
     assert read_model_defaults(tmp_path) == Defaults(0.7, 1.0, 20)
     file.write_text('{"temperature": "warm"}')
     with pytest.raises(ModelError, match=r"generation_config.json.*temperature"):
+        read_model_defaults(tmp_path)
+    file.write_text("[" * 100_000)
+    with pytest.raises(ModelError, match=r"generation_config.json"):
         read_model_defaults(tmp_path)

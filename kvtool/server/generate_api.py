@@ -23,8 +23,9 @@ async def generate(body: GenerateBody, engine: EngineArg, http: Request) -> Resp
     prompts = body.text or body.input_ids
     if prompts is None or None not in (body.text, body.input_ids):
         raise RequestError("text: send either text or input_ids", "text")
+    field = "text" if body.text else "input_ids"
     sampling = body.sampling_params or GenerateSampling()
-    requests = await engine.requests(prompts.items, sampling, Defaults(), MAX_NEW_TOKENS)
+    requests = await engine.requests(field, prompts.items, sampling, Defaults(), MAX_NEW_TOKENS)
     pieces = engine.generate(requests, sampling.stop)
 
     def so_far(index: int, answer: Answer) -> dict[str, Any]:

@@ -78,11 +78,12 @@ class TextEngine:
         self.model_defaults = read_model_defaults(Path(client.info.path))
 
     async def requests(
-        self, prompts: Sequence[Prompt], sampling: Sampling, defaults: Defaults, max_tokens: int | None
+        self, field: str, prompts: Sequence[Prompt], sampling: Sampling, defaults: Defaults, max_tokens: int | None
     ) -> list[Request]:
         """A request for each prompt, once all of them are known to fit the model.
 
         Args:
+            field: that holds the prompts in the body.
             prompts: texts or ids.
             sampling: as the body has it.
             defaults: for what the body leaves open.
@@ -93,38 +94,53 @@ class TextEngine:
         """
         requests = []
         for prompt in prompts:
+            if isinstance(prompt, str):
+                self.check_length(field, len(prompt))
             # A long text takes a while, and other requests' tokens must not wait for it.
             ids = await asyncio.to_thread(self.tokenizer.encode, prompt) if isinstance(prompt, str) else prompt
-            room = self._room(ids, sampling)
+            room = self._room(field, ids, sampling)
             params = SamplingParams(
                 temperature=defaults.temperature if sampling.temperature is None else sampling.temperature,
                 top_p=defaults.top_p if sampling.top_p is None else sampling.top_p,
                 top_k=max(0, defaults.top_k if sampling.top_k is None else sampling.top_k),  # -1 keeps all, too
                 seed=sampling.seed,
-                max_tokens=sampling.max_tokens or min(max_tokens or room, room),
+                max_tokens=sampling.limit[1] or min(max_tokens or room, room),
                 ignore_eos=sampling.ignore_eos,
             )
             requests.append(Request(id=uuid4().hex, prompt=ids, params=params))
         return requests
 
-    def _room(self, prompt: list[int], sampling: Sampling) -> int:
+    def check_length(self, field: str, length: int) -> None:
+        """Refuse a text that can never fit, before time is spent on its tokens.
+
+        Raises:
+            RequestError: it has more characters than the context has room for.
+        """
+        most = self.info.max_model_len * self.tokenizer.longest
+        if length > most:
+            raise RequestError(f"{field}: the prompt has {length} characters; send at most {most}", field)
+
+    def _room(self, field: str, prompt: list[int], sampling: Sampling) -> int:
         """Tokens that the context leaves for the answer to `prompt`, at least those that are asked for.
 
         The engine would refuse too, but by then the answers to other prompts of the body may be on their way.
         """
         context, vocab_size = self.info.max_model_len, self.info.vocab_size
         room = context - len(prompt)
+        limit_name, limit = sampling.limit
         if not prompt:
-            raise RequestError("the prompt is empty; send at least one token", "prompt")
+            raise RequestError(f"{field}: the prompt is empty; send at least one token", field)
         if max(prompt) >= vocab_size:
-            raise RequestError(f"the prompt holds id {max(prompt)}; this model's end at {vocab_size - 1}", "prompt")
-        if room < 1:
-            raise RequestError(f"the prompt has {len(prompt)} tokens; send at most {context - 1}", "prompt")
-        if sampling.max_tokens is not None and sampling.max_tokens > room:
             raise RequestError(
-                f"{sampling.limit_name} is {sampling.max_tokens}, but {len(prompt)} tokens of prompt leave room for "
+                f"{field}: the prompt holds id {max(prompt)}; this model's end at {vocab_size - 1}", field
+            )
+        if room < 1:
+            raise RequestError(f"{field}: the prompt has {len(prompt)} tokens; send at most {context - 1}", field)
+        if limit is not None and limit > room:
+            raise RequestError(
+                f"{limit_name} is {limit}, but {len(prompt)} tokens of prompt leave room for "
                 f"{room} in the context of {context}; ask for no more",
-                sampling.limit_name,
+                limit_name,
             )
         return room
 
@@ -201,11 +217,11 @@ def read_model_defaults(path: Path) -> Defaults:
     if not file.exists():
         return Defaults()
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_bytes())
         asked = Sampling.model_validate({name: values.get(name) for name in Defaults.__annotations__})
     except ValidationError as error:
         fault = error.errors()[0]
         raise ModelError(f"{file}: {fault['loc'][0]}: {fault['msg']}; correct or remove it") from error
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise ModelError(f"{file}: {error}; correct or remove it") from error
     return Defaults(**asked.model_dump(include=set(Defaults.__annotations__), exclude_none=True))

@@ -56,7 +56,7 @@ CHAT = Shape(
 @router.post("/completions")
 async def completions(body: CompletionBody, engine: EngineArg, http: Request) -> Response:
     check_model(body.model, engine)
-    requests = await engine.requests(body.prompt.items, body, engine.model_defaults, COMPLETION_MAX_TOKENS)
+    requests = await engine.requests("prompt", body.prompt.items, body, engine.model_defaults, COMPLETION_MAX_TOKENS)
     return await respond(COMPLETION, body, requests, engine, http)
 
 
@@ -64,8 +64,9 @@ async def completions(body: CompletionBody, engine: EngineArg, http: Request) ->
 async def chat_completions(body: ChatBody, engine: EngineArg, http: Request) -> Response:
     check_model(body.model, engine)
     messages = [{"role": message.role, "content": message.content} for message in body.messages]
+    engine.check_length("messages", sum(len(message.content) for message in body.messages))
     prompt = await asyncio.to_thread(engine.tokenizer.chat, messages)
-    requests = await engine.requests([prompt], body, engine.model_defaults, None)
+    requests = await engine.requests("messages", [prompt], body, engine.model_defaults, None)
     return await respond(CHAT, body, requests, engine, http)
 
 

@@ -11,6 +11,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 LIMIT = 2**31  # of ids and counts, so that all of them can be sent on; a model's own limits are far below
+# One body must not keep the others waiting.
+MAX_PROMPTS, MAX_MESSAGES, MAX_STOPS, MAX_STOP_LENGTH = 1024, 16384, 16, 1024
 
 Prompt = str | list[int]
 
@@ -32,7 +34,9 @@ def is_text(value: object) -> TypeGuard[str]:
 
 
 def is_ids(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < LIMIT for item in value)
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        return False
+    return min(value, default=0) >= 0 and max(value, default=0) < LIMIT
 
 
 def as_utf8(value: str) -> str:
@@ -48,6 +52,8 @@ def as_prompts(value: object) -> Prompts:
     """Text, token ids, or a list of either."""
     if is_text(value) or is_ids(value):
         return Prompts([value], many=False)
+    if isinstance(value, list) and len(value) > MAX_PROMPTS and isinstance(value[0], str | list):
+        raise PydanticCustomError("prompt", f"has {len(value)} prompts; send at most {MAX_PROMPTS}")
     if isinstance(value, list) and all(is_text(item) or is_ids(item) for item in value):
         return Prompts(value, many=True)
     raise PydanticCustomError("prompt", "should be a text, a list of token ids (0 or more), or a list of either")
@@ -55,9 +61,13 @@ def as_prompts(value: object) -> Prompts:
 
 def as_stops(value: object) -> list[str]:
     stops = [] if value is None else [value] if isinstance(value, str) else value
-    if isinstance(stops, list) and all(is_text(stop) and stop for stop in stops):
-        return stops
-    raise PydanticCustomError("stop", "should be a text or a list of texts, none of them empty")
+    if isinstance(stops, list) and len(stops) > MAX_STOPS:
+        raise PydanticCustomError("stop", f"has {len(stops)} texts; send at most {MAX_STOPS}")
+    if not isinstance(stops, list) or not all(is_text(stop) and stop for stop in stops):
+        raise PydanticCustomError("stop", "should be a text or a list of texts, none of them empty")
+    if any(len(stop) > MAX_STOP_LENGTH for stop in stops):
+        raise PydanticCustomError("stop", f"has a text of over {MAX_STOP_LENGTH} characters; send shorter ones")
+    return stops
 
 
 def as_text(value: object) -> object:
@@ -79,16 +89,19 @@ class Body(BaseModel):
 
     Attributes:
         unsupported: fields that would change the answer, each with the values that would not.
+        elsewhere: what to send instead of some of them.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    elsewhere: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="after")
     def _refuse_unsupported(self) -> "Body":
         for field, value in (self.model_extra or {}).items():
             if value not in self.unsupported.get(field, (value,)):
-                raise PydanticCustomError("unsupported", "is not supported; leave it out", {"field": field})
+                remedy = f"send {self.elsewhere[field]}" if field in self.elsewhere else "leave it out"
+                raise PydanticCustomError("unsupported", f"is not supported; {remedy}", {"field": field})
         return self
 
 
@@ -111,8 +124,6 @@ class Sampling(Body):
         "stop_token_ids": (None, []),
     }
 
-    limit_name: ClassVar[str] = "max_tokens"  # as the body spells it
-
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=LIMIT)] | None = None
@@ -120,6 +131,11 @@ class Sampling(Body):
     max_tokens: Annotated[int, Field(ge=1, lt=LIMIT)] | None = None
     stop: Annotated[list[str], PlainValidator(as_stops)] = []
     ignore_eos: bool = False
+
+    @property
+    def limit(self) -> tuple[str, int | None]:
+        """How the body spells the most tokens of an answer, and how many these are."""
+        return "max_tokens", self.max_tokens
 
 
 class StreamOptions(Body):
@@ -182,16 +198,15 @@ class ChatBody(OpenAIBody):
         "top_logprobs": (None, 0),
     }
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=LIMIT)] | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_limit(cls, body: Any) -> Any:
+    @property
+    def limit(self) -> tuple[str, int | None]:
         """`max_completion_tokens` is the new name of `max_tokens`, and goes before it."""
-        if isinstance(body, dict) and body.get("max_completion_tokens") is not None:
-            return body | {"max_tokens": body["max_completion_tokens"]}
-        return body
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return super().limit
 
 
 class GenerateSampling(Sampling):
@@ -199,22 +214,34 @@ class GenerateSampling(Sampling):
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = Sampling.unsupported | {
         "ebnf": (None,),
+        "max_tokens": (None,),
         "min_new_tokens": (None, 0),
         "no_stop_trim": (None, False),
         "structural_tag": (None,),
     }
 
-    limit_name: ClassVar[str] = "max_new_tokens"
+    elsewhere: ClassVar[dict[str, str]] = {"max_tokens": "sampling_params.max_new_tokens"}
 
     max_tokens: Annotated[int, Field(ge=1, lt=LIMIT)] | None = Field(default=None, alias="max_new_tokens")
 
+    @property
+    def limit(self) -> tuple[str, int | None]:
+        return "sampling_params.max_new_tokens", self.max_tokens
+
+
+SAMPLING_FIELDS = [field.alias or name for name, field in GenerateSampling.model_fields.items()]
+
 
 class GenerateBody(Body):
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = GenerateSampling.unsupported | {
+        **dict.fromkeys(SAMPLING_FIELDS, (None,)),
         "image_data": (None, []),
         "input_embeds": (None,),
         "lora_path": (None,),
         "return_logprob": (None, False),
+    }
+    elsewhere: ClassVar[dict[str, str]] = GenerateSampling.elsewhere | {
+        name: f"sampling_params.{name}" for name in SAMPLING_FIELDS
     }
 
     text: Annotated[Prompts, PlainValidator(as_prompts)] | None = None

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import reprlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import Annotated, Any, TypeVar
@@ -53,10 +54,21 @@ def error_of(error: Exception) -> tuple[int, dict[str, Any]]:
     if isinstance(error, RequestValidationError):
         return 400, error_body(400, *_first_fault(error))
     if isinstance(error, StarletteHTTPException):
-        return error.status_code, error_body(error.status_code, str(error.detail))
+        return error.status_code, error_body(error.status_code, _unreadable(error.__cause__) or str(error.detail))
     return 500, error_body(
         500, str(error) if isinstance(error, KVToolError) else "internal error; see the server's log"
     )
+
+
+def _unreadable(cause: BaseException | None) -> str | None:
+    """What is wrong with a body that Python's json cannot take, though it may be JSON."""
+    if isinstance(cause, UnicodeDecodeError):
+        return f"the body: {cause.reason} at byte {cause.start}; send JSON in UTF-8"
+    if isinstance(cause, RecursionError):
+        return "the body: its lists or objects are nested too deep; send a flatter one"
+    if isinstance(cause, ValueError):
+        return "the body: it holds an integer of too many digits; send a shorter one"
+    return None
 
 
 def _first_fault(error: RequestValidationError) -> tuple[str, str | None]:
@@ -69,7 +81,9 @@ def _first_fault(error: RequestValidationError) -> tuple[str, str | None]:
     message = fault["msg"].removeprefix("Input ")
     if not path:
         return f"the body: {message}; send a JSON object", None
-    given = "" if fault["type"] in ("missing", "unsupported") else f"; got {fault['input']!r:.60}"
+    given = (
+        "" if fault["type"] in ("missing", "unsupported") else f"; got {reprlib.repr(fault['input']):.60}"
+    )  # that of a long list takes long
     return f"{'.'.join(path)}: {message}{given}", ".".join(path)
 
 
