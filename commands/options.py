@@ -21,18 +21,40 @@ ALIASES = {
     "--chunked-prefill-size": "--max-num-batched-tokens",
 }
 # KVTuner's switch says only that there is a quantised cache; its options name the bits, or this does.
-KVTUNER_SWITCH, KVTUNER_DEFAULT = "--enable-kvtuner-quant", ["--nbits", "4"]
+KVTUNER_SWITCH, KVTUNER_NBITS = "--enable-kvtuner-quant", "4"
 
 AXES: dict[str, Axis] = {"token": "token", "channel": "channel", "0": "token", "1": "channel"}
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {
+    "": 1,
+    "K": 2**10,
+    "M": 2**20,
+    "G": 2**30,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+
+MOST = 2**31 - 1  # tokens; positions and counts of them are 32 bits wide on a device
 
 
 def memory_size(text: str) -> int:
-    """Bytes of `6GiB`, `500MB` or `1000000`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B|)", text.strip().upper())
+    """Bytes of `6GiB`, `6G` (the same), `500MB` or `1000000`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]|[KMG]I?B|)", text.strip().upper())
     if match is None:
-        raise typer.BadParameter(f"{text!r} is no size; write 6GiB, 500MB or a number of bytes")
-    return int(float(match[1]) * UNITS[match[2]])
+        raise typer.BadParameter(f"{text!r:.40} is no size; write 6GiB, 500MB or a number of bytes")
+    size = float(match[1]) * UNITS[match[2]]
+    if size >= 2**63:
+        raise typer.BadParameter(f"{text!r:.40} is more than any machine has; write 6GiB, 500MB or a number of bytes")
+    return int(size)
+
+
+def model_name(text: str) -> str:
+    if not text.strip():
+        raise typer.BadParameter("the name is empty; give a folder, a hub id or the name of an embedded model")
+    return text
 
 
 def axis(text: str) -> Axis:
@@ -55,7 +77,10 @@ server_option = partial(option, panel="Server")
 
 def engine_config(
     model: Annotated[
-        str, model_option("--model", help="A Hugging Face folder, a hub id, or the name of an embedded model.")
+        str,
+        model_option(
+            "--model", callback=model_name, help="A Hugging Face folder, a hub id, or the name of an embedded model."
+        ),
     ] = EngineConfig.model,
     dtype: Annotated[
         Literal["auto", "float64", "float32", "bfloat16", "float16"],
@@ -70,7 +95,9 @@ def engine_config(
     ] = EngineConfig.load_format,
     max_model_len: Annotated[
         int | None,
-        model_option("--max-model-len", min=1, help="Tokens of prompt and answer together (default: model's context)."),
+        model_option(
+            "--max-model-len", min=1, max=MOST, help="Tokens of prompt and answer together (default: model's context)."
+        ),
     ] = EngineConfig.max_model_len,
     nbits: Annotated[
         Bits | None, kv_option("--nbits", help="Bits of keys and values; 16 is the model's dtype (default: 16).")
@@ -93,7 +120,9 @@ def engine_config(
     ] = None,
     residual_length: Annotated[
         int | None,
-        kv_option("--residual-length", min=0, help="Newest tokens kept at full precision, in blocks (default: 0)."),
+        kv_option(
+            "--residual-length", min=0, max=2**20, help="Newest tokens kept at full precision, in blocks (default: 0)."
+        ),
     ] = None,
     rotate: Annotated[
         bool | None,
@@ -112,17 +141,19 @@ def engine_config(
         ),
     ] = EngineConfig.kv_cache_memory,
     max_num_seqs: Annotated[
-        int, engine_option("--max-num-seqs", min=1, help="Sequences that run at once.")
+        int, engine_option("--max-num-seqs", min=1, max=2**16, help="Sequences that run at once.")
     ] = EngineConfig.max_num_seqs,
     max_num_batched_tokens: Annotated[
         int,
-        engine_option("--max-num-batched-tokens", min=1, help="Tokens computed in one step; longer prompts are cut."),
+        engine_option(
+            "--max-num-batched-tokens", min=1, max=MOST, help="Tokens computed in one step; longer prompts are cut."
+        ),
     ] = EngineConfig.max_num_batched_tokens,
     attention_backend: Annotated[
         str, engine_option("--attention-backend", help="auto, or the name of a backend.")
     ] = EngineConfig.attention_backend,
     seed: Annotated[
-        int, engine_option("--seed", min=0, help="Of dummy weights, and of requests that name no seed.")
+        int, engine_option("--seed", min=0, max=2**63 - 1, help="Of dummy weights, and of requests that name no seed.")
     ] = EngineConfig.seed,
 ) -> EngineConfig:
     """The signature is the list of the engine's options; the body says which field each one fills."""
@@ -160,8 +191,8 @@ def read_config(context: typer.Context, path: str | None) -> None:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = yaml.safe_load(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: write one `option: value` a line")
@@ -195,10 +226,6 @@ def own_words(args: list[str]) -> list[str]:
     for arg in args:
         name, equals, value = arg.partition("=")
         words.append(canonical(name) + equals + value if arg.startswith("--") else arg)
-    if KVTUNER_SWITCH in words:
-        words.remove(KVTUNER_SWITCH)
-        if not any(word.startswith(("--nbits", "--kv-plan")) for word in words):
-            words = KVTUNER_DEFAULT + words
     return words
 
 
@@ -211,7 +238,12 @@ class Command(TyperCommand):
             parameter.envvar = "KVTOOL_" + parameter.opts[0].lstrip("-").replace("-", "_").upper()
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, own_words(args))
+        words = own_words(args)
+        rest = super().parse_args(ctx, [word for word in words if word != KVTUNER_SWITCH])
+        given = (ctx.params.get(name) for name in ("nbits", "nbits_key", "nbits_value", "kv_plan"))
+        if KVTUNER_SWITCH in words and not any(given):  # wherever these came from
+            ctx.params["nbits"] = KVTUNER_NBITS
+        return rest
 
 
 def common_option(name: str, kind: Any, default: object, **settings: Any) -> inspect.Parameter:

@@ -1,5 +1,7 @@
 """`kvtool serve`: an HTTP server on one engine."""
 
+import os
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 from kvtool.config import EngineConfig
@@ -28,15 +30,23 @@ def serve(
     """
     from kvtool.server import run
 
-    run(engine, host, port, served_model_name, on_ready=lambda info, url: print(start_card(info, url), flush=True))
+    run(engine, host, port, served_model_name, on_ready=lambda info, url: show(start_card(info, url)))
+
+
+def show(card: str) -> None:
+    try:
+        print(card, flush=True)
+    except BrokenPipeError:  # who reads has left, but clients may come; what is buffered must still go somewhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def start_card(info: "EngineInfo", url: str) -> str:
     """What runs where, how much its cache holds, and a first request to copy."""
+    memory, plain = f"{info.kv_bytes / 2**20:,.0f} MiB", f"at 16 bits an element {info.kv_tokens_16bit:,}"
     body = '{"text": "Once upon a time", "sampling_params": {"temperature": 0}}'
     return f"""\
 kvtool serves {info.model} at {url}
   model     {info.dtype} on {info.device}, context {info.max_model_len:,} tokens
   KV cache  {info.kv_format}
-  holds     {info.kv_tokens:,} tokens in {info.kv_bytes / 2**20:,.0f} MiB; at 16 bits an element {info.kv_tokens_16bit:,}
+  holds     {info.kv_tokens:,} tokens in {memory}; {plain}
   try       curl {url}/generate -d '{body}'"""

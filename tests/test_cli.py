@@ -13,6 +13,7 @@ from conftest import REPOSITORY, kvtool
 from commands import COMMANDS, app
 from commands.options import Command, memory_size, shared
 from kvtool.config import EngineConfig, KVOptions
+from kvtool.errors import ConfigError
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
@@ -116,6 +117,15 @@ def test_names_from_sglang_and_kvtuner_are_known() -> None:
     assert parse("--enable-kvtuner-quant").kv == KVOptions(nbits="4")
 
 
+def test_kvtuner_s_switch_leaves_bits_that_are_given_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "kvtool.yaml"
+    file.write_text("nbits-key: 8\n")
+    assert parse("--enable-kvtuner-quant", "--nbits", "2").kv == KVOptions(nbits="2")
+    assert parse("--enable-kvtuner-quant", "--config", str(file)).kv == KVOptions(nbits_key="8")
+    monkeypatch.setenv("KVTOOL_KV_PLAN", "plan.yaml")
+    assert parse("--enable-kvtuner-quant").kv == KVOptions(plan="plan.yaml")
+
+
 def test_aliases_stay_out_of_the_help() -> None:
     _, stdout, _ = run("serve", "--help")
     assert "--nbits-key" in stdout
@@ -124,12 +134,33 @@ def test_aliases_stay_out_of_the_help() -> None:
 
 
 def test_sizes() -> None:
-    assert [memory_size(text) for text in ("6GiB", "1.5 GB", "64mib", "1000")] == [
+    assert [memory_size(text) for text in ("6GiB", "1.5 GB", "64mib", "1000", "6G", "500m", "64K")] == [
         6 * 2**30,
         1_500_000_000,
         2**26,
         1000,
+        6 * 2**30,
+        500 * 2**20,
+        2**16,
     ]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--seed", 2**63),
+        ("--max-num-seqs", 65_537),
+        ("--max-num-batched-tokens", 2**31),
+        ("--max-model-len", 2**31),
+        ("--residual-length", 2**20 + 1),
+        ("--kv-cache-memory", 2**63),
+        ("--kv-cache-memory", "9" * 500 + "G"),
+    ],
+)
+def test_numbers_have_an_end(option: str, value: object) -> None:
+    with pytest.raises(typer.BadParameter) as caught:
+        parse(option, str(value))
+    assert option in caught.value.format_message()
 
 
 @pytest.mark.parametrize(
@@ -145,6 +176,7 @@ def test_sizes() -> None:
         (["serve", "--host", "no.such.host.invalid"], "--host"),
         (["serve", "--config", "/does/not/exist.yaml"], "--config /does/not/exist.yaml"),
         (["serve", "--config", "pyproject.toml"], "--config pyproject.toml"),
+        (["serve", "--port", "0", "--model", ""], "--model"),
         (["serve", "--port", "0", "--model", "/does/not/exist"], "/does/not/exist"),
         (["serve", "--port", "0", "--kv-cache-memory", "1000"], "cache"),
         (["serve", "--port", "0", "--nbits", "4", "--axis-key", "channel", "--rotate"], "rotat"),
@@ -158,6 +190,16 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], said: str) 
     assert error.startswith("error: ")
     assert said in error
     assert all(line.startswith("loading ") for line in progress)
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, "seed: " + "1" * 5000, "model: \xff"], ids=["deep", "long", "bytes"]
+)
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "kvtool.yaml"
+    file.write_text(content, encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"--config .*kvtool.yaml: cannot be read: [^\n]*\Z"):
+        parse("--config", str(file))
 
 
 def test_an_option_that_a_file_misspells_is_named(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -489,6 +491,23 @@ def test_a_signal_ends_all_processes_also_while_loading(number: signal.Signals, 
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (status, "")
     assert not Path(f"/proc/{engine}").exists()
+
+
+def test_a_card_that_nobody_reads_ends_no_server() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = kvtool("serve", "--port", str(port), "--kv-cache-memory", "64MiB", stdout=writer)
+    os.close(writer)
+    while process.poll() is None:
+        with suppress(httpx.TransportError):
+            assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+            process.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.1)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (0, "loading tiny ...\n")
 
 
 def test_sigterm_lets_a_short_answer_finish() -> None:
