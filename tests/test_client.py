@@ -3,15 +3,18 @@
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import pytest
 
-from kvtool.client import EngineClient
+from kvtool import engine_process
+from kvtool.client import EngineClient, frame
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
 from kvtool.errors import EngineDeadError, KVToolError, RequestError
-from kvtool.request import Request, SamplingParams
+from kvtool.request import EngineFailed, EngineInfo, Request, SamplingParams
 
 CONFIG = EngineConfig(kv=KVOptions(nbits="4"), max_num_seqs=1, kv_cache_memory=16 << 20)
 
@@ -91,6 +94,19 @@ def test_a_sigterm_that_reaches_the_engine_too_is_the_servers_to_answer():
         assert len([tokens async for tokens in stream]) == 199
 
     with_engine(test)
+
+
+def test_a_bug_while_the_engine_starts_is_named(monkeypatch):
+    def broken(config: EngineConfig) -> Engine:
+        raise ZeroDivisionError("of the test's making")
+
+    monkeypatch.setattr(engine_process, "Engine", broken)
+    ours, theirs = socket.socketpair()
+    ours.sendall(frame(CONFIG))
+    engine_process.serve(theirs)
+    answer = msgspec.msgpack.decode(ours.recv(1 << 16)[4:], type=EngineInfo | EngineFailed)
+    assert isinstance(answer, EngineFailed)
+    assert answer.error == "ZeroDivisionError: of the test's making (a bug in kvtool)"
 
 
 def test_a_killed_engine_ends_every_stream():
