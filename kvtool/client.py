@@ -12,13 +12,18 @@ import msgspec
 
 from kvtool.config import EngineConfig
 from kvtool.errors import EngineDeadError, KVToolError, RequestError
-from kvtool.request import Abort, EngineFailed, EngineInfo, Request, Tokens
+from kvtool.request import Abort, EngineFailed, EngineInfo, EngineStats, FlushCache, Request, Tokens, Update
 
 HEADER_BYTES = 4
 
 
 class EngineClient:
-    """Starts an engine process and talks to it in msgpack frames: a 4-byte little-endian length, then the message."""
+    """Starts an engine process and talks to it in msgpack frames: a 4-byte little-endian length, then the message.
+
+    Attributes:
+        info: what the engine said of itself when it was ready.
+        stats: what it last said of its doings.
+    """
 
     def __init__(
         self,
@@ -27,7 +32,7 @@ class EngineClient:
         writer: asyncio.StreamWriter,
         info: EngineInfo,
     ) -> None:
-        self.info = info
+        self.info, self.stats = info, EngineStats()
         self._process, self._reader, self._writer = process, reader, writer
         self._queues: dict[str, asyncio.Queue[Tokens | None]] = {}
         self._dispatcher = asyncio.create_task(self._dispatch())
@@ -69,6 +74,11 @@ class EngineClient:
         """The engine can take requests."""
         return not self._dispatcher.done()
 
+    @property
+    def num_requests(self) -> int:
+        """Requests that have been submitted and not answered in full."""
+        return len(self._queues)
+
     async def submit(self, request: Request) -> AsyncGenerator[Tokens, None]:
         """New tokens of `request` as they come; the last message carries its finish reason.
 
@@ -99,6 +109,17 @@ class EngineClient:
             if not finished and self.alive:
                 self._writer.write(frame(Abort(request.id)))
 
+    def abort(self, request_id: str) -> None:
+        """End a request where it stands; its iterator gets a last message with finish reason "abort"."""
+        if (queue := self._queues.get(request_id)) and self.alive:
+            self._writer.write(frame(Abort(request_id)))
+            queue.put_nowait(Tokens(request_id, [], "abort"))
+
+    def flush_cache(self) -> None:
+        """Make the engine forget every prefix."""
+        if self.alive:
+            self._writer.write(frame(FlushCache()))
+
     async def wait_closed(self) -> int:
         """Wait until the engine has ended, for whatever reason; returns its exit status."""
         await asyncio.wait([self._dispatcher])
@@ -117,7 +138,9 @@ class EngineClient:
         try:
             with contextlib.suppress(asyncio.IncompleteReadError, OSError):
                 while True:
-                    for tokens in msgspec.msgpack.decode(await _read(self._reader), type=list[Tokens]):
+                    update = msgspec.msgpack.decode(await _read(self._reader), type=Update)
+                    self.stats = update.stats
+                    for tokens in update.tokens:
                         if queue := self._queues.get(tokens.id):
                             queue.put_nowait(tokens)
         finally:

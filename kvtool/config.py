@@ -49,6 +49,8 @@ class EngineConfig:
         max_num_seqs: sequences that run at once; each owns a tail slot.
         max_num_batched_tokens: tokens computed in one step; longer prompts are cut into chunks.
         kv_cache_memory: bytes of KV cache, blocks and tails together; None: 1 GiB on CPU, what is free on a GPU.
+        swap_space: bytes of host memory for sequences that must make room.
+        prefix_caching: prompts share the packed blocks of their common beginnings.
         attention_backend: "auto" or a name from `kvtool.attention.BACKENDS`.
     """
 
@@ -61,5 +63,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     kv_cache_memory: int | None = None
+    swap_space: int = 4 << 30
+    prefix_caching: bool = True
     attention_backend: str = "auto"
     kv: KVOptions = field(default_factory=KVOptions)

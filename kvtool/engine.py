@@ -9,7 +9,7 @@ from itertools import count
 
 from kvtool.config import EngineConfig
 from kvtool.errors import KVToolError, RequestError, UnsupportedError
-from kvtool.request import EngineInfo, FinishReason, Request, SamplingParams, Tokens
+from kvtool.request import EngineInfo, EngineStats, FinishReason, Request, SamplingParams, Tokens
 from kvtool.runner import Runner
 from kvtool.scheduler import Scheduler
 from kvtool.tokenizer import Detokenizer, Tokenizer
@@ -64,6 +64,14 @@ class Engine:
             dtype=str(self.runner.dtype).removeprefix("torch."),
             device=str(self.runner.device),
             kv_format=store.format.describe(),
+            bits_per_element=store.layout.bits_per_element,
+            block_size=store.format.block_size,
+            num_blocks=store.num_blocks,
+            block_bytes=store.layout.block_bytes,
+            max_num_seqs=config.max_num_seqs,
+            tail_bytes=store.layout.tail_bytes,
+            num_swap_units=0,
+            prefix_caching=config.prefix_caching,
             kv_bytes=store.nbytes,
             kv_tokens=store.num_blocks * store.format.block_size + config.max_num_seqs * store.format.tail_tokens,
             kv_tokens_16bit=store.nbytes // (2 * store.layout.spec.elements),
@@ -87,6 +95,13 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Drop a request and free its memory."""
         self.scheduler.abort(request_id)
+
+    def flush_cache(self) -> None:
+        """Forget every prefix."""
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing now."""
+        return EngineStats(running=len(self.scheduler.running), waiting=len(self.scheduler.waiting))
 
     def step(self) -> list[Tokens]:
         """Run the model once over what the scheduler chooses; returns the new tokens.

@@ -15,7 +15,7 @@ from kvtool.client import HEADER_BYTES, frame
 from kvtool.config import EngineConfig
 from kvtool.engine import Engine
 from kvtool.errors import KVToolError, RequestError
-from kvtool.request import Abort, EngineFailed, Request, Tokens
+from kvtool.request import Abort, EngineFailed, FlushCache, Request, Tokens, Update
 
 
 def serve(connection: socket.socket) -> None:
@@ -33,21 +33,23 @@ def serve(connection: socket.socket) -> None:
         connection.sendall(frame(EngineFailed(f"{type(error).__name__}: {error} (a bug in kvtool)")))
         return
     connection.sendall(ready)
-    decoder = msgspec.msgpack.Decoder(Request | Abort)
+    decoder = msgspec.msgpack.Decoder(Request | Abort | FlushCache)
     while True:
         news = []
         for body in inbox.poll() if engine.has_work else inbox.wait():
             news += _take(engine, decoder.decode(body))
         if engine.has_work:
             news += engine.step()
-        if news:
-            connection.sendall(frame(news))
+        connection.sendall(frame(Update(news, engine.stats())))
 
 
-def _take(engine: Engine, message: Request | Abort) -> list[Tokens]:
+def _take(engine: Engine, message: Request | Abort | FlushCache) -> list[Tokens]:
     """Carry out one message; a request that can never run is answered at once."""
     if isinstance(message, Abort):
         engine.abort(message.id)
+        return []
+    if isinstance(message, FlushCache):
+        engine.flush_cache()
         return []
     try:
         engine.submit(message)

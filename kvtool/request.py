@@ -4,7 +4,19 @@ from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What an answer must look like.
+
+    Attributes:
+        kind: of `text`: a JSON schema, a regular expression that matches the whole answer, or a JSON list of the
+            texts to choose from.
+    """
+
+    kind: Literal["json_schema", "regex", "choice"]
+    text: str
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -14,25 +26,59 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         temperature: 0 is greedy.
         top_p: the smallest set of tokens whose probability reaches this is kept; 1 keeps all.
         top_k: this many most likely tokens are kept; 0 keeps all.
+        min_p: tokens of at least this share of the most likely one's probability are kept.
+        repetition_penalty: logits of all tokens seen, prompt and answer, are divided by it (negative ones multiplied).
+        presence_penalty: subtracted from the logit of each token that the answer holds.
+        frequency_penalty: subtracted as often as the answer holds it.
+        logit_bias: added to the logits of these ids.
         seed: the same seed and prompt give the same tokens, whatever else runs; None draws one from the engine.
         max_tokens: tokens generated at most; None: up to the model's context.
+        min_tokens: no end-of-text or stop token before so many others.
         ignore_eos: do not end at an end-of-text token.
+        stop_token_ids: end at one of these.
+        grammar: what the answer must look like.
+        logprobs: give the log-probability of each token and so many of the most likely ones; None: of none. They are
+            the model's own, before temperature, penalties and the like.
+        prompt_logprobs: the same for the prompt's tokens but the first; such a request takes no prefix hit.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
     seed: int | None = None
     max_tokens: int | None = None
+    min_tokens: int = 0
     ignore_eos: bool = False
+    stop_token_ids: list[int] = []
+    grammar: Grammar | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    @property
+    def looks_back(self) -> bool:
+        """The choice of a token depends on those before it, beyond what the model makes of them."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
 class Request(msgspec.Struct, frozen=True, tag="request"):
-    """One prompt to be continued. `id` is the caller's and unique among the requests that run."""
+    """One prompt to be continued.
+
+    Attributes:
+        id: the caller's, unique among the requests that run.
+        cache_salt: prefixes are shared among requests of the same salt only.
+        fork_of: id of a request submitted just before, of the same prompt and salt, whose computed prompt it shares.
+    """
 
     id: str
     prompt: list[int]
     params: SamplingParams
+    cache_salt: str = ""
+    fork_of: str | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -41,11 +87,28 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     id: str
 
 
+class FlushCache(msgspec.Struct, frozen=True, tag="flush"):
+    """Forget every prefix; those that run keep what they have."""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of one token, and the most likely ids at its place, best first, with theirs."""
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
 class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     """New tokens of a request; the last message of a request carries its `finish_reason`.
 
     A request that can never run gets one message with `error`, no tokens and the offending `param`; one that fails on
     its way, a message with `error` alone.
+
+    Attributes:
+        logprobs: of each of `token_ids`, if asked for.
+        prompt_logprobs: in the first message, if asked for: of every prompt token but the first.
+        num_cached_tokens: in the first message: tokens of the prompt that a prefix hit saved.
     """
 
     id: str
@@ -53,6 +116,50 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     finish_reason: FinishReason | None = None
     error: str | None = None
     param: str | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    num_cached_tokens: int = 0
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """What an engine is doing. Those that end in `_total` only grow.
+
+    Attributes:
+        running, waiting: requests; of those that wait, `swapped` have their memory in the swap space.
+        used_blocks, cached_blocks: owned by a request; owned by none but kept for prefix hits. The rest is free.
+        sealed_blocks: known by their content, owned or cached.
+        used_tails: tail slots of running requests.
+        used_swap_units: of the swap space, in units of a block's bytes.
+        prefix_queries_total, prefix_hits_total: tokens looked for, and found, in the prefix cache.
+        full_hits_total, partial_hits_total: requests that found all that they could have, or some of it.
+        swap_outs_total, swap_ins_total: blocks moved to the swap space and back.
+        preemptions_total: requests that had to give up their memory; of those, `recomputations_total` found the swap
+            space full and were computed again.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    swapped: int = 0
+    used_blocks: int = 0
+    cached_blocks: int = 0
+    sealed_blocks: int = 0
+    used_tails: int = 0
+    used_swap_units: int = 0
+    prefix_queries_total: int = 0
+    prefix_hits_total: int = 0
+    full_hits_total: int = 0
+    partial_hits_total: int = 0
+    swap_outs_total: int = 0
+    swap_ins_total: int = 0
+    preemptions_total: int = 0
+    recomputations_total: int = 0
+
+
+class Update(msgspec.Struct, frozen=True, tag="update"):
+    """What has happened since the engine last said something."""
+
+    tokens: list[Tokens]
+    stats: EngineStats
 
 
 class ScheduledSpan(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,6 +212,12 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
         eos_token_ids: ids that end an answer.
         dtype, device: as resolved.
         kv_format: one line for people.
+        bits_per_element: honest bits of a packed element.
+        block_size: tokens of a packed block.
+        num_blocks, block_bytes: packed blocks, and the bytes of one over all layers.
+        max_num_seqs, tail_bytes: sequences that run at once, and the bytes of one's tail.
+        num_swap_units: blocks' worth of swap space.
+        prefix_caching: prompts can share their beginnings.
         kv_bytes: bytes of blocks and tails, as allocated.
         kv_tokens: tokens that fit, blocks and tails together.
         kv_tokens_16bit: tokens that the same bytes would hold at 2 bytes an element.
@@ -118,6 +231,14 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
     dtype: str
     device: str
     kv_format: str
+    bits_per_element: float
+    block_size: int
+    num_blocks: int
+    block_bytes: int
+    max_num_seqs: int
+    tail_bytes: int
+    num_swap_units: int
+    prefix_caching: bool
     kv_bytes: int
     kv_tokens: int
     kv_tokens_16bit: int
