@@ -51,6 +51,9 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.runner.max_model_len,
             eos_token_ids=model.eos_token_ids,
+            num_swap_units=len(self.runner.swap_space.units),
+            tail_units=store.layout.tail_units,
+            cache_identity=_cache_identity(self.runner) if config.prefix_caching else None,
         )
         self._seeds = random.Random(config.seed)
         self._ids = count()
@@ -70,8 +73,8 @@ class Engine:
             block_bytes=store.layout.block_bytes,
             max_num_seqs=config.max_num_seqs,
             tail_bytes=store.layout.tail_bytes,
-            num_swap_units=0,
-            prefix_caching=config.prefix_caching,
+            num_swap_units=len(self.runner.swap_space.units),
+            prefix_caching=self.scheduler.cache_identity is not None,
             kv_bytes=store.nbytes,
             kv_tokens=store.num_blocks * store.format.block_size + config.max_num_seqs * store.format.tail_tokens,
             kv_tokens_16bit=store.nbytes // (2 * store.layout.spec.elements),
@@ -98,10 +101,11 @@ class Engine:
 
     def flush_cache(self) -> None:
         """Forget every prefix."""
+        self.scheduler.flush_cache()
 
     def stats(self) -> EngineStats:
         """What the engine is doing now."""
-        return EngineStats(running=len(self.scheduler.running), waiting=len(self.scheduler.waiting))
+        return self.scheduler.stats()
 
     def step(self) -> list[Tokens]:
         """Run the model once over what the scheduler chooses; returns the new tokens.
@@ -114,7 +118,6 @@ class Engine:
             handle = self.runner.launch(batch)
             return self.scheduler.update(batch, self.runner.collect(handle))
         except UnsupportedError as error:
-            self.runner.clear(batch.spans)
             return self.scheduler.fail(batch, str(error))
 
     def generate(
@@ -192,3 +195,9 @@ class Engine:
                 self.abort(request_id)
             for request in requests:
                 self._arrivals.pop(request.id, None)
+
+
+def _cache_identity(runner: Runner) -> bytes:
+    """Names all that the bytes of a block depend on, beside its tokens."""
+    store, model = runner.store, runner.model_config
+    return repr((str(runner.path), model, store.format, store.dtype, runner.device.type)).encode()

@@ -171,8 +171,8 @@ class ScheduledSpan(msgspec.Struct, frozen=True, kw_only=True):
         token_ids: the tokens at these positions; empty for a decode, whose one token is what was sampled last for
             `slot`.
         blocks: the sequence's blocks, enough for `end` tokens.
-        samples: the span ends with the sequence's last token, so that the step yields the next one.
-        params, seed: how that one is chosen.
+        targets: tokens behind each of the first positions, whose log-probabilities are asked for.
+        num_top: how many of the most likely tokens go with them.
     """
 
     id: str
@@ -181,24 +181,91 @@ class ScheduledSpan(msgspec.Struct, frozen=True, kw_only=True):
     end: int
     token_ids: list[int]
     blocks: list[int]
-    samples: bool
-    params: SamplingParams
-    seed: int
+    targets: list[int] = []
+    num_top: int = 0
 
     @property
     def length(self) -> int:
         return self.end - self.start
 
 
-class ScheduledBatch(msgspec.Struct, frozen=True):
-    """One step: decodes first, then other spans of one token, then longer ones, as the KV store wants them."""
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """One token to be chosen.
+
+    Attributes:
+        id: of the request.
+        span: index of the span whose last token's logits it is chosen by; forks share one.
+        slot: row in the runner's memory of newest tokens.
+        position: at which the token will stand.
+        params, seed: how it is chosen.
+        num_generated: tokens of the answer so far.
+        prompt, answer: the tokens so far, if `params` look back.
+    """
+
+    id: str
+    span: int
+    slot: int
+    position: int
+    params: SamplingParams
+    seed: int
+    num_generated: int
+    prompt: list[int] = []
+    answer: list[int] = []
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """Blocks and the tail of one sequence (slot -1: it has none)."""
+
+    blocks: list[int]
+    slot: int
+
+
+class Swap(msgspec.Struct, frozen=True):
+    """A sequence's memory, and the units of swap space that it goes to or comes from."""
+
+    memory: Memory
+    units: list[int]
+
+
+class Fork(msgspec.Struct, frozen=True):
+    """Copy what two sequences cannot share: the tail, and a block that is not full (-1: there is none)."""
+
+    source_slot: int
+    source_block: int
+    slot: int
+    block: int
+
+
+class ScheduledBatch(msgspec.Struct, frozen=True, kw_only=True):
+    """One step.
+
+    Attributes:
+        spans: decodes first, then other spans of one token, then longer ones, as the KV store wants them.
+        samples: what the step yields, in the order of the runner's answer.
+        swap_outs, wipes, swap_ins: done in this order before the model runs.
+        forks: done after it.
+    """
 
     spans: list[ScheduledSpan]
+    samples: list[Sample]
+    swap_outs: list[Swap] = []
+    wipes: list[Memory] = []
+    swap_ins: list[Swap] = []
+    forks: list[Fork] = []
 
-    @property
-    def sampled(self) -> list[ScheduledSpan]:
-        """Spans that yield a token, in the order of the runner's answer."""
-        return [span for span in self.spans if span.samples]
+
+class StepResult(msgspec.Struct, frozen=True):
+    """What a step yielded.
+
+    Attributes:
+        token_ids: of each sample; -1 where the model's logits were not finite.
+        logprobs: of each sample, None where not asked for.
+        prompt_logprobs: of each span, for each of its targets.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+    prompt_logprobs: list[list[TokenLogprobs]]
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):

@@ -1,9 +1,9 @@
 """The model on its device: a scheduled batch goes in, sampled token ids come out."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
@@ -17,21 +17,51 @@ from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.store import KVStore
+from kvtool.kv.swap import SwapSpace
 from kvtool.models import load_config, load_model, resolve_model
 from kvtool.models.config import ModelConfig
-from kvtool.request import ScheduledBatch, ScheduledSpan
-from kvtool.sampler import sample, uniform
+from kvtool.request import ScheduledBatch, StepResult, TokenLogprobs
+from kvtool.sampler import sample, token_logprobs
 
+SCORED_ROWS = 128  # of logits at a time
 CPU_KV_CACHE_MEMORY = 1 << 30
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of tokens [N], and of the most likely ones at their places, ids and values [N, k]."""
+
+    logprobs: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.logprobs)
+
+    def rows(self, num_top: Sequence[int]) -> list[TokenLogprobs]:
+        """As many of the most likely ones as each row asks for."""
+        columns = (self.logprobs.tolist(), self.top_ids.tolist(), self.top_logprobs.tolist())
+        return [
+            TokenLogprobs(logprob, ids[:k], values[:k])
+            for logprob, ids, values, k in zip(*columns, num_top, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
 class Handle:
-    """A step under way: `token_ids` [len(batch.sampled)] may still be computing on the device."""
+    """A step under way; its tensors may still be computing on the device.
+
+    Attributes:
+        token_ids: [len(batch.samples)].
+        scores: of those samples that ask for them.
+        prompt_scores: of all spans' targets, in pieces that follow each other.
+    """
 
     batch: ScheduledBatch
     token_ids: Tensor
+    scores: Scores | None
+    prompt_scores: list[Scores]
 
 
 class Runner:
@@ -42,6 +72,7 @@ class Runner:
         model_config: what the checkpoint is.
         max_model_len: tokens of prompt and answer together, as asked for or as model and cache allow.
         store: the KV cache, sized from the configuration.
+        swap_space: for sequences that must make room.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -63,39 +94,76 @@ class Runner:
             memory = _kv_cache_memory(config, self.device)
             num_blocks, self.max_model_len = _capacity(config, self.model_config, layout, memory)
             self.store = _allocate(layout, num_blocks, config.max_num_seqs, self.dtype, self.device)
+            self.swap_space = SwapSpace(self.store, config.swap_space // layout.block_bytes)
             self.newest = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)
         self.attention = PagedAttention(self.store, _attention_layers(self.model_config), config.attention_backend)
 
     @torch.inference_mode()
-    def launch(self, batch: ScheduledBatch) -> Handle:
-        """Start one step."""
+    def launch(self, batch: ScheduledBatch, allowed: Tensor | None = None) -> Handle:
+        """Start one step.
+
+        Args:
+            allowed: [len(batch.samples), ceil(vocab_size / 32)] int32 on the host: bit i % 32 of word i // 32 is set
+                where token i may be chosen.
+
+        Raises:
+            UnsupportedError: the cache's format cannot hold what the model makes of these tokens.
+        """
+        self._move(batch)
         spans = [Span(span.start, span.end, span.blocks, span.slot) for span in batch.spans]
         kv_batch = KVBatch.build(self.store.format, spans, self.device)
         ids = self._input_ids(batch, kv_batch)
         hidden = self.model(ids, kv_batch.positions, partial(self._attend, kv_batch))
         self.store.seal(kv_batch)
-        sampled = batch.sampled
-        if not sampled:
-            return Handle(batch, torch.empty(0, dtype=torch.int64))
-        ends = accumulate(span.length for span in batch.spans)
-        last = [end - 1 for span, end in zip(batch.spans, ends, strict=True) if span.samples]
-        logits = self.model.logits(hidden if len(last) == len(hidden) else hidden[last])
-        uniforms = [uniform(span.seed, span.end) for span in sampled]
-        token_ids = sample(logits, [span.params for span in sampled], uniforms)
-        self.newest[[span.slot for span in sampled]] = token_ids.clamp(min=0)
-        return Handle(batch, token_ids)
+        for fork in batch.forks:
+            self.store.fork(fork.source_block, fork.source_slot, fork.block, fork.slot)
+        prompt_scores = self._score_prompts(batch, hidden)
+        if not batch.samples:
+            return Handle(batch, torch.empty(0, dtype=torch.int64), None, prompt_scores)
+        ends = list(accumulate(span.length for span in batch.spans))
+        rows = [ends[sample.span] - 1 for sample in batch.samples]
+        logits = self.model.logits(hidden if rows == list(range(len(hidden))) else hidden[rows])
+        allowed = None if allowed is None else allowed.to(self.device)
+        token_ids = sample(logits, batch.samples, self.model_config.eos_token_ids, allowed)
+        self.newest[[sample.slot for sample in batch.samples]] = token_ids.clamp(min=0)
+        return Handle(batch, token_ids, _score_samples(batch, logits, token_ids), prompt_scores)
 
-    def collect(self, handle: Handle) -> list[int]:
-        """The token ids of a launched step, in the order of `batch.sampled`; -1 where the logits were not finite."""
-        ids: list[int] = handle.token_ids.tolist()
-        self.clear(span for span, token in zip(handle.batch.sampled, ids, strict=True) if token < 0)
-        return ids
+    def collect(self, handle: Handle) -> StepResult:
+        """What a launched step yielded."""
+        batch = handle.batch
+        num_top = [sample.params.logprobs for sample in batch.samples]
+        scores = iter(handle.scores.rows([k for k in num_top if k is not None]) if handle.scores else ())
+        logprobs = [None if k is None else next(scores) for k in num_top]
+        per_target = (span.num_top for span in batch.spans for _ in span.targets)
+        prompt = (row for piece in handle.prompt_scores for row in piece.rows(list(islice(per_target, len(piece)))))
+        prompt_logprobs = [list(islice(prompt, len(span.targets))) for span in batch.spans]
+        return StepResult(handle.token_ids.tolist(), logprobs, prompt_logprobs)
 
-    @torch.inference_mode()
-    def clear(self, spans: Iterable[ScheduledSpan]) -> None:
-        """Wipe what sequences that failed have stored: NaN would reach those that own the memory after them."""
-        for span in spans:
-            self.store.clear(span.blocks, span.slot)
+    def _move(self, batch: ScheduledBatch) -> None:
+        """What must happen to the memory of sequences before the step runs."""
+        for out in batch.swap_outs:
+            self.swap_space.save(out.memory.blocks, out.memory.slot, out.units)
+        for memory in batch.wipes:  # NaN would reach those that own the memory next
+            self.store.clear(memory.blocks, memory.slot)
+        for back in batch.swap_ins:
+            self.swap_space.load(back.units, back.memory.blocks, back.memory.slot)
+
+    def _score_prompts(self, batch: ScheduledBatch, hidden: Tensor) -> list[Scores]:
+        """Scores of all spans' targets; a few rows of logits at a time, as a whole prompt's fill the memory."""
+        starts = accumulate((span.length for span in batch.spans), initial=0)
+        rows = [start + i for start, span in zip(starts, batch.spans, strict=False) for i in range(len(span.targets))]
+        targets = [target for span in batch.spans for target in span.targets]
+        num_top = max((span.num_top for span in batch.spans), default=0)
+        return [
+            Scores(
+                *token_logprobs(
+                    self.model.logits(hidden[rows[i : i + SCORED_ROWS]]),
+                    torch.tensor(targets[i : i + SCORED_ROWS], device=self.device),
+                    num_top,
+                )
+            )
+            for i in range(0, len(rows), SCORED_ROWS)
+        ]
 
     def _input_ids(self, batch: ScheduledBatch, kv_batch: KVBatch) -> Tensor:
         """Ids of a step's tokens: first the decodes', from what was sampled last, then those that the host knows."""
@@ -106,6 +174,14 @@ class Runner:
 
     def _attend(self, batch: KVBatch, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self.attention(layer, q, key, value, batch)
+
+
+def _score_samples(batch: ScheduledBatch, logits: Tensor, token_ids: Tensor) -> Scores | None:
+    wanted = [(row, s.params.logprobs) for row, s in enumerate(batch.samples) if s.params.logprobs is not None]
+    if not wanted:
+        return None
+    rows = [row for row, _ in wanted]
+    return Scores(*token_logprobs(logits[rows], token_ids[rows].clamp(min=0), max(k for _, k in wanted)))
 
 
 def _device(asked: str) -> torch.device:

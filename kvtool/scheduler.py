@@ -1,16 +1,31 @@
 """Who runs in the next step, and with which memory. Integers only; the runner makes tensors of them."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from math import inf
 
 from kvtool.errors import RequestError
-from kvtool.kv.blocks import BlockPool, SlotPool
+from kvtool.kv.blocks import BlockPool, SlotPool, block_digest
 from kvtool.kv.format import KVFormat
-from kvtool.request import FinishReason, Request, SamplingParams, ScheduledBatch, ScheduledSpan, Tokens
+from kvtool.request import (
+    EngineStats,
+    FinishReason,
+    Fork,
+    Memory,
+    Request,
+    Sample,
+    SamplingParams,
+    ScheduledBatch,
+    ScheduledSpan,
+    StepResult,
+    Swap,
+    TokenLogprobs,
+    Tokens,
+)
 
 NOT_FINITE = "the model computed NaN or infinity for this prompt; a wider --dtype may help"
+MAX_LOGPROBS = 20
 
 
 @dataclass(eq=False)
@@ -21,20 +36,32 @@ class Sequence:
         tokens: the prompt and what has been generated so far.
         max_length: tokens at which it ends.
         seed: the request's, or the engine's choice.
+        root: digest that stands before its first block's.
         num_known_tokens: how many there were when it was admitted; later ones the runner has sampled itself.
         num_computed_tokens: how many have, or in the step under way get, their keys and values in the store.
+        num_cached_tokens: of the prompt, found in the prefix cache at its first admission; -1 before that.
         blocks: packed blocks it owns or shares, in order of position.
+        num_sealed: how many of them, from the first, are known by their digests.
+        digests: of its first complete blocks, as far as they were needed.
         slot: its tail slot and its row in the runner's memory of newest tokens; -1 while it waits.
+        units: of the swap space, which hold its computed blocks and its tail while it waits.
+        prompt_logprobs: as far as they have been computed.
     """
 
     request: Request
     tokens: list[int]
     max_length: int
     seed: int
+    root: bytes
     num_known_tokens: int = 0
     num_computed_tokens: int = 0
+    num_cached_tokens: int = -1
     blocks: list[int] = field(default_factory=list)
+    num_sealed: int = 0
+    digests: list[bytes] = field(default_factory=list)
     slot: int = -1
+    units: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def id(self) -> str:
@@ -45,6 +72,10 @@ class Sequence:
         return self.request.params
 
     @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
     def is_prefilling(self) -> bool:
         return self.num_computed_tokens < self.num_known_tokens
 
@@ -52,10 +83,17 @@ class Sequence:
 class Scheduler:
     """Continuous batching: decodes first, then chunks of prompts, up to a budget of tokens a step.
 
-    A sequence is admitted with the blocks of its whole prompt and grows block by block after that. When the pool is
-    short, the youngest running sequence gives its memory back and waits, first in line, to be computed again; what it
-    will see is the same, because visibility depends on the position alone. The oldest can always go on: `add` refuses
-    what the empty pool could not hold.
+    Requests are served in the order of their arrival. A sequence is admitted with the blocks of its whole prompt, of
+    which it shares those that another of the same beginning has computed, and grows block by block after that. When
+    the pool is short, the youngest running sequence moves to the swap space and waits, first in line; where that is
+    full too, it gives its memory up to be computed again. What it will see is the same either way, because visibility
+    depends on the position alone. The oldest can always go on: `add` refuses what the empty pool could not hold.
+
+    Args:
+        fmt: of the KV store.
+        num_blocks, num_swap_units: of the store and of the swap space.
+        tail_units: units of swap space that one tail takes.
+        cache_identity: of model and format; prefixes are shared under one identity only. None: never.
     """
 
     def __init__(
@@ -67,13 +105,24 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         eos_token_ids: Items[int],
+        num_swap_units: int = 0,
+        tail_units: int = 0,
+        cache_identity: bytes | None = None,
     ) -> None:
         self.format = fmt
-        self.blocks, self.slots = BlockPool(num_blocks), SlotPool(max_num_seqs)
+        self.blocks, self.slots, self.swap = BlockPool(num_blocks), SlotPool(max_num_seqs), BlockPool(num_swap_units)
         self.max_num_batched_tokens, self.max_model_len = max_num_batched_tokens, max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.tail_units = tail_units
+        # Behind a window the newest tokens are read at full precision, which their blocks do not hold.
+        self.cache_identity = cache_identity if fmt.residual == 0 else None
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # oldest first
+        self.running: list[Sequence] = []  # like `waiting`, and before it: by arrival
+        self.totals: Counter[str] = Counter()  # of EngineStats
+        self._swap_outs: list[Swap] = []
+        self._swap_ins: list[Swap] = []
+        self._wipes: list[Memory] = []
+        self._forks: list[Fork] = []
 
     @property
     def has_work(self) -> bool:
@@ -106,12 +155,17 @@ class Scheduler:
         if self.format.num_blocks(max_length - 1) > self.blocks.num_blocks:  # the last token is never computed
             held = self.blocks.num_blocks * self.format.block_size + self.format.tail_tokens
             raise RequestError(f"{max_length} tokens exceed the KV cache, which holds {held}", "max_tokens")
-        self.waiting.append(Sequence(request, list(request.prompt), max_length, seed))
+        if params.min_tokens > max_length - length:
+            raise RequestError(
+                f"min_tokens is {params.min_tokens}, but the answer has room for {max_length - length}", "min_tokens"
+            )
+        self.waiting.append(Sequence(request, list(request.prompt), max_length, seed, self._root(request)))
 
     def schedule(self) -> ScheduledBatch:
         """The spans of the next step, with memory for each; never empty while there is work."""
         budget = self.max_num_batched_tokens
         decodes: list[ScheduledSpan] = []
+        sampling: dict[str, list[Sequence]] = {}  # by the span that they take a token from
         for sequence in [s for s in self.running if not s.is_prefilling]:
             if sequence.slot < 0 or budget == 0:  # preempted a moment ago, or no room in this step
                 continue
@@ -122,59 +176,104 @@ class Scheduler:
                     break
             else:
                 decodes.append(self._span(sequence, 1))
+                sampling[sequence.id] = [sequence]
                 budget -= 1
-        chunks = []
-        for sequence in self.running:
-            if sequence.is_prefilling and budget > 0:
-                chunks.append(self._span(sequence, budget))
-                budget -= chunks[-1].length
-        while budget > 0 and self.waiting and self._admit(self.waiting[0]):
-            chunks.append(self._span(self.waiting.popleft(), budget))
-            budget -= chunks[-1].length
-        return ScheduledBatch([*decodes, *sorted(chunks, key=lambda span: span.length > 1)])
+        chunks: list[ScheduledSpan] = []
 
-    def update(self, batch: ScheduledBatch, token_ids: Items[int]) -> list[Tokens]:
-        """Append what a step sampled, one token for each of `batch.sampled`; finish and free what has ended.
+        def compute(sequence: Sequence) -> int:
+            chunks.append(self._span(sequence, budget))
+            if not sequence.is_prefilling:
+                sampling[sequence.id] = [sequence, *self._fork(sequence)]
+            return chunks[-1].length
+
+        for sequence in list(self.running):
+            if sequence.is_prefilling and budget > 0:
+                budget -= compute(sequence)
+        while budget > 0 and self.waiting and self._admit(self.waiting[0]):
+            budget -= compute(self.waiting.popleft())
+        spans = [*decodes, *sorted(chunks, key=lambda span: span.length > 1)]
+        batch = ScheduledBatch(
+            spans=spans,
+            samples=[self._sample(s, index) for index, span in enumerate(spans) for s in sampling.get(span.id, ())],
+            swap_outs=self._swap_outs,
+            wipes=self._wipes,
+            swap_ins=self._swap_ins,
+            forks=self._forks,
+        )
+        self._swap_outs, self._wipes, self._swap_ins, self._forks = [], [], [], []
+        return batch
+
+    def update(self, batch: ScheduledBatch, result: StepResult) -> list[Tokens]:
+        """Take in what a step yielded: seal, append, finish and free what has ended.
 
         A token of -1 says that the model's logits were not finite.
         """
         news, running = [], {sequence.id: sequence for sequence in self.running}
-        for span, token in zip(batch.sampled, token_ids, strict=True):
+        failed = {s.id for s, token in zip(batch.samples, result.token_ids, strict=True) if token < 0}
+        for span, scores in zip(batch.spans, result.prompt_logprobs, strict=True):
             sequence = running.get(span.id)
-            if sequence is None:  # aborted since it was scheduled
+            if sequence and span.id not in failed:  # None: aborted since it was scheduled
+                sequence.prompt_logprobs.extend(scores)
+                self._seal(sequence)
+        for sample, token, logprobs in zip(batch.samples, result.token_ids, result.logprobs, strict=True):
+            sequence = running.get(sample.id)
+            if sequence is None:
                 continue
             if token < 0:
-                self._end(sequence)
-                news.append(Tokens(span.id, [], error=NOT_FINITE))
+                self._end(sequence, wipe=True)
+                news.append(Tokens(sample.id, [], error=NOT_FINITE))
                 continue
             sequence.tokens.append(token)
-            reason = self._finish_reason(sequence)
-            news.append(Tokens(sequence.id, [token], reason))
-            if reason:
+            news.append(self._news(sequence, logprobs))
+            if news[-1].finish_reason:
                 self._end(sequence)
         return news
 
     def fail(self, batch: ScheduledBatch, error: str) -> list[Tokens]:
         """End every sequence of a step that could not be computed."""
-        for span in batch.spans:
-            self.abort(span.id)
-        return [Tokens(span.id, [], error=error) for span in batch.spans]
+        ids = dict.fromkeys([span.id for span in batch.spans] + [sample.id for sample in batch.samples])
+        for sequence in [s for s in self.running if s.id in ids]:
+            self._end(sequence, wipe=True)
+        return [Tokens(request_id, [], error=error) for request_id in ids]
 
     def abort(self, request_id: str) -> None:
         """Drop a request in whatever state it is; one that has ended meanwhile is no error."""
         for sequence in self.waiting:
             if sequence.id == request_id:
                 self.waiting.remove(sequence)
+                self._free_units(sequence)
                 return
         for sequence in self.running:
             if sequence.id == request_id:
-                self._end(sequence)
+                # Before its first token nobody has looked whether what it stored is finite.
+                self._end(sequence, wipe=sequence.num_generated == 0)
                 return
+
+    def flush_cache(self) -> None:
+        """Forget every prefix; what runs keeps its memory."""
+        self.blocks.flush()
+        for sequence in self.running:
+            sequence.root = b""
+
+    def stats(self) -> EngineStats:
+        """What is running and what it holds."""
+        return EngineStats(
+            running=len(self.running),
+            waiting=len(self.waiting),
+            swapped=sum(bool(sequence.units) for sequence in self.waiting),
+            used_blocks=self.blocks.num_used,
+            cached_blocks=self.blocks.num_cached,
+            sealed_blocks=self.blocks.num_sealed,
+            used_tails=self.slots.num_slots - self.slots.num_free,
+            used_swap_units=self.swap.num_used,
+            **self.totals,
+        )
 
     def _span(self, sequence: Sequence, budget: int) -> ScheduledSpan:
         """Schedule the next tokens of `sequence`, at most `budget`."""
         start = sequence.num_computed_tokens
         end = min(len(sequence.tokens), start + budget)
+        scored = sequence.params.prompt_logprobs is not None and sequence.num_generated == 0
         span = ScheduledSpan(
             id=sequence.id,
             slot=sequence.slot,
@@ -182,20 +281,50 @@ class Scheduler:
             end=end,
             token_ids=sequence.tokens[start:end] if sequence.is_prefilling else [],
             blocks=sequence.blocks.copy(),
-            samples=end == len(sequence.tokens),
-            params=sequence.params,
-            seed=sequence.seed,
+            targets=sequence.request.prompt[start + 1 : end + 1] if scored else [],
+            num_top=sequence.params.prompt_logprobs or 0,
         )
         sequence.num_computed_tokens = end
         return span
 
+    def _sample(self, sequence: Sequence, span: int) -> Sample:
+        """The token that `sequence` takes from the span of this index."""
+        params, prompt = sequence.params, sequence.request.prompt
+        return Sample(
+            id=sequence.id,
+            span=span,
+            slot=sequence.slot,
+            position=len(sequence.tokens),
+            params=params,
+            seed=sequence.seed,
+            num_generated=sequence.num_generated,
+            prompt=prompt if params.looks_back else [],
+            answer=sequence.tokens[len(prompt) :] if params.looks_back else [],
+        )
+
     def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence a slot and the blocks of all its tokens, if there are enough."""
-        needed = self.format.num_blocks(len(sequence.tokens))
-        if self.slots.num_free == 0 or self.blocks.num_free < needed:
+        """Give a waiting sequence a slot and the blocks of all its tokens, if there are enough.
+
+        Each running sequence may need a block soon, so that many are left to them.
+        """
+        if self._awaits_fork(sequence):
             return False
+        found = self._find_prefix(sequence)
+        needed = self.format.num_blocks(len(sequence.tokens)) - len(found)
+        available = self.blocks.num_free - sum(self.blocks.owners(block) == 0 for block in found)
+        if self.slots.num_free == 0 or available < needed + len(self.running):
+            return False
+        for block in found:
+            self.blocks.share(block)
         sequence.slot, sequence.num_known_tokens = self.slots.allocate(), len(sequence.tokens)
-        sequence.blocks = [self.blocks.allocate() for _ in range(needed)]
+        sequence.blocks = found + [self.blocks.allocate() for _ in range(needed)]
+        sequence.num_sealed = len(found)
+        if sequence.units:
+            self._swap_in(sequence)
+        else:
+            sequence.num_computed_tokens = len(found) * self.format.block_size
+        if sequence.num_cached_tokens < 0:
+            self._count_hit(sequence)
         self.running.append(sequence)
         return True
 
@@ -207,23 +336,160 @@ class Scheduler:
         sequence.blocks.extend(self.blocks.allocate() for _ in range(missing))
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
-        self._end(sequence)
-        sequence.num_computed_tokens = 0
-        self.waiting.appendleft(sequence)
-
-    def _end(self, sequence: Sequence) -> None:
-        """Stop running a sequence and take its memory back."""
+    def _end(self, sequence: Sequence, *, wipe: bool = False) -> None:
+        """Stop running a sequence and take its memory back; `wipe`: what it alone wrote may be unfit for others."""
         self.running.remove(sequence)
-        for block in sequence.blocks:
+        if wipe:
+            own = [block for block in sequence.blocks if self.blocks.owners(block) == 1]
+            for block in own:
+                self.blocks.forget(block)
+            self._wipes.append(Memory(own, sequence.slot))
+        for block in reversed(sequence.blocks):  # the end of a prefix is of no use without its beginning
             self.blocks.free(block)
         self.slots.free(sequence.slot)
         sequence.blocks, sequence.slot = [], -1
 
+    def _news(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> Tokens:
+        """What is said of a sequence's newest token."""
+        reason, first = self._finish_reason(sequence), sequence.num_generated == 1
+        scored = first and sequence.params.prompt_logprobs is not None
+        return Tokens(
+            sequence.id,
+            sequence.tokens[-1:],
+            reason,
+            logprobs=[logprobs] if logprobs else None,
+            prompt_logprobs=sequence.prompt_logprobs if scored else None,
+            num_cached_tokens=sequence.num_cached_tokens if first else 0,
+        )
+
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        if sequence.tokens[-1] in self.eos_token_ids and not sequence.params.ignore_eos:
+        token, params = sequence.tokens[-1], sequence.params
+        # A grammar says by an end of text that nothing more may follow.
+        if token in self.eos_token_ids and (params.grammar or not params.ignore_eos):
+            return "stop"
+        if token in params.stop_token_ids:
             return "stop"
         return "length" if len(sequence.tokens) >= sequence.max_length else None
+
+    # Preemption
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's memory; it waits, first in line."""
+        computed = sequence.blocks[: self.format.num_blocks(sequence.num_computed_tokens)]
+        num_units = len(computed) + self.tail_units
+        self.totals["preemptions_total"] += 1
+        if num_units <= self.swap.num_free:
+            sequence.units = [self.swap.allocate() for _ in range(num_units)]
+            self._swap_outs.append(Swap(Memory(computed, sequence.slot), sequence.units))
+            self.totals["swap_outs_total"] += len(computed)
+        else:
+            self.totals["recomputations_total"] += 1
+            sequence.num_computed_tokens = 0
+            if sequence.num_generated == 0:
+                sequence.prompt_logprobs = []
+        self._end(sequence)
+        self.waiting.appendleft(sequence)
+
+    def _swap_in(self, sequence: Sequence) -> None:
+        """Bring back what is not shared again, and free the units."""
+        shared = sequence.num_sealed
+        blocks = sequence.blocks[shared : self.format.num_blocks(sequence.num_computed_tokens)]
+        self._swap_ins.append(Swap(Memory(blocks, sequence.slot), sequence.units[shared:]))
+        self.totals["swap_ins_total"] += len(blocks)
+        self._free_units(sequence)
+
+    def _free_units(self, sequence: Sequence) -> None:
+        for unit in sequence.units:
+            self.swap.free(unit)
+        sequence.units = []
+
+    # Shared prefixes
+
+    def _root(self, request: Request) -> bytes:
+        """What stands before a prompt's first block; empty where the prompt shares nothing."""
+        if self.cache_identity is None or request.params.prompt_logprobs is not None:
+            return b""
+        return block_digest(self.cache_identity, list(request.cache_salt.encode()))
+
+    def _digest(self, sequence: Sequence, index: int) -> bytes:
+        """The digest of a sequence's complete block."""
+        size, digests = self.format.block_size, sequence.digests
+        while len(digests) <= index:
+            start = len(digests) * size
+            digests.append(
+                block_digest(digests[-1] if digests else sequence.root, sequence.tokens[start : start + size])
+            )
+        return digests[index]
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """Sealed blocks that hold the beginning of a sequence; at least its last token is left to compute."""
+        if not sequence.root:
+            return []
+        # What is swapped may be found as far as it was computed, so that the rest of it fits behind.
+        known = sequence.num_computed_tokens if sequence.units else len(sequence.tokens) - 1
+        found: list[int] = []
+        for index in range(self.format.packed_tokens(known) // self.format.block_size):
+            block = self.blocks.find(self._digest(sequence, index))
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def _seal(self, sequence: Sequence) -> None:
+        """Make the blocks that a step has completed known by what they hold."""
+        if not sequence.root:
+            return
+        size = self.format.block_size
+        for index in range(sequence.num_sealed, self.format.packed_tokens(sequence.num_computed_tokens) // size):
+            self.blocks.seal(sequence.blocks[index], self._digest(sequence, index))
+            sequence.num_sealed = index + 1
+
+    def _count_hit(self, sequence: Sequence) -> None:
+        """At the first admission."""
+        sequence.num_cached_tokens = sequence.num_computed_tokens
+        if sequence.root:
+            possible = (len(sequence.tokens) - 1) // self.format.block_size * self.format.block_size
+            self.totals["prefix_queries_total"] += len(sequence.tokens)
+            self.totals["prefix_hits_total"] += sequence.num_cached_tokens
+            kind = "full_hits_total" if sequence.num_cached_tokens == possible else "partial_hits_total"
+            self.totals[kind] += sequence.num_cached_tokens > 0
+
+    # Forks
+
+    def _awaits_fork(self, sequence: Sequence) -> bool:
+        """A running sequence is about to compute the prompt that this one shares."""
+        parents = (s for s in self.running if s.id == sequence.request.fork_of)
+        return sequence.num_computed_tokens == 0 and any(s.is_prefilling for s in parents)
+
+    def _is_fork(self, sequence: Sequence, parent: Sequence) -> bool:
+        """A waiting sequence can go on from where `parent` has computed its prompt."""
+        same = sequence.tokens == parent.tokens == parent.request.prompt and sequence.root == parent.root
+        return sequence.request.fork_of == parent.id and same and not sequence.units
+
+    def _fork(self, parent: Sequence) -> list[Sequence]:
+        """Admit the forks that wait for `parent`, whose prompt this step completes, as far as there is room."""
+        full = self.format.packed_tokens(len(parent.tokens)) // self.format.block_size
+        partial = parent.blocks[full:]
+        children: list[Sequence] = []
+        while (
+            self.waiting
+            and self._is_fork(self.waiting[0], parent)
+            and self.slots.num_free > 0
+            and self.blocks.num_free >= len(partial) + len(self.running)
+        ):
+            child = self.waiting.popleft()
+            child.slot, child.num_known_tokens = self.slots.allocate(), len(child.tokens)
+            child.num_computed_tokens = parent.num_computed_tokens
+            child.num_cached_tokens, child.num_sealed = parent.num_cached_tokens, full
+            child.prompt_logprobs = parent.prompt_logprobs  # shared: this step extends it for all
+            for block in parent.blocks[:full]:
+                self.blocks.share(block)
+            child.blocks = parent.blocks[:full] + [self.blocks.allocate() for _ in partial]
+            last = (partial[0], child.blocks[-1]) if partial else (-1, -1)
+            self._forks.append(Fork(parent.slot, last[0], child.slot, last[1]))
+            self.running.append(child)
+            children.append(child)
+        return children
 
 
 def _check_sampling(params: SamplingParams) -> None:
@@ -234,3 +500,19 @@ def _check_sampling(params: SamplingParams) -> None:
         raise RequestError(f"top_p is {params.top_p}; it must be above 0 and at most 1", "top_p")
     if params.top_k < 0:
         raise RequestError(f"top_k is {params.top_k}; it must be 0, which keeps all, or more", "top_k")
+    if not 0 <= params.min_p <= 1:
+        raise RequestError(f"min_p is {params.min_p}; it must be from 0 to 1", "min_p")
+    if not 0 < params.repetition_penalty < inf:
+        raise RequestError(
+            f"repetition_penalty is {params.repetition_penalty}; it must be above 0", "repetition_penalty"
+        )
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not abs(getattr(params, name)) < inf:
+            raise RequestError(f"{name} is {getattr(params, name)}; it must be a number", name)
+    if not all(abs(bias) < inf for bias in params.logit_bias.values()):
+        raise RequestError("logit_bias must hold numbers", "logit_bias")
+    if params.min_tokens < 0:
+        raise RequestError(f"min_tokens is {params.min_tokens}; it must be 0 or more", "min_tokens")
+    for name in ("logprobs", "prompt_logprobs"):
+        if not 0 <= (getattr(params, name) or 0) <= MAX_LOGPROBS:
+            raise RequestError(f"{name} is {getattr(params, name)}; it must be from 0 to {MAX_LOGPROBS}", name)

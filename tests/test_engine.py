@@ -74,17 +74,83 @@ def test_greedy_tokens_are_those_of_transformers(model_type, tmp_path):
 
 
 @pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())
-def test_tokens_are_the_same_when_sequences_are_preempted(kv):
-    asked = prompts(6, 200)
-    roomy = engine(kv)
+@pytest.mark.parametrize("swap_space", [64 * MIB, 0])
+def test_tokens_are_the_same_when_sequences_make_room(kv, swap_space):
+    asked, params = prompts(6, 100), SamplingParams(temperature=0, max_tokens=140, ignore_eos=True)
+    roomy = engine(kv, prefix_caching=False)
     layout = roomy.runner.store.layout
-    blocks = layout.format.num_blocks(240) + 2
-    tight = engine(kv, kv_cache_memory=blocks * layout.block_bytes + 6 * layout.tail_bytes, max_num_seqs=6)
-    preempted = []
-    preempt = tight.scheduler._preempt
-    tight.scheduler._preempt = lambda sequence: (preempted.append(sequence.id), preempt(sequence))  # type: ignore[method-assign]
-    assert answers(tight, asked) == answers(roomy, asked)
-    assert preempted
+    memory = (layout.format.num_blocks(240) + 4) * layout.block_bytes + 6 * layout.tail_bytes
+    tight = engine(kv, kv_cache_memory=memory, max_num_seqs=6, swap_space=swap_space, prefix_caching=False)
+    assert answers(tight, asked, params) == answers(roomy, asked, params)
+    stats = tight.stats()
+    assert stats.preemptions_total > 0
+    assert stats.recomputations_total == (0 if swap_space else stats.preemptions_total)
+    assert stats.swap_ins_total == stats.swap_outs_total and stats.used_swap_units == 0
+
+
+@pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())
+def test_tokens_are_the_same_with_and_without_a_prefix_hit(kv):
+    whole = prompts(1, 1)[0] * 90 + prompts(3, 150)[2]
+    asked = [whole, whole[:100], [*whole[:150], 7, 8, 9], [*whole, 10, 11]]
+    plain, caching = engine(kv, prefix_caching=False), engine(kv)
+    expected = [answers(plain, [prompt])[0] for prompt in asked]
+    assert [answers(caching, [prompt])[0] for prompt in asked] == expected
+    assert answers(caching, asked) == expected, "found again by all at once"
+    assert plain.stats().prefix_queries_total == 0
+    hits = caching.stats().prefix_hits_total
+    assert hits == 0 if caching.runner.store.format.residual else hits > 6 * 64
+
+
+@pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())
+def test_forks_answer_as_requests_of_their_own_would(kv):
+    prompt = prompts(3, 150)[2]
+    requests = [
+        Request(str(i), prompt, SamplingParams(seed=i, max_tokens=40, ignore_eos=True), fork_of="0" if i else None)
+        for i in range(6)
+    ]
+    alone = [answers(engine(kv, prefix_caching=False), [prompt], request.params)[0] for request in requests]
+    assert len(set(map(tuple, alone))) == 6
+    tested = engine(kv, max_num_seqs=4, prefix_caching=False)  # two of them find no room beside the others
+    for request in requests:
+        tested.submit(request)
+    together = run(tested)
+    assert [together[str(i)] for i in range(6)] == alone
+
+
+def run(tested: Engine) -> dict[str, list[int]]:
+    """Tokens of all submitted requests."""
+    ids: dict[str, list[int]] = {}
+    while tested.has_work:
+        for tokens in tested.step():
+            assert tokens.error is None
+            ids.setdefault(tokens.id, []).extend(tokens.token_ids)
+    return ids
+
+
+@pytest.mark.parametrize("bits", ["16", "4"])
+def test_logprobs_are_those_of_transformers(bits, tmp_path):
+    oracle = make_checkpoint("qwen2", tmp_path).double()
+    prompt = [(7 * i) % 199 for i in range(45)]  # shorter than a block: nothing is packed
+    tested = engine(KVOptions(nbits=bits), model=str(tmp_path), max_num_batched_tokens=20)
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, logprobs=3, prompt_logprobs=2)
+    for name in ("first", "again"):  # a prefix hit would leave the prompt's out
+        tested.submit(Request(name, prompt, params))
+        news = []
+        while tested.has_work:
+            news += tested.step()
+        ids = prompt + [tokens.token_ids[0] for tokens in news]
+        with torch.no_grad():
+            expected = oracle(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        assert news[0].prompt_logprobs is not None and len(news[0].prompt_logprobs) == 44
+        scores = news[0].prompt_logprobs + [logprobs for tokens in news for logprobs in tokens.logprobs or ()]
+        assert len(scores) == 49
+        for position, score in enumerate(scores):
+            assert score.logprob == pytest.approx(float(expected[position, ids[position + 1]]), abs=1e-5)
+            top = expected[position].topk(3 if position >= 44 else 2)
+            assert score.top_ids == top.indices.tolist()
+            assert score.top_logprobs == pytest.approx(top.values.tolist(), abs=1e-5)
+            if position >= 44:
+                assert score.top_logprobs[0] == score.logprob, "greedy: the very same number"
 
 
 def test_sampling_depends_on_the_seed_and_not_on_the_batch():

@@ -1,6 +1,7 @@
 """The scheduler alone: memory, order and progress, with a runner that makes up tokens."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from kvtool.config import KVOptions
 from kvtool.errors import RequestError
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.spec import KVSpec, StreamSpec
-from kvtool.request import Request, SamplingParams, ScheduledBatch
+from kvtool.request import Request, SamplingParams, ScheduledBatch, StepResult, Tokens
 from kvtool.scheduler import Scheduler
 
 SPEC = KVSpec(2, StreamSpec(2, 32), StreamSpec(2, 32), 4)
@@ -32,6 +33,16 @@ def request(name: str, prompt: int, max_tokens: int | None = None, **params: obj
     return Request(name, [5] * prompt, SamplingParams(max_tokens=max_tokens, **params))  # type: ignore[arg-type]
 
 
+def result(batch: ScheduledBatch, token: Callable[[], int] = lambda: 7) -> StepResult:
+    """What a runner would say."""
+    return StepResult([token() for _ in batch.samples], [None] * len(batch.samples), [[] for _ in batch.spans])
+
+
+def step(scheduler: Scheduler) -> list[Tokens]:
+    batch = scheduler.schedule()
+    return scheduler.update(batch, result(batch))
+
+
 def check(scheduler: Scheduler, batch: ScheduledBatch) -> None:
     """What must hold of every step."""
     lengths = [span.length for span in batch.spans]
@@ -48,7 +59,8 @@ def check(scheduler: Scheduler, batch: ScheduledBatch) -> None:
     for span in batch.spans:
         assert span.blocks == running[span.id].blocks and span.slot == running[span.id].slot
         assert len(span.blocks) >= scheduler.format.num_blocks(span.end)
-        assert span.samples == (span.end == len(running[span.id].tokens))
+    complete = [span.id for span in batch.spans if span.end == len(running[span.id].tokens)]
+    assert [sample.id for sample in batch.samples if batch.spans[sample.span].id == sample.id] == complete
 
 
 @settings(deadline=None, max_examples=60)
@@ -68,7 +80,7 @@ def test_every_request_is_answered_in_full_and_all_memory_comes_back(fmt, seed):
         for span in batch.spans:  # each position once, in order, from 0 again only after preemption
             assert span.start in (0, computed.get(span.id, 0))
             computed[span.id] = span.end
-        for tokens in s.update(batch, [rng.randint(0, 9) for _ in batch.sampled]):
+        for tokens in s.update(batch, result(batch, lambda: rng.randint(0, 9))):
             assert tokens.id not in finished and tokens.id not in aborted
             got[tokens.id] = got.get(tokens.id, 0) + len(tokens.token_ids)
             if tokens.finish_reason:
@@ -85,14 +97,14 @@ def test_every_request_is_answered_in_full_and_all_memory_comes_back(fmt, seed):
 def test_decodes_run_while_a_long_prompt_is_cut_into_chunks():
     s = scheduler(FORMATS[1], budget=64)
     s.add(request("short", 10, 50), 0)
-    s.update(s.schedule(), [7])
+    step(s)
     s.add(request("long", 300, 5), 0)
     starts = []
     for _ in range(3):
         batch = s.schedule()
         assert [span.id for span in batch.spans] == ["short", "long"]
         starts.append((batch.spans[1].start, batch.spans[1].end))
-        s.update(batch, [7] * len(batch.sampled))
+        s.update(batch, result(batch))
     assert starts == [(0, 63), (63, 126), (126, 189)]
 
 
@@ -105,7 +117,7 @@ def test_the_youngest_gives_way_and_the_oldest_never_does():
         batch = s.schedule()
         check(s, batch)
         assert batch.spans[0].id == "old" or "old" in order
-        order += [t.id for t in s.update(batch, [7] * len(batch.sampled)) if t.finish_reason]
+        order += [t.id for t in s.update(batch, result(batch)) if t.finish_reason]
     assert order == ["old", "middle", "young"]
 
 
@@ -116,7 +128,7 @@ def test_end_of_text_ends_unless_ignored():
         seen = []
         while s.has_work:
             batch = s.schedule()
-            seen += [t.finish_reason for t in s.update(batch, [1])]
+            seen += [t.finish_reason for t in s.update(batch, result(batch, lambda: 1))]
         assert seen == reasons
 
 
@@ -159,4 +171,4 @@ def test_a_request_that_exceeds_the_cache_is_refused_and_the_largest_that_fits_r
         while s.has_work:
             batch = s.schedule()
             check(s, batch)
-            s.update(batch, [7] * len(batch.sampled))
+            s.update(batch, result(batch))

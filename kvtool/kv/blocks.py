@@ -11,8 +11,7 @@ class BlockPool:
 
     A block is either *free* (unowned and unknown), *owned* by one or more sequences, or *cached*: unowned, but sealed
     under a digest, so that it can be shared again until the pool needs it. Cached blocks are evicted in the order in
-    which they were given up. A block is written only by its single owner before it is sealed. (The scheduler seals and
-    shares nothing yet, so its blocks are free or owned.)
+    which they were given up. A block is written only by its single owner before it is complete, and never after.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -33,6 +32,11 @@ class BlockPool:
         return len(self._cached)
 
     @property
+    def num_sealed(self) -> int:
+        """Blocks that can be found by their digest, owned or cached."""
+        return len(self._digests)
+
+    @property
     def num_used(self) -> int:
         """Blocks owned by at least one sequence, each counted once."""
         return self.num_blocks - self.num_free
@@ -49,17 +53,30 @@ class BlockPool:
 
     def seal(self, block: int, digest: bytes) -> None:
         """`block` is complete and will not be written again; it can be found by `digest` unless another already is."""
-        assert self._owners[block] == 1 and block not in self._digests
+        assert self._owners[block] > 0 and self._digests.get(block, digest) == digest
         if digest not in self._by_digest:
             self._digests[block] = digest
             self._by_digest[digest] = block
+
+    def forget(self, block: int) -> None:
+        """`block` can no longer be found; an owned one stays with its owners."""
+        if digest := self._digests.pop(block, None):
+            del self._by_digest[digest]
+        if block in self._cached:
+            del self._cached[block]
+            self._free.append(block)
+
+    def flush(self) -> None:
+        """Forget every sealed block."""
+        for block in list(self._digests):
+            self.forget(block)
 
     def find(self, digest: bytes) -> int | None:
         """The sealed block of `digest`, which the caller must `share` before the next `allocate`."""
         return self._by_digest.get(digest)
 
     def share(self, block: int) -> None:
-        """One more owner of a sealed or owned block."""
+        """One more owner of a cached or owned block, which is complete."""
         assert self._owners[block] > 0 or block in self._cached
         self._cached.pop(block, None)
         self._owners[block] += 1

@@ -63,6 +63,11 @@ class KVLayout:
         return self.format.tail_tokens * self.spec.elements * self.spec.element_size
 
     @property
+    def tail_units(self) -> int:
+        """Pieces of `block_bytes` that hold a tail, where blocks and tails lie in one memory."""
+        return -(-self.tail_bytes // self.block_bytes)
+
+    @property
     def bits_per_element(self) -> float:
         """Honest bits of a packed element: codes, scales, zeros and padding. The tail is not in it."""
         return 8 * self.block_bytes / (self.format.block_size * self.spec.elements)

@@ -37,6 +37,7 @@ class KVStore:
         self.blocks = torch.zeros(num_blocks * layout.block_bytes, dtype=torch.uint8, device=device)
         self.tails = torch.zeros(num_tail_slots * layout.tail_bytes, dtype=torch.uint8, device=device)
         self.layers: list[LayerKV] = []
+        self._layer_blocks: list[Tensor] = []  # [num_blocks, bytes] of each layer
         block_offset = tail_offset = 0
         for index, layer_format in enumerate(self.format.layers):
             streams = []
@@ -48,7 +49,9 @@ class KVStore:
                 streams.append(Stream(stream_format, arrays, self._tail_view(tail_offset, shape)))
                 tail_offset += self.format.tail_tokens * stream.elements
             self.layers.append(LayerKV(self.format, *streams))
-            block_offset += num_blocks * layout.layer_block_bytes(index)
+            nbytes = layout.layer_block_bytes(index)
+            self._layer_blocks.append(self.blocks[block_offset:][: num_blocks * nbytes].view(num_blocks, nbytes))
+            block_offset += num_blocks * nbytes
 
     @property
     def nbytes(self) -> int:
@@ -79,12 +82,29 @@ class KVStore:
 
     def clear(self, blocks: Sequence[int], tail_slot: int) -> None:
         """Overwrite blocks and a tail with zeros."""
-        offset = 0
-        for index in range(self.layout.spec.num_layers):
-            nbytes = self.layout.layer_block_bytes(index)
-            self.blocks[offset : offset + self.num_blocks * nbytes].view(self.num_blocks, nbytes)[list(blocks)] = 0
-            offset += self.num_blocks * nbytes
-        self.tails[tail_slot * self.layout.tail_bytes : (tail_slot + 1) * self.layout.tail_bytes] = 0
+        for layer in self._layer_blocks:
+            layer[list(blocks)] = 0
+        self.tail(tail_slot).zero_()
+
+    def fork(self, source_block: int, source_slot: int, block: int, slot: int) -> None:
+        """Copy one block (unless it is -1) and one tail."""
+        for layer in self._layer_blocks if block >= 0 else ():
+            layer[block] = layer[source_block]
+        self.tail(slot).copy_(self.tail(source_slot))
+
+    def gather_blocks(self, blocks: Sequence[int]) -> Tensor:
+        """The bytes of `blocks`, [n, block_bytes] uint8, each with its layers behind each other."""
+        return torch.cat([layer[list(blocks)] for layer in self._layer_blocks], dim=1)
+
+    def scatter_blocks(self, blocks: Sequence[int], data: Tensor) -> None:
+        """Write what `gather_blocks` gave."""
+        parts = data.split([layer.shape[1] for layer in self._layer_blocks], dim=1)
+        for layer, part in zip(self._layer_blocks, parts, strict=True):
+            layer[list(blocks)] = part
+
+    def tail(self, slot: int) -> Tensor:
+        """The bytes of one tail slot, [tail_bytes] uint8."""
+        return self.tails[slot * self.layout.tail_bytes : (slot + 1) * self.layout.tail_bytes]
 
     def _block_view(self, layer: int, layer_offset: int, field: Field) -> Tensor:
         """[num_blocks, heads, rows, n] of one field of one layer."""
