@@ -149,6 +149,22 @@ def engine_config(
             "--max-num-batched-tokens", min=1, max=MOST, help="Tokens computed in one step; longer prompts are cut."
         ),
     ] = EngineConfig.max_num_batched_tokens,
+    swap_space: Annotated[
+        int,
+        engine_option(
+            "--swap-space",
+            parser=memory_size,
+            metavar="SIZE",
+            help="Host memory for sequences that must make room (default: 4GiB).",
+            show_default=False,
+        ),
+    ] = EngineConfig.swap_space,
+    prefix_caching: Annotated[
+        bool,
+        engine_option(
+            "--prefix-caching/--no-prefix-caching", help="Prompts share the packed blocks of their common beginnings."
+        ),
+    ] = EngineConfig.prefix_caching,
     attention_backend: Annotated[
         str, engine_option("--attention-backend", help="auto, or the name of a backend.")
     ] = EngineConfig.attention_backend,
@@ -179,6 +195,8 @@ def engine_config(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_memory=kv_cache_memory,
+        swap_space=swap_space,
+        prefix_caching=prefix_caching,
         attention_backend=attention_backend,
         kv=kv,
     )

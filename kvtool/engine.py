@@ -90,8 +90,14 @@ class Engine:
         Raises:
             RequestError: it could never run.
         """
-        if not all(0 <= token < self.info.vocab_size for token in request.prompt):
-            raise RequestError(f"token ids must be from 0 to {self.info.vocab_size - 1}", "prompt")
+        params, known = request.params, range(self.info.vocab_size)
+        for name, ids in (
+            ("prompt", request.prompt),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias),
+        ):
+            if not all(token in known for token in ids):
+                raise RequestError(f"{name}: token ids must be from 0 to {known[-1]}", name)
         seed = self._seeds.getrandbits(63) if request.params.seed is None else request.params.seed
         self.scheduler.add(request, seed)
 
