@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvtool.errors import ModelError, RequestError
+from kvtool.errors import ModelError, RequestError, UnsupportedError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 PARTIAL = 3  # bytes of an incomplete character at most, and so tokens and U+FFFD
@@ -49,6 +49,18 @@ class Tokenizer:
                 f"config.json has vocab_size {vocab_size}; use the tokenizer that came with the weights"
             )
         return cls(hf)
+
+    @property
+    def definition(self) -> str:
+        """All of it as one JSON text, as in a tokenizer.json.
+
+        Raises:
+            UnsupportedError: it is Python code, which has no such form.
+        """
+        if not self._hf.is_fast:
+            raise UnsupportedError("the tokenizer has no tokenizer.json")
+        text: str = self._hf.backend_tokenizer.to_str()
+        return text
 
     def encode(self, text: str) -> list[int]:
         """Ids of a plain prompt, with the special tokens that the model expects around one (BOS, for some)."""

@@ -17,7 +17,7 @@ ROWS = [
     {"quantize", "perplexity", "expert_parallel", "sizing"},
     {"client", "engine", "engine_process"},
     {"scheduler"},
-    {"runner", "cuda_graph", "sampler", "tokenizer"},
+    {"runner", "cuda_graph", "sampler", "tokenizer", "grammar"},
     {"models"},
     {"layers"},
     {"attention"},
