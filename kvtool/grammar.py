@@ -16,7 +16,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
-from kvtool.errors import KVToolError, RequestError, UnsupportedError
+from kvtool.errors import KVToolError, RequestError
 from kvtool.request import Grammar
 from kvtool.tokenizer import Tokenizer
 
@@ -139,8 +139,8 @@ class GrammarCompiler:
     @cached_property
     def _ll_tokenizer(self) -> LLTokenizer:
         try:
-            return LLTokenizer(self._tokenizer.definition, n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
-        except (ValueError, UnsupportedError) as error:
+            return LLTokenizer(self._tokenizer.backend.to_str(), n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
+        except ValueError as error:
             reason = _one_line(str(error))
             raise RequestError(
                 f"grammar: the model's tokenizer takes none: {reason}; leave it out", "grammar"

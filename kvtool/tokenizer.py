@@ -1,26 +1,49 @@
 """Text to ids and back, also piece by piece as an answer grows."""
 
+import codecs
+import json
+import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from kvtool.errors import ModelError, RequestError, UnsupportedError
+import jinja2
+import tokenizers
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-PARTIAL = 3  # bytes of an incomplete character at most, and so tokens and U+FFFD
+from kvtool.chat_template import render, render_apart, variables_of
+from kvtool.errors import ModelError, RequestError
+
+MAX_TEMPLATE_BYTES = 64 << 10  # of one that a client sends
+
+# GPT-2's alphabet, in which byte-level tokens are spelt: a character for every byte, itself where it can be printed.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_ALPHABET = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + n): byte for n, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)
+}
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+_CONTINUE = "CONTINUE_FROM_HERE "
 
 
 class Tokenizer:
     """A Hugging Face tokenizer, narrowed to what serving needs.
 
     Attributes:
+        backend: the `tokenizers` library's own, for grammars.
         longest: characters of its longest token.
+        bos_token_id, eos_token_id: ids that begin and end a text, if there are such.
     """
 
     def __init__(self, hf: Any) -> None:
         self._hf = hf
+        self.backend: tokenizers.Tokenizer = hf.backend_tokenizer
         self.longest = max(map(len, hf.get_vocab()))
+        self.bos_token_id: int | None = hf.bos_token_id
+        self.eos_token_id: int | None = hf.eos_token_id
         self._special = {token_id for token_id, token in hf.added_tokens_decoder.items() if token.special}
+        self._join = self.backend.decoder.decode if self.backend.decoder else " ".join
+        self._byte_level = self._join(["Ġ"]) == " "
+        self._byte_tokens = self._join(["<0x41>"]) == "A"
 
     @classmethod
     def load(cls, path: Path, vocab_size: int) -> "Tokenizer":
@@ -40,7 +63,7 @@ class Tokenizer:
         except Exception as error:  # transformers raises whatever its parsers do
             reason = str(error).strip().partition("\n")[0]
             raise ModelError(f"{path}: the tokenizer cannot be read: {reason}; replace tokenizer.json") from error
-        if len(hf) <= len(hf.added_tokens_decoder):
+        if len(hf) <= len(hf.added_tokens_decoder) or not hasattr(hf, "backend_tokenizer"):
             raise ModelError(f"{path}: no tokenizer found; put the model's tokenizer.json there")
         largest = max(hf.get_vocab().values())
         if largest >= vocab_size:
@@ -50,119 +73,230 @@ class Tokenizer:
             )
         return cls(hf)
 
-    @property
-    def definition(self) -> str:
-        """All of it as one JSON text, as in a tokenizer.json.
-
-        Raises:
-            UnsupportedError: it is Python code, which has no such form.
-        """
-        if not self._hf.is_fast:
-            raise UnsupportedError("the tokenizer has no tokenizer.json")
-        text: str = self._hf.backend_tokenizer.to_str()
-        return text
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a plain prompt, with the special tokens that the model expects around one (BOS, for some)."""
-        ids: list[int] = self._hf(text, verbose=False)["input_ids"]
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text, by default with the special tokens that the model expects around one (BOS, for some)."""
+        ids: list[int] = self._hf(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         return ids
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Ids of a conversation as the model's chat template writes it, up to where the answer begins.
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `token_ids`; bytes that are no UTF-8 become U+FFFD."""
+        detokenizer = Detokenizer(self, skip_special_tokens)
+        return detokenizer.push(token_ids) + detokenizer.finish()
 
-        The template comes with the model and is rendered in transformers' immutable sandbox.
+    def tokens(self, token_ids: Sequence[int]) -> list[str]:
+        """The vocabulary's own spelling of ids; "" for those that are not in it."""
+        return [self.backend.id_to_token(token_id) or "" for token_id in token_ids]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token, also a special one, adds to a text; it may end in half a character."""
+        return self.spell(token_id, first=False, skip_special_tokens=False) or b""
+
+    def token_text(self, token_id: int) -> str:
+        """`token_bytes` as a text; bytes that are no UTF-8 by themselves become U+FFFD."""
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def spell(self, token_id: int, first: bool, skip_special_tokens: bool) -> bytes | None:
+        """What a token adds to a text, None if it has no part in it.
+
+        Args:
+            token_id: any number.
+            first: no other token comes before; some tokenizers strip the space of such a word.
+            skip_special_tokens: those have no part.
+        """
+        token = self.backend.id_to_token(token_id)
+        if token is None or (skip_special_tokens and token_id in self._special):
+            return None
+        if self._byte_level:
+            try:
+                return bytes(map(_ALPHABET.__getitem__, token))
+            except KeyError:  # an added token, spelt as it is
+                return token.encode()
+        if self._byte_tokens and (byte := _BYTE_TOKEN.fullmatch(token)):
+            return b"" if first and not self._join([token]) else bytes.fromhex(byte[1])
+        return self._join([token]).encode() if first else self._join(["a", token])[1:].encode()
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        """Ids of a conversation as `chat_text` writes it."""
+        text = self.chat_text(messages, tools, template, kwargs, add_generation_prompt, continue_final_message)
+        return self.encode(text, add_special_tokens=False)  # the template has written them already
+
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
+        """A conversation as a chat template writes it, up to where the answer begins. Blocks; call it from a thread.
+
+        Args:
+            messages: as OpenAI's clients send them; all that they hold reaches the template.
+            tools: JSON objects that describe functions.
+            template: a client's, in the place of the model's.
+            kwargs: more variables for the template.
+            add_generation_prompt: end with what begins an answer.
+            continue_final_message: end inside the last message instead, for the model to go on with it.
 
         Raises:
-            RequestError: the model has no template, or the template refuses the messages.
+            RequestError: there is no template, or it refuses the messages.
         """
-        if self._hf.chat_template is None:
+        if template is not None and len(template.encode()) > MAX_TEMPLATE_BYTES:
+            raise RequestError(f"chat_template has over {MAX_TEMPLATE_BYTES} bytes; send less", "chat_template")
+        source = template or self._template(tools)
+        if source is None:
             raise RequestError("the model has no chat template; send a plain prompt instead", "messages")
+        chat = list(map(_for_template, messages))
+        if continue_final_message:
+            if not isinstance(chat[-1].get("content"), str):
+                raise RequestError("messages: the last one has no text to continue; add its content", "messages")
+            chat[-1]["content"] += _CONTINUE
+        variables = {
+            **self._hf.special_tokens_map,
+            "documents": None,
+            **(kwargs or {}),
+            "messages": chat,
+            "tools": tools or None,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+        }
         try:
-            text = self._hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text = (render_apart if template else render)(source, variables)
         except Exception as error:  # a template can raise anything
-            raise RequestError(f"the chat template refuses the messages: {error}", "messages") from error
-        # The template has written the special tokens already.
-        ids: list[int] = self._hf(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+            param = "chat_template" if template else "messages"
+            raise RequestError(f"the chat template refuses the messages: {error}", param) from error
+        return _before_mark(text) if continue_final_message else text
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of `token_ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        ordinary = [token_id for token_id in token_ids if token_id not in self._special]
-        text: str = self._hf.decode(ordinary, clean_up_tokenization_spaces=False)
-        return text
+    @cached_property
+    def template_takes_tools(self) -> bool:
+        """The model's chat template can describe tools to the model."""
+        try:
+            return "tools" in variables_of(self._template(tools=[{}]) or "")
+        except jinja2.TemplateSyntaxError:
+            return False
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What another program needs to know to write prompts for this model, named as in tokenizer_config.json."""
+        longest = self._hf.model_max_length
+        return {
+            "tokenizer_class": type(self._hf).__name__,
+            "vocab_size": len(self._hf),
+            "model_max_length": longest if longest < 2**53 else None,  # transformers says 10**30 for "not known"
+            **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token")),
+            **self._hf.special_tokens_map,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "special_tokens": self.tokens(sorted(self._special)),
+            "chat_template": self._template(None),
+        }
+
+    def _template(self, tools: Sequence[Mapping[str, Any]] | None) -> str | None:
+        """The model's template; some models have one of its own for tools."""
+        templates: str | dict[str, str] | None = self._hf.chat_template
+        if not isinstance(templates, dict):
+            return templates
+        return templates.get("tool_use" if tools and "tool_use" in templates else "default")
+
+
+def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates want it: without nulls, reasoning under its common name, arguments as objects."""
+    message = {name: value for name, value in message.items() if value is not None}
+    if "reasoning" in message:
+        message.setdefault("reasoning_content", message["reasoning"])
+    if "tool_calls" in message:
+        message["tool_calls"] = list(map(_with_parsed_arguments, message["tool_calls"]))
+    return message
+
+
+def _with_parsed_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call whose arguments, JSON text in OpenAI's protocol, are the object that the text stands for."""
+    function = call.get("function", {})
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return dict(call)
+    try:
+        return {**call, "function": {**function, "arguments": json.loads(arguments or "{}")}}
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"messages: arguments of a tool call: {error}; send JSON", "messages") from error
+
+
+def _before_mark(text: str) -> str:
+    """The text up to the mark that the last message ended in."""
+    before, mark, after = text.rpartition(_CONTINUE.strip())
+    if not mark:
+        raise RequestError("the chat template leaves the last message out, so it cannot be continued", "messages")
+    return before if after.startswith(" ") else before.rstrip()  # the template trims messages
 
 
 class Detokenizer:
     """The text of one growing list of ids: what `push` and `finish` return adds up to `decode` of them all.
 
-    A character's bytes may be spread over several tokens, so a trailing U+FFFD is held back until what follows says
-    whether it is half a character or really broken. What ends in U+FFFD for longer than a character can take is broken.
+    A character's bytes may be spread over several tokens; it is shown once they are complete.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._window: list[int] = []  # the newest ids, from a point that no later token reaches behind
-        self._text = ""  # decode(_window)
-        self._shown = 0  # characters of _text already returned
-        self._unsettled = 0  # how many of the newest ids left _text ending in U+FFFD
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer, self._skip_special_tokens = tokenizer, skip_special_tokens
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._first = True
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that `token_ids` complete."""
-        return "".join(map(self._push, token_ids))
-
-    def _push(self, token_id: int) -> str:
-        window = [*self._window, token_id]
-        text = self._tokenizer.decode(window)
-        settled = len(text.rstrip(REPLACEMENT))
-        self._unsettled = self._unsettled + 1 if settled < len(text) else 0
-        broken = self._unsettled > PARTIAL
-        if broken:
-            settled = max(settled, len(text) - PARTIAL)
-        fresh = text[self._shown : settled]
-        self._shown = max(self._shown, settled)
-        # Some tokenizers strip the space of a first word, so a new window may begin only where that changes nothing.
-        before, newest = self._text, [token_id]
-        if broken:
-            newest = window[-2 * PARTIAL :]  # more than an incomplete character
-            before = self._tokenizer.decode(window[: -len(newest)])
-        alone = self._tokenizer.decode(newest)
-        if (len(alone) > PARTIAL if broken else alone and settled == len(text)) and text == before + alone:
-            window, text, self._shown = newest, alone, self._shown - len(before)
-        self._window, self._text = window, text
-        return fresh
+        spelt = []
+        for token_id in token_ids:
+            piece = self._tokenizer.spell(token_id, self._first, self._skip_special_tokens)
+            if piece is not None:
+                spelt.append(piece)
+                self._first = False
+        return self._characters.decode(b"".join(spelt))
 
     def finish(self) -> str:
-        """What was held back."""
-        rest = self._text[self._shown :]
-        self._shown = len(self._text)
-        return rest
+        """What was held back: U+FFFD for half a character."""
+        return self._characters.decode(b"", final=True)
 
 
 class StopChecker:
     """Ends a growing text before the first stop string, and holds back what may be the beginning of one.
 
     The first is the one that is complete first; of those complete at once, the longest. So the cut does not depend on
-    how the text was split.
+    how the text was split. A character costs the same whatever the stop strings are (Knuth, Morris and Pratt, 1977).
 
     Attributes:
         stopped: the stop string that was found; nothing may be pushed after it.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = stop
+        self._stop = [(text, _borders(text)) for text in sorted(stop, key=len, reverse=True)]
+        self._matched = [0] * len(stop)  # characters of each that the text ends with
         self._held = ""
         self.stopped: str | None = None
 
     def push(self, text: str) -> str:
         """The text that is safe to show."""
         assert self.stopped is None
+        if not self._stop:
+            return text
+        for end, character in enumerate(text, start=1):
+            for index, (stop, borders) in enumerate(self._stop):
+                matched = self._matched[index]
+                while matched and stop[matched] != character:
+                    matched = borders[matched - 1]
+                matched += stop[matched] == character
+                self._matched[index] = matched
+                if matched == len(stop):
+                    shown = self._held + text[:end]
+                    self._held, self.stopped = "", stop
+                    return shown[: -len(stop)]
         text = self._held + text
-        found = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._stop if stop in text]
-        if found:
-            end, _, self.stopped = min(found)
-            self._held = ""
-            return text[: end - len(self.stopped)]
-        safe = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
+        safe = len(text) - max(self._matched)
         self._held = text[safe:]
         return text[:safe]
 
@@ -172,9 +306,13 @@ class StopChecker:
         return rest
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+@lru_cache(maxsize=256)
+def _borders(text: str) -> list[int]:
+    """For each beginning of `text`, the length of the longest shorter one that it also ends with."""
+    borders = [0]
+    for character in text[1:]:
+        length = borders[-1]
+        while length and text[length] != character:
+            length = borders[length - 1]
+        borders.append(length + (text[length] == character))
+    return borders

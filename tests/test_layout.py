@@ -17,7 +17,7 @@ ROWS = [
     {"quantize", "perplexity", "expert_parallel", "sizing"},
     {"client", "engine", "engine_process"},
     {"scheduler"},
-    {"runner", "cuda_graph", "sampler", "tokenizer", "grammar"},
+    {"runner", "cuda_graph", "sampler", "grammar", "tokenizer", "chat_template"},
     {"models"},
     {"layers"},
     {"attention"},
