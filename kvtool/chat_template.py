@@ -132,7 +132,7 @@ def _environment() -> jinja2.Environment:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` marks what an assistant says, for training; here it is text like the rest."""
 
-    tags = {"generation"}  # noqa: RUF012  # as Jinja wants it
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno

@@ -170,6 +170,7 @@ class Tokenizer:
         }
         try:
             text = (render_apart if template else render)(source, variables)
+            text.encode()  # lone surrogates, which JSON can spell, have no tokens
         except Exception as error:  # a template can raise anything
             param = "chat_template" if template else "messages"
             raise RequestError(f"the chat template refuses the messages: {error}", param) from error
