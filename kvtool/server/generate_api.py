@@ -9,7 +9,8 @@ from fastapi.responses import JSONResponse, Response
 from kvtool.errors import RequestError
 from kvtool.server.generation import Answer, Defaults, Piece, collect
 from kvtool.server.protocol import GenerateBody, GenerateSampling
-from kvtool.server.responses import EngineArg, stream, while_connected
+from kvtool.server.responses import EngineArg
+from kvtool.server.streaming import stream, while_connected
 
 router = APIRouter()
 

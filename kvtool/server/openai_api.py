@@ -13,7 +13,8 @@ from fastapi.responses import JSONResponse, Response
 from kvtool.request import Request as EngineRequest
 from kvtool.server.generation import Answer, Piece, TextEngine, collect
 from kvtool.server.protocol import ChatBody, CompletionBody, OpenAIBody
-from kvtool.server.responses import EngineArg, UnknownModelError, stream, while_connected
+from kvtool.server.responses import EngineArg, UnknownModelError
+from kvtool.server.streaming import stream, while_connected
 
 router = APIRouter(prefix="/v1")
 

@@ -1,26 +1,17 @@
-"""What every route needs to answer: errors in OpenAI's form, event streams, and an eye on the client."""
+"""What every route needs to answer: the engine, errors in OpenAI's form, and bodies of bounded size."""
 
-import asyncio
-import json
-import logging
 import reprlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from contextlib import aclosing
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvtool.errors import EngineDeadError, KVToolError, RequestError
-from kvtool.server.generation import Piece, TextEngine
-
-T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
+from kvtool.server.generation import TextEngine
 
 MAX_BODY_BYTES = 16 * 2**20
 
@@ -123,70 +114,3 @@ class JSONBodies:
             headers = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
             scope = {**scope, "headers": [*headers, (b"content-type", b"application/json")]}
         await self.app(scope, bounded, send)
-
-
-async def while_connected(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away.
-
-    Raises:
-        ClientDisconnect: it went.
-    """
-    task = asyncio.ensure_future(work)
-    # The body has been read, so all that can still come from the client is its leaving.
-    gone = asyncio.ensure_future(request.receive())
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events; the generator behind them is closed at once when the client goes away."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncGenerator[str, None]) -> None:
-        super().__init__(events)
-        self.events = events
-
-    async def stream_response(self, send: Send) -> None:
-        async with aclosing(self.events):
-            await super().stream_response(send)
-
-
-async def stream(
-    request: Request,
-    pieces: AsyncGenerator[Piece, None],
-    show: Callable[[Piece], dict[str, Any]],
-    last: Callable[[], Iterable[dict[str, Any]]] = tuple,
-) -> Response:
-    """An event for each piece, then those of `last`, then [DONE].
-
-    The response begins with the first piece: what goes wrong before it still gets a status of its own. What goes wrong
-    later is an event with an error, and no [DONE] follows.
-    """
-    piece = await while_connected(request, anext(pieces))
-
-    async def events() -> AsyncGenerator[str, None]:
-        try:
-            async with aclosing(pieces):
-                yield event(show(piece))
-                async for later in pieces:
-                    yield event(show(later))
-            for closing in last():
-                yield event(closing)
-            yield "data: [DONE]\n\n"
-        except Exception as error:
-            if not isinstance(error, KVToolError):
-                logger.exception("a stream failed")
-            yield event(error_of(error)[1])
-
-    return EventStream(events())
-
-
-def event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
