@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 from uuid import uuid4
 
 from pydantic import ValidationError
@@ -16,6 +17,8 @@ from kvtool.errors import ModelError, RequestError
 from kvtool.request import FinishReason, Request, SamplingParams
 from kvtool.server.protocol import Prompt, Sampling
 from kvtool.tokenizer import Detokenizer, StopChecker, Tokenizer
+
+Ending = FinishReason | Literal["error"]
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,44 @@ class Answer:
         self.finish_reason, self.matched = piece.finish_reason, piece.matched
 
 
+class Observer:
+    """Told how each request fares, one call at a time; this one does nothing with it. Times are in seconds."""
+
+    def first_tokens(self, seconds: float, count: int) -> None:
+        """`count` tokens came, so long after the request was ready for the engine; none came before."""
+
+    def next_tokens(self, seconds: float, count: int) -> None:
+        """`count` more came together, so long after those before."""
+
+    def finished(self, seconds: float, prompt_tokens: int, generation_tokens: int, reason: Ending) -> None:
+        """The answer ended, so long after the request was ready; nothing more is said of it."""
+
+
 class TextEngine:
     """An engine that takes and gives text.
 
     Attributes:
         name: the model's name in requests.
+        observer: is told how requests fare.
+        max_queue: requests that may wait beyond those that run; more are refused.
+        trust_request_chat_template: chat templates may come from clients.
         created: when serving began, in seconds of Unix time.
         model_defaults: sampling as the model's generation_config.json wants it.
     """
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer, name: str) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        name: str,
+        *,
+        observer: Observer | None = None,
+        max_queue: int = 1024,
+        trust_request_chat_template: bool = False,
+    ) -> None:
         self.client, self.tokenizer, self.name = client, tokenizer, name
+        self.observer = observer or Observer()
+        self.max_queue, self.trust_request_chat_template = max_queue, trust_request_chat_template
         self.info = client.info
         self.created = int(time.time())
         self.model_defaults = read_model_defaults(Path(client.info.path))
