@@ -19,6 +19,7 @@ ALIASES = {
     "--context-length": "--max-model-len",
     "--max-running-requests": "--max-num-seqs",
     "--chunked-prefill-size": "--max-num-batched-tokens",
+    "--max-queued-requests": "--max-queue",
 }
 # KVTuner's switch says only that there is a quantised cache; its options name the bits, or this does.
 KVTUNER_SWITCH, KVTUNER_NBITS = "--enable-kvtuner-quant", "4"
@@ -54,6 +55,13 @@ def memory_size(text: str) -> int:
 def model_name(text: str) -> str:
     if not text.strip():
         raise typer.BadParameter("the name is empty; give a folder, a hub id or the name of an embedded model")
+    return text
+
+
+def secret(text: str | None) -> str | None:
+    """A key that fits a header."""
+    if text is not None and not re.fullmatch("[!-~]+", text):
+        raise typer.BadParameter("the key must be one word of visible ASCII characters")
     return text
 
 

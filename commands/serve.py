@@ -4,9 +4,9 @@ import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-from kvtool.config import EngineConfig
+from kvtool.config import EngineConfig, ServerConfig
 
-from .options import server_option
+from .options import MOST, secret, server_option
 
 if TYPE_CHECKING:
     from kvtool.request import EngineInfo
@@ -16,13 +16,38 @@ def serve(
     engine: EngineConfig,
     host: Annotated[
         str, server_option("--host", help="Address to listen on; 0.0.0.0 lets other machines in.")
-    ] = "127.0.0.1",
+    ] = ServerConfig.host,
     port: Annotated[
         int, server_option("--port", min=0, max=65535, help="Port to listen on; 0 picks a free one.")
-    ] = 8000,
+    ] = ServerConfig.port,
     served_model_name: Annotated[
         str | None, server_option("--served-model-name", help="The model's name in requests (default: --model).")
-    ] = None,
+    ] = ServerConfig.served_model_name,
+    api_key: Annotated[
+        str | None,
+        server_option(
+            "--api-key",
+            callback=secret,
+            metavar="KEY",
+            help="Let in only who sends this key; KVTOOL_API_KEY hides it from `ps`.",
+        ),
+    ] = ServerConfig.api_key,
+    max_queue: Annotated[
+        int, server_option("--max-queue", min=1, max=MOST, help="Requests that may wait; more get status 429.")
+    ] = ServerConfig.max_queue,
+    shutdown_timeout: Annotated[
+        int,
+        server_option(
+            "--shutdown-timeout", min=0, max=86400, help="Seconds that answers under way get to finish after SIGTERM."
+        ),
+    ] = ServerConfig.shutdown_timeout,
+    trust_request_chat_template: Annotated[
+        bool,
+        server_option(
+            "--trust-request-chat-template/--no-trust-request-chat-template",
+            help="Let requests bring their own chat template.",
+        ),
+    ] = ServerConfig.trust_request_chat_template,
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, and SGLang's /generate.
 
@@ -30,7 +55,16 @@ def serve(
     """
     from kvtool.server import run
 
-    run(engine, host, port, served_model_name, on_ready=lambda info, url: show(start_card(info, url)))
+    config = ServerConfig(
+        host=host,
+        port=port,
+        served_model_name=served_model_name,
+        api_key=api_key,
+        shutdown_timeout=shutdown_timeout,
+        max_queue=max_queue,
+        trust_request_chat_template=trust_request_chat_template,
+    )
+    run(engine, config, on_ready=lambda info, url: show(start_card(info, url, config.api_key is not None)))
 
 
 def show(card: str) -> None:
@@ -40,13 +74,14 @@ def show(card: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def start_card(info: "EngineInfo", url: str) -> str:
+def start_card(info: "EngineInfo", url: str, needs_key: bool) -> str:
     """What runs where, how much its cache holds, and a first request to copy."""
     memory, plain = f"{info.kv_bytes / 2**20:,.0f} MiB", f"at 16 bits an element {info.kv_tokens_16bit:,}"
     body = '{"text": "Once upon a time", "sampling_params": {"temperature": 0}}'
+    header = "-H 'Authorization: Bearer KEY' " if needs_key else ""
     return f"""\
 kvtool serves {info.model} at {url}
   model     {info.dtype} on {info.device}, context {info.max_model_len:,} tokens
   KV cache  {info.kv_format}
   holds     {info.kv_tokens:,} tokens in {memory}; {plain}
-  try       curl {url}/generate -d '{body}'"""
+  try       curl {url}/generate {header}-d '{body}'"""

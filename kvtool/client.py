@@ -5,7 +5,7 @@ import contextlib
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, KeysView
 from pathlib import Path
 
 import msgspec
@@ -79,6 +79,11 @@ class EngineClient:
         """Requests that have been submitted and not answered in full."""
         return len(self._queues)
 
+    @property
+    def request_ids(self) -> KeysView[str]:
+        """Ids of the requests that have been submitted and not answered in full."""
+        return self._queues.keys()
+
     async def submit(self, request: Request) -> AsyncGenerator[Tokens, None]:
         """New tokens of `request` as they come; the last message carries its finish reason.
 
@@ -119,6 +124,10 @@ class EngineClient:
         """Make the engine forget every prefix."""
         if self.alive:
             self._writer.write(frame(FlushCache()))
+
+    def kill(self) -> None:
+        """End the engine in the midst of what it does."""
+        self._process.kill()
 
     async def wait_closed(self) -> int:
         """Wait until the engine has ended, for whatever reason; returns its exit status."""

@@ -67,3 +67,25 @@ class EngineConfig:
     prefix_caching: bool = True
     attention_backend: str = "auto"
     kv: KVOptions = field(default_factory=KVOptions)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """One HTTP server on an engine.
+
+    Attributes:
+        host, port: where to listen; port 0 picks a free one.
+        served_model_name: of the model in requests; None: as the engine's config has it.
+        api_key: what clients must send; None lets everybody in.
+        shutdown_timeout: seconds that answers under way get to finish after SIGTERM.
+        max_queue: requests that may wait; those beyond are told to come back later.
+        trust_request_chat_template: a request may bring a chat template of its own.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    shutdown_timeout: int = 30
+    max_queue: int = 8192
+    trust_request_chat_template: bool = False

@@ -139,7 +139,9 @@ class GrammarCompiler:
     @cached_property
     def _ll_tokenizer(self) -> LLTokenizer:
         try:
-            return LLTokenizer(self._tokenizer.backend.to_str(), n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
+            return LLTokenizer(
+                self._tokenizer.backend.to_str(), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
+            )
         except ValueError as error:
             reason = _one_line(str(error))
             raise RequestError(

@@ -4,34 +4,40 @@ import asyncio
 import contextlib
 import errno
 import importlib
+import resource
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import asdict, replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import uvicorn
 
 from kvtool.client import EngineClient
-from kvtool.config import EngineConfig
+from kvtool.config import EngineConfig, ServerConfig
 from kvtool.errors import ConfigError, EngineDeadError
 from kvtool.request import EngineInfo
 from kvtool.server.app import create_app
 from kvtool.server.generation import TextEngine
+from kvtool.server.guard import Guard
+from kvtool.server.metrics import Metrics
 from kvtool.tokenizer import Tokenizer
 
-GRACE_SECONDS = 5  # for answers under way when the server is told to stop
+MAX_HEADER_BYTES = 2**16
+INTERRUPT_SECONDS = 5  # for answers under way after Ctrl-C; somebody waits
+LAST_SECONDS = 1  # for what is written already to be read, when there is nothing else to wait for
 
 OnReady = Callable[[EngineInfo, str], None]
 
 
-def run(config: EngineConfig, host: str, port: int, name: str | None, on_ready: OnReady) -> None:
+def run(engine: EngineConfig, config: ServerConfig, on_ready: OnReady) -> None:
     """Serve until SIGINT or SIGTERM; a second one does not wait for answers under way.
 
     Args:
-        config: of the engine, which runs in a process of its own.
-        host, port: where to listen; port 0 picks a free one.
-        name: of the model in requests; None: as the config has it.
+        engine: runs in a process of its own.
+        config: of the server.
         on_ready: called with the engine and the server's address once requests can come.
 
     Raises:
@@ -40,8 +46,13 @@ def run(config: EngineConfig, host: str, port: int, name: str | None, on_ready: 
         EngineDeadError: the engine ended while it was needed.
         KeyboardInterrupt: after SIGINT, when all is closed.
     """
-    with bind(host, port) as listener:
-        if signal.SIGINT in asyncio.run(serve(config, listener, host, name, on_ready)):
+    # A connection is a file, and the usual soft limit of 1,024 is for programs that use select().
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with bind(config.host, config.port) as listener:
+        if config.api_key is None and not ip_address(listener.getsockname()[0]).is_loopback:
+            print(f"warning: who reaches {config.host} can use this server; set --api-key", file=sys.stderr, flush=True)
+        if signal.SIGINT in asyncio.run(serve(engine, config, listener, on_ready)):
             raise KeyboardInterrupt
 
 
@@ -66,7 +77,7 @@ def unusable(host: str, port: int, error: OSError) -> ConfigError:
 
 
 async def serve(
-    config: EngineConfig, listener: socket.socket, host: str, name: str | None, on_ready: OnReady
+    engine: EngineConfig, config: ServerConfig, listener: socket.socket, on_ready: OnReady
 ) -> list[signal.Signals]:
     """Start engine and server, wait for their end; returns the signals that asked for it."""
     server: Server | None = None
@@ -78,29 +89,29 @@ async def serve(
         received.append(number)
         if server is None:
             task.cancel()
+        elif len(received) == 1:
+            most = INTERRUPT_SECONDS if number == signal.SIGINT else config.shutdown_timeout
+            server.stop(min(most, config.shutdown_timeout))
         else:
-            server.force_exit = server.should_exit
-            server.should_exit = True
+            server.stop_at_once()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop, number)
     try:
-        async with engine(config) as client:
+        async with running(engine) as client:
             info = client.info
             tokenizer = await asyncio.to_thread(Tokenizer.load, Path(info.path), info.vocab_size)
-            app = create_app(TextEngine(client, tokenizer, name or info.model))
-            server = Server(
-                uvicorn.Config(
-                    app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE_SECONDS
-                )
-            )
-            port = listener.getsockname()[1]
+            name = config.served_model_name or info.model
+            configuration = {"engine": asdict(engine), "server": asdict(replace(config, api_key=None))}
+            app = create_app(TextEngine(client, tokenizer, name), Metrics(client, name), configuration)
+            server = Server(Guard(app, config.api_key), client)
+            host, port = config.host, listener.getsockname()[1]
             try:
                 listener.listen()
             except OSError as error:  # somebody was faster
                 raise unusable(host, port, error) from error
             on_ready(info, f"http://{f'[{host}]' if ':' in host else host}:{port}")
-            await server.serve_beside(client, listener)
+            await server.serve_beside(listener)
     except asyncio.CancelledError:
         if not received:
             raise
@@ -108,7 +119,7 @@ async def serve(
 
 
 @contextlib.asynccontextmanager
-async def engine(config: EngineConfig) -> AsyncIterator[EngineClient]:
+async def running(config: EngineConfig) -> AsyncIterator[EngineClient]:
     """An engine, started and closed again."""
     print(f"loading {config.model} ...", file=sys.stderr, flush=True)
     # The tokenizer will need it, and importing takes about as long as starting an engine.
@@ -124,24 +135,75 @@ async def engine(config: EngineConfig) -> AsyncIterator[EngineClient]:
 class Server(uvicorn.Server):
     """uvicorn's, stopped by `serve` and by the engine's end."""
 
+    def __init__(self, guard: Guard, client: EngineClient) -> None:
+        config = uvicorn.Config(
+            guard,
+            http="h11",  # whatever else is installed: its limit on headers is the one that is tested
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            ws="none",
+            lifespan="off",
+            proxy_headers=False,
+            log_level="warning",
+            access_log=False,
+        )
+        super().__init__(config)
+        self.guard, self.client = guard, client
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield  # `serve` has them, also while the model loads
 
-    async def serve_beside(self, client: EngineClient, listener: socket.socket) -> None:
+    async def serve_beside(self, listener: socket.socket) -> None:
         """Serve as long as the engine lives.
 
         Raises:
             EngineDeadError: it did not outlive the server.
         """
-
-        async def follow() -> int:
-            status = await client.wait_closed()
-            self.should_exit = True
-            return status
-
-        follower = asyncio.create_task(follow())
+        self._follower = asyncio.create_task(self._follow())
         await self.serve(sockets=[listener])
-        if follower.done():
-            raise EngineDeadError(f"the engine ended (status {follower.result()}); the server ends with it")
-        follower.cancel()
+        if self._follower.done() and not self._follower.cancelled():
+            raise EngineDeadError(f"the engine ended (status {self._follower.result()}); the server ends with it")
+        self._follower.cancel()
+
+    async def _follow(self) -> int:
+        status = await self.client.wait_closed()
+        self._end_within(0)
+        return status
+
+    def stop(self, seconds: float) -> None:
+        """Refuse new requests, and end when those under way are answered. What takes longer than `seconds` ends with
+        finish reason "abort"."""
+        if self.guard.num_under_way:
+            print(
+                f"finishing {self.guard.num_under_way} requests, for {seconds:g} s at most; stop again to end at once",
+                file=sys.stderr,
+                flush=True,
+            )
+
+        async def drain() -> None:
+            deadline = asyncio.get_running_loop().time() + seconds
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.guard.drain(), seconds)
+            for request_id in list(self.client.request_ids):
+                self.client.abort(request_id)
+            self._end_within(deadline - asyncio.get_running_loop().time())
+
+        self._draining = asyncio.create_task(drain())  # kept here, because the loop itself would forget it
+
+    def stop_at_once(self) -> None:
+        """End, whoever is still waiting for an answer."""
+        self._follower.cancel()  # it ends because we want it to
+        self.client.kill()
+        self.should_exit = True
+        self._drop_connections()
+
+    def _end_within(self, seconds: float) -> None:
+        """End when all that is written has been read."""
+        self.should_exit = True
+        asyncio.get_running_loop().call_later(max(seconds, LAST_SECONDS), self._drop_connections)
+
+    def _drop_connections(self) -> None:
+        """Requests see that their client is gone, also those that wait for it to read."""
+        self.force_exit = True
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()

@@ -1,19 +1,16 @@
-"""What every route needs to answer: the engine, errors in OpenAI's form, and bodies of bounded size."""
+"""What every route needs to answer: the engine, and errors in OpenAI's form."""
 
 import reprlib
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvtool.errors import EngineDeadError, KVToolError, RequestError
 from kvtool.server.generation import TextEngine
-
-MAX_BODY_BYTES = 16 * 2**20
 
 
 def _engine(request: Request) -> TextEngine:
@@ -55,8 +52,6 @@ def _unreadable(cause: BaseException | None) -> str | None:
     """What is wrong with a body that Python's json cannot take, though it may be JSON."""
     if isinstance(cause, UnicodeDecodeError):
         return f"the body: {cause.reason} at byte {cause.start}; send JSON in UTF-8"
-    if isinstance(cause, RecursionError):
-        return "the body: its lists or objects are nested too deep; send a flatter one"
     if isinstance(cause, ValueError):
         return "the body: it holds an integer of too many digits; send a shorter one"
     return None
@@ -83,7 +78,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     def answer(_: Request, error: Exception) -> Response:
         status, body = error_of(error)
-        return JSONResponse(body, status)
+        return JSONResponse(body, status, getattr(error, "headers", None))  # a 405 says what is allowed
 
     def nobody_listens(_: Request, error: Exception) -> Response:
         return Response(status_code=499)
@@ -91,26 +86,3 @@ def install_error_handlers(app: FastAPI) -> None:
     for kind in (RequestValidationError, StarletteHTTPException, KVToolError, Exception):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(ClientDisconnect, nobody_listens)
-
-
-class JSONBodies:
-    """Takes bodies as JSON whatever their content type says (`curl -d` says form), and of bounded size."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        size = 0
-
-        async def bounded() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > MAX_BODY_BYTES:
-                raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes; send less at once")
-            return message
-
-        if scope["type"] == "http":
-            headers = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
-            scope = {**scope, "headers": [*headers, (b"content-type", b"application/json")]}
-        await self.app(scope, bounded, send)
