@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
@@ -157,6 +157,7 @@ def test_random_answers_match_the_whole_regex(pattern: str) -> None:
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
+@settings(deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=6), st.integers(0, 1000))
 @example(["a", "ab", "abc"], 1)
 @example(["\N{GRINNING FACE}", '"', "\\", "'", "\n", "/x/", "\0", "<|im_end|>", "{a}", "$1"], 2)
