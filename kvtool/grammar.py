@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
 from kvtool.errors import KVToolError, RequestError
@@ -139,14 +139,38 @@ class GrammarCompiler:
     @cached_property
     def _ll_tokenizer(self) -> LLTokenizer:
         try:
-            return LLTokenizer(
+            whole = LLTokenizer(
                 self._tokenizer.backend.to_str(), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
             )
+            vocabulary = _Vocabulary(whole, self._eos_token_ids)
+            return LLTokenizer(TokenizerWrapper(vocabulary), eos_token=self._eos_token_ids)
         except ValueError as error:
             reason = _one_line(str(error))
             raise RequestError(
                 f"grammar: the model's tokenizer takes none: {reason}; leave it out", "grammar"
             ) from error
+
+
+class _Vocabulary:
+    """A tokenizer as `TokenizerWrapper` wants it, to which the text `<|im_end|>` is text.
+
+    Where a grammar leaves one text only, llguidance allows its usual tokens alone; those of Hugging Face would be the
+    control token, and end the answer.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: LLTokenizer, eos_token_ids: Sequence[int]) -> None:
+        ids = range(tokenizer.vocab_size)
+        self.eos_token_id = eos_token_ids[0]
+        self.tokens = [tokenizer.decode_bytes([token_id]) for token_id in ids]
+        self.special_token_ids = [token_id for token_id in ids if tokenizer.is_special_token(token_id)]
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        usual = self._tokenizer.tokenize_str(text)
+        is_text = not any(map(self._tokenizer.is_special_token, usual))
+        return usual if is_text else self._tokenizer.greedy_tokenize(text)
 
 
 def _compile(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:

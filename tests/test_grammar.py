@@ -160,6 +160,8 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 @settings(deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=6), st.integers(0, 1000))
 @example(["a", "ab", "abc"], 1)
+@example(["<|im_end|>"], 1)
+@example(["\n<|im_end|>", "x<|im_start|>y"], 3)
 @example(["\N{GRINNING FACE}", '"', "\\", "'", "\n", "/x/", "\0", "<|im_end|>", "{a}", "$1"], 2)
 def test_the_answer_is_one_of_the_choices(choices: list[str], seed: int) -> None:
     text, whole = walk(Grammar("choice", json.dumps(choices)), seed)
