@@ -24,6 +24,7 @@ import jinja2.sandbox
 SECONDS = 2
 START_SECONDS = 8  # a busy machine may take so long to start a process that has not yet used its own time
 MEMORY_BYTES = 512 << 20
+MAX_CHARACTERS = 4 << 20  # of a text that a stranger's template writes
 
 
 class _TimeUp(BaseException):
@@ -90,7 +91,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     source, variables = json.load(sys.stdin)
     try:
-        answer = [_compiled(source).render(variables), None]
+        text = _compiled(source).render(variables)
+        answer = [text, None] if len(text) <= MAX_CHARACTERS else [None, f"it writes over {MAX_CHARACTERS} characters"]
     except MemoryError:
         answer = [None, f"it takes over {MEMORY_BYTES >> 20} MiB"]
     except Exception as error:  # a template can raise anything

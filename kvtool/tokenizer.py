@@ -155,7 +155,10 @@ class Tokenizer:
         source = template or self._template(tools)
         if source is None:
             raise RequestError("the model has no chat template; send a plain prompt instead", "messages")
-        chat = list(map(_for_template, messages))
+        try:
+            chat = list(map(_for_template, messages))
+        except (AttributeError, TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"messages: a tool call cannot be read: {error}; correct it", "messages") from error
         if continue_final_message:
             if not isinstance(chat[-1].get("content"), str):
                 raise RequestError("messages: the last one has no text to continue; add its content", "messages")
@@ -224,10 +227,7 @@ def _with_parsed_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     arguments = function.get("arguments")
     if not isinstance(arguments, str):
         return dict(call)
-    try:
-        return {**call, "function": {**function, "arguments": json.loads(arguments or "{}")}}
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"messages: arguments of a tool call: {error}; send JSON", "messages") from error
+    return {**call, "function": {**function, "arguments": json.loads(arguments or "{}")}}
 
 
 def _before_mark(text: str) -> str:

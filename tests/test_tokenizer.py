@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kvtool.chat_template import render, variables_of
+from kvtool.chat_template import MAX_CHARACTERS, render, variables_of
 from kvtool.errors import ModelError, RequestError
 from kvtool.tokenizer import MAX_TEMPLATE_BYTES, Detokenizer, StopChecker, Tokenizer
 
@@ -364,10 +364,12 @@ def test_a_client_s_template_cannot_take_the_machine(template: str) -> None:
     assert time.monotonic() - start < 15
 
 
-def test_a_client_s_template_has_a_limit_of_length() -> None:
-    with pytest.raises(RequestError, match="bytes") as error:
-        BYTE_LEVEL.chat(CHAT, template="é" * (MAX_TEMPLATE_BYTES // 2) + "a")
-    assert error.value.param == "chat_template"
+def test_a_client_s_template_and_its_text_have_limits_of_length() -> None:
+    for template in ("é" * (MAX_TEMPLATE_BYTES // 2) + "a", f"{{{{ 'a' * {MAX_CHARACTERS + 1} }}}}"):
+        with pytest.raises(RequestError, match=r"has over|writes over") as error:
+            BYTE_LEVEL.chat_text(CHAT, template=template)
+        assert error.value.param == "chat_template"
+    assert len(BYTE_LEVEL.chat_text(CHAT, template=f"{{{{ 'a' * {MAX_CHARACTERS} }}}}")) == MAX_CHARACTERS
 
 
 def test_many_chats_at_once_do_not_end_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,9 +388,9 @@ def test_many_chats_at_once_do_not_end_each_other(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("arguments", ["{", "[" * 100_000])
 def test_arguments_of_a_tool_call_that_are_no_json_are_refused(arguments: str) -> None:
-    call = {"function": {"name": "weather", "arguments": arguments}}
-    with pytest.raises(RequestError, match="arguments of a tool call"):
-        with_template(QWEN).chat([{"role": "assistant", "tool_calls": [call]}])
+    for call in ({"function": {"name": "weather", "arguments": arguments}}, {"function": arguments}, arguments):
+        with pytest.raises(RequestError, match="a tool call cannot be read"):
+            with_template(QWEN).chat([{"role": "assistant", "tool_calls": [call]}])
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused() -> None:
