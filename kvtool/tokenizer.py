@@ -124,7 +124,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> list[int]:
-        """Ids of a conversation as `chat_text` writes it."""
+        """Ids of a conversation as `chat_text`, with the same arguments and errors, writes it."""
         text = self.chat_text(messages, tools, template, kwargs, add_generation_prompt, continue_final_message)
         return self.encode(text, add_special_tokens=False)  # the template has written them already
 
@@ -176,7 +176,8 @@ class Tokenizer:
             text.encode()  # lone surrogates, which JSON can spell, have no tokens
         except Exception as error:  # a template can raise anything
             param = "chat_template" if template else "messages"
-            raise RequestError(f"the chat template refuses the messages: {error}", param) from error
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise RequestError(f"the chat template refuses the messages: {reason}", param) from error
         return _before_mark(text) if continue_final_message else text
 
     @cached_property
