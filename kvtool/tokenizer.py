@@ -79,7 +79,11 @@ class Tokenizer:
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `token_ids`; bytes that are no UTF-8 become U+FFFD."""
+        """Text of `token_ids`; bytes that are no UTF-8 become U+FFFD.
+
+        As transformers has it, but for byte-fallback tokenizers (Llama 2, Mistral): there a broken byte makes the whole
+        run of byte tokens around it U+FFFD, which no stream could foresee; here it harms no other character.
+        """
         detokenizer = Detokenizer(self, skip_special_tokens)
         return detokenizer.push(token_ids) + detokenizer.finish()
 
