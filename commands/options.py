@@ -158,15 +158,14 @@ def engine_config(
         ),
     ] = EngineConfig.max_num_batched_tokens,
     swap_space: Annotated[
-        int,
+        int | None,
         engine_option(
             "--swap-space",
             parser=memory_size,
             metavar="SIZE",
             help="Host memory for sequences that must make room (default: 4GiB).",
-            show_default=False,
         ),
-    ] = EngineConfig.swap_space,
+    ] = None,
     prefix_caching: Annotated[
         bool,
         engine_option(
@@ -203,7 +202,7 @@ def engine_config(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_memory=kv_cache_memory,
-        swap_space=swap_space,
+        swap_space=EngineConfig.swap_space if swap_space is None else swap_space,
         prefix_caching=prefix_caching,
         attention_backend=attention_backend,
         kv=kv,

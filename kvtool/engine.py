@@ -6,10 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
+from threading import Lock
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvtool.config import EngineConfig
 from kvtool.errors import KVToolError, RequestError, UnsupportedError
-from kvtool.request import EngineInfo, EngineStats, FinishReason, Request, SamplingParams, Tokens
+from kvtool.grammar import GrammarCompiler, Matcher
+from kvtool.request import EngineInfo, EngineStats, FinishReason, Request, SamplingParams, ScheduledBatch, Tokens
 from kvtool.runner import Runner
 from kvtool.scheduler import Scheduler
 from kvtool.tokenizer import Detokenizer, Tokenizer
@@ -56,6 +61,9 @@ class Engine:
             cache_identity=_cache_identity(self.runner) if config.prefix_caching else None,
         )
         self._seeds = random.Random(config.seed)
+        self._grammars: GrammarCompiler | None = None
+        self._preparing = Lock()
+        self._matchers: dict[str, Matcher] = {}  # of requests with a grammar
         self._ids = count()
         self._arrivals: dict[str, deque[Tokens]] = {}  # of `generate` and `stream`, by request
         self.info = EngineInfo(
@@ -98,12 +106,15 @@ class Engine:
         ):
             if not all(token in known for token in ids):
                 raise RequestError(f"{name}: token ids must be from 0 to {known[-1]}", name)
-        seed = self._seeds.getrandbits(63) if request.params.seed is None else request.params.seed
-        self.scheduler.add(request, seed)
+        matcher = self.prepare_grammars().start(params.grammar) if params.grammar else None
+        self.scheduler.add(request, self._seeds.getrandbits(63) if params.seed is None else params.seed)
+        if matcher:
+            self._matchers[request.id] = matcher
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free its memory."""
         self.scheduler.abort(request_id)
+        self._matchers.pop(request_id, None)
 
     def flush_cache(self) -> None:
         """Forget every prefix."""
@@ -120,11 +131,47 @@ class Engine:
         For requests of `submit`; `generate` and `stream` step by themselves.
         """
         batch = self.scheduler.schedule()
+        faults: dict[str, str] = {}
+        allowed = self._allowed(batch, faults)
         try:
-            handle = self.runner.launch(batch)
-            return self.scheduler.update(batch, self.runner.collect(handle))
+            news = self.scheduler.update(batch, self.runner.collect(self.runner.launch(batch, allowed)))
         except UnsupportedError as error:
-            return self.scheduler.fail(batch, str(error))
+            news = self.scheduler.fail(batch, str(error))
+        return [self._follow(tokens, faults) for tokens in news]
+
+    def _allowed(self, batch: ScheduledBatch, faults: dict[str, str]) -> NDArray[np.int32] | None:
+        """Bitmask of the ids that each sample may take; None where no grammar has a say."""
+        rows = [(row, s.id) for row, s in enumerate(batch.samples) if s.id in self._matchers]
+        if not rows:
+            return None
+        allowed = np.full((len(batch.samples), -(-self.info.vocab_size // 32)), -1, np.int32)
+
+        def fill(row: int, request_id: str) -> None:
+            try:
+                self._matchers[request_id].fill(allowed[row])
+            except KVToolError as error:
+                allowed[row], faults[request_id] = -1, str(error)
+
+        for row, request_id in rows:
+            fill(row, request_id)
+        return allowed
+
+    def _follow(self, tokens: Tokens, faults: dict[str, str]) -> Tokens:
+        """Let a request's grammar take in its new tokens; one that cannot go on ends the request."""
+        matcher = self._matchers.get(tokens.id)
+        if matcher is None:
+            return tokens
+        try:
+            for token in tokens.token_ids if tokens.finish_reason is None else ():
+                matcher.accept(token)
+        except KVToolError as error:
+            faults.setdefault(tokens.id, str(error))
+        if tokens.id in faults:
+            self.abort(tokens.id)
+            return Tokens(tokens.id, [], error=faults[tokens.id])
+        if tokens.finish_reason or tokens.error:
+            del self._matchers[tokens.id]
+        return tokens
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | None = None
@@ -165,6 +212,17 @@ class Engine:
                 yield text
         if rest := detokenizer.finish():
             yield rest
+
+    def prepare_grammars(self) -> GrammarCompiler:
+        """Read the vocabulary, once. With 150,000 tokens that takes seconds: better before the first grammar comes.
+
+        Raises:
+            RequestError: the model's tokenizer takes no grammars.
+        """
+        with self._preparing:
+            if self._grammars is None:
+                self._grammars = GrammarCompiler(self._tokenizer, self.info.vocab_size, self.info.eos_token_ids)
+            return self._grammars
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:

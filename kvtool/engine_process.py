@@ -7,6 +7,7 @@ import signal
 import socket
 import traceback
 from collections.abc import Iterator
+from threading import Thread
 
 import msgspec
 import torch
@@ -33,6 +34,7 @@ def serve(connection: socket.socket) -> None:
         connection.sendall(frame(EngineFailed(f"{type(error).__name__}: {error} (a bug in kvtool)")))
         return
     connection.sendall(ready)
+    Thread(target=_prepare, args=[engine], daemon=True).start()
     decoder = msgspec.msgpack.Decoder(Request | Abort | FlushCache)
     while True:
         news = []
@@ -41,6 +43,12 @@ def serve(connection: socket.socket) -> None:
         if engine.has_work:
             news += engine.step()
         connection.sendall(frame(Update(news, engine.stats())))
+
+
+def _prepare(engine: Engine) -> None:
+    """What need not be ready for the first request, and should be for the first that asks for it."""
+    with contextlib.suppress(KVToolError):  # who asks will be told
+        engine.prepare_grammars()
 
 
 def _take(engine: Engine, message: Request | Abort | FlushCache) -> list[Tokens]:

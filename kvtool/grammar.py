@@ -8,7 +8,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from decimal import Decimal
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -108,19 +108,20 @@ class GrammarCompiler:
         tokenizer: the model's.
         vocab_size: of the model; ids that the tokenizer lacks are never allowed.
         eos_token_ids: allowed, all of them, where an answer may end.
+
+    Raises:
+        RequestError: the model's tokenizer takes no grammars, or none of its ids ends a text.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        self._tokenizer, self._vocab_size, self._eos_token_ids = tokenizer, vocab_size, list(eos_token_ids)
+        self._vocabulary = _read_vocabulary(tokenizer, vocab_size, list(eos_token_ids))
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()  # least recently used first
 
     def start(self, grammar: Grammar) -> Matcher:
         """A matcher before the first token of an answer.
 
-        The first call reads the vocabulary: a second or two for one of 150,000 tokens.
-
         Raises:
-            RequestError: as `check`; or the model's tokenizer takes no grammars.
+            RequestError: as `check`.
         """
         if grammar in self._compiled:
             self._compiled.move_to_end(grammar)
@@ -130,25 +131,23 @@ class GrammarCompiler:
         return Matcher(matcher, partial(self._compile, grammar))
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
-        self._compiled[grammar] = _compile(grammar, self._ll_tokenizer)
+        self._compiled[grammar] = _compile(grammar, self._vocabulary)
         self._compiled.move_to_end(grammar)
         if len(self._compiled) > MAX_COMPILED:
             self._compiled.popitem(last=False)
         return self._compiled[grammar].deep_copy()
 
-    @cached_property
-    def _ll_tokenizer(self) -> LLTokenizer:
-        try:
-            whole = LLTokenizer(
-                self._tokenizer.backend.to_str(), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
-            )
-            vocabulary = _Vocabulary(whole, self._eos_token_ids)
-            return LLTokenizer(TokenizerWrapper(vocabulary), eos_token=self._eos_token_ids)
-        except ValueError as error:
-            reason = _one_line(str(error))
-            raise RequestError(
-                f"grammar: the model's tokenizer takes none: {reason}; leave it out", "grammar"
-            ) from error
+
+def _read_vocabulary(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: list[int]) -> LLTokenizer:
+    """A second or two for 150,000 tokens."""
+    if not eos_token_ids:
+        raise RequestError("grammar: no token of this model ends a text; leave it out", "grammar")
+    try:
+        whole = LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=eos_token_ids)
+        return LLTokenizer(TokenizerWrapper(_Vocabulary(whole, eos_token_ids)), eos_token=eos_token_ids)
+    except ValueError as error:
+        reason = _one_line(str(error))
+        raise RequestError(f"grammar: the model's tokenizer takes none: {reason}; leave it out", "grammar") from error
 
 
 class _Vocabulary:

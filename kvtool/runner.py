@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtool.attention import PagedAttention
@@ -99,12 +101,12 @@ class Runner:
         self.attention = PagedAttention(self.store, _attention_layers(self.model_config), config.attention_backend)
 
     @torch.inference_mode()
-    def launch(self, batch: ScheduledBatch, allowed: Tensor | None = None) -> Handle:
+    def launch(self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None = None) -> Handle:
         """Start one step.
 
         Args:
-            allowed: [len(batch.samples), ceil(vocab_size / 32)] int32 on the host: bit i % 32 of word i // 32 is set
-                where token i may be chosen.
+            allowed: [len(batch.samples), ceil(vocab_size / 32)]: bit i % 32 of word i // 32 is set where token i may
+                be chosen.
 
         Raises:
             UnsupportedError: the cache's format cannot hold what the model makes of these tokens.
@@ -123,8 +125,8 @@ class Runner:
         ends = list(accumulate(span.length for span in batch.spans))
         rows = [ends[sample.span] - 1 for sample in batch.samples]
         logits = self.model.logits(hidden if rows == list(range(len(hidden))) else hidden[rows])
-        allowed = None if allowed is None else allowed.to(self.device)
-        token_ids = sample(logits, batch.samples, self.model_config.eos_token_ids, allowed)
+        mask = None if allowed is None else torch.from_numpy(allowed).to(self.device)
+        token_ids = sample(logits, batch.samples, self.model_config.eos_token_ids, mask)
         self.newest[[sample.slot for sample in batch.samples]] = token_ids.clamp(min=0)
         return Handle(batch, token_ids, _score_samples(batch, logits, token_ids), prompt_scores)
 

@@ -1,8 +1,11 @@
 """The engine in this process: what a request gets depends on nothing but the request."""
 
+import json
 import random
+import re
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from checkpoints import make_checkpoint
@@ -10,10 +13,13 @@ from checkpoints import make_checkpoint
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
 from kvtool.errors import CapacityError, ConfigError, KVToolError, RequestError
-from kvtool.request import Request, SamplingParams
+from kvtool.grammar import Matcher
+from kvtool.request import Grammar, Request, SamplingParams
 from kvtool.tokenizer import Tokenizer
 
 MIB = 1 << 20
+SCHEMA = """{"type": "object", "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 99}},
+    "required": ["n"], "additionalProperties": false}"""
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 FORMATS = {
     "16": KVOptions(),
@@ -283,3 +289,71 @@ def test_without_max_model_len_a_small_cache_shortens_the_context_and_what_fits_
     assert 64 < limit < tested.runner.model_config.max_position
     params = SamplingParams(temperature=0, ignore_eos=True)
     assert len(answers(tested, [[5] * 10], params)[0]) == limit - 10
+
+
+def test_answers_follow_their_grammars_alone_and_beside_free_ones():
+    tested = engine(KVOptions(nbits="4"))
+    tokenizer = Tokenizer.load(tested.runner.path, tested.info.vocab_size)
+    grammars = {
+        "schema": Grammar("json_schema", SCHEMA),
+        "regex": Grammar("regex", "(ab|cd){2,5}x"),
+        "choice": Grammar("choice", '["yes", "no"]'),
+    }
+    params = SamplingParams(temperature=1.5, seed=3, max_tokens=300, ignore_eos=True)
+    free = answers(tested, [[5] * 20], params)[0]
+    tested.submit(Request("free", [5] * 20, params))
+    for name, grammar in grammars.items():
+        tested.submit(Request(name, [5] * 20, msgspec.structs.replace(params, grammar=grammar)))
+    ids = run(tested)
+    assert ids.pop("free") == free
+    text = {name: tokenizer.decode(answer) for name, answer in ids.items()}
+    assert isinstance(json.loads(text["schema"])["n"], int)
+    assert re.fullmatch("(ab|cd){2,5}x", text["regex"]) and text["choice"] in ("yes", "no")
+    assert not tested._matchers
+
+
+def test_a_grammar_that_cannot_go_on_fails_its_own_request_only(monkeypatch):
+    def fail(self: Matcher, row: object) -> None:
+        raise KVToolError("too complex")
+
+    tested = engine(KVOptions(nbits="4"), dtype="float32")
+    expected = answers(tested, [[5] * 20])[0]
+    monkeypatch.setattr(Matcher, "fill", fail)
+    tested.submit(Request("bad", [6] * 20, SamplingParams(grammar=Grammar("regex", "a+"))))
+    tested.submit(Request("good", [5] * 20, GREEDY))
+    news = []
+    while tested.has_work:
+        news += tested.step()
+    assert [tokens.error for tokens in news if tokens.id == "bad"] == ["too complex"]
+    assert [token for tokens in news if tokens.id == "good" for token in tokens.token_ids] == expected
+    assert tested.stats().used_blocks == 0 and not tested._matchers
+
+
+@pytest.mark.parametrize(
+    ("params", "param"),
+    [
+        ({"grammar": Grammar("regex", "(")}, "grammar"),
+        ({"logit_bias": {4096: 1.0}}, "logit_bias"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"min_tokens": 41}, "min_tokens"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty"),
+        ({"logprobs": 21}, "logprobs"),
+    ],
+)
+def test_a_bad_parameter_is_refused_by_name(params, param):
+    tested = engine(KVOptions())
+    with pytest.raises(RequestError) as caught:
+        tested.generate([[5, 6]], SamplingParams(max_tokens=40, **params))
+    assert caught.value.param == param and not tested.has_work and not tested._matchers
+
+
+def test_stop_ids_end_an_answer_and_min_tokens_puts_that_off():
+    tested = engine(KVOptions())
+    free = answers(tested, [[5] * 20])[0]
+    stop = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop_token_ids=[free[6]])
+    first = free.index(free[6])
+    assert answers(tested, [[5] * 20], stop)[0] == free[: first + 1]
+    later = answers(tested, [[5] * 20], msgspec.structs.replace(stop, min_tokens=first + 3))[0]
+    assert len(later) >= first + 4 or later[-1] != free[6]
