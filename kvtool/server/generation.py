@@ -2,23 +2,39 @@
 
 import asyncio
 import json
+import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, TypeVar
 from uuid import uuid4
 
+import msgspec
 from pydantic import ValidationError
 
+from kvtool import grammar
 from kvtool.client import EngineClient
-from kvtool.errors import ModelError, RequestError
-from kvtool.request import FinishReason, Request, SamplingParams
+from kvtool.errors import KVToolError, ModelError, RequestError
+from kvtool.request import FinishReason, Grammar, Request, SamplingParams, TokenLogprobs, Tokens
 from kvtool.server.protocol import Prompt, Sampling
+from kvtool.server.tools import ToolCall, ToolParser
 from kvtool.tokenizer import Detokenizer, StopChecker, Tokenizer
 
+T = TypeVar("T")
 Ending = FinishReason | Literal["error"]
+
+logger = logging.getLogger(__name__)
+
+MAX_ANSWERS = 1024  # to one body
+MAX_WARNINGS = 256  # of fields that clients can invent
+
+
+class QueueFullError(KVToolError):
+    """More requests than may wait; later there will be room."""
+
+    headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
 
 
 @dataclass(frozen=True)
@@ -28,41 +44,78 @@ class Defaults:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What has newly come of one prompt's answer.
+@dataclass(frozen=True, kw_only=True)
+class TextRequest:
+    """What a body asks for, whichever API it speaks.
 
     Attributes:
-        index: of the prompt in its body.
-        first: nothing came of this answer before.
-        token_ids: with the end-of-text token, if there was one; `text` is without.
-        finish_reason: None until the last piece.
-        matched: the stop string or the end-of-text id that ended the answer.
+        field: that holds the prompts in the body.
+        prompts: texts or ids.
+        sampling: as the body has it, `defaults` for what it leaves open.
+        max_tokens: where the body leaves that open; cut to what the context has room for. None: all of that.
+        logprobs, prompt_logprobs: as in SamplingParams.
+        ids: of each answer, as the client wants them called; None: as it comes.
+        cache_salt: as in Request.
+        tools: calls of tools are told from the answer's text.
     """
 
-    index: int
-    first: bool
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason | None = None
-    matched: str | int | None = None
+    field: str
+    prompts: Sequence[Prompt]
+    sampling: Sampling
+    defaults: Defaults
+    max_tokens: int | None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    ids: Sequence[str] | None = None
+    cache_salt: str = ""
+    tools: bool = False
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Answer:
-    """One prompt's answer, as far as it has come."""
+    """An answer, or a part of one.
+
+    Attributes:
+        token_ids: with the token that ended it, if there was one; `text` is without, unless asked for.
+        logprobs: of each of these, if asked for.
+        prompt_logprobs: of every prompt token but the first, if asked for; in the first part.
+        num_cached_tokens: of the prompt; in the first part.
+        finish_reason: None until the last part.
+        matched: the stop string or the id that ended the answer.
+    """
 
     text: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     matched: str | int | None = None
 
-    def add(self, piece: Piece) -> None:
-        self.text += piece.text
-        self.token_ids += piece.token_ids
-        self.finish_reason, self.matched = piece.finish_reason, piece.matched
+    def add(self, part: "Answer") -> None:
+        self.text += part.text
+        self.tool_calls += part.tool_calls
+        self.add_tokens(part)
+        self.finish_reason, self.matched = part.finish_reason, part.matched
+
+    def add_tokens(self, tokens: "Answer | Tokens") -> None:
+        """All but what is made of tokens."""
+        self.token_ids += tokens.token_ids
+        self.logprobs += tokens.logprobs or []
+        self.prompt_logprobs += tokens.prompt_logprobs or []
+        self.num_cached_tokens += tokens.num_cached_tokens
+
+
+@dataclass(kw_only=True)
+class Piece(Answer):
+    """What has newly come of the answer of this index: to prompt index // n, its choice index % n."""
+
+    index: int
 
 
 class Observer:
@@ -97,7 +150,7 @@ class TextEngine:
         name: str,
         *,
         observer: Observer | None = None,
-        max_queue: int = 1024,
+        max_queue: int = 8192,
         trust_request_chat_template: bool = False,
     ) -> None:
         self.client, self.tokenizer, self.name = client, tokenizer, name
@@ -105,39 +158,51 @@ class TextEngine:
         self.max_queue, self.trust_request_chat_template = max_queue, trust_request_chat_template
         self.info = client.info
         self.created = int(time.time())
+        self._warned: set[str] = set()
         self.model_defaults = read_model_defaults(Path(client.info.path))
 
-    async def requests(
-        self, field: str, prompts: Sequence[Prompt], sampling: Sampling, defaults: Defaults, max_tokens: int | None
-    ) -> list[Request]:
-        """A request for each prompt, once all of them are known to fit the model.
+    def warn_of_unknown(self, fields: Iterable[str]) -> None:
+        """Say once of each field, and of so many at most, that it is ignored."""
+        for name in fields:
+            if name not in self._warned and len(self._warned) < MAX_WARNINGS:
+                self._warned.add(name)
+                logger.warning("a client sends the field %.80r, which is unknown and ignored", name)
 
-        Args:
-            field: that holds the prompts in the body.
-            prompts: texts or ids.
-            sampling: as the body has it.
-            defaults: for what the body leaves open.
-            max_tokens: where the body leaves that open; cut to what the context has room for. None: all of that.
+    async def prepare(self, asked: TextRequest) -> list[Request]:
+        """Requests for the engine, n for each prompt, once all of them are known to fit the model.
 
         Raises:
-            RequestError: one of the prompts is empty, foreign to the model, or too long for its context.
+            RequestError: one of the prompts is empty, foreign to the model, or too long for its context; or what is
+                asked of the answers is.
         """
-        requests = []
-        for prompt in prompts:
+        sampling, n = asked.sampling, asked.sampling.num_choices
+        if len(asked.prompts) * n > MAX_ANSWERS:
+            raise RequestError(
+                f"n: {len(asked.prompts)} prompts with {n} answers each; ask for {MAX_ANSWERS} in all at most", "n"
+            )
+        self._check_ids("logit_bias", sampling.logit_bias)
+        self._check_ids("stop_token_ids", sampling.stop_token_ids)
+        constraint = await self._grammar(sampling)
+        requests: list[Request] = []
+        for prompt in asked.prompts:
             if isinstance(prompt, str):
-                self.check_length(field, len(prompt))
+                self.check_length(asked.field, len(prompt))
             # A long text takes a while, and other requests' tokens must not wait for it.
             ids = await asyncio.to_thread(self.tokenizer.encode, prompt) if isinstance(prompt, str) else prompt
-            room = self._room(field, ids, sampling)
-            params = SamplingParams(
-                temperature=defaults.temperature if sampling.temperature is None else sampling.temperature,
-                top_p=defaults.top_p if sampling.top_p is None else sampling.top_p,
-                top_k=max(0, defaults.top_k if sampling.top_k is None else sampling.top_k),  # -1 keeps all, too
-                seed=sampling.seed,
-                max_tokens=sampling.limit[1] or min(max_tokens or room, room),
-                ignore_eos=sampling.ignore_eos,
+            params = sampling_params(asked, constraint, self._room(asked.field, ids, sampling))
+            names = asked.ids[len(requests) :] if asked.ids else [uuid4().hex for _ in range(n)]
+            # What the prompt's tokens were worth is told to each of the answers, so each must read it.
+            first = names[0] if params.prompt_logprobs is None else None
+            requests += (
+                Request(
+                    id=names[choice],
+                    prompt=ids,
+                    params=of_choice(choice, params),
+                    cache_salt=asked.cache_salt,
+                    fork_of=first if choice else None,
+                )
+                for choice in range(n)
             )
-            requests.append(Request(id=uuid4().hex, prompt=ids, params=params))
         return requests
 
     def check_length(self, field: str, length: int) -> None:
@@ -150,6 +215,25 @@ class TextEngine:
         if length > most:
             raise RequestError(f"{field}: the prompt has {length} characters; send at most {most}", field)
 
+    def _check_ids(self, field: str, ids: Iterable[int]) -> None:
+        largest, vocab_size = max(ids, default=0), self.info.vocab_size
+        if largest >= vocab_size:
+            raise RequestError(f"{field} holds id {largest}; this model's end at {vocab_size - 1}", field)
+
+    async def _grammar(self, sampling: Sampling) -> Grammar | None:
+        """What the answer must look like, once it is known that something can."""
+        found = {name: constraint for name, constraint in sampling.grammars.items() if constraint}
+        if len(found) > 1:
+            first, second = list(found)[:2]
+            raise RequestError(f"{second}: {first} says already what the answer must look like; send one", second)
+        for name, constraint in found.items():
+            try:
+                await asyncio.to_thread(grammar.check, constraint)
+            except RequestError as error:
+                raise RequestError(f"{name}: {error}", name) from error
+            return constraint
+        return None
+
     def _room(self, field: str, prompt: list[int], sampling: Sampling) -> int:
         """Tokens that the context leaves for the answer to `prompt`, at least those that are asked for.
 
@@ -158,6 +242,7 @@ class TextEngine:
         context, vocab_size = self.info.max_model_len, self.info.vocab_size
         room = context - len(prompt)
         limit_name, limit = sampling.limit
+        floor_name, floor = sampling.floor
         if not prompt:
             raise RequestError(f"{field}: the prompt is empty; send at least one token", field)
         if max(prompt) >= vocab_size:
@@ -172,20 +257,26 @@ class TextEngine:
                 f"{room} in the context of {context}; ask for no more",
                 limit_name,
             )
+        if floor > (limit or room):
+            raise RequestError(f"{floor_name} is {floor}, but {limit or room} is the most; ask for no more", floor_name)
         return room
 
-    async def generate(self, requests: Sequence[Request], stop: Sequence[str]) -> AsyncGenerator[Piece, None]:
+    async def generate(self, asked: TextRequest, requests: Sequence[Request]) -> AsyncGenerator[Piece, None]:
         """Pieces of all answers as they come; leaving early, or being cancelled, aborts what still runs.
 
         Raises:
-            RequestError: a request can never run.
+            QueueFullError: too many requests wait already.
+            RequestError: a request can never run, or has the id of one that runs.
             EngineDeadError: the engine ended meanwhile.
         """
+        most = self.info.max_num_seqs + self.max_queue
+        if self.client.num_requests + len(requests) > most:
+            raise QueueFullError(f"{self.client.num_requests} of at most {most} requests run or wait; try again later")
         queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
 
         async def drain(index: int, request: Request) -> None:
             try:
-                async for piece in self._answer(index, request, stop):
+                async for piece in self._answer(index, request, asked):
                     queue.put_nowait(piece)
             except Exception as error:
                 queue.put_nowait(error)
@@ -203,30 +294,114 @@ class TextEngine:
             for task in tasks:
                 task.cancel()
 
-    async def _answer(self, index: int, request: Request, stop: Sequence[str]) -> AsyncGenerator[Piece, None]:
+    async def _answer(self, index: int, request: Request, asked: TextRequest) -> AsyncGenerator[Piece, None]:
         """Pieces of one answer; tokens whose text must wait for later ones come with those."""
-        detokenizer, checker = Detokenizer(self.tokenizer), StopChecker(stop)
-        first, waiting = True, list[int]()
+        if request.id in self.client.request_ids:
+            raise RequestError(f"rid: {request.id!r} runs already; choose another", "rid")
+        reader, piece = Reader(self.tokenizer, self.info.eos_token_ids, asked.sampling, asked.tools), Piece(index=index)
+        started = latest = time.perf_counter()
+        generated = 0
+        reason: Ending = "abort"  # unless another is seen: who leaves early says nothing
         stream = self.client.submit(request)
-        async with aclosing(stream):
-            async for tokens in stream:
-                waiting += tokens.token_ids
-                visible, reason = tokens.token_ids, tokens.finish_reason
-                matched: str | int | None = None
-                if reason == "stop":  # the engine's only reason for it is an end-of-text token
-                    *visible, matched = visible
-                text = checker.push(detokenizer.push(visible))
-                if reason and not checker.stopped:
-                    text += checker.push(detokenizer.finish())
-                if checker.stopped:
-                    reason, matched = "stop", checker.stopped
-                elif reason:
-                    text += checker.finish()
-                if text or reason:
-                    yield Piece(index, first, text, waiting, reason, matched)
-                    first, waiting = False, []
-                if reason:
-                    return
+        try:
+            async with aclosing(stream):
+                async for tokens in stream:
+                    if tokens.token_ids:
+                        previous, latest = latest, time.perf_counter()
+                        tell = self.observer.next_tokens if generated else self.observer.first_tokens
+                        tell(latest - previous, len(tokens.token_ids))
+                        generated += len(tokens.token_ids)
+                    reader.read(tokens, piece)
+                    reason = piece.finish_reason or reason
+                    if piece.text or piece.tool_calls or piece.finish_reason:
+                        yield piece
+                        piece = Piece(index=index)
+                    if reader.finished:
+                        return
+        except KVToolError:
+            reason = "error"
+            raise
+        finally:
+            self.observer.finished(time.perf_counter() - started, len(request.prompt), generated, reason)
+
+
+class Reader:
+    """Makes text, and calls of tools, of one answer's tokens.
+
+    Attributes:
+        finished: there will be no more.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, eos_token_ids: Sequence[int], sampling: Sampling, tools: bool) -> None:
+        self._detokenizer = Detokenizer(tokenizer, sampling.skip_special_tokens is not False)
+        self._checker = StopChecker(sampling.stop)
+        self._parser = ToolParser() if tools else None
+        self._ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)}
+        self._shows_ends = sampling.include_stop_str_in_output
+        self.finished = False
+
+    def read(self, tokens: Tokens, answer: Answer) -> None:
+        """Add `tokens`, and what they complete, to `answer`."""
+        answer.add_tokens(tokens)
+        visible, reason = tokens.token_ids, tokens.finish_reason
+        matched: str | int | None = None
+        if reason == "stop" and visible[-1:] and visible[-1] in self._ends:
+            matched = visible[-1]
+            visible = visible if self._shows_ends else visible[:-1]
+        text = self._checker.push(self._detokenizer.push(visible))
+        if reason and self._checker.stopped is None:
+            text += self._checker.push(self._detokenizer.finish())
+        if self._checker.stopped is not None:
+            reason, matched = "stop", self._checker.stopped
+            text += self._checker.stopped if self._shows_ends else ""
+        elif reason:
+            text += self._checker.finish()
+        self.finished = reason is not None
+        answer.finish_reason, answer.matched = reason, matched
+        self._show(text, answer)
+
+    def _show(self, text: str, answer: Answer) -> None:
+        if self._parser is None:
+            answer.text += text
+            return
+        parts = [self._parser.push(text), *([self._parser.finish()] if self.finished else [])]
+        for shown, calls in parts:
+            answer.text += shown
+            answer.tool_calls += calls
+
+
+def sampling_params(asked: TextRequest, grammar: Grammar | None, room: int) -> SamplingParams:
+    """How the tokens of an answer are chosen that has `room` for so many; the seed is the first answer's."""
+    sampling, defaults = asked.sampling, asked.defaults
+
+    def chosen(value: T | None, default: T) -> T:
+        return default if value is None else value
+
+    return SamplingParams(
+        temperature=chosen(sampling.temperature, defaults.temperature),
+        top_p=chosen(sampling.top_p, defaults.top_p),
+        top_k=max(0, chosen(sampling.top_k, defaults.top_k)),  # -1 keeps all, too
+        min_p=chosen(sampling.min_p, defaults.min_p),
+        repetition_penalty=chosen(sampling.repetition_penalty, defaults.repetition_penalty),
+        presence_penalty=sampling.presence_penalty or 0.0,
+        frequency_penalty=sampling.frequency_penalty or 0.0,
+        logit_bias=sampling.logit_bias,
+        seed=sampling.seed,
+        max_tokens=sampling.limit[1] or min(asked.max_tokens or room, room),
+        min_tokens=sampling.floor[1],
+        ignore_eos=sampling.ignore_eos or False,
+        stop_token_ids=sampling.stop_token_ids,
+        grammar=grammar,
+        logprobs=asked.logprobs,
+        prompt_logprobs=asked.prompt_logprobs,
+    )
+
+
+def of_choice(choice: int, params: SamplingParams) -> SamplingParams:
+    """`params` for this one of a prompt's answers, each of which has a seed of its own."""
+    if params.seed is None:
+        return params
+    return msgspec.structs.replace(params, seed=(params.seed + choice) % 2**63)
 
 
 async def collect(pieces: AsyncIterator[Piece], count: int) -> list[Answer]:
@@ -238,7 +413,7 @@ async def collect(pieces: AsyncIterator[Piece], count: int) -> list[Answer]:
 
 
 def read_model_defaults(path: Path) -> Defaults:
-    """How the model's makers want it sampled: temperature, top_p and top_k of generation_config.json, as in vLLM.
+    """How the model's makers want it sampled: what generation_config.json says of Defaults' fields, as in vLLM.
 
     Raises:
         ModelError: a value is out of range.

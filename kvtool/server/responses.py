@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from kvtool.errors import EngineDeadError, KVToolError, RequestError
-from kvtool.server.generation import TextEngine
+from kvtool.server.generation import QueueFullError, TextEngine
 
 
 def _engine(request: Request) -> TextEngine:
@@ -19,6 +19,12 @@ def _engine(request: Request) -> TextEngine:
 
 
 EngineArg = Annotated[TextEngine, Depends(_engine)]
+
+
+def cache_salt(asked: str | None, request: Request) -> str:
+    """Who may share prefixes with a request: those of the same salt, by default those of the same API key."""
+    of_key: str = getattr(request.state, "cache_salt", "")
+    return asked or of_key
 
 
 class UnknownModelError(RequestError):
@@ -37,6 +43,8 @@ def error_of(error: Exception) -> tuple[int, dict[str, Any]]:
         return 404, error_body(404, str(error), error.param, "model_not_found")
     if isinstance(error, RequestError):
         return 400, error_body(400, str(error), error.param)
+    if isinstance(error, QueueFullError):
+        return 429, error_body(429, str(error), code="queue_full")
     if isinstance(error, EngineDeadError):
         return 503, error_body(503, str(error), code="engine_dead")
     if isinstance(error, RequestValidationError):
