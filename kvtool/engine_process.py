@@ -1,6 +1,7 @@
 """The engine process: an Engine behind the socket of an `EngineClient`."""
 
 import contextlib
+import gc
 import os
 import select
 import signal
@@ -120,3 +121,4 @@ def main(fd: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with contextlib.suppress(EOFError, ConnectionError):
         serve(socket.socket(fileno=fd))
+    gc.freeze()  # or Python looks through all of torch for garbage before it ends, a second long

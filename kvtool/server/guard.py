@@ -18,7 +18,7 @@ from kvtool.server.responses import error_body
 MAX_BODY_BYTES = 16 * 2**20
 MAX_DEPTH = 128
 # Python needs some 100 ns for a number and 500 ns for a list, and nobody else's turn comes meanwhile.
-MAX_VALUES, MAX_CONTAINERS = 2**20, 2**16
+MAX_VALUES, MAX_CONTAINERS = 2**19, 2**16
 BODY_SECONDS = 30.0
 LINGER_SECONDS = 2.0
 

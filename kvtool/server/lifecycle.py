@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import importlib
 import resource
 import signal
@@ -27,7 +28,7 @@ from kvtool.tokenizer import Tokenizer
 
 MAX_HEADER_BYTES = 2**16
 INTERRUPT_SECONDS = 5  # for answers under way after Ctrl-C; somebody waits
-LAST_SECONDS = 1  # for what is written already to be read, when there is nothing else to wait for
+LAST_SECONDS = 0.5  # for what is written already to be read, when there is nothing else to wait for
 
 OnReady = Callable[[EngineInfo, str], None]
 
@@ -52,8 +53,11 @@ def run(engine: EngineConfig, config: ServerConfig, on_ready: OnReady) -> None:
     with bind(config.host, config.port) as listener:
         if config.api_key is None and not ip_address(listener.getsockname()[0]).is_loopback:
             print(f"warning: who reaches {config.host} can use this server; set --api-key", file=sys.stderr, flush=True)
-        if signal.SIGINT in asyncio.run(serve(engine, config, listener, on_ready)):
-            raise KeyboardInterrupt
+        try:
+            if signal.SIGINT in asyncio.run(serve(engine, config, listener, on_ready)):
+                raise KeyboardInterrupt
+        finally:
+            gc.freeze()  # or Python looks through all of transformers for garbage before it ends, a second long
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -167,6 +171,7 @@ class Server(uvicorn.Server):
 
     async def _follow(self) -> int:
         status = await self.client.wait_closed()
+        await asyncio.sleep(LAST_SECONDS)  # streams get their last event, and probes see what has happened
         self._end_within(0)
         return status
 

@@ -8,8 +8,8 @@ from pydantic import Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from kvtool.errors import RequestError
-from kvtool.server.generation import TextEngine
-from kvtool.server.protocol import MAX_MESSAGES, Body, Message, Text, is_ids
+from kvtool.server.openai_api import chat_prompt
+from kvtool.server.protocol import MAX_MESSAGES, Body, ChatBody, Message, Text, is_ids
 from kvtool.server.responses import EngineArg
 
 router = APIRouter()
@@ -23,20 +23,16 @@ def as_ids(value: object) -> list[int]:
     raise PydanticCustomError("tokens", "should be a list of token ids (0 or more)")
 
 
-class TokenizeBody(Body):
-    """vLLM says `prompt` where others say `text`."""
+class TokenizeBody(ChatBody):
+    """A text, which vLLM calls `prompt`, or all that a chat's prompt is made of."""
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "add_generation_prompt": (None, True),
-        "chat_template": (None,),
-        "chat_template_kwargs": (None, {}),
-        "continue_final_message": (None, False),
-        "tools": (None, []),
+        name: neutral for name, neutral in ChatBody.unsupported.items() if name != "add_special_tokens"
     }
 
+    messages: Annotated[list[Message], Field(default_factory=list, max_length=MAX_MESSAGES)]
     prompt: Text | None = None
     text: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool | None = None
 
@@ -49,23 +45,19 @@ class DetokenizeBody(Body):
 @router.post("/tokenize")
 async def tokenize(body: TokenizeBody, engine: EngineArg) -> dict[str, Any]:
     """Ids of a text, or of a conversation as the chat template writes it."""
-    tokens = await asyncio.to_thread(encode, body, engine)
-    names = {"token_strs": engine.tokenizer.tokens(tokens)} if body.return_token_strs else {}
-    return {"count": len(tokens), "max_model_len": engine.info.max_model_len, "tokens": tokens, **names}
-
-
-def encode(body: TokenizeBody, engine: TextEngine) -> list[int]:
-    given = [name for name in ("prompt", "text", "messages") if getattr(body, name) is not None]
+    given = [name for name in ("prompt", "text", "messages") if getattr(body, name) not in (None, [])]
     if len(given) != 1:
         raise RequestError("prompt: send one of prompt, text and messages", "prompt")
-    (field,) = given
-    contents = [message.content for message in body.messages or ()] or [body.prompt or body.text or ""]
-    length = sum(map(len, contents))
-    if length > MAX_CHARACTERS:
-        raise RequestError(f"{field}: it has {length:,} characters; send at most {MAX_CHARACTERS:,}", field)
     if body.messages:
-        return engine.tokenizer.chat([{"role": m.role, "content": m.content} for m in body.messages])
-    return engine.tokenizer.encode(contents[0], body.add_special_tokens)
+        tokens = await chat_prompt(body, engine)
+    else:
+        text = body.prompt or body.text or ""
+        if len(text) > MAX_CHARACTERS:
+            message = f"{given[0]}: it has {len(text):,} characters; send at most {MAX_CHARACTERS:,}"
+            raise RequestError(message, given[0])
+        tokens = await asyncio.to_thread(engine.tokenizer.encode, text, body.add_special_tokens)
+    strings = {"token_strs": engine.tokenizer.tokens(tokens)} if body.return_token_strs else {}
+    return {"count": len(tokens), "max_model_len": engine.info.max_model_len, "tokens": tokens, **strings}
 
 
 @router.post("/detokenize")
@@ -80,4 +72,5 @@ async def detokenize(body: DetokenizeBody, engine: EngineArg) -> dict[str, str]:
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(engine: EngineArg) -> dict[str, Any]:
+    """What a client needs to do the tokenizer's work itself."""
     return engine.tokenizer.info | {"max_model_len": engine.info.max_model_len}

@@ -1,0 +1,189 @@
+"""How a server starts and ends, as processes and signals see it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import ServerProcess, children, kvtool, serving
+
+PROMPT = "Once upon a time"
+LOADING = "loading tiny ...\n"
+
+
+def stream(tokens: int) -> dict[str, Any]:
+    return {"prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+
+
+@contextmanager
+def streaming(server: ServerProcess, tokens: int) -> Iterator[Iterator[str]]:
+    """Lines of an answer that has begun."""
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=stream(tokens), timeout=60) as response:
+        lines = (line for line in response.iter_lines() if line)
+        next(lines)
+        yield lines
+
+
+@contextmanager
+def stopped_reader(server: ServerProcess) -> Iterator[None]:
+    """A client process that has asked for a long answer, and is stopped before it reads any."""
+    command = ["curl", "-sN", f"{server.url}/v1/completions", "-d", json.dumps(stream(1900))]
+    client = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert client.stdout is not None
+    client.stdout.read(1)
+    client.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        client.kill()
+        client.communicate()
+
+
+def ended(pid: int) -> bool:
+    """Gone, or waiting for a parent that does not look."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def seconds_until(condition: Any, most: float = 30) -> float:
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() < started + most
+        time.sleep(0.01)
+    return time.monotonic() - started
+
+
+def shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+def test_a_killed_engine_ends_streams_and_server() -> None:
+    """Within two seconds, though one client has stopped reading."""
+    before = shared_memory()
+    with serving("--nbits", "4", "--kv-cache-memory", "64MiB", "--served-model-name", "mine") as server:
+        assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "mine"
+        engine = server.engine
+        with streaming(server, 1900) as lines, stopped_reader(server):
+            os.kill(engine, signal.SIGKILL)
+            killed = time.monotonic()
+            *_, last = lines
+            health = httpx.get(f"{server.url}/health")
+            status, stderr = server.end()
+            took = time.monotonic() - killed
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_dead"
+    assert (health.status_code, health.json()["error"]["code"]) == (503, "engine_dead")
+    assert took < 2
+    assert status == 2
+    assert stderr.splitlines()[-1].startswith("error: the engine ended")
+    assert "Traceback" not in stderr
+    assert ended(engine)
+    assert shared_memory() <= before
+
+
+@pytest.mark.parametrize("reading", [True, False])
+def test_a_killed_server_takes_its_engine_along(reading: bool) -> None:
+    """Within two seconds, though the engine is busy, and whether or not anybody takes what it has to say."""
+    before = shared_memory()
+    with serving("--kv-cache-memory", "64MiB") as server, ExitStack() as stack:
+        engine = server.engine
+        for _ in range(4):
+            stack.enter_context(stopped_reader(server))
+        if not reading:
+            server.process.send_signal(signal.SIGSTOP)
+            time.sleep(0.5)  # the engine goes on meanwhile
+        server.process.kill()
+        assert seconds_until(lambda: ended(engine)) < 2
+        server.process.communicate()
+    assert shared_memory() <= before
+
+
+def test_sigterm_lets_answers_finish_and_nothing_begin() -> None:
+    with serving("--kv-cache-memory", "64MiB") as server, httpx.Client(base_url=server.url, timeout=60) as idle:
+        engine = server.engine
+        assert idle.get("/ready").status_code == 200
+        with streaming(server, 300) as lines:
+            server.process.send_signal(signal.SIGTERM)
+            seconds_until(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
+            assert idle.get("/health").status_code == 200
+            refused = idle.post("/v1/completions", json=stream(1))
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+            assert refused.headers["connection"] == "close"
+            *_, done = lines
+        assert done == "data: [DONE]"
+        assert server.end() == (0, LOADING + "finishing 1 requests, for 30 s at most; stop again to end at once\n")
+    assert ended(engine)
+
+
+def test_sigterm_waits_no_longer_than_it_is_told() -> None:
+    options = ("--kv-cache-memory", "64MiB", "--shutdown-timeout", "1")
+    with serving(*options) as server, streaming(server, 1900) as lines, stopped_reader(server):
+        server.process.send_signal(signal.SIGTERM)
+        asked = time.monotonic()
+        *_, last, done = lines
+        status, stderr = server.end()
+        took = time.monotonic() - asked
+    assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "abort"
+    assert done == "data: [DONE]"
+    assert took < 4
+    assert (status, stderr.count("\n")) == (0, 2)
+
+
+def test_a_second_sigterm_ends_at_once() -> None:
+    with serving("--kv-cache-memory", "64MiB") as server:
+        engine = server.engine
+        with streaming(server, 1900) as lines, stopped_reader(server):
+            server.process.send_signal(signal.SIGTERM)
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            asked = time.monotonic()
+            status, stderr = server.end()
+            took = time.monotonic() - asked
+            with pytest.raises(httpx.TransportError):
+                list(lines)
+    assert took < 2
+    assert (status, stderr.count("\n")) == (0, 2)
+    assert ended(engine)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_ends_all_processes_also_while_loading(number: signal.Signals, status: int) -> None:
+    process = kvtool("serve", "--port", "0")
+    assert process.stderr is not None
+    assert process.stderr.readline() == LOADING
+    while not children(process.pid):
+        time.sleep(0.05)
+    (engine,) = children(process.pid)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (status, "")
+    assert ended(engine)
+
+
+def test_a_card_that_nobody_reads_ends_no_server() -> None:
+    """Nor does one that others can reach want a key, though it says so."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = ("--host", "0.0.0.0", "--port", str(port), "--kv-cache-memory", "64MiB")
+    process = kvtool("serve", *options, stdout=writer)
+    os.close(writer)
+    while process.poll() is None:
+        with suppress(httpx.TransportError):
+            assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+            process.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.1)
+    _, stderr = process.communicate(timeout=60)
+    warning = "warning: who reaches 0.0.0.0 can use this server; set --api-key\n"
+    assert (process.returncode, stderr) == (0, warning + LOADING)
