@@ -41,9 +41,9 @@ UNITS = {
 MOST = 2**31 - 1  # tokens; positions and counts of them are 32 bits wide on a device
 
 
-def memory_size(text: str) -> int:
-    """Bytes of `6GiB`, `6G` (the same), `500MB` or `1000000`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]|[KMG]I?B|)", text.strip().upper())
+def memory_size(text: str | int) -> int:
+    """Bytes of `6GiB`, `6G` (the same), `500MB` or `1000000`; a default is a number already."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]|[KMG]I?B|)", str(text).strip().upper())
     if match is None:
         raise typer.BadParameter(f"{text!r:.40} is no size; write 6GiB, 500MB or a number of bytes")
     size = float(match[1]) * UNITS[match[2]]

@@ -107,7 +107,16 @@ async def serve(
             tokenizer = await asyncio.to_thread(Tokenizer.load, Path(info.path), info.vocab_size)
             name = config.served_model_name or info.model
             configuration = {"engine": asdict(engine), "server": asdict(replace(config, api_key=None))}
-            app = create_app(TextEngine(client, tokenizer, name), Metrics(client, name), configuration)
+            metrics = Metrics(client, name)
+            text_engine = TextEngine(
+                client,
+                tokenizer,
+                name,
+                observer=metrics,
+                max_queue=config.max_queue,
+                trust_request_chat_template=config.trust_request_chat_template,
+            )
+            app = create_app(text_engine, metrics, configuration)
             server = Server(Guard(app, config.api_key), client)
             host, port = config.host, listener.getsockname()[1]
             try:

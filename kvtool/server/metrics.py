@@ -1,28 +1,79 @@
 """What Prometheus scrapes: vLLM's names, so that its dashboards work, and kvtool's own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from kvtool.client import EngineClient
 from kvtool.request import EngineInfo, EngineStats
+from kvtool.server.generation import Ending, Observer
+
+# vLLM's, so that quantiles of both can be compared.
+TTFT_BUCKETS = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40]
+TTFT_BUCKETS += [80, 160, 640, 2560]
+ITL_BUCKETS = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80]
+E2E_BUCKETS = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680]
 
 
-class Metrics:
+def count_buckets(most: int) -> list[int]:
+    """1, 2, 5, 10 and so on, up to `most`."""
+    return [value for power in range(len(str(most))) for one in (1, 2, 5) if (value := one * 10**power) <= most]
+
+
+class Metrics(Observer):
     """The metrics of one server, in a registry of their own."""
 
     def __init__(self, client: EngineClient, model_name: str) -> None:
-        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry = CollectorRegistry()
         self._registry.register(EngineCollector(client, model_name))
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(name, text, ["model_name"], buckets=buckets, registry=self._registry).labels(model_name)
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, ["model_name"], registry=self._registry).labels(model_name)
+
+        counts = count_buckets(client.info.max_model_len)
+        self._first = histogram("vllm:time_to_first_token_seconds", "Request to first token.", TTFT_BUCKETS)
+        self._gaps = [
+            histogram("vllm:inter_token_latency_seconds", "From token to token.", ITL_BUCKETS),
+            histogram("vllm:time_per_output_token_seconds", "The same, by its older name.", ITL_BUCKETS),
+        ]
+        self._whole = histogram("vllm:e2e_request_latency_seconds", "Request to last token.", E2E_BUCKETS)
+        self._prompts = histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", counts)
+        self._answers = histogram("vllm:request_generation_tokens", "Tokens of an answer.", counts)
+        self._prompt_tokens = counter("vllm:prompt_tokens", "Tokens of the prompts that were answered.")
+        self._answer_tokens = counter("vllm:generation_tokens", "Tokens generated.")
+        labels = ["model_name", "finished_reason"]
+        endings = Counter("vllm:request_success", "Requests that ended.", labels, registry=self._registry)
+        self._endings = {reason: endings.labels(model_name, reason) for reason in ("stop", "length", "abort", "error")}
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """All metrics, and their media type, as an Accept header wants them."""
         encode, media_type = choose_encoder(accept)
         return encode(self._registry), media_type
+
+    def first_tokens(self, seconds: float, count: int) -> None:
+        self._first.observe(seconds)
+        self._answer_tokens.inc(count)
+
+    def next_tokens(self, seconds: float, count: int) -> None:
+        self._answer_tokens.inc(count)
+        for gaps in self._gaps:
+            for _ in range(count):
+                gaps.observe(seconds / count)
+
+    def finished(self, seconds: float, prompt_tokens: int, generation_tokens: int, reason: Ending) -> None:
+        self._endings[reason].inc()
+        if generation_tokens:
+            self._whole.observe(seconds)
+            self._prompts.observe(prompt_tokens)
+            self._answers.observe(generation_tokens)
+            self._prompt_tokens.inc(prompt_tokens)
 
 
 class EngineCollector(Collector):
