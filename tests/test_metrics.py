@@ -158,6 +158,20 @@ def test_it_says_what_it_is(server: ServerProcess) -> None:
     assert info["kv"]["bits_per_element"] == 4.5
 
 
+def test_other_routes_and_methods_are_named(server: ServerProcess) -> None:
+    for method, path, status, said in [
+        ("GET", "/v2/completions", 404, "/v2/completions is no route"),
+        ("POST", "/version/", 404, "/version/ is no route"),
+        ("GET", "/generate", 405, "/generate is for POST, not for GET"),
+        ("DELETE", "/flush_cache", 405, "/flush_cache is for"),
+    ]:
+        response = httpx.request(method, f"{server.url}{path}")
+        assert (response.status_code, response.headers.get("allow") is not None) == (status, status == 405)
+        error = response.json()["error"]
+        assert said in error["message"]
+        assert set(error) == {"message", "type", "param", "code"}
+
+
 def test_text_becomes_tokens_and_text_again(server: ServerProcess) -> None:
     def post(path: str, **body: Any) -> httpx.Response:
         return httpx.post(f"{server.url}{path}", json=body)

@@ -201,20 +201,18 @@ class Outline:
         # Without its empty strings the text is the same, seen from here, and much shorter.
         marks = STRING.sub(b"", marks.replace(b'""', b""))
 
-        commas = marks.count(b",")
         brackets = marks.replace(b",", b"")
-        opening = brackets.count(b"[")
-        self.values += commas + opening
-        self.containers += opening
-        if self.containers > MAX_CONTAINERS or self.values > MAX_VALUES:
-            most = f"{MAX_VALUES:,} values, {MAX_CONTAINERS:,} of them lists and objects"
-            raise Refusal(400, f"the body: it holds more than {most}; send less at once")
         depths = list(accumulate(map(STEP.__getitem__, brackets), initial=self.depth))
         self.depth = depths[-1]
         if max(depths) > MAX_DEPTH:
-            raise Refusal(
-                400, f"the body: its lists or objects are nested too deep; send at most {MAX_DEPTH} in each other"
-            )
+            most = f"send at most {MAX_DEPTH} in each other"
+            raise Refusal(400, f"the body: its lists or objects are nested too deep; {most}")
+        opening = brackets.count(b"[")
+        self.containers += opening
+        self.values += opening + marks.count(b",")
+        if self.containers > MAX_CONTAINERS or self.values > MAX_VALUES:
+            most = f"{MAX_VALUES:,} values, {MAX_CONTAINERS:,} of them lists and objects"
+            raise Refusal(400, f"the body: it holds more than {most}; send less at once")
 
 
 async def refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send, unread: bool) -> None:

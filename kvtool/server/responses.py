@@ -86,11 +86,20 @@ def install_error_handlers(app: FastAPI) -> None:
 
     def answer(_: Request, error: Exception) -> Response:
         status, body = error_of(error)
-        return JSONResponse(body, status, getattr(error, "headers", None))  # a 405 says what is allowed
+        return JSONResponse(body, status, getattr(error, "headers", None))
+
+    def no_route(request: Request, error: Exception) -> Response:
+        assert isinstance(error, StarletteHTTPException)
+        allowed = (error.headers or {}).get("Allow")
+        what = f"is for {allowed}, not for {request.method}" if allowed else "is no route of this server"
+        body = error_body(error.status_code, f"{request.url.path:.80} {what}")
+        return JSONResponse(body, error.status_code, error.headers)
 
     def nobody_listens(_: Request, error: Exception) -> Response:
         return Response(status_code=499)
 
     for kind in (RequestValidationError, StarletteHTTPException, KVToolError, Exception):
         app.add_exception_handler(kind, answer)
+    for status in (404, 405):
+        app.add_exception_handler(status, no_route)
     app.add_exception_handler(ClientDisconnect, nobody_listens)
