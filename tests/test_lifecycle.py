@@ -17,7 +17,7 @@ from conftest import ServerProcess, children, kvtool, serving
 
 PROMPT = "Once upon a time"
 LOADING = "loading tiny ...\n"
-FINISHING = "finishing {} requests, for 30 s at most; stop again to end at once\n"
+FINISHING = "finishing {}, for 30 s at most; stop again to end at once\n"
 
 
 def stream(tokens: int) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def test_sigterm_lets_answers_finish_and_nothing_begin() -> None:
             assert refused.headers["connection"] == "close"
             *_, done = lines
         assert done == "data: [DONE]"
-        assert server.end() == (0, LOADING + FINISHING.format(1))
+        assert server.end() == (0, LOADING + FINISHING.format("1 request"))
     assert ended(engine)
 
 
@@ -145,7 +145,7 @@ def test_a_second_sigterm_ends_at_once() -> None:
         with streaming(server, 1900) as lines, stopped_reader(server):
             server.process.send_signal(signal.SIGTERM)
             assert server.process.stderr is not None
-            assert [server.process.stderr.readline() for _ in range(2)] == [LOADING, FINISHING.format(2)]
+            assert [server.process.stderr.readline() for _ in range(2)] == [LOADING, FINISHING.format("2 requests")]
             server.process.send_signal(signal.SIGTERM)
             asked = time.monotonic()
             status, stderr = server.end()

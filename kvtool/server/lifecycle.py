@@ -174,8 +174,10 @@ class Server(uvicorn.Server):
         """
         self._follower = asyncio.create_task(self._follow())
         await self.serve(sockets=[listener])
-        if self._follower.done() and not self._follower.cancelled():
-            raise EngineDeadError(f"the engine ended (status {self._follower.result()}); the server ends with it")
+        if self._follower.cancelled():
+            return
+        if not self.client.alive:
+            raise EngineDeadError(f"the engine ended (status {await self._follower}); the server ends with it")
         self._follower.cancel()
 
     async def _follow(self) -> int:
@@ -187,11 +189,10 @@ class Server(uvicorn.Server):
     def stop(self, seconds: float) -> None:
         """Refuse new requests, and end when those under way are answered. What takes longer than `seconds` ends with
         finish reason "abort"."""
-        if self.guard.num_under_way:
+        if count := self.guard.num_under_way:
+            what = f"{count} request{'s' * (count > 1)}"
             print(
-                f"finishing {self.guard.num_under_way} requests, for {seconds:g} s at most; stop again to end at once",
-                file=sys.stderr,
-                flush=True,
+                f"finishing {what}, for {seconds:g} s at most; stop again to end at once", file=sys.stderr, flush=True
             )
 
         async def drain() -> None:
