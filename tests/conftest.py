@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
+import openai
 import pytest
 
 # Before torch is imported: threads that wait for a core which a server under test holds stop all the others.
@@ -76,3 +79,31 @@ def server() -> Iterator[ServerProcess]:
     """The embedded model at 4 bits; two sequences at once, so that a forgotten request would be in others' way."""
     with serving("--nbits", "4", "--kv-cache-memory", "64MiB", "--max-num-seqs", "2") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def http(server: ServerProcess) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+def events(response: httpx.Response) -> list[str]:
+    """Data of the events of a stream; there must be nothing else in it."""
+    lines = [line for line in response.iter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    return [line.removeprefix("data: ") for line in lines]
+
+
+def fault(response: httpx.Response) -> dict[str, Any]:
+    """The error object of a response that refuses."""
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert "\n" not in error["message"]
+    return error

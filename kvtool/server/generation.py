@@ -189,7 +189,7 @@ class TextEngine:
                 self.check_length(asked.field, len(prompt))
             # A long text takes a while, and other requests' tokens must not wait for it.
             ids = await asyncio.to_thread(self.tokenizer.encode, prompt) if isinstance(prompt, str) else prompt
-            params = sampling_params(asked, constraint, self._room(asked.field, ids, sampling))
+            params = sampling_params(asked, constraint, self._max_tokens(asked, ids))
             names = asked.ids[len(requests) :] if asked.ids else [uuid4().hex for _ in range(n)]
             # What the prompt's tokens were worth is told to each of the answers, so each must read it.
             first = names[0] if params.prompt_logprobs is None else None
@@ -234,15 +234,15 @@ class TextEngine:
             return constraint
         return None
 
-    def _room(self, field: str, prompt: list[int], sampling: Sampling) -> int:
-        """Tokens that the context leaves for the answer to `prompt`, at least those that are asked for.
+    def _max_tokens(self, asked: TextRequest, prompt: list[int]) -> int:
+        """Tokens of the answer to `prompt` at most.
 
         The engine would refuse too, but by then the answers to other prompts of the body may be on their way.
         """
-        context, vocab_size = self.info.max_model_len, self.info.vocab_size
+        field, context, vocab_size = asked.field, self.info.max_model_len, self.info.vocab_size
         room = context - len(prompt)
-        limit_name, limit = sampling.limit
-        floor_name, floor = sampling.floor
+        limit_name, limit = asked.sampling.limit
+        floor_name, floor = asked.sampling.floor
         if not prompt:
             raise RequestError(f"{field}: the prompt is empty; send at least one token", field)
         if max(prompt) >= vocab_size:
@@ -257,9 +257,10 @@ class TextEngine:
                 f"{room} in the context of {context}; ask for no more",
                 limit_name,
             )
-        if floor > (limit or room):
-            raise RequestError(f"{floor_name} is {floor}, but {limit or room} is the most; ask for no more", floor_name)
-        return room
+        most = limit or min(asked.max_tokens or room, room)
+        if floor > most:
+            raise RequestError(f"{floor_name} is {floor}, but {limit_name} is {most}; ask for no more", floor_name)
+        return most
 
     async def generate(self, asked: TextRequest, requests: Sequence[Request]) -> AsyncGenerator[Piece, None]:
         """Pieces of all answers as they come; leaving early, or being cancelled, aborts what still runs.
@@ -370,8 +371,8 @@ class Reader:
             answer.tool_calls += calls
 
 
-def sampling_params(asked: TextRequest, grammar: Grammar | None, room: int) -> SamplingParams:
-    """How the tokens of an answer are chosen that has `room` for so many; the seed is the first answer's."""
+def sampling_params(asked: TextRequest, grammar: Grammar | None, max_tokens: int) -> SamplingParams:
+    """How the tokens of an answer are chosen; the seed is that of the prompt's first one."""
     sampling, defaults = asked.sampling, asked.defaults
 
     def chosen(value: T | None, default: T) -> T:
@@ -387,7 +388,7 @@ def sampling_params(asked: TextRequest, grammar: Grammar | None, room: int) -> S
         frequency_penalty=sampling.frequency_penalty or 0.0,
         logit_bias=sampling.logit_bias,
         seed=sampling.seed,
-        max_tokens=sampling.limit[1] or min(asked.max_tokens or room, room),
+        max_tokens=max_tokens,
         min_tokens=sampling.floor[1],
         ignore_eos=sampling.ignore_eos or False,
         stop_token_ids=sampling.stop_token_ids,
