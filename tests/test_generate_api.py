@@ -143,7 +143,8 @@ def test_who_is_aborted_gets_what_there_is(http: httpx.Client, server: ServerPro
 def test_a_rid_that_runs_is_taken(http: httpx.Client, server: ServerProcess) -> None:
     body = {"text": PROMPT, "rid": "taken", "sampling_params": {"max_new_tokens": 500, "ignore_eos": True}}
     with http.stream("POST", "/generate", json=body | {"stream": True}) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        next(lines)
         refused = httpx.post(f"{server.url}/generate", json=body, timeout=60)
     assert (refused.status_code, fault(refused)["param"]) == (400, "rid")
     twice = http.post("/generate", json={"text": ["a", "b"], "rid": ["same", "same"]})
