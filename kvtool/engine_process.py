@@ -112,6 +112,14 @@ def cpu_threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
+def _end_with(connection: socket.socket) -> None:
+    """End this process when the other end closes, also in the midst of a long step."""
+    hangup = select.poll()
+    hangup.register(connection, select.POLLRDHUP)
+    hangup.poll()
+    os._exit(0)
+
+
 def main(fd: int) -> None:
     """The process that `EngineClient` starts, with its end of the socket."""
     torch.set_num_threads(cpu_threads())
@@ -119,6 +127,8 @@ def main(fd: int) -> None:
     # socket when the last answer is out.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    connection = socket.socket(fileno=fd)
+    Thread(target=_end_with, args=[connection], daemon=True).start()
     with contextlib.suppress(EOFError, ConnectionError):
-        serve(socket.socket(fileno=fd))
+        serve(connection)
     gc.freeze()  # or Python looks through all of torch for garbage before it ends, a second long

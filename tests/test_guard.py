@@ -132,6 +132,15 @@ def test_a_browser_is_asked_on_the_page_alone(guarded: ServerProcess) -> None:
     assert httpx.get(f"{guarded.url}/v1/models").headers["www-authenticate"] == "Bearer"
 
 
+def test_another_site_s_page_can_send_nothing(http: httpx.Client) -> None:
+    """A form or plain text needs no leave of the server's, and the browser adds the password that it knows."""
+    sent = http.post("/generate", json=BODY, headers={"Sec-Fetch-Site": "cross-site", "Content-Type": "text/plain"})
+    assert sent.status_code == 403
+    assert "another site" in error(sent)["message"]
+    assert http.post("/generate", json=BODY, headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
+    assert http.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200, "a link may lead here"
+
+
 def test_the_key_is_told_to_nobody(guarded: ServerProcess, http: httpx.Client) -> None:
     assert KEY not in guarded.card
     assert KEY not in http.get("/server_info").text

@@ -76,7 +76,7 @@ class Guard:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         try:
-            self._admit(scope["raw_path"], headers)
+            self._admit(scope["method"], scope["raw_path"], headers)
             body = await self._body(headers, receive) if has_body(headers) else b""
         except Refusal as refusal:
             await refuse(refusal, scope, receive, send, has_body(headers))
@@ -102,8 +102,8 @@ class Guard:
             scope["state"] = {**scope.get("state", {}), "cache_salt": hashlib.sha256(self._key).hexdigest()}
         await self.app(scope, receive_whole, send_and_close)
 
-    def _admit(self, path: bytes, headers: Mapping[bytes, bytes]) -> None:
-        """Raises Refusal unless whoever asks has the key, and is not too late."""
+    def _admit(self, method: str, path: bytes, headers: Mapping[bytes, bytes]) -> None:
+        """Raises Refusal unless whoever asks has the key, asks of their own will, and is not too late."""
         if self._key and path not in NEEDS_NO_KEY:
             given = credentials(headers.get(b"authorization", b""))
             if not hmac.compare_digest(given, self._key):
@@ -112,6 +112,11 @@ class Guard:
                 scheme = 'Basic realm="kvtool", charset="UTF-8"' if path == b"/" else "Bearer"
                 message = f"{what} was sent; send the header `Authorization: Bearer KEY`"
                 raise Refusal(401, message, "invalid_api_key", {"WWW-Authenticate": scheme})
+        # A page anywhere can make its reader's browser send a form or plain text here, key and all.
+        if method not in ("GET", "HEAD") and headers.get(b"sec-fetch-site") == b"cross-site":
+            raise Refusal(
+                403, "a page of another site sent this; send requests from the server's own page or a program"
+            )
         if self.draining and path not in OPEN_TO_THE_END:
             raise Refusal(503, "the server is shutting down; ask another one", "shutting_down", {"Connection": "close"})
 
