@@ -1,11 +1,10 @@
-"""The server as clients see it: a real process, over HTTP, with the real `openai` client."""
+"""The server as clients see it: a real process, over HTTP, from its card to those who leave."""
 
 import asyncio
 import json
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
@@ -16,8 +15,6 @@ from kvtool.errors import ModelError
 from kvtool.server.generation import Defaults, read_model_defaults
 
 PROMPT = "Once upon a time"
-GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True}}
-MESSAGES: Any = [{"role": "user", "content": "Who are you?"}]
 
 
 def test_the_card_says_what_runs_and_what_to_try(server: ServerProcess) -> None:
