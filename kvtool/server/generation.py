@@ -18,7 +18,7 @@ from kvtool import grammar
 from kvtool.client import EngineClient
 from kvtool.errors import KVToolError, ModelError, RequestError
 from kvtool.request import FinishReason, Grammar, Request, SamplingParams, TokenLogprobs, Tokens
-from kvtool.server.protocol import Prompt, Sampling
+from kvtool.server.protocol import MAX_NAME_LENGTH, Prompt, Sampling
 from kvtool.server.tools import ToolCall, ToolParser
 from kvtool.tokenizer import Detokenizer, StopChecker, Tokenizer
 
@@ -163,10 +163,10 @@ class TextEngine:
 
     def warn_of_unknown(self, fields: Iterable[str]) -> None:
         """Say once of each field, and of so many at most, that it is ignored."""
-        for name in fields:
+        for name in (unknown[:MAX_NAME_LENGTH] for unknown in fields):
             if name not in self._warned and len(self._warned) < MAX_WARNINGS:
                 self._warned.add(name)
-                logger.warning("a client sends the field %.80r, which is unknown and ignored", name)
+                logger.warning("a client sends the field %r, which is unknown and ignored", name)
 
     async def prepare(self, asked: TextRequest) -> list[Request]:
         """Requests for the engine, n for each prompt, once all of them are known to fit the model.
