@@ -168,7 +168,7 @@ class Engine:
             faults.setdefault(tokens.id, str(error))
         if tokens.id in faults:
             self.abort(tokens.id)
-            return Tokens(tokens.id, [], error=faults[tokens.id])
+            return Tokens(tokens.id, [], error=faults[tokens.id], param="grammar")
         if tokens.finish_reason or tokens.error:
             del self._matchers[tokens.id]
         return tokens

@@ -103,7 +103,7 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     """New tokens of a request; the last message of a request carries its `finish_reason`.
 
     A request that can never run gets one message with `error`, no tokens and the offending `param`; one that fails on
-    its way, a message with `error` alone.
+    its way, a message with `error`, and with `param` if that is to blame.
 
     Attributes:
         logprobs: of each of `token_ids`, if asked for.

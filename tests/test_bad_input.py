@@ -274,7 +274,7 @@ def test_nul_is_a_character_like_any_other(http: httpx.Client) -> None:
     assert http.post("/generate", json={"text": "\0"}).status_code == 200
 
 
-@pytest.mark.parametrize("regex", ["(a+)+$", "(x+x+)+y", "(a|aa)+", "(.*a){20}", "[ab]*[ab]*[ab]*c"])
+@pytest.mark.parametrize("regex", ["(a+)+$", "(x+x+)+y", "(a{1000}){1000}", "(a|aa)+", "(.*a){20}", "[ab]*[ab]*[ab]*c"])
 def test_a_regex_that_stalls_others_does_not_stall_this(http: httpx.Client, regex: str) -> None:
     """Or is refused; either way soon."""
     started = time.perf_counter()
