@@ -84,4 +84,5 @@ kvtool serves {info.model} at {url}
   model     {info.dtype} on {info.device}, context {info.max_model_len:,} tokens
   KV cache  {info.kv_format}
   holds     {info.kv_tokens:,} tokens in {memory}; {plain}
+  chat      {url}/ in a browser
   try       curl {url}/generate {header}-d '{body}'"""
