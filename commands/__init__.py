@@ -20,7 +20,7 @@ app = typer.Typer(
     name="kvtool",
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for function in COMMANDS:

@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Callable
 from functools import partial, wraps
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -270,9 +271,18 @@ class Command(TyperCommand):
             ctx.params["nbits"] = KVTUNER_NBITS
         return rest
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Under their headings, and with whole names, which Typer's own tables cut to fit a terminal of 80 columns."""
+        for panel, options in groupby(self.get_params(ctx), lambda option: option.rich_help_panel or COMMON_PANEL):
+            with formatter.section(panel):
+                formatter.write_dl([record for option in options if (record := option.get_help_record(ctx))])
+
+
+COMMON_PANEL = "Options"
+
 
 def common_option(name: str, kind: Any, default: object, **settings: Any) -> inspect.Parameter:
-    annotation = Annotated[kind, option(f"--{name}", panel="Options", is_eager=True, **settings)]
+    annotation = Annotated[kind, option(f"--{name}", panel=COMMON_PANEL, is_eager=True, **settings)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

@@ -1,5 +1,6 @@
 """The command line: help, where options come from, and failures in one line."""
 
+import os
 import resource
 import socket
 import subprocess
@@ -60,6 +61,17 @@ def test_every_option_and_command_says_what_it_is_for() -> None:
         for option in command.params:
             assert option.help, f"{command.name}: {option.opts}"
     assert all("Example: kvtool " in (function.__doc__ or "") for function in COMMANDS)
+
+
+def test_a_narrow_terminal_cuts_no_name_in_the_help() -> None:
+    process = kvtool("serve", "--help", env=os.environ | {"COLUMNS": "80"})
+    stdout, _ = process.communicate(timeout=60)
+    command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    words = set(stdout.replace(",", "").split())
+    for option in command.params:
+        assert words.issuperset([*option.opts, *option.secondary_opts])
+    for heading in ("Model:", "KV cache:", "Engine:", "Server:", "Options:"):
+        assert f"\n{heading}\n" in stdout
 
 
 def test_without_arguments_there_is_help() -> None:
