@@ -143,6 +143,7 @@ def test_a_body_that_is_no_json_object_is_a_400(http: httpx.Client, content: str
         ({"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs"),
         ({"messages": MESSAGES, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"messages": MESSAGES, "audio": {"voice": "alloy"}}, "audio"),
+        ({"messages": MESSAGES, "modalities": ["text", "audio"]}, "modalities"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
         ({"messages": [{"role": "assistant", "tool_calls": "f()"}]}, "messages.0.tool_calls"),
         ({"messages": MESSAGES, "max_completion_tokens": 10**5}, "max_completion_tokens"),

@@ -82,7 +82,8 @@ def error(response: httpx.Response) -> dict[str, Any]:
 
 def test_only_the_probes_need_no_key(guarded: ServerProcess) -> None:
     with httpx.Client(base_url=guarded.url) as stranger:
-        assert [stranger.get(path).status_code for path in ("/health", "/ready")] == [200, 200]
+        probes = [(method, path) for method in ("GET", "HEAD") for path in ("/health", "/ready")]
+        assert [stranger.request(*probe).status_code for probe in probes] == [200] * 4
         for method, path in [
             *[("GET", path) for path in ("/", "/v1/models", "/metrics", "/version", "/server_info", "/nowhere")],
             *[("POST", path) for path in ("/v1/completions", "/generate", "/tokenize", "/flush_cache", "/health/x")],

@@ -20,8 +20,8 @@ class AbortBody(Body):
     abort_all: bool = False
 
 
-@router.get("/health")
-@router.get("/ready")
+@router.api_route("/health", methods=["GET", "HEAD"])
+@router.api_route("/ready", methods=["GET", "HEAD"])
 async def health(engine: EngineArg) -> Response:
     """200 as long as requests can be served; while the server drains, its guard answers /ready with 503."""
     if not engine.client.alive:

@@ -267,10 +267,14 @@ class TextEngine:
 
         Raises:
             QueueFullError: too many requests wait already.
-            RequestError: a request can never run, or has the id of one that runs.
+            RequestError: a request can never run, there is never room for all, or one has the id of one that runs.
             EngineDeadError: the engine ended meanwhile.
         """
         most = self.info.max_num_seqs + self.max_queue
+        if len(requests) > most:
+            raise RequestError(
+                f"n: {len(requests)} answers at once, but at most {most} requests run or wait here; ask for fewer", "n"
+            )
         if self.client.num_requests + len(requests) > most:
             raise QueueFullError(f"{self.client.num_requests} of at most {most} requests run or wait; try again later")
         queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()

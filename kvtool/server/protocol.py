@@ -395,6 +395,7 @@ class ChatBody(OpenAIBody):
         "function_call": (None, "none", "auto"),
         "functions": (None, []),
         "mm_processor_kwargs": (None,),
+        "modalities": (None, ["text"]),
         "parallel_tool_calls": (None, True),
         "web_search_options": (None,),
     }
