@@ -218,6 +218,19 @@ def test_a_body_that_cannot_be_read_is_a_400_that_says_why(http: httpx.Client, c
     assert cause in fault(response)["message"]
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "messages: is missing"),
+        ([], "the body: should be an object; send a JSON object"),
+        ({"messages": []}, "messages: is empty; got []"),
+        ({"messages": ["hello"]}, "messages.0: should be an object; got 'hello'"),
+    ],
+)
+def test_errors_do_not_speak_of_python(http: httpx.Client, body: Any, message: str) -> None:
+    assert fault(http.post("/v1/chat/completions", json=body))["message"] == message
+
+
 @pytest.mark.parametrize("field", ["prompt", "stop"])
 def test_too_many_items_are_refused_before_any_is_read(http: httpx.Client, field: str) -> None:
     response = http.post("/v1/completions", json={"prompt": PROMPT} | {field: [[""]] * 2000})

@@ -216,6 +216,15 @@ def test_a_stop_string_is_shown_to_who_asks_for_it(http: httpx.Client) -> None:
     assert shown["text"] == text[: text.index(stop)] + stop
 
 
+@pytest.mark.parametrize("floor", [0, 3, 8])
+def test_no_stop_string_ends_an_answer_before_min_tokens(http: httpx.Client, tokenizer: Tokenizer, floor: int) -> None:
+    whole = complete(http, ignore_eos=True)
+    early = tokenizer.decode(whole["token_ids"][:floor])
+    late = complete(http, ignore_eos=True, stop=" ", min_tokens=floor)
+    assert late["text"] == whole["text"][: whole["text"].index(" ", len(early))]
+    assert late["finish_reason"] == "stop"
+
+
 def test_special_tokens_are_shown_to_who_asks_for_them(http: httpx.Client) -> None:
     ends = {"logit_bias": {str(EOS): 100}, "max_tokens": 2}
     assert (complete(http, **ends)["text"], complete(http, **ends)["token_ids"]) == ("", [EOS])

@@ -343,6 +343,7 @@ class Reader:
         self._parser = ToolParser() if tools else None
         self._ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)}
         self._shows_ends = sampling.include_stop_str_in_output
+        self._floor = sampling.floor[1]  # tokens still to come that no stop string may end
         self.finished = False
 
     def read(self, tokens: Tokens, answer: Answer) -> None:
@@ -353,7 +354,9 @@ class Reader:
         if reason == "stop" and visible[-1:] and visible[-1] in self._ends:
             matched = visible[-1]
             visible = visible if self._shows_ends else visible[:-1]
-        text = self._checker.push(self._detokenizer.push(visible))
+        early, checked = visible[: self._floor], visible[self._floor :]
+        self._floor -= len(early)
+        text = self._detokenizer.push(early) + self._checker.push(self._detokenizer.push(checked))
         if reason and self._checker.stopped is None:
             text += self._checker.push(self._detokenizer.finish())
         if self._checker.stopped is not None:

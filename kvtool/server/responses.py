@@ -18,6 +18,9 @@ def _engine(request: Request) -> TextEngine:
     return engine
 
 
+# Where pydantic's own words are about Python.
+WORDS = {"missing": "is missing", "model_attributes_type": "should be an object", "too_short": "is empty"}
+
 EngineArg = Annotated[TextEngine, Depends(_engine)]
 
 
@@ -72,7 +75,7 @@ def _first_fault(error: RequestValidationError) -> tuple[str, str | None]:
         return f"the body is no valid JSON: {fault['ctx']['error']} at character {fault['loc'][-1]}", None
     path = [str(part) for part in fault["loc"][1:]]
     path += [fault.get("ctx", {}).get("field")] if fault["type"] == "unsupported" else []
-    message = fault["msg"].removeprefix("Input ")
+    message = WORDS.get(fault["type"], fault["msg"].removeprefix("Input "))
     if not path:
         return f"the body: {message}; send a JSON object", None
     given = (
