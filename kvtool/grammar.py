@@ -31,7 +31,8 @@ LIMITS = LLParserLimits(
     verbose_errors=False,
 )
 RESTART_EVERY = 16  # tokens: where the limits are met more often, each step would cost their whole
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"  # without a bound, some models write nothing else till max_tokens
+# What people and programs write, as in llama.cpp: given more, some models write nothing else till max_tokens.
+WHITESPACE = r"\x20|\r?\n[\x20\x09]{0,20}"
 NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "choice": "choice"}
 
 
