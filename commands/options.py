@@ -273,7 +273,8 @@ class Command(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Under their headings, and with whole names, which Typer's own tables cut to fit a terminal of 80 columns."""
-        for panel, options in groupby(self.get_params(ctx), lambda option: option.rich_help_panel or COMMON_PANEL):
+        parameters: list[Any] = self.get_params(ctx)
+        for panel, options in groupby(parameters, lambda option: option.rich_help_panel or COMMON_PANEL):
             with formatter.section(panel):
                 formatter.write_dl([record for option in options if (record := option.get_help_record(ctx))])
 

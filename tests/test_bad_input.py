@@ -231,6 +231,12 @@ def test_errors_do_not_speak_of_python(http: httpx.Client, body: Any, message: s
     assert fault(http.post("/v1/chat/completions", json=body))["message"] == message
 
 
+def test_what_exceeds_the_context_has_openai_s_code(http: httpx.Client) -> None:
+    bodies = [{"prompt": [260] * 2048}, {"prompt": "a" * 10**6}, {"prompt": PROMPT, "max_tokens": 2048}]
+    for body in bodies:
+        assert fault(http.post("/v1/completions", json=body))["code"] == "context_length_exceeded"
+
+
 @pytest.mark.parametrize("field", ["prompt", "stop"])
 def test_too_many_items_are_refused_before_any_is_read(http: httpx.Client, field: str) -> None:
     response = http.post("/v1/completions", json={"prompt": PROMPT} | {field: [[""]] * 2000})
@@ -268,9 +274,10 @@ def test_other_models_and_routes_are_a_404(client: openai.OpenAI, http: httpx.Cl
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-4")
-    response = http.get("/v2/completions")
-    assert response.status_code == 404
-    fault(response)
+    for path in ("/v2/completions", "//v1/models"):  # a base URL that ends in a slash makes the second
+        response = http.get(f"{http.base_url}".rstrip("/") + path)
+        assert response.status_code == 404
+        assert path in fault(response)["message"]
 
 
 def test_a_body_without_end_is_not_read(http: httpx.Client) -> None:

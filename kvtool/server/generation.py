@@ -31,6 +31,10 @@ MAX_ANSWERS = 1024  # to one body
 MAX_WARNINGS = 256  # of fields that clients can invent
 
 
+class ContextLengthError(RequestError):
+    """More tokens than the model's context; some clients cut the conversation and try again."""
+
+
 class QueueFullError(KVToolError):
     """More requests than may wait; later there will be room."""
 
@@ -209,11 +213,11 @@ class TextEngine:
         """Refuse a text that can never fit, before time is spent on its tokens.
 
         Raises:
-            RequestError: it has more characters than the context has room for.
+            ContextLengthError: it has more characters than the context has room for.
         """
         most = self.info.max_model_len * self.tokenizer.longest
         if length > most:
-            raise RequestError(f"{field}: the prompt has {length} characters; send at most {most}", field)
+            raise ContextLengthError(f"{field}: the prompt has {length} characters; send at most {most}", field)
 
     def _check_ids(self, field: str, ids: Iterable[int]) -> None:
         largest, vocab_size = max(ids, default=0), self.info.vocab_size
@@ -250,9 +254,9 @@ class TextEngine:
                 f"{field}: the prompt holds id {max(prompt)}; this model's end at {vocab_size - 1}", field
             )
         if room < 1:
-            raise RequestError(f"{field}: the prompt has {len(prompt)} tokens; send at most {context - 1}", field)
+            raise ContextLengthError(f"{field}: the prompt has {len(prompt)} tokens; send at most {context - 1}", field)
         if limit is not None and limit > room:
-            raise RequestError(
+            raise ContextLengthError(
                 f"{limit_name} is {limit}, but {len(prompt)} tokens of prompt leave room for "
                 f"{room} in the context of {context}; ask for no more",
                 limit_name,

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from kvtool.errors import EngineDeadError, KVToolError, RequestError
-from kvtool.server.generation import QueueFullError, TextEngine
+from kvtool.server.generation import ContextLengthError, QueueFullError, TextEngine
 
 
 def _engine(request: Request) -> TextEngine:
@@ -44,6 +44,8 @@ def error_of(error: Exception) -> tuple[int, dict[str, Any]]:
     """Status and body that tell a client of `error`."""
     if isinstance(error, UnknownModelError):
         return 404, error_body(404, str(error), error.param, "model_not_found")
+    if isinstance(error, ContextLengthError):
+        return 400, error_body(400, str(error), error.param, "context_length_exceeded")
     if isinstance(error, RequestError):
         return 400, error_body(400, str(error), error.param)
     if isinstance(error, QueueFullError):
@@ -95,7 +97,7 @@ def install_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, StarletteHTTPException)
         allowed = (error.headers or {}).get("Allow")
         what = f"is for {allowed}, not for {request.method}" if allowed else "is no route of this server"
-        body = error_body(error.status_code, f"{request.url.path:.80} {what}")
+        body = error_body(error.status_code, f"{request.scope['path']:.80} {what}")
         return JSONResponse(body, error.status_code, error.headers)
 
     def nobody_listens(_: Request, error: Exception) -> Response:
