@@ -1,8 +1,10 @@
 """Who runs in the next step, and with which memory. Integers only; the runner makes tensors of them."""
 
 from collections import Counter, deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from itertools import takewhile
 from math import inf
 
 from kvtool.errors import RequestError
@@ -245,14 +247,13 @@ class Scheduler:
                 return
         for sequence in self.running:
             if sequence.id == request_id:
-                # Before its first token nobody has looked whether what it stored is finite.
-                self._end(sequence, wipe=sequence.num_generated == 0)
+                self._end(sequence)
                 return
 
     def flush_cache(self) -> None:
-        """Forget every prefix; what runs keeps its memory."""
+        """Forget every prefix; what has been computed for a request, running or swapped, is its alone from now on."""
         self.blocks.flush()
-        for sequence in self.running:
+        for sequence in (*self.running, *self._preempted()):
             sequence.root = b""
 
     def stats(self) -> EngineStats:
@@ -260,7 +261,7 @@ class Scheduler:
         return EngineStats(
             running=len(self.running),
             waiting=len(self.waiting),
-            swapped=sum(bool(sequence.units) for sequence in self.waiting),
+            swapped=sum(bool(sequence.units) for sequence in self._preempted()),
             used_blocks=self.blocks.num_used,
             cached_blocks=self.blocks.num_cached,
             sealed_blocks=self.blocks.num_sealed,
@@ -307,12 +308,12 @@ class Scheduler:
 
         Each running sequence may need a block soon, so that many are left to them.
         """
-        if self._awaits_fork(sequence):
+        if self.slots.num_free == 0 or self._awaits_fork(sequence):
             return False
         found = self._find_prefix(sequence)
         needed = self.format.num_blocks(len(sequence.tokens)) - len(found)
         available = self.blocks.num_free - sum(self.blocks.owners(block) == 0 for block in found)
-        if self.slots.num_free == 0 or available < needed + len(self.running):
+        if available < needed + len(self.running):
             return False
         for block in found:
             self.blocks.share(block)
@@ -339,7 +340,7 @@ class Scheduler:
     def _end(self, sequence: Sequence, *, wipe: bool = False) -> None:
         """Stop running a sequence and take its memory back; `wipe`: what it alone wrote may be unfit for others."""
         self.running.remove(sequence)
-        if wipe:
+        if wipe or sequence.num_generated == 0:  # before its first token nobody has looked whether all is finite
             own = [block for block in sequence.blocks if self.blocks.owners(block) == 1]
             for block in own:
                 self.blocks.forget(block)
@@ -389,6 +390,10 @@ class Scheduler:
                 sequence.prompt_logprobs = []
         self._end(sequence)
         self.waiting.appendleft(sequence)
+
+    def _preempted(self) -> Iterator[Sequence]:
+        """Who waits for room to go on: first in line, before those that have never run."""
+        return takewhile(lambda sequence: sequence.num_known_tokens > 0, self.waiting)
 
     def _swap_in(self, sequence: Sequence) -> None:
         """Bring back what is not shared again, and free the units."""

@@ -24,6 +24,7 @@ FORMATS = {
     "window": resolve(KVOptions(nbits="2", q_group_size=32, residual_length=64), SPEC),
 }
 TAIL_UNITS = 3
+NAN = -2  # a token whose keys and values are not finite; an answer after it is not either
 
 
 class Machine:
@@ -54,7 +55,7 @@ class Machine:
             self.tails[fork.slot] = self.tails[fork.source_slot].copy()
             if fork.block >= 0:
                 self.blocks[fork.block] = self.blocks[fork.source_block].copy()
-        tokens = [rng.randrange(5) for _ in batch.samples]
+        tokens = [-1 if NAN in self.truth[sample.id] else rng.randrange(5) for sample in batch.samples]
         for sample, token in zip(batch.samples, tokens, strict=True):
             assert len(self.truth[sample.id]) == sample.position
             assert batch.spans[sample.span].end == sample.position
@@ -63,6 +64,7 @@ class Machine:
         for tokens_of_one in news:
             self.truth[tokens_of_one.id] += tokens_of_one.token_ids
         self._check_ownership()
+        self._check_what_is_left()
         return news
 
     def _move(self, batch: ScheduledBatch) -> None:
@@ -118,6 +120,14 @@ class Machine:
         slots = [sequence.slot for sequence in s.running]
         assert len(slots) == len(set(slots)) == s.slots.num_slots - s.slots.num_free
 
+    def _check_what_is_left(self) -> None:
+        """What is not finite lies with those alone who have yet to fail of it, or is about to be wiped."""
+        failing = [sequence for sequence in self.scheduler.running if NAN in self.truth[sequence.id]]
+        memories = [*(Memory(sequence.blocks, sequence.slot) for sequence in failing), *self.scheduler._wipes]
+        blocks, slots = {block for memory in memories for block in memory.blocks}, {memory.slot for memory in memories}
+        assert not any(NAN in tokens for block, tokens in enumerate(self.blocks) if block not in blocks)
+        assert not any(NAN in tokens for slot, tokens in enumerate(self.tails) if slot not in slots)
+
 
 def machine(fmt: KVFormat, *, blocks: int, seqs: int, budget: int = 64, swap: int = 0, caching: bool = True) -> Machine:
     scheduler = Scheduler(
@@ -155,10 +165,14 @@ def test_every_span_finds_what_came_before_it(fmt, seed):
         caching=rng.random() < 0.8,
     )
     beginnings = [[rng.randrange(5) for _ in range(200)] for _ in range(3)]
+    if rng.random() < 0.3:
+        beginnings[0][70] = NAN
     expected: dict[str, int] = {}
     for i in range(12):
         shared = rng.choice(beginnings)[: rng.choice([0, 0, 31, 32, 64, 100, 128, 200])]
         prompt = shared + [rng.randrange(5) for _ in range(rng.randint(1, 60))]
+        if rng.random() < 0.1:
+            prompt[rng.randrange(len(prompt))] = NAN
         salt = rng.choice(["", "", "other"])
         for fork in range(rng.choice([1, 1, 1, 4])):
             name = f"{i}.{fork}"
@@ -169,11 +183,12 @@ def test_every_span_finds_what_came_before_it(fmt, seed):
     while m.scheduler.has_work:
         for tokens in m.step(rng):
             got[tokens.id] += len(tokens.token_ids)
-        if rng.random() < 0.05:
+            if tokens.error:
+                assert NAN in m.truth[tokens.id]
+                expected.pop(tokens.id, None)
+        if expected and rng.random() < 0.05:
             m.scheduler.abort(name := rng.choice(list(expected)))
             del expected[name]
-            if not expected:
-                break
         if rng.random() < 0.01:
             m.scheduler.flush_cache()
     assert {name: got[name] for name in expected} == expected
@@ -239,6 +254,20 @@ def test_a_salt_keeps_prefixes_apart():
     assert (stats.full_hits_total, stats.prefix_hits_total, stats.prefix_queries_total) == (1, 96, 300)
 
 
+def test_a_flush_forgets_what_runs_and_what_is_swapped_too():
+    m, rng = machine(FORMATS["sealed"], blocks=8, seqs=4, swap=100), random.Random(0)
+    for i in range(4):
+        m.submit(Request(str(i), [i] * 60, SamplingParams(max_tokens=150)))
+    while m.scheduler.stats().swapped == 0:
+        m.step(rng)
+    m.scheduler.flush_cache()
+    assert m.scheduler.stats().sealed_blocks == 0
+    run_all(m)
+    for i in reversed(range(4)):  # whose blocks were given up last, first: nothing has evicted them yet
+        m.submit(Request(f"again {i}", m.truth[str(i)][:190], SamplingParams(max_tokens=1)))
+        assert run_all(m).prefix_hits_total == 0
+
+
 def test_forks_share_the_prompt_and_its_cost():
     for fmt in FORMATS.values():
         m = machine(fmt, blocks=30, seqs=8, budget=1000, caching=False)
@@ -261,3 +290,14 @@ def test_swap_needs_no_computing_again_and_a_full_one_falls_back_to_it():
         assert stats.preemptions_total > 0
         assert (stats.recomputations_total == stats.preemptions_total) is recomputes
         assert (stats.swap_outs_total == stats.swap_ins_total > 0) is not recomputes
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
+@pytest.mark.parametrize("swap", [100, 0])
+def test_who_makes_room_before_its_first_token_leaves_nothing_unfit_behind(fmt, swap):
+    """Nobody has looked yet whether what it stored is finite: `_check_what_is_left` does, after each step."""
+    m = machine(fmt, blocks=fmt.num_blocks(300) + fmt.num_blocks(40) + 1, seqs=2, budget=3, swap=swap)
+    m.submit(Request("old", [0] * 40, SamplingParams(max_tokens=240)))
+    m.submit(Request("bad", [1, 1, NAN, *[1] * 297], SamplingParams(max_tokens=2)))
+    stats = run_all(m)
+    assert stats.preemptions_total > 0
