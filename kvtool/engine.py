@@ -1,6 +1,7 @@
 """The engine: requests in, tokens out, one step at a time."""
 
 import random
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from functools import cached_property
 from itertools import count
 from threading import Lock
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -63,6 +65,8 @@ class Engine:
         self._seeds = random.Random(config.seed)
         self._grammars: GrammarCompiler | None = None
         self._preparing = Lock()
+        self._submitted: dict[str, float] = {}  # when, of requests that no step has computed anything of
+        self._queued: dict[str, float] = {}  # for how long, of those that have no token yet
         self._matchers: dict[str, Matcher] = {}  # of requests with a grammar
         self._ids = count()
         self._arrivals: dict[str, deque[Tokens]] = {}  # of `generate` and `stream`, by request
@@ -108,6 +112,7 @@ class Engine:
                 raise RequestError(f"{name}: token ids must be from 0 to {known[-1]}", name)
         matcher = self.prepare_grammars().start(params.grammar) if params.grammar else None
         self.scheduler.add(request, self._seeds.getrandbits(63) if params.seed is None else params.seed)
+        self._submitted[request.id] = time.perf_counter()
         if matcher:
             self._matchers[request.id] = matcher
 
@@ -115,6 +120,8 @@ class Engine:
         """Drop a request and free its memory."""
         self.scheduler.abort(request_id)
         self._matchers.pop(request_id, None)
+        self._submitted.pop(request_id, None)
+        self._queued.pop(request_id, None)
 
     def flush_cache(self) -> None:
         """Forget every prefix."""
@@ -130,14 +137,22 @@ class Engine:
         Where the cache's format cannot hold what the model makes of them, all requests of the step end with that error.
         For requests of `submit`; `generate` and `stream` step by themselves.
         """
-        batch = self.scheduler.schedule()
+        batch, now = self.scheduler.schedule(), time.perf_counter()
+        for request_id in [span.id for span in batch.spans if span.id in self._submitted]:
+            self._queued[request_id] = now - self._submitted.pop(request_id)
         faults: dict[str, str] = {}
         allowed = self._allowed(batch, faults)
         try:
             news = self.scheduler.update(batch, self.runner.collect(self.runner.launch(batch, allowed)))
         except UnsupportedError as error:
             news = self.scheduler.fail(batch, str(error))
-        return [self._follow(tokens, faults) for tokens in news]
+        return [self._follow(self._with_queue_time(tokens), faults) for tokens in news]
+
+    def _with_queue_time(self, tokens: Tokens) -> Tokens:
+        """`tokens`, if they are a request's first, with how long it had waited; a fork has waited for the prompt."""
+        self._submitted.pop(tokens.id, None)
+        queued = self._queued.pop(tokens.id, None)
+        return tokens if queued is None else msgspec.structs.replace(tokens, queue_seconds=queued)
 
     def _allowed(self, batch: ScheduledBatch, faults: dict[str, str]) -> NDArray[np.int32] | None:
         """Bitmask of the ids that each sample may take; None where no grammar has a say."""

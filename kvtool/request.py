@@ -109,6 +109,7 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
         logprobs: of each of `token_ids`, if asked for.
         prompt_logprobs: in the first message, if asked for: of every prompt token but the first.
         num_cached_tokens: in the first message: tokens of the prompt that a prefix hit saved.
+        queue_seconds: in the first message: from submission to the first step that computed something of it.
     """
 
     id: str
@@ -119,6 +120,7 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     num_cached_tokens: int = 0
+    queue_seconds: float = 0.0
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

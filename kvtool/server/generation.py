@@ -131,8 +131,17 @@ class Observer:
     def next_tokens(self, seconds: float, count: int) -> None:
         """`count` more came together, so long after those before."""
 
-    def finished(self, seconds: float, prompt_tokens: int, generation_tokens: int, reason: Ending) -> None:
-        """The answer ended, so long after the request was ready; nothing more is said of it."""
+    def finished(self, times: "Times", prompt_tokens: int, generation_tokens: int, reason: Ending) -> None:
+        """The answer ended; nothing more is said of it."""
+
+
+@dataclass
+class Times:
+    """Of one request: seconds in the queue, until its first token and until its last, each since it was ready."""
+
+    queue: float = 0.0
+    first: float = 0.0
+    whole: float = 0.0
 
 
 class TextEngine:
@@ -309,7 +318,7 @@ class TextEngine:
             raise RequestError(f"rid: {request.id!r} runs already; choose another", "rid")
         reader, piece = Reader(self.tokenizer, self.info.eos_token_ids, asked.sampling, asked.tools), Piece(index=index)
         started = latest = time.perf_counter()
-        generated = 0
+        times, generated = Times(), 0
         reason: Ending = "abort"  # unless another is seen: who leaves early says nothing
         stream = self.client.submit(request)
         try:
@@ -317,8 +326,11 @@ class TextEngine:
                 async for tokens in stream:
                     if tokens.token_ids:
                         previous, latest = latest, time.perf_counter()
-                        tell = self.observer.next_tokens if generated else self.observer.first_tokens
-                        tell(latest - previous, len(tokens.token_ids))
+                        if generated:
+                            self.observer.next_tokens(latest - previous, len(tokens.token_ids))
+                        else:
+                            times.queue, times.first = tokens.queue_seconds, latest - started
+                            self.observer.first_tokens(times.first, len(tokens.token_ids))
                         generated += len(tokens.token_ids)
                     reader.read(tokens, piece)
                     reason = piece.finish_reason or reason
@@ -331,7 +343,8 @@ class TextEngine:
             reason = "error"
             raise
         finally:
-            self.observer.finished(time.perf_counter() - started, len(request.prompt), generated, reason)
+            times.whole = time.perf_counter() - started
+            self.observer.finished(times, len(request.prompt), generated, reason)
 
 
 class Reader:

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvtool.server.responses import error_body
 
+MAX_HEADER_BYTES = 2**16
 MAX_BODY_BYTES = 16 * 2**20
 MAX_DEPTH = 128
 # Python needs some 100 ns for a number and 500 ns for a list, and nobody else's turn comes meanwhile.
@@ -76,6 +77,8 @@ class Guard:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         try:
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+                raise Refusal(431, f"the headers are larger than {MAX_HEADER_BYTES} bytes; send fewer")
             self._admit(scope["method"], scope["raw_path"], headers)
             body = await self._body(headers, receive) if has_body(headers) else b""
         except Refusal as refusal:

@@ -22,11 +22,10 @@ from kvtool.errors import ConfigError, EngineDeadError
 from kvtool.request import EngineInfo
 from kvtool.server.app import create_app
 from kvtool.server.generation import TextEngine
-from kvtool.server.guard import Guard
+from kvtool.server.guard import MAX_HEADER_BYTES, Guard
 from kvtool.server.metrics import Metrics
 from kvtool.tokenizer import Tokenizer
 
-MAX_HEADER_BYTES = 2**16
 INTERRUPT_SECONDS = 5  # for answers under way after Ctrl-C; somebody waits
 LAST_SECONDS = 0.5  # for what is written already to be read, when there is nothing else to wait for
 

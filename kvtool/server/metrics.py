@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from kvtool.client import EngineClient
 from kvtool.request import EngineInfo, EngineStats
-from kvtool.server.generation import Ending, Observer
+from kvtool.server.generation import Ending, Observer, Times
 
 # vLLM's, so that quantiles of both can be compared.
 TTFT_BUCKETS = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40]
@@ -44,8 +44,15 @@ class Metrics(Observer):
             histogram("vllm:time_per_output_token_seconds", "The same, by its older name.", ITL_BUCKETS),
         ]
         self._whole = histogram("vllm:e2e_request_latency_seconds", "Request to last token.", E2E_BUCKETS)
+        self._queue = histogram("vllm:request_queue_time_seconds", "Request to its first step.", E2E_BUCKETS)
+        self._prefill = histogram("vllm:request_prefill_time_seconds", "First step to first token.", E2E_BUCKETS)
+        self._decode = histogram("vllm:request_decode_time_seconds", "First to last token.", E2E_BUCKETS)
+        self._inference = histogram("vllm:request_inference_time_seconds", "First step to last token.", E2E_BUCKETS)
         self._prompts = histogram("vllm:request_prompt_tokens", "Tokens of a prompt.", counts)
-        self._answers = histogram("vllm:request_generation_tokens", "Tokens of an answer.", counts)
+        self._answers = [
+            histogram("vllm:request_generation_tokens", "Tokens of an answer.", counts),
+            histogram("vllm:request_max_num_generation_tokens", "The same: each answer is observed.", counts),
+        ]
         self._prompt_tokens = counter("vllm:prompt_tokens", "Tokens of the prompts that were answered.")
         self._answer_tokens = counter("vllm:generation_tokens", "Tokens generated.")
         labels = ["model_name", "finished_reason"]
@@ -67,12 +74,17 @@ class Metrics(Observer):
             for _ in range(count):
                 gaps.observe(seconds / count)
 
-    def finished(self, seconds: float, prompt_tokens: int, generation_tokens: int, reason: Ending) -> None:
+    def finished(self, times: Times, prompt_tokens: int, generation_tokens: int, reason: Ending) -> None:
         self._endings[reason].inc()
         if generation_tokens:
-            self._whole.observe(seconds)
+            self._whole.observe(times.whole)
+            self._queue.observe(times.queue)
+            self._prefill.observe(times.first - times.queue)
+            self._decode.observe(times.whole - times.first)
+            self._inference.observe(times.whole - times.queue)
             self._prompts.observe(prompt_tokens)
-            self._answers.observe(generation_tokens)
+            for answers in self._answers:
+                answers.observe(generation_tokens)
             self._prompt_tokens.inc(prompt_tokens)
 
 
