@@ -48,6 +48,7 @@ class Sequence:
         slot: its tail slot and its row in the runner's memory of newest tokens; -1 while it waits.
         units: of the swap space, which hold its computed blocks and its tail while it waits.
         prompt_logprobs: as far as they have been computed.
+        alone: until its next token it is computed in steps of its own; one that failed may have been its fault.
     """
 
     request: Request
@@ -64,6 +65,7 @@ class Sequence:
     slot: int = -1
     units: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    alone: bool = False
 
     @property
     def id(self) -> str:
@@ -167,8 +169,17 @@ class Scheduler:
         """The spans of the next step, with memory for each; never empty while there is work."""
         budget = self.max_num_batched_tokens
         decodes: list[ScheduledSpan] = []
+        chunks: list[ScheduledSpan] = []
         sampling: dict[str, list[Sequence]] = {}  # by the span that they take a token from
-        for sequence in [s for s in self.running if not s.is_prefilling]:
+
+        def compute(sequence: Sequence) -> int:
+            chunks.append(self._span(sequence, budget))
+            if not sequence.is_prefilling:
+                sampling[sequence.id] = [sequence, *self._fork(sequence)]
+            return chunks[-1].length
+
+        suspect = self._suspect()
+        for sequence in [s for s in self.running if not s.is_prefilling and suspect is None]:
             if sequence.slot < 0 or budget == 0:  # preempted a moment ago, or no room in this step
                 continue
             while not self._grow(sequence):
@@ -180,18 +191,10 @@ class Scheduler:
                 decodes.append(self._span(sequence, 1))
                 sampling[sequence.id] = [sequence]
                 budget -= 1
-        chunks: list[ScheduledSpan] = []
-
-        def compute(sequence: Sequence) -> int:
-            chunks.append(self._span(sequence, budget))
-            if not sequence.is_prefilling:
-                sampling[sequence.id] = [sequence, *self._fork(sequence)]
-            return chunks[-1].length
-
-        for sequence in list(self.running):
+        for sequence in [suspect] if suspect else list(self.running):
             if sequence.is_prefilling and budget > 0:
                 budget -= compute(sequence)
-        while budget > 0 and self.waiting and self._admit(self.waiting[0]):
+        while budget > 0 and suspect is None and self.waiting and self._admit(self.waiting[0]):
             budget -= compute(self.waiting.popleft())
         spans = [*decodes, *sorted(chunks, key=lambda span: span.length > 1)]
         batch = ScheduledBatch(
@@ -216,7 +219,6 @@ class Scheduler:
             sequence = running.get(span.id)
             if sequence and span.id not in failed:  # None: aborted since it was scheduled
                 sequence.prompt_logprobs.extend(scores)
-                self._seal(sequence)
         for sample, token, logprobs in zip(batch.samples, result.token_ids, result.logprobs, strict=True):
             sequence = running.get(sample.id)
             if sequence is None:
@@ -226,17 +228,24 @@ class Scheduler:
                 news.append(Tokens(sample.id, [], error=NOT_FINITE))
                 continue
             sequence.tokens.append(token)
+            sequence.alone = False
+            self._seal(sequence)
             news.append(self._news(sequence, logprobs))
             if news[-1].finish_reason:
                 self._end(sequence)
         return news
 
     def fail(self, batch: ScheduledBatch, error: str) -> list[Tokens]:
-        """End every sequence of a step that could not be computed."""
-        ids = dict.fromkeys([span.id for span in batch.spans] + [sample.id for sample in batch.samples])
-        for sequence in [s for s in self.running if s.id in ids]:
+        """After a step that could not be computed: end its sequence with the error. If it had several, all are computed
+        again, each in steps of its own, so that the one whose fault it was takes no other along."""
+        ids = {span.id for span in batch.spans} | {sample.id for sample in batch.samples}
+        sequences = [sequence for sequence in self.running if sequence.id in ids]
+        for sequence in reversed(sequences):
             self._end(sequence, wipe=True)
-        return [Tokens(request_id, [], error=error) for request_id in ids]
+            if len(sequences) > 1:
+                sequence.alone = True
+                self._compute_again(sequence)
+        return [Tokens(sequences[0].id, [], error=error)] if len(sequences) == 1 else []
 
     def abort(self, request_id: str) -> None:
         """Drop a request in whatever state it is; one that has ended meanwhile is no error."""
@@ -341,9 +350,7 @@ class Scheduler:
         """Stop running a sequence and take its memory back; `wipe`: what it alone wrote may be unfit for others."""
         self.running.remove(sequence)
         if wipe or sequence.num_generated == 0:  # before its first token nobody has looked whether all is finite
-            own = [block for block in sequence.blocks if self.blocks.owners(block) == 1]
-            for block in own:
-                self.blocks.forget(block)
+            own = [block for block in sequence.blocks[sequence.num_sealed :] if self.blocks.owners(block) == 1]
             self._wipes.append(Memory(own, sequence.slot))
         for block in reversed(sequence.blocks):  # the end of a prefix is of no use without its beginning
             self.blocks.free(block)
@@ -377,18 +384,23 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's memory; it waits, first in line."""
         computed = sequence.blocks[: self.format.num_blocks(sequence.num_computed_tokens)]
-        num_units = len(computed) + self.tail_units
+        memory, num_units = Memory(computed, sequence.slot), len(computed) + self.tail_units
         self.totals["preemptions_total"] += 1
+        self._end(sequence)
         if num_units <= self.swap.num_free:
             sequence.units = [self.swap.allocate() for _ in range(num_units)]
-            self._swap_outs.append(Swap(Memory(computed, sequence.slot), sequence.units))
+            self._swap_outs.append(Swap(memory, sequence.units))
             self.totals["swap_outs_total"] += len(computed)
+            self.waiting.appendleft(sequence)
         else:
             self.totals["recomputations_total"] += 1
-            sequence.num_computed_tokens = 0
-            if sequence.num_generated == 0:
-                sequence.prompt_logprobs = []
-        self._end(sequence)
+            self._compute_again(sequence)
+
+    def _compute_again(self, sequence: Sequence) -> None:
+        """Let a sequence that has lost its memory wait, first in line."""
+        sequence.num_computed_tokens = 0
+        if sequence.num_generated == 0:
+            sequence.prompt_logprobs = []
         self.waiting.appendleft(sequence)
 
     def _preempted(self) -> Iterator[Sequence]:
@@ -441,7 +453,7 @@ class Scheduler:
         return found
 
     def _seal(self, sequence: Sequence) -> None:
-        """Make the blocks that a step has completed known by what they hold."""
+        """Make complete blocks known by what they hold, now that a token has shown that it is fit for others."""
         if not sequence.root:
             return
         size = self.format.block_size
@@ -461,6 +473,15 @@ class Scheduler:
 
     # Forks
 
+    def _suspect(self) -> Sequence | None:
+        """The sequence that this step must compute alone, if there is one."""
+        for sequence in self.running:
+            if sequence.alone:
+                return sequence
+        if self.waiting and self.waiting[0].alone and self._admit(self.waiting[0]):
+            return self.waiting.popleft()
+        return None
+
     def _awaits_fork(self, sequence: Sequence) -> bool:
         """A running sequence is about to compute the prompt that this one shares."""
         parents = (s for s in self.running if s.id == sequence.request.fork_of)
@@ -469,7 +490,8 @@ class Scheduler:
     def _is_fork(self, sequence: Sequence, parent: Sequence) -> bool:
         """A waiting sequence can go on from where `parent` has computed its prompt."""
         same = sequence.tokens == parent.tokens == parent.request.prompt and sequence.root == parent.root
-        return sequence.request.fork_of == parent.id and same and not sequence.units
+        alike = sequence.params.prompt_logprobs == parent.params.prompt_logprobs and not sequence.alone
+        return sequence.request.fork_of == parent.id and same and alike and not sequence.units
 
     def _fork(self, parent: Sequence) -> list[Sequence]:
         """Admit the forks that wait for `parent`, whose prompt this step completes, as far as there is room."""
@@ -485,7 +507,7 @@ class Scheduler:
             child = self.waiting.popleft()
             child.slot, child.num_known_tokens = self.slots.allocate(), len(child.tokens)
             child.num_computed_tokens = parent.num_computed_tokens
-            child.num_cached_tokens, child.num_sealed = parent.num_cached_tokens, full
+            child.num_cached_tokens, child.num_sealed = parent.num_cached_tokens, parent.num_sealed
             child.prompt_logprobs = parent.prompt_logprobs  # shared: this step extends it for all
             for block in parent.blocks[:full]:
                 self.blocks.share(block)

@@ -357,3 +357,35 @@ def test_stop_ids_end_an_answer_and_min_tokens_puts_that_off():
     assert answers(tested, [[5] * 20], stop)[0] == free[: first + 1]
     later = answers(tested, [[5] * 20], msgspec.structs.replace(stop, min_tokens=first + 3))[0]
     assert len(later) >= first + 4 or later[-1] != free[6]
+
+
+@pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())
+def test_a_request_whose_keys_cannot_be_kept_takes_no_other_along(kv, tmp_path):
+    """It computes its prompt in chunks beside a short and a long answer whose tables are padded with its memory."""
+    make_checkpoint("qwen2", tmp_path, vocab_size=4096)
+
+    def tested(**overrides: object) -> Engine:
+        made = engine(kv, model=str(tmp_path), **overrides)
+        with torch.inference_mode():
+            made.runner.model.embed_tokens.weight[4000] = float("inf")
+        return made
+
+    others = {"short": [5] * 20, "long": [6, 7, 8] * 50, "after": [9] * 100}
+    alone = {name: answers(tested(), [prompt])[0] for name, prompt in others.items()}
+    together = tested(max_num_batched_tokens=64)
+    together.submit(Request("first", [7] * 20, SamplingParams(max_tokens=8, ignore_eos=True)))
+    for name in ("short", "long"):
+        together.submit(Request(name, others[name], GREEDY))
+    got, errors = {name: list[int]() for name in ("first", *others)}, dict[str, str]()
+    while together.has_work:
+        for tokens in together.step():
+            if tokens.error:
+                errors[tokens.id] = tokens.error
+            got.get(tokens.id, []).extend(tokens.token_ids)
+            if tokens.id == "first" and tokens.finish_reason:  # the next one gets its memory
+                together.submit(Request("bad", [4000] * 300, GREEDY))
+    together.submit(Request("after", others["after"], GREEDY))
+    got |= run(together)
+    assert list(errors) == ["bad"]
+    assert {name: got[name] for name in others} == alone
+    assert together.stats().used_blocks == 0

@@ -37,7 +37,8 @@ class KVBatch:
         spans: as given.
         num_decodes: how many spans, from the first, compute one token.
         positions: [T] int64, of every token.
-        block_table: [S, N] int64, block ids of each span, 0 behind its last.
+        block_table: [S, N] int64, block ids of each span; behind its last the same again, because what a mask leaves
+            out must be finite, too, and of other sequences that is not known (0 where a span has none).
         rows: [T] int64, the row of each token, in its block where the format packs on write, else in its tail.
         token_blocks: [T] int64, the block of each token; empty where it is written to the tail.
         tail_slots: [S] int64.
@@ -60,7 +61,9 @@ class KVBatch:
         num_decodes = sum(span.length == 1 for span in spans)
         assert all(span.length == 1 for span in spans[:num_decodes]), "spans of one token come first"
         width = max(1, *(len(span.blocks) for span in spans))
-        table = [[*span.blocks, *[0] * (width - len(span.blocks))] for span in spans]
+        table = [
+            [*span.blocks, *[span.blocks[-1] if span.blocks else 0] * (width - len(span.blocks))] for span in spans
+        ]
         positions = [position for span in spans for position in range(span.start, span.end)]
         size = fmt.block_size if fmt.packs_on_write else fmt.tail_tokens
         token_blocks = (

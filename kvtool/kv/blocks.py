@@ -58,18 +58,11 @@ class BlockPool:
             self._digests[block] = digest
             self._by_digest[digest] = block
 
-    def forget(self, block: int) -> None:
-        """`block` can no longer be found; an owned one stays with its owners."""
-        if digest := self._digests.pop(block, None):
-            del self._by_digest[digest]
-        if block in self._cached:
-            del self._cached[block]
-            self._free.append(block)
-
     def flush(self) -> None:
-        """Forget every sealed block."""
-        for block in list(self._digests):
-            self.forget(block)
+        """Forget every digest: cached blocks become free, owned ones stay with their owners."""
+        self._digests, self._by_digest = {}, {}
+        self._free += self._cached
+        self._cached.clear()
 
     def find(self, digest: bytes) -> int | None:
         """The sealed block of `digest`, which the caller must `share` before the next `allocate`."""
