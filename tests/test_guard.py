@@ -158,7 +158,13 @@ def test_prefixes_are_shared_by_those_of_one_key() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         seen.update(scope.get("state", {}))
 
-    scope = {"type": "http", "raw_path": b"/", "headers": [(b"authorization", b"Bearer k")], "state": {"other": 1}}
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "raw_path": b"/",
+        "headers": [(b"authorization", b"Bearer k")],
+        "state": {"other": 1},
+    }
     asyncio.run(Guard(app, "k")(scope, None, None))  # type: ignore[arg-type]
     assert seen == {"other": 1, "cache_salt": hashlib.sha256(b"k").hexdigest()}
     seen.clear()
@@ -240,7 +246,7 @@ def test_a_body_that_does_not_come_is_a_408() -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "raw_path": b"/generate", "headers": [(b"content-length", b"1000")]}
+    scope = {"type": "http", "method": "POST", "raw_path": b"/generate", "headers": [(b"content-length", b"1000")]}
     asyncio.run(Guard(app, body_seconds=0.2)(scope, receive, send))
     assert sent[0]["status"] == 408
     assert (b"connection", b"close") in sent[0]["headers"]
