@@ -137,6 +137,7 @@ class Engine:
         Where the cache's format cannot hold what the model makes of them, all requests of the step end with that error.
         For requests of `submit`; `generate` and `stream` step by themselves.
         """
+        assert self.has_work, "a step needs requests: submit one first"
         batch, now = self.scheduler.schedule(), time.perf_counter()
         for request_id in [span.id for span in batch.spans if span.id in self._submitted]:
             self._queued[request_id] = now - self._submitted.pop(request_id)

@@ -168,16 +168,7 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """The spans of the next step, with memory for each; never empty while there is work."""
         budget = self.max_num_batched_tokens
-        decodes: list[ScheduledSpan] = []
-        chunks: list[ScheduledSpan] = []
-        sampling: dict[str, list[Sequence]] = {}  # by the span that they take a token from
-
-        def compute(sequence: Sequence) -> int:
-            chunks.append(self._span(sequence, budget))
-            if not sequence.is_prefilling:
-                sampling[sequence.id] = [sequence, *self._fork(sequence)]
-            return chunks[-1].length
-
+        work: list[tuple[ScheduledSpan, list[Sequence]]] = []  # and who takes a token from each
         suspect = self._suspect()
         for sequence in [s for s in self.running if not s.is_prefilling and suspect is None]:
             if sequence.slot < 0 or budget == 0:  # preempted a moment ago, or no room in this step
@@ -188,18 +179,19 @@ class Scheduler:
                 if youngest is sequence:
                     break
             else:
-                decodes.append(self._span(sequence, 1))
-                sampling[sequence.id] = [sequence]
+                work.append(self._compute(sequence, 1))
                 budget -= 1
         for sequence in [suspect] if suspect else list(self.running):
             if sequence.is_prefilling and budget > 0:
-                budget -= compute(sequence)
+                work.append(self._compute(sequence, budget))
+                budget -= work[-1][0].length
         while budget > 0 and suspect is None and self.waiting and self._admit(self.waiting[0]):
-            budget -= compute(self.waiting.popleft())
-        spans = [*decodes, *sorted(chunks, key=lambda span: span.length > 1)]
+            work.append(self._compute(self.waiting.popleft(), budget))
+            budget -= work[-1][0].length
+        work.sort(key=lambda item: (bool(item[0].token_ids), item[0].length > 1))
         batch = ScheduledBatch(
-            spans=spans,
-            samples=[self._sample(s, index) for index, span in enumerate(spans) for s in sampling.get(span.id, ())],
+            spans=[span for span, _ in work],
+            samples=[self._sample(taker, index) for index, (_, takers) in enumerate(work) for taker in takers],
             swap_outs=self._swap_outs,
             wipes=self._wipes,
             swap_ins=self._swap_ins,
@@ -278,6 +270,13 @@ class Scheduler:
             used_swap_units=self.swap.num_used,
             **self.totals,
         )
+
+    def _compute(self, sequence: Sequence, budget: int) -> tuple[ScheduledSpan, list[Sequence]]:
+        """The next tokens of `sequence`, at most `budget`, and who takes a token from them: its forks, too."""
+        span = self._span(sequence, budget)
+        if sequence.is_prefilling:
+            return span, []
+        return span, [sequence, *(self._fork(sequence) if span.token_ids else ())]
 
     def _span(self, sequence: Sequence, budget: int) -> ScheduledSpan:
         """Schedule the next tokens of `sequence`, at most `budget`."""
@@ -468,8 +467,8 @@ class Scheduler:
             possible = (len(sequence.tokens) - 1) // self.format.block_size * self.format.block_size
             self.totals["prefix_queries_total"] += len(sequence.tokens)
             self.totals["prefix_hits_total"] += sequence.num_cached_tokens
-            kind = "full_hits_total" if sequence.num_cached_tokens == possible else "partial_hits_total"
-            self.totals[kind] += sequence.num_cached_tokens > 0
+            if sequence.num_cached_tokens:
+                self.totals["full_hits_total" if sequence.num_cached_tokens == possible else "partial_hits_total"] += 1
 
     # Forks
 
@@ -489,9 +488,9 @@ class Scheduler:
 
     def _is_fork(self, sequence: Sequence, parent: Sequence) -> bool:
         """A waiting sequence can go on from where `parent` has computed its prompt."""
-        same = sequence.tokens == parent.tokens == parent.request.prompt and sequence.root == parent.root
-        alike = sequence.params.prompt_logprobs == parent.params.prompt_logprobs and not sequence.alone
-        return sequence.request.fork_of == parent.id and same and alike and not sequence.units
+        is_child = sequence.request.fork_of == parent.id and sequence.tokens == parent.tokens == parent.request.prompt
+        alike = sequence.root == parent.root and sequence.params.prompt_logprobs == parent.params.prompt_logprobs
+        return is_child and alike and not sequence.alone and not sequence.units
 
     def _fork(self, parent: Sequence) -> list[Sequence]:
         """Admit the forks that wait for `parent`, whose prompt this step completes, as far as there is room."""
