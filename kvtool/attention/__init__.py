@@ -1,31 +1,66 @@
 """Attention over the KV store: the table of backends, and the one call that a decoder layer makes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from kvtool.attention.layer import AttentionLayer
 from kvtool.attention.torch_backend import TorchAttention
+from kvtool.attention.triton_backend import TritonDecode
 from kvtool.errors import UnsupportedError
 from kvtool.kv.batch import KVBatch
 from kvtool.kv.hadamard import hadamard
 from kvtool.kv.store import KVStore, LayerKV, Near
 
 
-class AttentionBackend(Protocol):
-    """One way to compute attention over the store."""
+class Prefill(Protocol):
+    """Attention of spans of several queries."""
+
+    def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
+        """Why this cannot run `layer` on `kv`, or None if it can."""
+
+    def prefill(self, q: Tensor, near: list[Near], kv: LayerKV, batch: KVBatch, layer: AttentionLayer) -> Tensor:
+        """Attention of `q` [T, Hq, D], the queries behind the decodes, over what `kv.write` has stored; same shape."""
+
+
+class Decode(Protocol):
+    """Attention of the single queries of all sequences."""
+
+    def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
+        """Why this cannot run `layer` on `kv`, or None if it can."""
+
+    def decode(self, q: Tensor, kv: LayerKV, batch: KVBatch, layer: AttentionLayer) -> Tensor:
+        """Attention of `q` [batch.num_decodes, Hq, D] over what `kv.write` has stored; same shape."""
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """One way to compute attention over the store, composed of two."""
 
     name: str
+    prefill: Prefill
+    decode: Decode
 
     def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
         """Why this backend cannot run `layer` on `kv`, or None if it can."""
+        return self.decode.refuses(layer, kv) or self.prefill.refuses(layer, kv)
 
     def forward(self, q: Tensor, near: list[Near], kv: LayerKV, batch: KVBatch, layer: AttentionLayer) -> Tensor:
         """Attention of `q` [T, Hq, D] over what `kv.write` has stored, as [T, Hq, D]."""
+        n = batch.num_decodes
+        if n == len(q):
+            return self.decode.decode(q, kv, batch, layer)
+        longer = self.prefill.prefill(q[n:], near, kv, batch, layer)
+        return torch.cat([self.decode.decode(q[:n], kv, batch, layer), longer]) if n else longer
 
 
-BACKENDS: tuple[AttentionBackend, ...] = (TorchAttention(),)  # best first
+BACKENDS = (  # best first
+    AttentionBackend("triton", prefill=TorchAttention(), decode=TritonDecode()),
+    AttentionBackend("torch", prefill=TorchAttention(), decode=TorchAttention()),
+)
 
 
 def select(layer: AttentionLayer, kv: LayerKV, asked: str = "auto") -> AttentionBackend:
@@ -53,6 +88,11 @@ class PagedAttention:
     def __init__(self, store: KVStore, layers: Sequence[AttentionLayer], asked: str = "auto") -> None:
         self.store, self.layers = store, layers
         self.backends = [select(layer, kv, asked) for layer, kv in zip(layers, store.layers, strict=True)]
+
+    @property
+    def is_capturable(self) -> bool:
+        """Decode steps look at no value on the host, so that a CUDA graph can hold them."""
+        return all(backend.name == "triton" for backend in self.backends) and all(kv.writer for kv in self.store.layers)
 
     def __call__(self, index: int, q: Tensor, key: Tensor, value: Tensor, batch: KVBatch) -> Tensor:
         """Store this step's `key` and `value` [T, Hkv, D] and attend with `q` [T, Hq, D]; returns [T, Hq, D].

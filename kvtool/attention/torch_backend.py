@@ -12,43 +12,39 @@ from kvtool.kv.store import LayerKV, Near, Stream
 class TorchAttention:
     """Decodes what a step reads and leaves the rest to torch; the single queries of all sequences go together."""
 
-    name = "torch"
-
     def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
         return None
 
-    def forward(self, q: Tensor, near: list[Near], kv: LayerKV, batch: KVBatch, layer: AttentionLayer) -> Tensor:
-        n = batch.num_decodes
-        outs = [_decodes(q[:n], kv, batch, layer)] if n else []
-        for index, span in enumerate(batch.spans[batch.num_decodes :]):
-            chunk = slice(n, n + span.length)
-            blocks = batch.block_table[batch.num_decodes + index]
+    def prefill(self, q: Tensor, near: list[Near], kv: LayerKV, batch: KVBatch, layer: AttentionLayer) -> Tensor:
+        outs, n = [], batch.num_decodes
+        visible = batch.visible[n:].split([span.length for span in batch.spans[n:]])
+        chunks = q.split([span.length for span in batch.spans[n:]])
+        for index, (span, chunk) in enumerate(zip(batch.spans[n:], chunks, strict=True)):
+            blocks = batch.block_table[n + index]
             if near:
-                outs.append(_chunk(q[chunk], near[index], kv, blocks, batch.visible[chunk], span, layer))
+                outs.append(_chunk(chunk, near[index], kv, blocks, visible[index], span, layer))
             else:
-                outs.append(_packed_chunk(q[chunk], kv, blocks, span, layer))
-            n += span.length
+                outs.append(_packed_chunk(chunk, kv, blocks, span, layer))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
+    def decode(self, q: Tensor, kv: LayerKV, batch: KVBatch, layer: AttentionLayer) -> Tensor:
+        n = q.shape[0]
+        blocks, at = batch.decode_columns
+        window = layer.sliding_window
+        first = 0 if window is None else (batch.positions[:n, None] + 1 - window).clamp_(min=0)
 
-def _decodes(q: Tensor, kv: LayerKV, batch: KVBatch, layer: AttentionLayer) -> Tensor:
-    """One query per sequence, `q` [n, Hq, D], over its blocks below v(t) and its tail from v(t) to t."""
-    n = q.shape[0]
-    blocks, at = batch.decode_columns
-    first = 0 if layer.sliding_window is None else (batch.positions[:n, None] + 1 - layer.sliding_window).clamp_(min=0)
+        def columns(stream: Stream) -> Tensor:
+            parts = [stream.read_blocks(blocks, q.dtype)] if blocks.numel() else []
+            if not kv.format.packs_on_write:
+                parts.append(stream.tail[batch.tail_slots[:n]])
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def columns(stream: Stream) -> Tensor:
-        parts = [stream.read_blocks(blocks, q.dtype)] if blocks.numel() else []
-        if not kv.format.packs_on_write:
-            parts.append(stream.tail[batch.tail_slots[:n]])
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-    # A KV head's queries stand where sdpa expects positions: they read the same keys under the same mask.
-    heads = q.reshape(n, layer.num_kv_heads, -1, q.shape[-1])
-    out = F.scaled_dot_product_attention(
-        heads, columns(kv.key), columns(kv.value), attn_mask=(at >= first)[:, None, None], scale=layer.scale
-    )
-    return out.reshape(n, layer.num_heads, -1)
+        # A KV head's queries stand where sdpa expects positions: they read the same keys under the same mask.
+        heads = q.reshape(n, layer.num_kv_heads, -1, q.shape[-1])
+        out = F.scaled_dot_product_attention(
+            heads, columns(kv.key), columns(kv.value), attn_mask=(at >= first)[:, None, None], scale=layer.scale
+        )
+        return out.reshape(n, layer.num_heads, -1)
 
 
 def _chunk(

@@ -1,0 +1,143 @@
+"""Decode attention on a GPU by workload and KV bits, beside flash-attn where it is installed.
+
+    python scripts/bench_attention.py --num-q-heads 28 --num-kv-heads 4
+
+Each figure is the mean of a CUDA graph that runs as many layers as fill 4 GiB, so that no cache helps, one behind the
+other. Bytes are those that must be read: sealed blocks below v(t) with their scales, and the tail from v(t) to t.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+
+import torch
+
+from kvtool.attention.layer import AttentionLayer
+from kvtool.attention.triton_backend import TritonDecode
+from kvtool.config import KVOptions
+from kvtool.kv.batch import KVBatch, Span
+from kvtool.kv.format import resolve
+from kvtool.kv.layout import KVLayout
+from kvtool.kv.spec import KVSpec, StreamSpec
+from kvtool.kv.store import KVStore
+
+WORKLOADS = ((16, 32_000), (64, 4_096), (256, 1_024), (1, 131_072))  # sequences, tokens of each
+FOOTPRINT = 4 << 30
+PAGE = 256  # tokens, the least that flash-attn takes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-q-heads", type=int, default=28)
+    parser.add_argument("--num-kv-heads", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--nbits", default="16,8,4,2", help="of the default recipes, or fp8")
+    args = parser.parse_args()
+    layer = AttentionLayer(args.num_q_heads, args.num_kv_heads, args.head_dim, args.head_dim**-0.5)
+    bandwidth = read_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, {layer.describe()}, read {bandwidth / 1e12:.2f} TB/s")
+    print(f"{'workload':>12} {'KV':>10} {'µs':>8} {'GB/s':>7} {'share':>6} {'× flash-attn':>12}")
+    for num_seqs, length in WORKLOADS:
+        peer = flash_attention_seconds(layer, num_seqs, length)
+        if peer is not None:
+            nbytes = num_seqs * length * 4 * args.num_kv_heads * args.head_dim
+            show(num_seqs, length, "flash-attn", peer, nbytes, bandwidth, peer)
+        for nbits in args.nbits.split(","):
+            seconds, nbytes = decode_seconds(layer, nbits, num_seqs, length)
+            show(num_seqs, length, nbits, seconds, nbytes, bandwidth, peer)
+
+
+def show(
+    num_seqs: int, length: int, name: str, seconds: float, nbytes: int, bandwidth: float, peer: float | None
+) -> None:
+    rate = nbytes / seconds
+    ratio = "" if peer is None else f"{peer / seconds:.2f}"
+    workload = f"{num_seqs}×{length}"
+    print(f"{workload:>12} {name:>10} {seconds * 1e6:8.1f} {rate / 1e9:7.0f} {rate / bandwidth:6.0%} {ratio:>12}")
+
+
+def decode_seconds(layer: AttentionLayer, nbits: str, num_seqs: int, length: int) -> tuple[float, int]:
+    """Seconds of one layer's decode step, and the bytes that it must read."""
+    stream = StreamSpec(layer.num_kv_heads, layer.head_dim)
+    options = KVOptions(nbits=nbits)  # type: ignore[arg-type]
+    single = KVLayout(spec := KVSpec(1, stream, stream, 2), resolve(options, spec))
+    held = num_seqs * (single.format.num_blocks(length) * single.block_bytes + single.tail_bytes)
+    spec = KVSpec(math.ceil(FOOTPRINT / held), stream, stream, 2)
+    layout = KVLayout(spec, resolve(options, spec))
+    per_seq = layout.format.num_blocks(length)
+    store = KVStore(layout, num_seqs * per_seq, num_seqs, torch.bfloat16, "cuda")
+    fill(store)
+    ids = torch.randperm(num_seqs * per_seq).tolist()
+    spans = [Span(length - 1, length, ids[i * per_seq : (i + 1) * per_seq], i) for i in range(num_seqs)]
+    batch = KVBatch.build(layout.format, spans, "cuda")
+    q = torch.randn(num_seqs, layer.num_heads, layer.head_dim, dtype=torch.bfloat16, device="cuda")
+    backend = TritonDecode()
+    seconds = graph_seconds(lambda index: backend.decode(q, store.layers[index], batch, layer), spec.num_layers)
+    far = min(layout.format.visible(length - 1), length)
+    near = (length - far) * 2 * stream.elements * spec.element_size
+    return seconds, num_seqs * (far * layout.layer_block_bytes(0) // layout.format.block_size + near)
+
+
+def fill(store: KVStore) -> None:
+    """Numbers that a model could have written: what bytes hold changes how fast a GPU runs."""
+    store.tails.view(store.dtype).normal_()
+    store.blocks.random_(0, 256)
+    for layer in store.layers:
+        for stream in (layer.key, layer.value):
+            for name, array in stream.arrays.items():
+                if array.dtype != torch.uint8:
+                    array.normal_() if name == "codes" else array.fill_(0.02 if name == "scale" else -1.0)
+
+
+def flash_attention_seconds(layer: AttentionLayer, num_seqs: int, length: int) -> float | None:
+    """Seconds of one layer of flash-attn's paged decode in bf16; None where it is not installed."""
+    try:
+        from flash_attn import flash_attn_with_kvcache
+    except ImportError:
+        return None
+    pages = math.ceil(length / PAGE)
+    shape = (num_seqs * pages, PAGE, layer.num_kv_heads, layer.head_dim)
+    layers = math.ceil(FOOTPRINT / (4 * math.prod(shape)))
+    cache = torch.randn(layers, 2, *shape, dtype=torch.bfloat16, device="cuda")
+    table = torch.randperm(num_seqs * pages, device="cuda").int().view(num_seqs, pages)
+    lengths = torch.full((num_seqs,), length, dtype=torch.int32, device="cuda")
+    q = torch.randn(num_seqs, 1, layer.num_heads, layer.head_dim, dtype=torch.bfloat16, device="cuda")
+    return graph_seconds(
+        lambda index: flash_attn_with_kvcache(
+            q, cache[index, 0], cache[index, 1], cache_seqlens=lengths, block_table=table, causal=True
+        ),
+        layers,
+    )
+
+
+def graph_seconds(run: Callable[[int], object], layers: int) -> float:
+    """Mean seconds of `run(index)` over `layers` of them, from a CUDA graph of all."""
+    run(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(layers):
+            run(index)
+    return replay_seconds(graph.replay) / layers
+
+
+def replay_seconds(run: Callable[[], object], repeats: int = 10) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    run()
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of a plain sum."""
+    x = torch.ones(FOOTPRINT // 4, device="cuda")
+    return x.nbytes / replay_seconds(x.sum)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
