@@ -96,6 +96,16 @@ class Float8:
 CODECS: dict[Bits, Codec] = {"16": Raw(), "8": Integer(8), "4": Integer(4), "2": Integer(2), "fp8": Float8()}
 
 
+def check_fits(fits: bool) -> None:
+    """Refuse what fp16 cannot hold as a scale or zero.
+
+    Raises:
+        UnsupportedError: unless `fits`.
+    """
+    if not fits:
+        raise UnsupportedError("a key or value is NaN or beyond fp16's 65,504: this model's cache cannot be quantised")
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [..., D], each below 2^bits, to bytes [..., D * bits / 8]."""
     parts = codes.chunk(8 // bits, dim=-1)
@@ -148,6 +158,5 @@ def _round_fp16(x: Tensor, *, up: bool) -> Tensor:
     missed = back < x if up else back > x
     limit = torch.full_like(near, float("inf") if up else float("-inf"))
     rounded = torch.where(missed, torch.nextafter(near, limit), near)
-    if not rounded.isfinite().all():
-        raise UnsupportedError("a key or value is NaN or beyond fp16's 65,504: this model's cache cannot be quantised")
+    check_fits(bool(rounded.isfinite().all()))
     return rounded + 0.0  # -0.0 becomes 0.0: which of the two a minimum finds depends on how it runs

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +11,10 @@ from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.codecs import CODECS, Arrays
 from kvtool.kv.format import KVFormat, StreamFormat
 from kvtool.kv.layout import Field, KVLayout
+from kvtool.kv.spec import StreamSpec
+
+if TYPE_CHECKING:
+    from kvtool.kernels.pack import LayerWriter, Packing, Sealer
 
 
 class KVStore:
@@ -20,6 +25,9 @@ class KVStore:
         num_blocks: packed blocks.
         num_tail_slots: sequences that can run at once; they cost nothing where the format packs on write.
         dtype: the model's precision, of `layout.spec.element_size` bytes.
+
+    Attributes:
+        sealer: packs the blocks that decodes complete, of all layers, without the host; None where torch does it.
     """
 
     def __init__(
@@ -38,8 +46,16 @@ class KVStore:
         self.tails = torch.zeros(num_tail_slots * layout.tail_bytes, dtype=torch.uint8, device=device)
         self.layers: list[LayerKV] = []
         self._layer_blocks: list[Tensor] = []  # [num_blocks, bytes] of each layer
+        self._faults = torch.zeros(1, dtype=torch.int32, device=device)
+        with_kernels = runs_kernels(self.blocks.device, dtype)
+        tails = self.tails.view(dtype).view(num_tail_slots, layout.tail_bytes // spec.element_size)
+        layer_tail = self.format.tail_tokens * (spec.key.elements + spec.value.elements)
         block_offset = tail_offset = 0
         for index, layer_format in enumerate(self.format.layers):
+            nbytes = layout.layer_block_bytes(index)
+            blocks = self.blocks[block_offset:][: num_blocks * nbytes].view(num_blocks, nbytes)
+            self._layer_blocks.append(blocks)
+            writer = self._writer(index, blocks, tails[:, tail_offset:][:, :layer_tail]) if with_kernels else None
             streams = []
             for stream, stream_format, fields in zip(
                 (spec.key, spec.value), (layer_format.key, layer_format.value), layout.fields(index), strict=True
@@ -48,10 +64,10 @@ class KVStore:
                 shape = (num_tail_slots, stream.heads, self.format.tail_tokens, stream.dim)
                 streams.append(Stream(stream_format, arrays, self._tail_view(tail_offset, shape)))
                 tail_offset += self.format.tail_tokens * stream.elements
-            self.layers.append(LayerKV(self.format, *streams))
-            nbytes = layout.layer_block_bytes(index)
-            self._layer_blocks.append(self.blocks[block_offset:][: num_blocks * nbytes].view(num_blocks, nbytes))
+            key, value = streams
+            self.layers.append(LayerKV(self.format, key, value, writer))
             block_offset += num_blocks * nbytes
+        self.sealer = self._sealer() if with_kernels and not self.format.packs_on_write else None
 
     @property
     def nbytes(self) -> int:
@@ -70,15 +86,26 @@ class KVStore:
         ]
         if not full:
             return
+        if self.sealer:
+            self.sealer.seal(batch.positions[: batch.num_decodes], batch.tail_slots, batch.block_table)
+            return
         device = self.blocks.device
         slots = torch.tensor([slot for slot, _, _ in full], device=device)
         blocks = torch.tensor([owned[first // size] for _, first, owned in full], device=device)
-        rows = torch.tensor(
-            [_rows(first, first + size, self.format.tail_tokens) for _, first, _ in full], device=device
-        )
+        firsts = torch.tensor([first for _, first, _ in full], device=device)
+        rows = (firsts[:, None] + torch.arange(size, device=device)) % self.format.tail_tokens
         for layer in self.layers:
             for stream in (layer.key, layer.value):
                 stream.write_blocks(stream.tail[slots[:, None], :, rows].transpose(1, 2), blocks)
+
+    def take_fault(self) -> Tensor:
+        """Whether a kernel met what the format cannot hold since this was last called: [1] int32 on the device.
+
+        A kernel cannot raise: who reads this back gives it to `codecs.check_fits`. Where torch packs, it raises itself.
+        """
+        fault = self._faults.clone()
+        self._faults.zero_()
+        return fault
 
     def clear(self, blocks: Sequence[int], tail_slot: int) -> None:
         """Overwrite blocks and a tail with zeros."""
@@ -105,6 +132,28 @@ class KVStore:
     def tail(self, slot: int) -> Tensor:
         """The bytes of one tail slot, [tail_bytes] uint8."""
         return self.tails[slot * self.layout.tail_bytes : (slot + 1) * self.layout.tail_bytes]
+
+    def _writer(self, layer: int, blocks: Tensor, tails: Tensor) -> "LayerWriter":
+        from kvtool.kernels.pack import LayerWriter
+
+        spec, tokens, layer_format = self.layout.spec, self.format.tail_tokens, self.format.layers[layer]
+        key, value = self.layout.fields(layer)
+        exact = StreamFormat()
+        return LayerWriter(
+            blocks,
+            tails,
+            _packing(spec.key, layer_format.key, self.format.block_size, {field.name: field.offset for field in key}),
+            _packing(spec.value, layer_format.value, self.format.block_size, {f.name: f.offset for f in value}),
+            _packing(spec.key, exact, tokens, {"codes": 0}),
+            _packing(spec.value, exact, tokens, {"codes": tokens * spec.key.elements * spec.element_size}),
+            self._faults,
+        )
+
+    def _sealer(self) -> "Sealer":
+        from kvtool.kernels.pack import Sealer
+
+        writers = [layer.writer for layer in self.layers if layer.writer]
+        return Sealer(writers, self.blocks, self.tails.view(self.dtype), self.format.residual)
 
     def _block_view(self, layer: int, layer_offset: int, field: Field) -> Tensor:
         """[num_blocks, heads, rows, n] of one field of one layer."""
@@ -156,11 +205,14 @@ class Stream:
 
     def read_tail(self, slot: int, first: int, end: int) -> Tensor:
         """Positions `first` to `end` of the tail in `slot`, [heads, n, D]."""
-        return self.tail[slot][:, _rows(first, end, self.tail.shape[2])]
+        return self.tail[slot][:, self._rows(first, end)]
 
     def write_tail(self, x: Tensor, slot: int, first: int) -> None:
         """Keep `x` [heads, n, D], whose first token stands at position `first`."""
-        self.tail[slot][:, _rows(first, first + x.shape[1], self.tail.shape[2])] = x
+        self.tail[slot][:, self._rows(first, first + x.shape[1])] = x
+
+    def _rows(self, first: int, end: int) -> Tensor:
+        return torch.arange(first, end, device=self.tail.device) % self.tail.shape[2]
 
 
 @dataclass(frozen=True)
@@ -174,11 +226,16 @@ class Near:
 
 @dataclass(frozen=True)
 class LayerKV:
-    """The store as one attention layer sees it."""
+    """The store as one attention layer sees it.
+
+    Attributes:
+        writer: the kernels that write it; None where torch does.
+    """
 
     format: KVFormat
     key: Stream
     value: Stream
+    writer: "LayerWriter | None" = None
 
     def write(self, key: Tensor, value: Tensor, batch: KVBatch) -> list[Near]:
         """Store this step's keys [T, heads, D] and values, so that each token reads all up to itself.
@@ -188,33 +245,62 @@ class LayerKV:
             nothing where the format packs on write.
         """
         if self.format.packs_on_write:
-            self.key.write_tokens(key, batch.token_blocks, batch.rows)
-            self.value.write_tokens(value, batch.token_blocks, batch.rows)
+            self._write_tokens(key, value, batch.token_blocks, batch.rows)
             return []
         n = batch.num_decodes
         if n:
-            self.key.tail[batch.tail_slots[:n], :, batch.rows[:n]] = key[:n]
-            self.value.tail[batch.tail_slots[:n], :, batch.rows[:n]] = value[:n]
+            self._write_tails(key[:n], value[:n], batch.tail_slots[:n], batch.rows[:n])
         near = []
-        for span in batch.spans[n:]:
-            near.append(self._write_span(key[n : n + span.length], value[n : n + span.length], span))
+        for span, blocks in zip(batch.spans[n:], batch.block_table[n:], strict=True):
+            near.append(self._write_span(key[n : n + span.length], value[n : n + span.length], span, blocks))
             n += span.length
         return near
 
-    def _write_span(self, key: Tensor, value: Tensor, span: Span) -> Near:
+    def _write_span(self, key: Tensor, value: Tensor, span: Span, blocks: Tensor) -> Near:
         """Pack every block that the span completes, and keep what it leaves over in its tail."""
         size, first, packed = self.format.block_size, self.format.visible(span.start), self.format.visible(span.end)
-        blocks = torch.tensor(list(span.blocks[first // size : packed // size]), device=key.device)
-        near = []
-        for stream, new in ((self.key, key.transpose(0, 1)), (self.value, value.transpose(0, 1))):
-            x = torch.cat([stream.read_tail(span.tail_slot, first, span.start), new], dim=1)
-            if packed > first:
-                stream.write_blocks(x[:, : packed - first].unflatten(1, (-1, size)).transpose(0, 1), blocks)
-            kept = max(packed, span.start)
-            stream.write_tail(new[:, kept - span.start :], span.tail_slot, kept)
-            near.append(x)
-        return Near(first, *near)
+        new = key.transpose(0, 1), value.transpose(0, 1)
+        old = (stream.read_tail(span.tail_slot, first, span.start) for stream in (self.key, self.value))
+        near = Near(first, *(torch.cat(parts, dim=1) for parts in zip(old, new, strict=True)))
+        if packed > first:
+            completed = slice(packed - first)
+            self._write_blocks(near.key[:, completed], near.value[:, completed], blocks[first // size : packed // size])
+        kept = max(packed, span.start)
+        for stream, x in zip((self.key, self.value), new, strict=True):
+            stream.write_tail(x[:, kept - span.start :], span.tail_slot, kept)
+        return near
+
+    def _write_tokens(self, key: Tensor, value: Tensor, blocks: Tensor, rows: Tensor) -> None:
+        if self.writer:
+            self.writer.write_tokens(key, value, blocks, rows)
+        else:
+            self.key.write_tokens(key, blocks, rows)
+            self.value.write_tokens(value, blocks, rows)
+
+    def _write_tails(self, key: Tensor, value: Tensor, slots: Tensor, rows: Tensor) -> None:
+        if self.writer:
+            self.writer.write_tails(key, value, slots, rows)
+        else:
+            self.key.tail[slots, :, rows] = key
+            self.value.tail[slots, :, rows] = value
+
+    def _write_blocks(self, key: Tensor, value: Tensor, blocks: Tensor) -> None:
+        """Pack whole blocks behind each other, [heads, n * B, D]."""
+        if self.writer:
+            self.writer.write_blocks(key, value, blocks)
+        else:
+            for stream, x in ((self.key, key), (self.value, value)):
+                stream.write_blocks(x.unflatten(1, (-1, self.format.block_size)).transpose(0, 1), blocks)
 
 
-def _rows(first: int, end: int, tail_tokens: int) -> list[int]:
-    return [position % tail_tokens for position in range(first, end)]
+def runs_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton kernels write the store; elsewhere, and in float64, torch does."""
+    return device.type == "cuda" and dtype != torch.float64
+
+
+def _packing(stream: StreamSpec, fmt: StreamFormat, tokens: int, offsets: dict[str, int]) -> "Packing":
+    """How a kernel finds the arrays of a stream, which start `offsets` bytes into a layer's part of a block."""
+    from kvtool.kernels.pack import Packing
+
+    shape = (stream.heads, tokens, stream.dim)
+    return Packing(fmt.bits, fmt.axis, fmt.group, fmt.symmetric, *shape, **offsets)

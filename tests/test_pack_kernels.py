@@ -1,0 +1,301 @@
+"""The kernels that write the store against the torch code that defines them: byte for byte, in every format.
+
+Where there is a GPU they run on it; elsewhere Triton interprets them on small shapes, and compiles them all the same.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from kvtool.errors import UnsupportedError
+from kvtool.kv import store as store_module
+from kvtool.kv.batch import KVBatch, Span
+from kvtool.kv.codecs import check_fits
+from kvtool.kv.format import KVFormat, LayerFormat, StreamFormat
+from kvtool.kv.layout import KVLayout
+from kvtool.kv.spec import KVSpec, StreamSpec
+from kvtool.kv.store import KVStore
+
+interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
+
+REPOSITORY = Path(__file__).parents[1]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_GPU = DEVICE == "cuda"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = (64, 80, 96, 128, 256) if ON_GPU else (64, 80)
+HEADS = st.integers(1, 8 if ON_GPU else 3)
+EXAMPLES = settings(
+    deadline=None,
+    max_examples=int(os.environ.get("KVTOOL_TEST_EXAMPLES", 40 if ON_GPU else 15)),
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],  # each shape is compiled or interpreted: shrinking takes an age
+)
+NUM_BLOCKS, NUM_SLOTS = 12, 3
+
+# Numbers as models make them, and those on which an encoder errs: all are finite in each of DTYPES.
+KINDS = {
+    "normal": lambda shape: torch.randn(shape),
+    "constant groups": lambda shape: torch.randn(shape[:-1]).mul(100)[..., None].expand(shape).clone(),
+    "outliers": lambda shape: torch.randn(shape).where(torch.rand(shape) > 0.05, 6e4 * torch.randn(shape).sign()),
+    "denormals": lambda shape: torch.randn(shape) * 10.0 ** torch.randint(-44, -5, shape),
+    "offset": lambda shape: 200 + torch.randn(shape) * 0.1,
+    "huge offset": lambda shape: 6e4 + torch.randn(shape) * 20,
+    "signed zeros": lambda shape: torch.zeros(shape).where(torch.rand(shape) > 0.5, -0.0),
+    "ties": lambda shape: torch.randint(-64, 64, shape) * 0.5,  # many quotients lie midway between codes
+    "ties, odd steps": lambda shape: torch.randint(-200, 200, shape) * 0.75,
+    "wide": lambda shape: torch.randn(shape) * 10.0 ** torch.randint(-6, 4, shape),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fused_multiply_add() -> Iterator[None]:
+    """The interpreter rounds twice where a GPU rounds once."""
+
+    def create_fma(self: object, x: Any, y: Any, z: Any) -> Any:
+        return interpreter.TensorHandle((x.data.astype("f8") * y.data + z.data).astype("f4"), z.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
+        yield
+
+
+@st.composite
+def stream_formats(draw, dim: int, block_size: int, axis: str | None = None) -> StreamFormat:
+    bits = draw(st.sampled_from(["8", "4", "2", "8", "4", "2", "fp8", "16"]))
+    if bits == "16":
+        return StreamFormat()
+    if bits == "fp8":
+        return StreamFormat("fp8", "token", dim, True)
+    axis = axis or draw(st.sampled_from(["channel", "token"]))
+    group = max(d for d in range(1, min(dim, draw(st.sampled_from([32, 64, 128]))) + 1) if dim % d == 0)
+    return StreamFormat(bits, axis, block_size if axis == "channel" else group, draw(st.booleans()))
+
+
+@st.composite
+def layouts(draw, axis: str | None = None) -> tuple[KVLayout, torch.dtype]:
+    """A cache of 1 to 3 layers, each with formats of its own or all alike."""
+    dim, dtype = draw(st.sampled_from(HEAD_DIMS)), draw(st.sampled_from(DTYPES))
+    block_size = 64 if axis else draw(st.sampled_from([32, 64, 128] if ON_GPU else [32, 64]))
+    formats = [
+        LayerFormat(draw(stream_formats(dim, block_size, axis)), draw(stream_formats(dim, block_size, axis)))
+        for _ in range(draw(st.integers(1, 2)))
+    ]
+    layers = tuple(formats[i % len(formats)] for i in range(draw(st.integers(1, 3))))
+    residual = 0 if axis else draw(st.sampled_from([0, 0, block_size]))
+    streams = StreamSpec(draw(HEADS), dim), StreamSpec(draw(HEADS), dim)
+    return KVLayout(KVSpec(len(layers), *streams, dtype.itemsize), KVFormat(layers, block_size, residual)), dtype
+
+
+class Pair:
+    """One cache twice: written by torch on the CPU, and by the kernels. Both start with tails full of numbers."""
+
+    def __init__(self, layout: KVLayout, dtype: torch.dtype, kind: str = "normal") -> None:
+        self.layout, self.format, self.dtype, self.kind = layout, layout.format, dtype, kind
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(store_module, "runs_kernels", lambda device, dtype: False)
+            self.torch = KVStore(layout, NUM_BLOCKS, NUM_SLOTS, dtype)
+            patch.setattr(store_module, "runs_kernels", lambda device, dtype: True)
+            self.kernels = KVStore(layout, NUM_BLOCKS, NUM_SLOTS, dtype, DEVICE)
+        for store in (self.torch, self.kernels):
+            store.blocks.fill_(0xA5)  # which must stay where nothing is written, in padding too
+        tails = self.draw((self.torch.tails.view(dtype).numel(), 1)).flatten()
+        self.torch.tails.view(dtype).copy_(tails)
+        self.kernels.tails.view(dtype).copy_(tails)
+
+    def draw(self, shape: tuple[int, ...]) -> torch.Tensor:
+        largest = min(65504, torch.finfo(self.dtype).max)
+        return KINDS[self.kind](shape).float().clamp(-largest, largest).to(self.dtype)
+
+    def step(self, spans: list[Span]) -> None:
+        """One step of all layers in both; the kernels' keys and values are parts of a wider tensor."""
+        spec, count = self.layout.spec, sum(span.length for span in spans)
+        batch, device_batch = KVBatch.build(self.format, spans), KVBatch.build(self.format, spans, DEVICE)
+        for expected, layer in zip(self.torch.layers, self.kernels.layers, strict=True):
+            new = [self.draw((count, stream.heads, stream.dim)) for stream in (spec.key, spec.value)]
+            nears = expected.write(*new, batch)
+            device_nears = layer.write(*(torch.cat([x, x], 1).to(DEVICE)[:, : x.shape[1]] for x in new), device_batch)
+            for near, device_near in zip(nears, device_nears, strict=True):
+                assert device_near.first == near.first
+                assert same(near.key, device_near.key) and same(near.value, device_near.value)
+        self.torch.seal(batch)
+        self.kernels.seal(device_batch)
+
+    def check(self) -> None:
+        assert self.kernels.take_fault().item() == 0
+        assert torch.equal(self.torch.tails, self.kernels.tails.cpu())
+        for index, (expected, written) in enumerate(zip(self.torch.layers, self.kernels.layers, strict=True)):
+            for name in ("key", "value"):
+                for array, x in getattr(expected, name).arrays.items():
+                    assert same(x, getattr(written, name).arrays[array]), (index, name, array)
+        assert torch.equal(self.torch.blocks, self.kernels.blocks.cpu())
+
+
+def same(expected: torch.Tensor, x: torch.Tensor) -> bool:
+    return torch.equal(expected.contiguous().view(torch.uint8), x.cpu().contiguous().view(torch.uint8))
+
+
+@EXAMPLES
+@given(layouts(), st.sampled_from(sorted(KINDS)), st.integers(0, 2**31), st.data())
+def test_decodes_and_prompts_leave_the_bytes_that_torch_leaves(drawn, kind, seed, data):
+    torch.manual_seed(seed)
+    pair = Pair(*drawn, kind)
+    size, blocks = pair.format.block_size, torch.randperm(NUM_BLOCKS).tolist()
+    ends_block, anywhere = size * data.draw(st.integers(1, 2)) - 1, data.draw(st.integers(0, 2 * size))
+    decodes = [Span(ends_block, ends_block + 1, blocks[:3], 2), Span(anywhere, anywhere + 1, blocks[3:6], 0)]
+    prompt, chunk = data.draw(st.integers(2, 2 * size + 1)), data.draw(st.integers(2, size + 1))
+    pair.step([*decodes, Span(0, prompt, blocks[6:], 1)])
+    pair.step([Span(prompt, prompt + chunk, blocks[6:], 1)])
+    pair.check()
+
+
+@EXAMPLES
+@given(layouts("token"), st.sampled_from(sorted(KINDS)), st.integers(0, 2**31))
+def test_formats_that_pack_on_write_leave_the_bytes_that_torch_leaves(drawn, kind, seed):
+    torch.manual_seed(seed)
+    pair = Pair(*drawn, kind)
+    assert pair.format.packs_on_write
+    blocks = torch.randperm(NUM_BLOCKS).tolist()
+    pair.step([Span(65, 66, blocks[:2], 0), Span(0, 1, blocks[2:4], 1), Span(60, 70, blocks[4:6], 2)])
+    pair.check()
+
+
+PACKED = [
+    StreamFormat(bits, axis, 32, symmetric)  # type: ignore[arg-type]
+    for bits in ("8", "4", "2")
+    for axis in ("token", "channel")
+    for symmetric in (True, False)
+]
+PACKED.append(StreamFormat("fp8", "token", 64))
+
+
+def fault_of(store: KVStore, batch: KVBatch, key: torch.Tensor, value: torch.Tensor) -> bool:
+    store.layers[0].write(key.to(DEVICE), value.to(DEVICE), batch)
+    store.seal(batch)
+    return bool(store.take_fault().item())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30])
+@pytest.mark.parametrize("fmt", PACKED, ids=lambda fmt: fmt.kind + fmt.grouping)
+def test_what_the_torch_code_refuses_is_a_fault_once(fmt, bad):
+    stream = StreamSpec(2, 64)
+    layout = KVLayout(KVSpec(1, stream, stream, 4), KVFormat((LayerFormat(fmt, fmt),), 32, 0))
+    pair = Pair(layout, torch.float32)
+    new = [torch.randn(33, 2, 64) for _ in range(2)]
+    batch = KVBatch.build(layout.format, [Span(0, 33, [3, 2], 1)], DEVICE)
+    assert not fault_of(pair.kernels, batch, *new)
+    for x in new:
+        broken = x.clone()
+        broken[17, 1, 5] = bad
+        with pytest.raises(UnsupportedError, match="65,504"):
+            pair.torch.layers[0].write(*(broken if x is y else y for y in new), batch)
+        assert fault_of(pair.kernels, batch, *(broken if x is y else y for y in new))
+        assert not fault_of(pair.kernels, batch, *new)
+
+
+def test_a_fault_is_the_error_that_torch_raises():
+    check_fits(True)
+    with pytest.raises(UnsupportedError, match="65,504"):
+        check_fits(False)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs CUDA")
+def test_a_captured_decode_step_writes_and_seals_what_its_tensors_say_at_replay():
+    stream, fmt = StreamSpec(4, 128), LayerFormat(PACKED[7], StreamFormat("4", "token", 64, False))
+    layout = KVLayout(KVSpec(3, stream, stream, 2), KVFormat((fmt,) * 3, 32, 0))
+    pair = Pair(layout, torch.bfloat16)
+    spans = [Span(start, start + 1, [3 * i, 3 * i + 1, 3 * i + 2], i) for i, start in enumerate((30, 31, 62))]
+    batch = KVBatch.build(layout.format, spans, DEVICE)
+    new = [pair.draw((3, 4, 128)).to(DEVICE) for _ in range(2)]
+
+    def step() -> None:
+        for layer in pair.kernels.layers:
+            layer.write(*new, batch)
+        assert pair.kernels.sealer is not None
+        pair.kernels.sealer.seal(batch.positions, batch.tail_slots, batch.block_table)
+
+    blocks, tails = pair.kernels.blocks.clone(), pair.kernels.tails.clone()
+    step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    pair.kernels.blocks.copy_(blocks)
+    pair.kernels.tails.copy_(tails)
+    for _ in range(3):
+        now = KVBatch.build(layout.format, spans)
+        for x in new:
+            x.copy_(pair.draw((3, 4, 128)))
+        batch.positions.copy_(now.positions)
+        batch.rows.copy_(now.rows)
+        graph.replay()
+        for layer in pair.torch.layers:
+            layer.write(*(x.cpu() for x in new), now)
+        pair.torch.seal(now)
+        pair.check()
+        spans = [Span(span.end, span.end + 1, span.blocks, span.tail_slot) for span in spans]
+
+
+COMPILE = """
+import re, subprocess, sys, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from kvtool.kernels import pack
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+ELEMENTS = {"key", "value", "tails"}
+POINTERS = {"memory": "*u8", "faults": "*i32"} | dict.fromkeys(
+    ("owners", "rows", "blocks", "positions", "tail_slots", "block_table", "starts"), "*i64")
+
+def resources(kernel, element, constants, num_warps):
+    signature = {
+        name: "constexpr" if name in constants else f"*{element}" if name in ELEMENTS else POINTERS.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants}
+    source, options = ASTSource(kernel, signature, constants, aligned), {"num_warps": num_warps}
+    built = compile(source, GPUTarget("cuda", 89, 32), options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = subprocess.check_output([CUOBJDUMP, "--dump-resource-usage", file.name], text=True)
+    stack, local = map(int, re.search(r"STACK:(\\d+) .*LOCAL:(\\d+)", usage).groups())
+    return built.metadata.shared, stack + local
+
+def packing(bits, axis, symmetric, dim):
+    group = {"16": 0, "fp8": dim}.get(bits, max(d for d in range(1, 65) if dim % d == 0))
+    return pack.Packing(bits, axis, group, symmetric, 4, 64, dim, 0, 64 * dim * 4, 64 * dim * 5)
+
+def check(kernel, element, key, value, rows, **constants):
+    constants |= {"KEY": key, "VALUE": value}
+    shared, spilled = resources(kernel, element, constants, max(key.warps(rows), value.warps(rows)))
+    assert shared <= 99 << 10 and not spilled, (kernel, element, key, value, shared, spilled)
+
+dim = int(sys.argv[1])
+tail = pack.Packing("16", "token", 0, True, 4, 64, dim, 0)
+seal = {"TAIL_KEY": tail, "TAIL_VALUE": tail, "RESIDUAL": 0}
+token = {bits: [packing(bits, "token", symmetric, dim) for symmetric in (True, False)] for bits in ("8", "4", "2")}
+token["exact, fp8"] = [packing("16", "token", True, dim), packing("fp8", "token", True, dim)]
+for bits, pair in token.items():
+    check(pack._write_tokens, "bf16", *pair, 4)
+    check(pack._seal, "bf16", *pair, 64, **seal)
+    if bits.isdigit():
+        channel = [packing(bits, "channel", symmetric, dim) for symmetric in (True, False)]
+        check(pack._write_blocks, "fp32" if bits == "4" else "bf16", *channel, 64)
+"""
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_every_kernel_compiles_for_the_4090_without_spills(dim):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE, str(dim)]
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
