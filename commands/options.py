@@ -176,6 +176,9 @@ def engine_config(
     attention_backend: Annotated[
         str, engine_option("--attention-backend", help="auto, or the name of a backend.")
     ] = EngineConfig.attention_backend,
+    cuda_graph: Annotated[
+        bool, engine_option("--cuda-graph/--no-cuda-graph", help="On a GPU, launch decode steps whole.")
+    ] = EngineConfig.cuda_graph,
     seed: Annotated[
         int, engine_option("--seed", min=0, max=2**63 - 1, help="Of dummy weights, and of requests that name no seed.")
     ] = EngineConfig.seed,
@@ -206,6 +209,7 @@ def engine_config(
         swap_space=EngineConfig.swap_space if swap_space is None else swap_space,
         prefix_caching=prefix_caching,
         attention_backend=attention_backend,
+        cuda_graph=cuda_graph,
         kv=kv,
     )
 

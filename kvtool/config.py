@@ -52,6 +52,7 @@ class EngineConfig:
         swap_space: bytes of host memory for sequences that must make room.
         prefix_caching: prompts share the packed blocks of their common beginnings.
         attention_backend: "auto" or a name from `kvtool.attention.BACKENDS`.
+        cuda_graph: on a GPU, launch decode steps whole.
     """
 
     model: str = "tiny"
@@ -66,6 +67,7 @@ class EngineConfig:
     swap_space: int = 4 << 30
     prefix_caching: bool = True
     attention_backend: str = "auto"
+    cuda_graph: bool = True
     kv: KVOptions = field(default_factory=KVOptions)
 
 

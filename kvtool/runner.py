@@ -13,8 +13,10 @@ from torch import Tensor
 from kvtool.attention import PagedAttention
 from kvtool.attention.layer import AttentionLayer
 from kvtool.config import EngineConfig
+from kvtool.cuda_graph import DecodeGraphs, as_kv_span
 from kvtool.errors import CapacityError, ConfigError
-from kvtool.kv.batch import KVBatch, Span
+from kvtool.kv.batch import KVBatch
+from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
@@ -23,7 +25,7 @@ from kvtool.kv.swap import SwapSpace
 from kvtool.models import load_config, load_model, resolve_model
 from kvtool.models.config import ModelConfig
 from kvtool.request import ScheduledBatch, StepResult, TokenLogprobs
-from kvtool.sampler import sample, token_logprobs
+from kvtool.sampler import is_greedy, sample, token_logprobs
 
 SCORED_ROWS = 128  # of logits at a time
 CPU_KV_CACHE_MEMORY = 1 << 30
@@ -56,12 +58,14 @@ class Handle:
 
     Attributes:
         token_ids: [len(batch.samples)].
+        fault: [1], whether the store met what its format cannot hold.
         scores: of those samples that ask for them.
         prompt_scores: of all spans' targets, in pieces that follow each other.
     """
 
     batch: ScheduledBatch
     token_ids: Tensor
+    fault: Tensor
     scores: Scores | None
     prompt_scores: list[Scores]
 
@@ -99,6 +103,7 @@ class Runner:
             self.swap_space = SwapSpace(self.store, config.swap_space // layout.block_bytes)
             self.newest = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)
         self.attention = PagedAttention(self.store, _attention_layers(self.model_config), config.attention_backend)
+        self.graphs = self._capture() if config.cuda_graph and self.attention.is_capturable else None
 
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None = None) -> Handle:
@@ -112,27 +117,51 @@ class Runner:
             UnsupportedError: the cache's format cannot hold what the model makes of these tokens.
         """
         self._move(batch)
-        spans = [Span(span.start, span.end, span.blocks, span.slot) for span in batch.spans]
-        kv_batch = KVBatch.build(self.store.format, spans, self.device)
-        ids = self._input_ids(batch, kv_batch)
-        hidden = self.model(ids, kv_batch.positions, partial(self._attend, kv_batch))
+        if self.graphs and not any(span.token_ids for span in batch.spans):
+            kv_batch, logits, greedy = self.graphs.launch(batch.spans)
+            self.store.seal(kv_batch)
+            return self._sample(batch, logits, greedy, allowed, [])
+        kv_batch = KVBatch.build(self.store.format, list(map(as_kv_span, batch.spans)), self.device)
+        hidden = self.model(self._input_ids(batch, kv_batch), kv_batch.positions, partial(self._attend, kv_batch))
         self.store.seal(kv_batch)
         for fork in batch.forks:
             self.store.fork(fork.source_block, fork.source_slot, fork.block, fork.slot)
+        if self.graphs:
+            self.graphs.forget([*(span.slot for span in batch.spans), *(fork.slot for fork in batch.forks)])
         prompt_scores = self._score_prompts(batch, hidden)
-        if not batch.samples:
-            return Handle(batch, torch.empty(0, dtype=torch.int64), None, prompt_scores)
         ends = list(accumulate(span.length for span in batch.spans))
         rows = [ends[sample.span] - 1 for sample in batch.samples]
         logits = self.model.logits(hidden if rows == list(range(len(hidden))) else hidden[rows])
-        mask = None if allowed is None else torch.from_numpy(allowed).to(self.device)
-        token_ids = sample(logits, batch.samples, self.model_config.eos_token_ids, mask)
-        self.newest[[sample.slot for sample in batch.samples]] = token_ids.clamp(min=0)
-        return Handle(batch, token_ids, _score_samples(batch, logits, token_ids), prompt_scores)
+        return self._sample(batch, logits, None, allowed, prompt_scores)
+
+    def _sample(
+        self,
+        batch: ScheduledBatch,
+        logits: Tensor,
+        greedy: Tensor | None,
+        allowed: NDArray[np.int32] | None,
+        prompt_scores: list[Scores],
+    ) -> Handle:
+        """Choose the tokens of a step; `greedy` are the likeliest ones, where a graph has found them."""
+        fault = self.store.take_fault()
+        if not batch.samples:
+            return Handle(batch, torch.empty(0, dtype=torch.int64), fault, None, prompt_scores)
+        if greedy is not None and all(is_greedy(sample) for sample in batch.samples):
+            token_ids = greedy.clone()
+        else:
+            mask = None if allowed is None else torch.from_numpy(allowed).to(self.device)
+            token_ids = sample(logits, batch.samples, self.model_config.eos_token_ids, mask)
+            self.newest[[sample.slot for sample in batch.samples]] = token_ids.clamp(min=0)
+        return Handle(batch, token_ids, fault, _score_samples(batch, logits, token_ids), prompt_scores)
 
     def collect(self, handle: Handle) -> StepResult:
-        """What a launched step yielded."""
+        """What a launched step yielded.
+
+        Raises:
+            UnsupportedError: the cache's format cannot hold what the model made of these tokens.
+        """
         batch = handle.batch
+        check_fits(not handle.fault.item())
         num_top = [sample.params.logprobs for sample in batch.samples]
         scores = iter(handle.scores.rows([k for k in num_top if k is not None]) if handle.scores else ())
         logprobs = [None if k is None else next(scores) for k in num_top]
@@ -166,6 +195,18 @@ class Runner:
             )
             for i in range(0, len(rows), SCORED_ROWS)
         ]
+
+    @torch.inference_mode()
+    def _capture(self) -> DecodeGraphs:
+        """Capture decode steps of all sizes."""
+
+        def step(ids: Tensor, kv_batch: KVBatch) -> Tensor:
+            return self.model.logits(self.model(ids, kv_batch.positions, partial(self._attend, kv_batch)))
+
+        fmt = self.store.format
+        graphs = DecodeGraphs(step, fmt, self.newest, max(1, fmt.num_blocks(self.max_model_len)))
+        graphs.capture()
+        return graphs
 
     def _input_ids(self, batch: ScheduledBatch, kv_batch: KVBatch) -> Tensor:
         """Ids of a step's tokens: first the decodes', from what was sampled last, then those that the host knows."""

@@ -17,6 +17,13 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
+def is_greedy(sample: Sample) -> bool:
+    """The largest of the model's own logits is this sample's token."""
+    params = sample.params
+    adjusted = params.looks_back or params.logit_bias or params.grammar or sample.num_generated < params.min_tokens
+    return params.temperature < COLDEST and not adjusted
+
+
 def sample(
     logits: Tensor, samples: Sequence[Sample], eos_token_ids: Sequence[int] = (), allowed: Tensor | None = None
 ) -> Tensor:

@@ -1,0 +1,97 @@
+"""Decode steps launched whole, on a GPU: graphs and the kernels that they hold, against float64."""
+
+import random
+
+import pytest
+import torch
+
+from kvtool.config import EngineConfig, KVOptions
+from kvtool.engine import Engine
+from kvtool.errors import KVToolError
+from kvtool.request import Request, SamplingParams, Tokens
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+MIB = 1 << 20
+FORMATS = {
+    "16": KVOptions(),
+    "8": KVOptions(nbits="8"),
+    "4": KVOptions(nbits="4"),
+    "2, window": KVOptions(nbits="2", q_group_size=32, residual_length=32),
+    "4, rotated, on write": KVOptions(nbits="4", axis_key="token", rotate=True),
+    "fp8": KVOptions(nbits="fp8"),
+}
+
+
+def engine(kv: KVOptions, **overrides: object) -> Engine:
+    settings = {"device": "cuda", "dtype": "bfloat16", "kv_cache_memory": 64 * MIB, "max_num_seqs": 16} | overrides
+    return Engine(EngineConfig(kv=kv, swap_space=64 * MIB, **settings))  # type: ignore[arg-type]
+
+
+def requests(count: int) -> list[Request]:
+    """Prompts and ways to choose of many kinds; the last is forked."""
+    rng, made = random.Random(5), list[Request]()
+    for i in range(count):
+        prompt = [rng.randrange(3, 4000) for _ in range(rng.randint(1, 150))]
+        params = SamplingParams(
+            temperature=rng.choice([0.0, 1.0]),
+            presence_penalty=rng.choice([0.0, 0.5]),
+            seed=i,
+            max_tokens=140,
+            ignore_eos=True,
+            logprobs=0,
+        )
+        made.append(Request(str(i), prompt, params))
+    return [*made, *(Request(f"fork{i}", prompt, params, fork_of=str(count - 1)) for i in range(3))]
+
+
+def answers(tested: Engine, asked: list[Request]) -> dict[str, list[Tokens]]:
+    for request in asked:
+        tested.submit(request)
+    news: dict[str, list[Tokens]] = {}
+    while tested.has_work:
+        for tokens in tested.step():
+            assert tokens.error is None
+            news.setdefault(tokens.id, []).append(tokens)
+    return news
+
+
+def error(tested: Engine, kv: KVOptions, asked: list[Request]) -> float:
+    """Mean difference of the answers' log-probabilities from those that float64 gives the same tokens."""
+    news = answers(tested, asked)
+    again = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    whole = [Request(r.id, r.prompt + [t.token_ids[0] for t in news[r.id]], again) for r in asked]
+    exact = answers(engine(kv, dtype="float64", kv_cache_memory=256 * MIB), whole)
+    differences = [
+        abs(tokens.logprobs[0].logprob - score.logprob)  # type: ignore[index]
+        for request in asked
+        for tokens, score in zip(
+            news[request.id],
+            exact[request.id][0].prompt_logprobs[len(request.prompt) - 1 :],
+            strict=True,  # type: ignore[index]
+        )
+    ]
+    return sum(differences) / len(differences)
+
+
+@pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())
+def test_graphs_and_kernels_are_as_exact_as_torch_in_the_same_dtype(kv):
+    """Also when sequences move: swapped out and in again, in any company."""
+    asked = requests(9)
+    torch_error = error(engine(kv, attention_backend="torch", cuda_graph=False), kv, asked)
+    layout = engine(kv).runner.store.layout
+    memory = (layout.format.num_blocks(300) + 4) * layout.block_bytes + 6 * layout.tail_bytes
+    tight = engine(kv, kv_cache_memory=memory, max_num_seqs=6)
+    assert tight.runner.graphs
+    assert error(tight, kv, asked) < 1.3 * torch_error
+    assert tight.stats().swap_ins_total > 0
+    assert error(engine(kv), kv, asked) < 1.3 * torch_error
+
+
+def test_what_cannot_be_packed_is_found_after_a_graph_too():
+    tested = engine(KVOptions(nbits="4"))
+    with torch.inference_mode():
+        tested.runner.model.layers[0].self_attn.qkv_proj.bias[-1] = 1e6  # a value channel
+    with pytest.raises(KVToolError, match="65,504"):
+        tested.generate([[5] * 10], SamplingParams(max_tokens=100, ignore_eos=True))
+    assert tested.stats().used_blocks == 0
