@@ -28,7 +28,7 @@ class Captured:
 
 
 class DecodeGraphs:
-    """Steps that compute one token for each of up to `max_num_seqs` sequences.
+    """Steps that compute one token for each of up to `sizes[-1]` sequences.
 
     A step of n runs as the next larger size that was captured; what is too much repeats the last sequence, which then
     computes and writes the same bytes twice. All inputs go to the device in one transfer, but for the block table: it
@@ -44,7 +44,7 @@ class DecodeGraphs:
     def __init__(self, step: Step, fmt: KVFormat, newest: Tensor, max_blocks: int) -> None:
         self._step, self._format, self._newest = step, fmt, newest
         device, most = newest.device, len(newest)
-        self.sizes = [*(size for size in SIZES if size < most), most]
+        self.sizes = sorted({*(size for size in SIZES if size < most), min(most, SIZES[-1])})
         self._table = torch.zeros(most, max_blocks, dtype=torch.int64, device=device)
         self._lengths = [-1] * most  # blocks that each row of the table holds; -1: of a sequence that is gone
         # By size. Rows: slot, position, first position read at full precision, row and block written to; the newest
@@ -71,6 +71,10 @@ class DecodeGraphs:
         """The sequences in these slots are new, or have moved."""
         for slot in slots:
             self._lengths[slot] = -1
+
+    def holds(self, spans: Sequence[ScheduledSpan]) -> bool:
+        """These are decodes, and not too many."""
+        return len(spans) <= self.sizes[-1] and not any(span.token_ids for span in spans)
 
     def launch(self, spans: Sequence[ScheduledSpan]) -> tuple[KVBatch, Tensor, Tensor]:
         """What ran, logits [n, vocab_size] and greedy ids [n]; valid until the next launch."""

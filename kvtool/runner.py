@@ -117,7 +117,7 @@ class Runner:
             UnsupportedError: the cache's format cannot hold what the model makes of these tokens.
         """
         self._move(batch)
-        if self.graphs and not any(span.token_ids for span in batch.spans):
+        if self.graphs and self.graphs.holds(batch.spans):
             kv_batch, logits, greedy = self.graphs.launch(batch.spans)
             self.store.seal(kv_batch)
             return self._sample(batch, logits, greedy, allowed, [])
