@@ -49,9 +49,9 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
 
     timer = threading.Timer(SECONDS, expire)
     timer.daemon = True
-    timer.start()
     try:
         try:
+            timer.start()  # inside: on a busy machine the time can run out before this returns
             return _compiled(source).render(variables)
         finally:
             with lock:  # from here on the time cannot run out any more

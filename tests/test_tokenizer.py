@@ -380,7 +380,7 @@ def test_a_client_s_template_and_its_text_have_limits_of_length() -> None:
 
 def test_many_chats_at_once_do_not_end_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those whose time is up end; others, begun in the same threads right after, do not."""
-    monkeypatch.setattr("kvtool.chat_template.SECONDS", 0.05)
+    monkeypatch.setattr("kvtool.chat_template.SECONDS", 0.5)
 
     def chat(n: int) -> str:
         try:
@@ -389,7 +389,15 @@ def test_many_chats_at_once_do_not_end_each_other(monkeypatch: pytest.MonkeyPatc
             return "late"
 
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(chat, range(40))) == [str(n) if n % 4 else "late" for n in range(40)]
+        assert list(pool.map(chat, range(20))) == [str(n) if n % 4 else "late" for n in range(20)]
+
+
+def test_a_chat_whose_time_is_up_at_once_is_late_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time can run out while its clock is being started."""
+    monkeypatch.setattr("kvtool.chat_template.SECONDS", 0)
+    for _ in range(200):
+        with pytest.raises(TimeoutError):
+            render(LOOP, {})
 
 
 @pytest.mark.parametrize("arguments", ["{", "[" * 100_000])
