@@ -1,0 +1,1 @@
+"""Load on any engine, and what it took: our own in process, our server, or another by its URL."""
