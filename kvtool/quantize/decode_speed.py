@@ -90,7 +90,7 @@ def replay_seconds(run: Callable[[], object], repeats: int = 10) -> float:
         run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / repeats
+    return float(start.elapsed_time(end)) / 1e3 / repeats
 
 
 def read_bandwidth() -> float:

@@ -103,7 +103,9 @@ def answer_all(
     tokenizer = Tokenizer.load(engine.runner.path, engine.info.vocab_size)
     is_chat = tokenizer.info["chat_template"] is not None
     for index, question in enumerate(questions):
-        engine.submit(Request(str(index), *_prompt(question, tokenizer, is_chat, max_tokens, engine.info.max_model_len)))
+        engine.submit(
+            Request(str(index), *_prompt(question, tokenizer, is_chat, max_tokens, engine.info.max_model_len))
+        )
     generated: list[list[int]] = [[] for _ in questions]
     done = 0
     while engine.has_work:
@@ -130,7 +132,7 @@ def _prompt(
         ids = tokenizer.encode(ASKED.format(question.text))
     room = max_model_len - len(ids)
     if room < 1 or (question.is_prompt and room < max_tokens):
-        raise ConfigError(f"{question.source}: {len(ids)} tokens do not fit the context of {max_model_len}; leave it out")
+        raise ConfigError(f"{question.source}: {len(ids)} tokens do not fit in {max_model_len}; leave it out")
     return ids, SamplingParams(temperature=0, max_tokens=min(max_tokens, room))
 
 
@@ -148,7 +150,7 @@ def _question(source: str, line: str) -> Question:
     else:
         raise ConfigError(f'{source}: needs a text under "question" or "prompt"')
     if not question.is_prompt and final_number(question.answer) is None:
-        raise ConfigError(f'{source}: the answer holds no number; write "prompt" instead of "question" to compare texts')
+        raise ConfigError(f'{source}: the answer holds no number; write "prompt" for "question" to compare texts')
     if not question.answer.strip():
         raise ConfigError(f"{source}: the answer is empty")
     return question
