@@ -108,9 +108,10 @@ class ScoringModel:
         """What `log_probs` yields of one window, given what `hidden_states` does."""
         targets = torch.tensor(window.targets, device=self.device)
         for rows, ids in zip(hidden.split(SCORED_ROWS), targets.split(SCORED_ROWS), strict=True):
-            with torch.inference_mode():
+            with torch.inference_mode():  # not across the yield: it would hold in the caller, too
                 logits = self.model.logits(rows)
-                yield logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1), ids
+                log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            yield log_probs, ids
 
     def hidden_states(self, windows: Sequence[Window], kv: KVOptions) -> Iterator[Tensor]:
         """Final hidden states at the places that predict a window's scored tokens, [n - first, hidden_size] of each.
@@ -130,32 +131,25 @@ class ScoringModel:
 
     @torch.inference_mode()
     def _forward(self, batch: Sequence[Window], attention: PagedAttention) -> list[Tensor]:
-        """Run windows from an empty store, all together, a window of more tokens than a step computes in pieces."""
-        store, chunk = attention.store, self.config.max_num_batched_tokens
-        order = sorted(
-            range(len(batch)), key=lambda index: batch[index].num_read
-        )  # the store wants single tokens first
+        """Run windows together, each from its own empty memory; one that is longer than a step goes in pieces."""
+        store, step = attention.store, self.config.max_num_batched_tokens
         free = iter(range(store.num_blocks))
         owned = [list(islice(free, store.format.num_blocks(window.num_read))) for window in batch]
         pieces: list[list[Tensor]] = [[] for _ in batch]
-        for start in range(0, max(window.num_read for window in batch), chunk):
+        for start in range(0, max(window.num_read for window in batch), step):
             spans = [
-                Span(start, min(start + chunk, batch[index].num_read), owned[index], slot)
-                for slot, index in enumerate(order)
+                Span(start, min(start + step, window.num_read), blocks, slot)
+                for slot, (window, blocks) in enumerate(zip(batch, owned, strict=True))
             ]
             kv_batch = KVBatch.build(store.format, spans, self.device)
-            read = [
-                token
-                for index, span in zip(order, spans, strict=True)
-                for token in batch[index].token_ids[span.start : span.end]
-            ]
+            read = [token for w, span in zip(batch, spans, strict=True) for token in w.token_ids[span.start : span.end]]
             ids = torch.tensor(read, device=self.device)
             hidden = self.model(ids, kv_batch.positions, partial(_attend, attention, kv_batch))
             store.seal(kv_batch)
-            for index, rows in zip(order, hidden.split([span.length for span in spans]), strict=True):
-                pieces[index].append(rows)
+            for rows, piece in zip(hidden.split([span.length for span in spans]), pieces, strict=True):
+                piece.append(rows)
         check_fits(not store.take_fault().item())
-        return [torch.cat(rows)[window.first - 1 :] for window, rows in zip(batch, pieces, strict=True)]
+        return [torch.cat(piece)[window.first - 1 :] for window, piece in zip(batch, pieces, strict=True)]
 
 
 def _attend(attention: PagedAttention, batch: KVBatch, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -163,11 +157,14 @@ def _attend(attention: PagedAttention, batch: KVBatch, layer: int, q: Tensor, ke
 
 
 def _batches(windows: Sequence[Window], most: int) -> list[list[Window]]:
-    """Windows in their order, as many together as read `most` tokens, or a longer one alone."""
+    """Windows in their order, as many together as read `most` tokens, or a longer one alone.
+
+    Those of a single token, which the store takes for decodes, stay among themselves.
+    """
     batches: list[list[Window]] = []
     room = 0
     for window in windows:
-        if not batches or window.num_read > room:
+        if window.num_read > room or (window.num_read == 1) != (batches[-1][0].num_read == 1):
             batches.append([])
             room = most
         batches[-1].append(window)
