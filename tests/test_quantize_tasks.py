@@ -111,5 +111,5 @@ def test_answers_are_the_engines():
 
 def test_a_question_beyond_the_context_is_named():
     config = EngineConfig(max_model_len=100)
-    with pytest.raises(ConfigError, match="line 7: .* tokens do not fit in 100"):
+    with pytest.raises(ConfigError, match=r"line 7: \d+ tokens do not fit in 100"):
         answer_all(config, [Question("--task x, line 7", "word " * 200, " 1", is_prompt=True)], 10)

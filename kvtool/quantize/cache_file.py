@@ -19,7 +19,7 @@ from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.store import KVStore
 from kvtool.models import Decoder
-from kvtool.quantize.layer_errors import attention_layer
+from kvtool.runner import attention_layers
 
 METADATA = "kvtool.cache"
 
@@ -71,7 +71,7 @@ def cache_prompt(model: Decoder, layout: KVLayout, token_ids: list[int], dtype: 
     device = model.embed_tokens.weight.device
     num_blocks = layout.format.num_blocks(len(token_ids))
     store = KVStore(layout, num_blocks, 1, dtype, device)
-    attention = PagedAttention(store, [attention_layer(model, index) for index in range(layout.spec.num_layers)])
+    attention = PagedAttention(store, attention_layers(model.config))
     batch = KVBatch.build(layout.format, [Span(0, len(token_ids), range(num_blocks), 0)], device)
     model(
         torch.tensor(token_ids, device=device),
