@@ -4,7 +4,7 @@ import gc
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,14 +15,15 @@ import torch
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.errors import KVToolError, UnsupportedError
 from kvtool.kv.format import KVFormat, resolve
-from kvtool.kv.layout import Field, KVLayout
-from kvtool.kv.spec import KVSpec, StreamSpec
+from kvtool.kv.layout import KVLayout
+from kvtool.kv.spec import KVSpec
 from kvtool.models import load_config, resolve_model
 from kvtool.perplexity import SAMPLE, FormatScore, Task, make_task, read_documents, score_formats
 from kvtool.quantize.cache_file import CachedPrompt, cache_prompt, read_cache, write_cache
 from kvtool.quantize.decode_speed import DecodeSpeed, decode_speed
 from kvtool.quantize.layer_errors import Outlier, calibrate, layer_errors, outlier, propagated_errors
-from kvtool.quantize.tasks import Answer, answer_all, load_task
+from kvtool.quantize.memory import Memory, layer_memory, nominal_saved
+from kvtool.quantize.tasks import Answer, Question, answer_all, load_task
 from kvtool.runner import attention_layers, choose_device, kv_spec
 from kvtool.scoring import SIXTEEN_BITS, ScoringModel
 from kvtool.tokenizer import Tokenizer
@@ -44,6 +45,9 @@ class Exam:
         max_tokens: of the text that are read at most, but one window at least.
         num_seqs, context: sequences, and tokens of each, that memory and time are told for; None: the model's context,
             32,768 at most.
+        task: `retrieval` or a file of questions; None asks nothing.
+        questions: of the task, from its first; None: all.
+        answer_tokens: of an answer at most.
     """
 
     data: str | None = None
@@ -52,38 +56,9 @@ class Exam:
     max_tokens: int = 8192
     num_seqs: int = 1
     context: int | None = None
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of keys or values, or of both together, of sequences in a cache.
-
-    Attributes:
-        codes, scales, zeros: of packed blocks.
-        padding: that fields of blocks end with.
-        window: of full-precision tails, as allocated.
-        exact: the same tokens at 16 bits an element.
-    """
-
-    codes: int
-    scales: int
-    zeros: int
-    padding: int
-    window: int
-    exact: int
-
-    @property
-    def total(self) -> int:
-        return self.codes + self.scales + self.zeros + self.padding + self.window
-
-    @property
-    def saved(self) -> float:
-        """Share of the 16-bit bytes; negative where the window outweighs all."""
-        return 1 - self.total / self.exact
-
-    @classmethod
-    def sum(cls, parts: "Sequence[Memory]") -> "Memory":
-        return cls(*map(sum, zip(*map(astuple, parts), strict=True)))
+    task: str | None = None
+    questions: int | None = None
+    answer_tokens: int = 512
 
 
 @dataclass(frozen=True)
@@ -127,7 +102,6 @@ class TaskScore:
         answers: in the order of the questions.
     """
 
-    task: str
     questions: int
     right: int
     accuracy: float
@@ -135,10 +109,10 @@ class TaskScore:
     answers: tuple[Answer, ...]
 
     @classmethod
-    def of(cls, task: str, answers: Sequence[Answer]) -> "TaskScore":
+    def of(cls, answers: Sequence[Answer]) -> "TaskScore":
         right = sum(answer.is_right for answer in answers)
         share = right / len(answers)
-        return cls(task, len(answers), right, share, math.sqrt(share * (1 - share) / len(answers)), tuple(answers))
+        return cls(len(answers), right, share, math.sqrt(share * (1 - share) / len(answers)), tuple(answers))
 
 
 @dataclass(frozen=True)
@@ -148,23 +122,34 @@ class FormatCost:
     Attributes:
         score: quality on text, honest bits.
         nominal_saved: share of 16 bits that codes without scales, zeros and window would save.
+        num_seqs, context: sequences, and tokens of each, that memory is told for.
         memory: of all layers.
+        task: right answers, where questions are asked.
+        decode: on a GPU, where a kernel reads the format.
     """
 
     score: FormatScore
     nominal_saved: float
+    num_seqs: int
+    context: int
     memory: Memory
     layers: tuple[LayerCost, ...]
+    task: TaskScore | None = None
+    decode: DecodeSpeed | None = None
 
     def row(self) -> dict[str, Any]:
-        """Plain values, with what follows from them."""
-        errors = [layer.output_error for layer in self.layers]
+        """Plain values, with what follows from them, without the answers to a task."""
+        errors, task, decode = [layer.output_error for layer in self.layers], self.task, self.decode
         return {
             **asdict(self.score),
             "nominal_saved": self.nominal_saved,
+            "batch": self.num_seqs,
+            "context": self.context,
             "memory": {**asdict(self.memory), "total": self.memory.total, "saved": self.memory.saved},
             "output_error": {"mean": sum(errors) / len(errors), "max": max(errors)},
             "layers": [asdict(layer) for layer in self.layers],
+            "task": task and {name: value for name, value in asdict(task).items() if name != "answers"},
+            "decode": decode and {**asdict(decode), "bytes_per_second": decode.nbytes / decode.seconds},
         }
 
 
@@ -224,6 +209,8 @@ class Examiner:
         return FormatCost(
             score=score,
             nominal_saved=nominal_saved(layout),
+            num_seqs=self.num_seqs,
+            context=self.context,
             memory=Memory.sum([stream.memory for layer in layers for stream in (layer.key, layer.value)]),
             layers=layers,
         )
@@ -251,60 +238,50 @@ class Examiner:
 def examine(config: EngineConfig, exam: Exam, progress: Progress) -> tuple[FormatCost, FormatCost]:
     """What a 16-bit cache costs, and what that of `config.kv` does.
 
+    One model is loaded at a time, so that a GPU that holds it can measure it.
+
     Raises:
-        KVToolError: as `Examiner` and `Examiner.measure`.
+        KVToolError: the model cannot be loaded or the format does not fit it, a file is unreadable or too short, a
+            question is too long, or what the model computes is not finite.
     """
     resolve(config.kv, model_spec(config))  # before seconds go into the model
+    questions = load_task(exam.task)[: exam.questions] if exam.task else ()
+    formats = {"16 bits": SIXTEEN_BITS, "packed": config.kv}
+    decodes = [time_decode(config, kv, exam) for kv in formats.values()]
     with TemporaryDirectory(prefix="kvtool-") as folder:
         with progress("reading the text, 16 bits") as on_progress:
             examiner = Examiner(config, exam, Path(folder) / "baseline.safetensors", on_progress)
-        with progress("reading it again, packed") as on_progress:
-            return examiner.exact, examiner.measure(config.kv, on_progress)
+        with progress("reading the text, packed") as on_progress:
+            costs = [examiner.exact, examiner.measure(config.kv, on_progress)]
+    del examiner
+    tasks = [_ask(replace(config, kv=kv), questions, exam, name, progress) for name, kv in formats.items()]
+    exact, packed = (
+        replace(cost, task=task, decode=decode) for cost, task, decode in zip(costs, tasks, decodes, strict=True)
+    )
+    return exact, packed
 
 
-def ask(
-    config: EngineConfig, task: str, count: int | None, answer_tokens: int, progress: Progress
-) -> tuple[TaskScore, TaskScore]:
-    """Right answers from a 16-bit cache, and from that of `config.kv`.
-
-    Args:
-        count: of the task's questions, from the first; None: all.
-        answer_tokens: of an answer at most.
-
-    Raises:
-        KVToolError: an unreadable task, or a question that does not fit the model.
-    """
-    questions = load_task(task)[:count]
-    scores = []
-    for name, kv in (("16 bits", SIXTEEN_BITS), ("packed", config.kv)):
-        release_memory()
-        with progress(f"{len(questions)} questions, {name}") as on_progress:
-            answers = answer_all(replace(config, kv=kv), questions, answer_tokens, on_progress)
-        scores.append(TaskScore.of(task, answers))
-    return scores[0], scores[1]
-
-
-def time_decodes(config: EngineConfig, exam: Exam) -> tuple[DecodeSpeed, DecodeSpeed]:
-    """Attention of one decode step from a 16-bit cache and from that of `config.kv`, on a GPU that holds no model yet.
+def time_decode(config: EngineConfig, kv: KVOptions, exam: Exam) -> DecodeSpeed | None:
+    """Attention of one decode step on a GPU that holds no model yet; None where there is none, or no kernel for `kv`.
 
     All layers read all of the context, whatever their sliding windows.
 
     Raises:
-        UnsupportedError: there is no GPU, or no kernel for this format.
         CapacityError: the GPU cannot hold so many tokens.
     """
     device = choose_device(config.device)
     if device.type != "cuda":
-        raise UnsupportedError(f"decode steps are timed on a GPU, not on {device}")
-    model = load_config(resolve_model(config.model))
+        return None
+    spec, model = model_spec(config), load_config(resolve_model(config.model))
     layer = replace(attention_layers(model)[0], sliding_window=None)
-    spec, context = model_spec(config), exam.context or min(config.max_model_len or model.max_position, MOST_CONTEXT)
-    with torch.cuda.device(device):
-        exact, packed = (
-            decode_speed(layer, spec, resolve(kv, spec), exam.num_seqs, context) for kv in (SIXTEEN_BITS, config.kv)
-        )
-    release_memory()
-    return exact, packed
+    context = exam.context or min(config.max_model_len or model.max_position, MOST_CONTEXT)
+    try:
+        with torch.cuda.device(device):
+            return decode_speed(layer, spec, resolve(kv, spec), exam.num_seqs, context)
+    except UnsupportedError:
+        return None
+    finally:
+        _release_memory()
 
 
 def dump_cache(config: EngineConfig, text: str, path: Path) -> CachedPrompt:
@@ -328,7 +305,7 @@ def model_spec(config: EngineConfig) -> KVSpec:
     return kv_spec(load_config(resolve_model(config.model)), torch.bfloat16)
 
 
-def release_memory() -> None:
+def _release_memory() -> None:
     """Give back what dropped models held, so that the next one finds a GPU empty."""
     gc.collect()
     if torch.cuda.is_available():
@@ -346,15 +323,14 @@ def short_name(fmt: KVFormat) -> str:
     return key if key == "fp8" else f"{key} bits"
 
 
-def nominal_saved(layout: KVLayout) -> float:
-    """Share of 16 bits that codes without scales, zeros and window would save."""
-    spec = layout.spec
-    bits = sum(
-        stream.elements * (8 if fmt.bits == "fp8" else int(fmt.bits))
-        for layer in layout.format.layers
-        for stream, fmt in ((spec.key, layer.key), (spec.value, layer.value))
-    )
-    return 1 - bits / (16 * spec.elements)
+def _ask(
+    config: EngineConfig, questions: Sequence[Question], exam: Exam, name: str, progress: Progress
+) -> TaskScore | None:
+    if not questions:
+        return None
+    _release_memory()
+    with progress(f"{len(questions)} questions, {name}") as on_progress:
+        return TaskScore.of(answer_all(config, questions, exam.answer_tokens, on_progress))
 
 
 def _text(exam: Exam, tokenizer: Tokenizer, context: int) -> Task:
@@ -362,29 +338,3 @@ def _text(exam: Exam, tokenizer: Tokenizer, context: int) -> Task:
     task = make_task("gptq", documents, tokenizer, context, window=exam.window)
     count = max(1, exam.max_tokens // task.window)
     return replace(task, windows=task.windows[:count], weights=task.weights[:count])
-
-
-def layer_memory(layout: KVLayout, layer: int, num_seqs: int, context: int) -> tuple[Memory, Memory]:
-    """Of the keys and of the values of one layer, for `num_seqs` sequences of `context` tokens each."""
-    key, value = layout.fields(layer)
-    ends = [*(field.offset for field in (*key, *value)), layout.layer_block_bytes(layer)][1:]
-    padding = [end - field.offset - field.nbytes for field, end in zip((*key, *value), ends, strict=True)]
-    return (
-        _stream_memory(layout, layout.spec.key, key, sum(padding[: len(key)]), num_seqs, context),
-        _stream_memory(layout, layout.spec.value, value, sum(padding[len(key) :]), num_seqs, context),
-    )
-
-
-def _stream_memory(
-    layout: KVLayout, stream: StreamSpec, fields: Sequence[Field], padding: int, num_seqs: int, context: int
-) -> Memory:
-    blocks = num_seqs * layout.format.num_blocks(context)
-    nbytes = {field.name: blocks * field.nbytes for field in fields}
-    return Memory(
-        codes=nbytes["codes"],
-        scales=nbytes.get("scale", 0),
-        zeros=nbytes.get("zero", 0),
-        padding=blocks * padding,
-        window=num_seqs * layout.format.tail_tokens * stream.elements * layout.spec.element_size,
-        exact=num_seqs * context * stream.elements * 2,
-    )
