@@ -122,7 +122,9 @@ def quantize_kv(
     ] = None,
     questions: Annotated[
         int | None,
-        measure_option("--questions", min=0, max=MOST, help="Ask no more of them (default: all; 24 of retrieval)."),
+        measure_option(
+            "--questions", min=0, max=MOST, help="Ask no more of them; 0 asks nothing (default: all; 24 of retrieval)."
+        ),
     ] = None,
     answer_tokens: Annotated[
         int, measure_option("--answer-tokens", min=1, max=MOST, help="Of an answer at most.")
@@ -158,7 +160,7 @@ def quantize_kv(
             if given:
                 raise ConfigError(f"--{name} is for one format; leave out --ablate")
         exam = Exam(data, field, window, max_tokens, batch, context)
-        journal = Path(f"{output.output}.part") if output.output else None
+        journal = Path(f"{output.output}.part.jsonl") if output.output else None
         show(ablation_report(engine, exam, ablate, journal), output)
         if journal:
             journal.unlink(missing_ok=True)
@@ -168,8 +170,9 @@ def quantize_kv(
     if task is None and (questions or show_answers):
         raise ConfigError("--questions and --show-answers: this model is asked nothing yet; give a --task")
     exam = Exam(data, field, window, max_tokens, batch, context, task, questions, answer_tokens)
+    dumped = dump_notes(engine, prompt, dump)  # first, because a file that cannot be written must not cost a run
     report = format_report(engine, exam, show_answers)
-    show(replace(report, notes=[*report.notes, *dump_notes(engine, prompt, dump)]), output)
+    show(replace(report, notes=[*report.notes, *dumped]), output)
 
 
 def with_bits(kv: KVOptions) -> KVOptions:
