@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DEFAULT_BITS: Bits = "4"
 RETRIEVAL, RETRIEVAL_QUESTIONS = "retrieval", 24  # asked of tiny, which learnt it
 SAMPLE_CHARACTERS = 4000  # that --dump runs where no prompt is given
-SHOWN_CHARACTERS = 160  # of the end of a question
+SHOWN_CHARACTERS = 100  # of the end of a question
 
 QUALITY = (
     Column("cache", "format.name"),
@@ -123,7 +123,7 @@ def quantize_kv(
     questions: Annotated[
         int | None,
         measure_option(
-            "--questions", min=0, max=MOST, help="Ask no more of them; 0 asks nothing (default: all; 24 of retrieval)."
+            "--questions", min=0, max=MOST, help="Ask no more of them, 0: none (default: all; 24 of retrieval)."
         ),
     ] = None,
     answer_tokens: Annotated[
@@ -294,7 +294,7 @@ def memory_rows(row: Row) -> list[Row]:
 def answer_row(exact: Row, packed: Row) -> Row:
     verdict = {True: "right", False: "wrong"}
     return {
-        "question": "…" + exact["question"][-SHOWN_CHARACTERS:],
+        "question": "…" + " ".join(exact["question"].split())[-SHOWN_CHARACTERS:],
         "expected": exact["expected"].strip()[-SHOWN_CHARACTERS:],
         "exact": exact["text"].strip(),
         "exact_right": verdict[exact["is_right"]],

@@ -87,9 +87,12 @@ def variants(asked: str, base: KVOptions, spec: KVSpec) -> tuple[Variant, ...]:
     unknown = [name for name in names if name not in ABLATIONS]
     if unknown:
         raise ConfigError(f"--ablate {unknown[0]!r:.40}: must be all, or of {', '.join(ABLATIONS)}")
+    # Bits bring their own default window; where anything else is varied, it stays what it is.
+    windowed = replace(base, residual_length=resolve(base, spec).residual)
     rows = []
     for ablation in dict.fromkeys(names):
-        varied = [_variant(ablation, name, kv, spec) for name, kv in ABLATIONS[ablation](base).items()]
+        choices = ABLATIONS[ablation](base if ablation == "bits" else windowed)
+        varied = [_variant(ablation, name, kv, spec) for name, kv in choices.items()]
         if all(variant.format is None for variant in varied):
             raise ConfigError(f"--ablate {ablation}: {varied[0].reason}")
         rows += varied
