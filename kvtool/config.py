@@ -21,6 +21,7 @@ class KVOptions:
         residual_length: tokens kept at full precision behind every query, rounded up to whole blocks.
         rotate: Hadamard rotation before quantising (token axis only).
         plan: path of a YAML file `{layer: {nbits_key, nbits_value}}`, KVTuner's format.
+        layer_bits: (key bits, value bits) of each layer, found by a preflight or a search; before all other bits.
     """
 
     nbits: Bits | None = None
@@ -33,6 +34,7 @@ class KVOptions:
     residual_length: int | None = None
     rotate: bool | None = None
     plan: str | None = None
+    layer_bits: tuple[tuple[Bits, Bits], ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """KV formats: what the user's options mean for a model. Integers only; `codecs.py` does the arithmetic."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -14,6 +15,7 @@ GROUP_SIZES = (32, 64, 128)
 BLOCK_SIZE = 64
 KEY_AXIS: Axis = "channel"  # keys have a few channels of huge outliers, values have not
 VALUE_AXIS: Axis = "token"
+BIT_OPTIONS = ("nbits", "nbits_key", "nbits_value", "plan", "layer_bits")
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,11 @@ def resolve(options: KVOptions, spec: KVSpec) -> KVFormat:
     return KVFormat(layers, block_size, residual)
 
 
-def _layer_bits(options: KVOptions, num_layers: int) -> list[tuple[Bits, Bits]]:
+def _layer_bits(options: KVOptions, num_layers: int) -> Sequence[tuple[Bits, Bits]]:
+    if options.layer_bits is not None:
+        if len(options.layer_bits) != num_layers:
+            raise ConfigError(f"bits for {len(options.layer_bits)} layers do not fit a model of {num_layers}")
+        return options.layer_bits
     if options.plan is None:
         both = options.nbits or "16"
         return [(options.nbits_key or both, options.nbits_value or both)] * num_layers
@@ -142,7 +148,7 @@ def _layer_bits(options: KVOptions, num_layers: int) -> list[tuple[Bits, Bits]]:
     return load_plan(options.plan, num_layers)
 
 
-def _check(options: KVOptions, bits: list[tuple[Bits, Bits]]) -> None:
+def _check(options: KVOptions, bits: Sequence[tuple[Bits, Bits]]) -> None:
     """Refuse what could only be a mistake."""
     if options.q_group_size is not None and options.q_group_size not in GROUP_SIZES:
         raise ConfigError(f"--q-group-size {options.q_group_size}: must be one of {', '.join(map(str, GROUP_SIZES))}")
@@ -153,7 +159,7 @@ def _check(options: KVOptions, bits: list[tuple[Bits, Bits]]) -> None:
         raise ConfigError(f"--nbits {unknown.pop()!r}: must be one of {', '.join(BITS)}")
     used: set[Bits] = {stream for pair in bits for stream in pair}
     if used == {"16"}:
-        given = [name for name, value in vars(options).items() if value and not name.startswith(("nbits", "plan"))]
+        given = [name for name, value in vars(options).items() if value and name not in BIT_OPTIONS]
         if given:
             option = given[0].replace("_", "-").replace("symmetric", "sym")
             raise ConfigError(f"--{option} means nothing for a 16-bit cache; add --nbits 8, 4, 2 or fp8")
