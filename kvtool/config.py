@@ -84,6 +84,7 @@ class ServerConfig:
         shutdown_timeout: seconds that answers under way get to finish after SIGTERM.
         max_queue: requests that may wait; those beyond are told to come back later.
         trust_request_chat_template: a request may bring a chat template of its own.
+        preflight: before the cache is laid out, try on text whether the model survives its format.
     """
 
     host: str = "127.0.0.1"
@@ -93,3 +94,4 @@ class ServerConfig:
     shutdown_timeout: int = 30
     max_queue: int = 8192
     trust_request_chat_template: bool = False
+    preflight: bool = True

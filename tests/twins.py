@@ -1,4 +1,4 @@
-"""Outlier twins: the same function as a model, with the keys of Qwen2.5, whose few huge channels per-token scales cannot
+"""Outlier twins: the same function as a model, with keys like Qwen2.5's: few huge channels that no scale per token can
 follow."""
 
 import json
@@ -13,7 +13,13 @@ from kvtool.models import load_config
 
 
 def outlier_twin(
-    source: Path, target: Path, *, scale: float = 64.0, num_pairs: int = 3, value_bias: float = 0.0
+    source: Path,
+    target: Path,
+    *,
+    scale: float = 64.0,
+    num_pairs: int = 3,
+    value_scale: float = 1.0,
+    value_bias: float = 0.0,
 ) -> Path:
     """Write a model that computes what `source` does, through keys with outliers; returns `target`.
 
@@ -22,8 +28,11 @@ def outlier_twin(
     channels of a pair change alike, so this commutes with the rotation and leaves every q·k as it was. `scale` being a
     power of two, not even rounding differs.
 
-    With `value_bias`, values get random biases of that standard deviation besides. Probabilities sum to 1, so an output
-    bias takes them away again; Qwen2 has none, so the twin is a Llama with `attention_bias`, in float64.
+    With `value_scale`, as many channels of each value head are multiplied by that, and divided by it where the output
+    projection reads them.
+
+    With `value_bias`, values get random biases of that standard deviation. Probabilities sum to 1, so an output bias
+    takes them away again; Qwen2 has none, so the twin is a Llama with `attention_bias`, in float64.
 
     Args:
         source: folder of a model that stores q, k and v apart, in one file, without QK norm.
@@ -46,6 +55,11 @@ def outlier_twin(
                 if (key := heads.get(f"{prefix}k_proj.{kind}")) is not None:
                     key[head, channels] *= scale
                     heads[f"{prefix}q_proj.{kind}"][head * group : (head + 1) * group, channels] /= scale
+        output = weights[f"{prefix}o_proj.weight"].unflatten(1, (config.num_kv_heads, group, config.head_dim))
+        for kind in ("weight", "bias"):
+            if (value := heads.get(f"{prefix}v_proj.{kind}")) is not None:
+                value[:, :num_pairs] *= value_scale
+        output[..., :num_pairs] /= value_scale
         if value_bias:
             bias = torch.randn(config.num_kv_heads, config.head_dim, generator=generator, dtype=torch.float64)
             for name, size in (("q", config.num_heads), ("k", config.num_kv_heads), ("v", config.num_kv_heads)):
