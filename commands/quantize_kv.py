@@ -1,17 +1,47 @@
 """`kvtool quantize-kv`: what a cache in fewer bits costs a model, and what it saves."""
 
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Annotated
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from kvtool.config import Bits, EngineConfig, KVOptions
+from kvtool.errors import ConfigError
 
 from .options import MOST, option
-from .output import Column, OutputOptions, Report, Table, show
+from .output import Chart, Column, OutputOptions, Report, Row, Series, Table, progress, show
 
-PANEL = "Measurement"
+if TYPE_CHECKING:
+    from kvtool.quantize.report import Exam
+
 DEFAULT_BITS: Bits = "4"
+RETRIEVAL, RETRIEVAL_QUESTIONS = "retrieval", 24  # asked of tiny, which learnt it
+SAMPLE_CHARACTERS = 4000  # that --dump runs where no prompt is given
+SHOWN_CHARACTERS = 160  # of the end of a question
 
-LAYER_COLUMNS = (
+QUALITY = (
+    Column("cache", "format.name"),
+    Column("PPL", "perplexity", ".3f"),
+    Column("ΔPPL", "perplexity_change", "+.3%"),
+    Column("±", "perplexity_change_error", ".3%"),
+    Column("KLD", "kld_mean", ".2e"),
+    Column("same top-1", "top1_agreement", ".2%"),
+)
+TASK = (Column("right", "task.accuracy", ".1%"), Column("±", "task.error", ".1%"))
+SIZE = (
+    Column("bits", "bits_per_element", ".2f"),
+    Column("MiB", "memory_mib", ",.2f"),
+    Column("saved", "memory.saved", ".1%"),
+)
+DECODE = (
+    Column("decode µs", "decode.microseconds", ",.1f"),
+    Column("GB/s", "decode.gb_per_s", ",.0f"),
+    Column("of peak", "decode.of_peak", ".0%"),
+)
+LAYER = (
     Column("layer", "layer"),
     Column("keys", "key.format"),
     Column("error", "key.error", ".2%"),
@@ -22,40 +52,309 @@ LAYER_COLUMNS = (
     Column("output error", "output_error", ".2%"),
     Column("propagated", "propagated_error", ".2%"),
 )
+MEMORY = (
+    Column("KiB of", "name"),
+    Column("codes", "codes", ",.0f"),
+    Column("scales", "scales", ",.0f"),
+    Column("zeros", "zeros", ",.0f"),
+    Column("padding", "padding", ",.0f"),
+    Column("window", "window", ",.0f"),
+    Column("total", "total", ",.0f"),
+    Column("16 bits", "exact", ",.0f"),
+    Column("saved", "saved", ".1%"),
+)
+ANSWERS = (
+    Column("question", "question"),
+    Column("expected", "expected"),
+    Column("16 bits", "exact"),
+    Column("", "exact_right"),
+    Column("packed", "packed"),
+    Column("", "packed_right"),
+)
+ABLATION = (
+    Column("", "variant"),
+    Column("PPL", "perplexity", ".3f"),
+    *QUALITY[2:],
+    Column("output error", "output_error.mean", ".2%"),
+    Column("worst layer", "output_error.max", ".2%"),
+    Column("bits", "bits_per_element", ".2f"),
+    Column("nominal", "nominal_saved", ".1%"),
+    Column("saved", "memory.saved", ".1%"),
+    Column("MiB", "memory_mib", ",.2f"),
+)
+
+STREAMS = {"keys": "key", "values": "value"}
+
+measure_option = partial(option, panel="Measurement")
 
 
 def quantize_kv(
     engine: EngineConfig,
     output: OutputOptions,
+    data: Annotated[
+        str | None,
+        measure_option("--data", metavar="FILE", help="A text, .jsonl or .parquet (default: a built-in sample)."),
+    ] = None,
+    field: Annotated[
+        str | None, measure_option("--field", help="Of .jsonl and .parquet: where the text is (default: text).")
+    ] = None,
+    max_tokens: Annotated[
+        int, measure_option("--max-tokens", min=1, max=MOST, help="Read no more of the text, in whole windows.")
+    ] = 8192,
+    window: Annotated[
+        int | None,
+        measure_option("--window", min=4, max=MOST, help="Tokens that are read together (default: 2048)."),
+    ] = None,
     batch: Annotated[
-        int, option("--batch", panel=PANEL, min=1, max=2**16, help="Sequences that memory and time are told for.")
+        int, measure_option("--batch", min=1, max=2**16, help="Sequences that memory and time are told for.")
     ] = 1,
     context: Annotated[
         int | None,
-        option(
-            "--context",
-            panel=PANEL,
-            min=1,
-            max=MOST,
-            help="Tokens of each (default: the model's context or 32,768).",
+        measure_option(
+            "--context", min=1, max=2**24, help="Tokens of each (default: the model's context, 32768 at most)."
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        measure_option(
+            "--task", metavar="FILE", help="Questions and answers, JSONL as GSM8K's; or retrieval, which tiny is asked."
+        ),
+    ] = None,
+    questions: Annotated[
+        int | None,
+        measure_option("--questions", min=0, max=MOST, help="Ask no more of them (default: all; 24 of retrieval)."),
+    ] = None,
+    answer_tokens: Annotated[
+        int, measure_option("--answer-tokens", min=1, max=MOST, help="Of an answer at most.")
+    ] = 512,
+    show_answers: Annotated[
+        int, measure_option("--show-answers", min=0, max=MOST, help="Show so many answers side by side.")
+    ] = 0,
+    dump: Annotated[
+        str | None,
+        measure_option(
+            "--dump", metavar="FILE", help="Write the packed cache of a prompt as safetensors, and read it back."
+        ),
+    ] = None,
+    prompt: Annotated[str | None, measure_option("--prompt", help="Of --dump (default: from the sample).")] = None,
+    ablate: Annotated[
+        str | None,
+        measure_option(
+            "--ablate", help="Vary one choice at a time: bits, axis, symmetry, residual, group, rotation, or all."
         ),
     ] = None,
 ) -> None:
-    """What a KV cache in fewer bits costs a model, layer by layer, and what it saves (4 bits unless asked otherwise).
+    """Measure what a KV cache in fewer bits costs a model, and what it saves (4 bits unless asked otherwise).
 
     Example: kvtool quantize-kv --nbits 2 --residual-length 64 --show-answers 3
-    """
-    from kvtool.quantize.report import Examiner
 
-    examiner = Examiner(engine, batch, context)
-    cost = asdict(examiner.measure(with_bits(engine.kv)))
-    show(
-        Report("quantize-kv", asdict(engine), [cost], (), [Table("", LAYER_COLUMNS, cost["layers"])]),
-        output,
-    )
+    Example: kvtool quantize-kv --ablate all --output report.html
+    """
+    from kvtool.quantize.report import Exam
+
+    engine = replace(engine, kv=with_bits(engine.kv))
+    if ablate is not None:
+        for name, given in (("task", task), ("show-answers", show_answers), ("dump", dump)):
+            if given:
+                raise ConfigError(f"--{name} is for one format; leave out --ablate")
+        exam = Exam(data, field, window, max_tokens, batch, context)
+        journal = Path(f"{output.output}.part") if output.output else None
+        show(ablation_report(engine, exam, ablate, journal), output)
+        if journal:
+            journal.unlink(missing_ok=True)
+        return
+    if task is None and engine.model == "tiny":
+        task, questions = RETRIEVAL, RETRIEVAL_QUESTIONS if questions is None else questions
+    if task is None and (questions or show_answers):
+        raise ConfigError("--questions and --show-answers: this model is asked nothing yet; give a --task")
+    exam = Exam(data, field, window, max_tokens, batch, context, task, questions, answer_tokens)
+    report = format_report(engine, exam, show_answers)
+    show(replace(report, notes=[*report.notes, *dump_notes(engine, prompt, dump)]), output)
 
 
 def with_bits(kv: KVOptions) -> KVOptions:
     """`kv`, in `DEFAULT_BITS` where no option says how many."""
     asked = kv.nbits or kv.nbits_key or kv.nbits_value or kv.plan
     return kv if asked else replace(kv, nbits=DEFAULT_BITS)
+
+
+def format_report(engine: EngineConfig, exam: "Exam", num_shown: int) -> Report:
+    """What one format costs, beside 16 bits."""
+    from kvtool.quantize.report import examine
+
+    costs = examine(engine, exam, progress)
+    rows = [cost.row() for cost in costs]
+    exact, packed = rows
+    columns = (*QUALITY, *(TASK if exact["task"] else ()), *SIZE, *(DECODE if exact["decode"] else ()))
+    tables = [
+        Table("", columns, list(map(readable, rows))),
+        Table("Errors by layer", LAYER, packed["layers"]),
+        Table(f"Memory of {sequences(packed)}", MEMORY, memory_rows(packed)),
+    ]
+    if costs[0].task and costs[1].task and num_shown:
+        pairs = list(zip(costs[0].task.answers, costs[1].task.answers, strict=True))[:num_shown]
+        for row, answers in zip(rows, zip(*pairs, strict=True), strict=True):
+            row["answers"] = list(map(asdict, answers))
+        tables.append(Table("Answers", ANSWERS, [answer_row(*map(asdict, pair)) for pair in pairs]))
+    notes = [
+        f"{packed['format']['name']}: {packed['format']['description']}.",
+        f"{engine.model}: {packed['tokens']:,} tokens scored, each from the cache that decoding would read. KLD: nats "
+        "from what 16 bits predict.",
+        "Errors: norm of the difference over that of the exact, of packed keys and values, and of the attention's "
+        "output, alone or with all layers before packed too. Outlier: largest channel over the median one.",
+        "bits, memory: scales, zeros, padding and window included, of a model that is served in 16 bits.",
+    ]
+    if exact["decode"] and not packed["decode"]:
+        notes.append("Decode time is n/a where no GPU kernel reads the format.")
+    return Report("quantize-kv", settings(engine, exam), rows, (), tables, layer_charts(packed), notes)
+
+
+def ablation_report(engine: EngineConfig, exam: "Exam", asked: str, journal: Path | None) -> Report:
+    """Formats that differ from that of `engine` in one choice each."""
+    from kvtool.quantize.ablate import ablate
+
+    if journal and journal.exists():
+        print(f"going on from {journal}", file=sys.stderr)
+    try:
+        rows = ablate(engine, asked, exam, journal, progress)
+    except KeyboardInterrupt:
+        if journal:
+            print(f"stopped; the same command goes on from {journal}", file=sys.stderr)
+        raise
+    tables = [
+        Table(f"{name}, {sequences(rows[0])}", ABLATION, list(map(readable, group)))
+        for name, group in by_ablation(rows).items()
+    ]
+    missing = [f"{row['ablation']} {row['variant']}: n/a, {row['reason']}." for row in rows if row["reason"]]
+    config = {**settings(engine, exam), "ablate": asked}
+    return Report("quantize-kv", config, rows, (), tables, ablation_charts(rows), missing)
+
+
+def dump_notes(engine: EngineConfig, prompt: str | None, dump: str | None) -> list[str]:
+    """Write the packed cache of a prompt, if asked to, and say what stands there."""
+    if dump is None:
+        if prompt is not None:
+            raise ConfigError("--prompt is what --dump caches; name a file with it")
+        return []
+    from kvtool.perplexity import SAMPLE
+    from kvtool.quantize.report import dump_cache
+
+    text = SAMPLE.read_text("utf-8")[:SAMPLE_CHARACTERS] if prompt is None else prompt
+    cached = dump_cache(engine, text, Path(dump))
+    packed = cached.first_near
+    return [
+        f"{dump}: the cache of {len(cached.token_ids):,} tokens, {packed:,} of them packed, "
+        f"{Path(dump).stat().st_size:,} bytes; read back bit for bit."
+    ]
+
+
+def settings(engine: EngineConfig, exam: "Exam") -> dict[str, Any]:
+    return {"engine": asdict(engine), **asdict(exam)}
+
+
+def sequences(row: Row) -> str:
+    return f"{row['batch']:,} × {row['context']:,} tokens"
+
+
+def by_ablation(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    return {name: list(group) for name, group in groupby(rows, key=lambda row: row["ablation"])}
+
+
+def readable(row: Row) -> Row:
+    """`row` with figures in the units of the tables; what was not measured is left out."""
+    decode, memory = row.get("decode"), row.get("memory")
+    return {
+        **row,
+        "memory_mib": memory and memory["total"] / 2**20,
+        "decode": decode
+        and {
+            "microseconds": decode["seconds"] * 1e6,
+            "gb_per_s": decode["bytes_per_second"] / 1e9,
+            "of_peak": decode["bytes_per_second"] / decode["bandwidth"],
+        },
+    }
+
+
+def memory_rows(row: Row) -> list[Row]:
+    """Keys, values and both, over all layers, in KiB."""
+    parts = ("codes", "scales", "zeros", "padding", "window", "exact")
+    streams = {name: [layer[stream]["memory"] for layer in row["layers"]] for name, stream in STREAMS.items()}
+    streams["both"] = [memory for memories in streams.values() for memory in memories]
+    rows: list[Row] = []
+    for name, memories in streams.items():
+        kib = {part: sum(memory[part] for memory in memories) / 1024 for part in parts}
+        total = sum(kib.values()) - kib["exact"]
+        rows.append({"name": name, **kib, "total": total, "saved": 1 - total / kib["exact"]})
+    return rows
+
+
+def answer_row(exact: Row, packed: Row) -> Row:
+    verdict = {True: "right", False: "wrong"}
+    return {
+        "question": "…" + exact["question"][-SHOWN_CHARACTERS:],
+        "expected": exact["expected"].strip()[-SHOWN_CHARACTERS:],
+        "exact": exact["text"].strip(),
+        "exact_right": verdict[exact["is_right"]],
+        "packed": packed["text"].strip(),
+        "packed_right": verdict[packed["is_right"]],
+    }
+
+
+def layer_charts(row: Row) -> list[Chart]:
+    layers = row["layers"]
+    names = [str(layer["layer"]) for layer in layers]
+    errors = {
+        "keys": [layer["key"]["error"] for layer in layers],
+        "values": [layer["value"]["error"] for layer in layers],
+        "attention output": [layer["output_error"] for layer in layers],
+        "with layers before": [layer["propagated_error"] for layer in layers],
+    }
+    outliers = {name: [layer[stream]["outlier"]["ratio"] for layer in layers] for name, stream in STREAMS.items()}
+    name = row["format"]["name"]
+    return [
+        Chart(f"Relative errors at {name}", "layer", "error", series(names, errors), kind="bar"),
+        Chart("Outlier channels", "layer", "largest / median channel", series(names, outliers), kind="bar"),
+    ]
+
+
+def ablation_charts(rows: Sequence[dict[str, Any]]) -> list[Chart]:
+    """What is exact has no place on a logarithmic scale."""
+    measured = [row for row in rows if not row["reason"] and row["output_error"]["mean"]]
+    groups = by_ablation(measured)
+    if len(groups) == 1:  # then there is room for a name at each point
+        groups = {row["variant"]: [row] for row in measured}
+
+    def points(x: Callable[[Row], float], y: Callable[[Row], float]) -> list[Series]:
+        return [Series(name, list(map(x, group)), list(map(y, group))) for name, group in groups.items()]
+
+    sensitivity = [
+        Series(
+            f"{row['ablation']}: {row['variant']}",
+            [str(layer["layer"]) for layer in row["layers"]],
+            [layer["output_error"] for layer in row["layers"]],
+        )
+        for row in measured
+    ]
+    return [
+        Chart(
+            "Error against honest bits",
+            "bits per element, scales and zeros included",
+            "attention-output error",
+            points(lambda row: row["bits_per_element"], lambda row: row["output_error"]["mean"]),
+            kind="scatter",
+            log_y=True,
+        ),
+        Chart(
+            f"Quality against memory, {sequences(rows[0])}",
+            "MiB, windows included",
+            "KL divergence from 16 bits, nats",
+            points(lambda row: row["memory"]["total"] / 2**20, lambda row: row["kld_mean"]),
+            kind="scatter",
+            log_y=True,
+        ),
+        Chart("Sensitivity of layers", "layer", "attention-output error", sensitivity, kind="heat", log_y=True),
+    ]
+
+
+def series(x: Sequence[str], lines: Mapping[str, Sequence[float]]) -> list[Series]:
+    return [Series(name, x, y) for name, y in lines.items()]

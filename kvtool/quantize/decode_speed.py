@@ -28,10 +28,12 @@ class DecodeSpeed:
     Attributes:
         seconds: mean, of CUDA graphs that run as many layers as fill 4 GiB, one behind the other.
         nbytes: that must be read: blocks below v(t) with their scales, and the tail from v(t) to t.
+        bandwidth: bytes per second that a plain sum reads.
     """
 
     seconds: float
     nbytes: int
+    bandwidth: float
 
 
 @torch.inference_mode()
@@ -47,6 +49,7 @@ def decode_speed(layer: AttentionLayer, spec: KVSpec, fmt: KVFormat, num_seqs: i
     copies = math.ceil(FOOTPRINT / held)
     layout = _layout(spec, fmt, kinds * copies)
     try:
+        bandwidth = read_bandwidth()
         store, batch = _filled_store(layout, num_seqs, context)
         q = torch.randn(num_seqs, layer.num_heads, layer.head_dim, dtype=DTYPE, device="cuda")
         backends = [select(layer, kv, "triton") for kv in store.layers[: len(kinds)]]  # no other can be captured
@@ -67,6 +70,7 @@ def decode_speed(layer: AttentionLayer, spec: KVSpec, fmt: KVFormat, num_seqs: i
     return DecodeSpeed(
         seconds=sum(per_kind[kinds.index(kind)] for kind in fmt.layers),
         nbytes=num_seqs * sum(nbytes[kinds.index(kind)] for kind in fmt.layers),
+        bandwidth=bandwidth,
     )
 
 

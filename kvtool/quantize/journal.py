@@ -41,11 +41,6 @@ class Journal:
         self.rows[key] = row
         self._append({"key": key, "row": row})
 
-    def close(self) -> None:
-        """Remove the file: the run is over and its result written elsewhere."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
     def _append(self, line: Mapping[str, Any]) -> None:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
@@ -65,8 +60,8 @@ class Journal:
         differing = sorted(name for name in {*found, *identity} if found.get(name) != identity.get(name))
         if differing:
             raise ConfigError(
-                f"{path}: holds results of a run with another {', '.join(differing)}; run with that one, "
-                "remove the file or choose another --output"
+                f"{path}: holds results of a run with another {', '.join(differing)}; ask for that, remove the file "
+                "or choose another --output"
             )
         if len(complete) < len(content):
             path.write_bytes(complete)

@@ -13,6 +13,7 @@ from kvtool.kv.codecs import CODECS
 from kvtool.kv.format import KVFormat, StreamFormat
 from kvtool.kv.hadamard import hadamard
 from kvtool.models import Attend, Decoder
+from kvtool.runner import attention_layers
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ def calibrate(model: Decoder, windows: Tensor) -> tuple[LayerActivations, ...]:
         UnsupportedError: a layer's are not finite, so that no error can be told.
     """
     layers: list[LayerActivations] = []
+    shapes = attention_layers(model.config)
 
     def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        layer = attention_layer(model, index)
         query, key, value = (x.unflatten(0, windows.shape).contiguous() for x in (q, k, v))
         for name, x in (("queries", query), ("keys", key), ("values", value)):
             if not x.isfinite().all():
@@ -73,8 +74,8 @@ def calibrate(model: Decoder, windows: Tensor) -> tuple[LayerActivations, ...]:
                     f"calibration: {name} of layer {index} are not finite; try --dtype float32, or other text"
                 )
         exact = StreamFormat()
-        output = attend_packed(query, key, value, exact, exact, KVFormat((), 1, 0), layer)
-        layers.append(LayerActivations(layer, query, key, value, output))
+        output = attend_packed(query, key, value, exact, exact, KVFormat((), 1, 0), shapes[index])
+        layers.append(LayerActivations(shapes[index], query, key, value, output))
         return output.to(q.dtype).flatten(0, 1)
 
     _run(model, windows, attend)
@@ -193,13 +194,6 @@ def outlier(x: Tensor) -> Outlier:
     ratios = largest / median.clamp(min=torch.finfo(torch.float32).tiny)
     head, channel = divmod(int(ratios.argmax()), x.shape[-1])
     return Outlier(float(ratios[head, channel]), head, channel)
-
-
-def attention_layer(model: Decoder, index: int) -> AttentionLayer:
-    config = model.config
-    return AttentionLayer(
-        config.num_heads, config.num_kv_heads, config.head_dim, config.softmax_scale, config.sliding_window[index]
-    )
 
 
 def _reconstruction_error(x: Tensor, fmt: StreamFormat, kv: KVFormat) -> float:

@@ -47,8 +47,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered by greedy decoding."""
+    """What a model answered to a question by greedy decoding."""
 
+    question: str
+    expected: str
     text: str
     is_right: bool
 
@@ -116,7 +118,10 @@ def answer_all(
             done += tokens.finish_reason is not None
         on_progress(done, len(questions))
     texts = [tokenizer.decode(ids).partition(NEXT_QUESTION)[0] for ids in generated]
-    return [Answer(text, question.is_right(text)) for question, text in zip(questions, texts, strict=True)]
+    return [
+        Answer(question.text, question.answer, text, question.is_right(text))
+        for question, text in zip(questions, texts, strict=True)
+    ]
 
 
 def _prompt(
