@@ -1,5 +1,6 @@
 """Plan files: the bits of each layer's keys and values, in KVTuner's YAML (arXiv:2502.04420), the rest in a sidecar."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -30,9 +31,9 @@ class Sidecar:
     schema: Literal["kvtool.plan/1"] = "kvtool.plan/1"
 
 
-def sidecar_of(path: str) -> Path:
+def sidecar_of(path: Path) -> Path:
     """Where the sidecar of a plan lies, if there is one."""
-    return Path(path).with_suffix(".kvtool.json")
+    return path.with_suffix(".kvtool.json")
 
 
 def completed(options: KVOptions) -> KVOptions:
@@ -43,7 +44,7 @@ def completed(options: KVOptions) -> KVOptions:
     """
     if options.plan is None:
         return options
-    file = sidecar_of(options.plan)
+    file = sidecar_of(Path(options.plan))
     try:
         content = file.read_bytes() if file.stat().st_size <= MAX_SIDECAR_BYTES else b""
         found = msgspec.json.decode(content, type=Sidecar).format
@@ -59,7 +60,7 @@ def completed(options: KVOptions) -> KVOptions:
     return KVOptions(**(vars(found) | given))
 
 
-def write_plan(path: str, bits: list[tuple[Bits, Bits]], sidecar: Sidecar) -> None:
+def write_plan(path: Path, bits: Sequence[tuple[Bits, Bits]], sidecar: Sidecar) -> None:
     """Write a plan and its sidecar, each whole or not at all.
 
     Raises:
@@ -69,7 +70,7 @@ def write_plan(path: str, bits: list[tuple[Bits, Bits]], sidecar: Sidecar) -> No
         layer: {"nbits_key": _number(key), "nbits_value": _number(value)} for layer, (key, value) in enumerate(bits)
     }
     contents = {
-        Path(path): yaml.safe_dump(plan, sort_keys=False).encode(),
+        path: yaml.safe_dump(plan, sort_keys=False).encode(),
         sidecar_of(path): msgspec.json.format(msgspec.json.encode(sidecar), indent=2) + b"\n",
     }
     for file, content in contents.items():

@@ -253,7 +253,7 @@ def _examine_folder(config: EngineConfig) -> Verdict:
 
 def _file_of(config: EngineConfig) -> Path:
     """Where the verdict on these weights and options is kept."""
-    plans = [Path(config.kv.plan), sidecar_of(config.kv.plan)] if config.kv.plan else []
+    plans = [Path(config.kv.plan), sidecar_of(Path(config.kv.plan))] if config.kv.plan else []
     identity = [
         EDITION,
         LIMIT,
