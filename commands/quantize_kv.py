@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from kvtool.config import Bits, EngineConfig, KVOptions
 from kvtool.errors import ConfigError
 
-from .options import MOST, option
+from .options import MOST, memory_size, option
 from .output import Chart, Column, OutputOptions, Report, Row, Series, Table, progress, show
 
 if TYPE_CHECKING:
     from kvtool.quantize.report import Exam
+    from kvtool.quantize.search import SearchResult
 
 DEFAULT_BITS: Bits = "4"
 RETRIEVAL, RETRIEVAL_QUESTIONS = "retrieval", 24  # asked of tiny, which learnt it
@@ -83,6 +84,19 @@ ABLATION = (
     Column("MiB", "memory_mib", ",.2f"),
 )
 
+PLANS = (
+    Column("cache", "format.name"),
+    Column("bits", "bits_per_element", ".2f"),
+    Column("KLD", "kld_mean", ".2e"),
+    Column("±", "kld_error", ".0e"),
+    Column("uniform", "uniform_kld", ".2e"),
+    Column("ΔPPL", "perplexity_change", "+.3%"),
+    Column("same top-1", "top1_agreement", ".2%"),
+    Column("B/token", "bytes_per_token", ",.0f"),
+    Column("tail B", "tail_bytes", ",.0f"),
+)
+PLAN = (Column("layer", "layer"), Column("K", "keys"), Column("V", "values"))
+
 STREAMS = {"keys": "key", "values": "value"}
 
 measure_option = partial(option, panel="Measurement")
@@ -145,15 +159,56 @@ def quantize_kv(
             "--ablate", help="Vary one choice at a time: bits, axis, symmetry, residual, group, rotation, or all."
         ),
     ] = None,
+    find: Annotated[
+        bool, measure_option("--search", help="Find bits for each layer within a budget, and write a plan.")
+    ] = False,
+    budget_bits: Annotated[
+        float | None,
+        measure_option("--budget-bits", min=0, max=16, help="Of --search: honest bits an element, say 4.0."),
+    ] = None,
+    budget_memory: Annotated[
+        int | None,
+        measure_option(
+            "--budget-memory",
+            parser=memory_size,
+            metavar="SIZE",
+            help="Of --search: what the cache may take, say 6GiB.",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, measure_option("--tokens", min=1, max=2**40, help="That --budget-memory must hold.")
+    ] = None,
+    trials: Annotated[int, measure_option("--trials", min=1, max=10**6, help="Of --search: plans to look at.")] = 120,
+    save_plan: Annotated[
+        str, measure_option("--save-plan", metavar="FILE", help="Where --search writes what `serve --kv-plan` takes.")
+    ] = "kv-plan.yaml",
+    preflight: Annotated[
+        bool,
+        measure_option(
+            "--preflight/--no-preflight",
+            help="Try the format on text first; where --nbits alone would ruin a layer, take what does not.",
+        ),
+    ] = True,
 ) -> None:
     """Measure what a KV cache in fewer bits costs a model, and what it saves (4 bits unless asked otherwise).
 
     Example: kvtool quantize-kv --nbits 2 --residual-length 64 --show-answers 3
 
     Example: kvtool quantize-kv --ablate all --output report.html
+
+    Example: kvtool quantize-kv --search --budget-bits 4.0 --save-plan plan.yaml
     """
     from kvtool.quantize.report import Exam
 
+    if find:
+        for name, given in (("ablate", ablate), ("task", task), ("show-answers", show_answers), ("dump", dump)):
+            if given:
+                raise ConfigError(f"--{name} is for formats that are given; leave out --search")
+        exam = Exam(data, field, window, max_tokens, batch, context)
+        show(plan_report(engine, exam, budget_bits, budget_memory, tokens, trials, Path(save_plan)), output)
+        return
+    if budget_bits or budget_memory or tokens:
+        raise ConfigError("--budget-bits, --budget-memory and --tokens are for --search; add it")
     engine = replace(engine, kv=with_bits(engine.kv))
     if ablate is not None:
         for name, given in (("task", task), ("show-answers", show_answers), ("dump", dump)):
@@ -170,6 +225,10 @@ def quantize_kv(
     if task is None and (questions or show_answers):
         raise ConfigError("--questions and --show-answers: this model is asked nothing yet; give a --task")
     exam = Exam(data, field, window, max_tokens, batch, context, task, questions, answer_tokens)
+    if preflight:
+        from kvtool.quantize.preflight import preflight as survive
+
+        engine = survive(engine)
     dumped = dump_notes(engine, prompt, dump)  # first, because a file that cannot be written must not cost a run
     report = format_report(engine, exam, show_answers)
     show(replace(report, notes=[*report.notes, *dumped]), output)
@@ -231,6 +290,88 @@ def ablation_report(engine: EngineConfig, exam: "Exam", asked: str, journal: Pat
     missing = [f"{row['ablation']} {row['variant']}: n/a, {row['reason']}." for row in rows if row["reason"]]
     config = {**settings(engine, exam), "ablate": asked}
     return Report("quantize-kv", config, rows, (), tables, ablation_charts(rows), missing)
+
+
+def plan_report(
+    engine: EngineConfig,
+    exam: "Exam",
+    bits: float | None,
+    memory: int | None,
+    tokens: int | None,
+    trials: int,
+    path: Path,
+) -> Report:
+    """A plan of bits by layer, found within a budget and written to `path`."""
+    from kvtool.quantize.search import PAIRS, Budget, find_plan
+
+    if (bits is None) == (memory is None):
+        raise ConfigError("--search needs a budget: --budget-bits 4.0, or --budget-memory 6GiB and --tokens 200000")
+    if (memory is None) != (tokens is None):
+        raise ConfigError("--budget-memory and --tokens go together: so many bytes must hold so many tokens")
+    budget = Budget(bits, memory, tokens or 0, engine.max_num_seqs)
+    part = Path(f"{path}.part")
+    if part.exists():
+        print(f"going on from {part}", file=sys.stderr)
+    try:
+        result = find_plan(engine, exam, budget, path, num_trials=trials, progress=progress)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from {part}", file=sys.stderr)
+        raise
+    found = result.found
+    rows: list[dict[str, Any]] = [
+        {**asdict(score), "uniform_kld": result.expected_kld(score.bits_per_element)}
+        for score in (*result.uniform, found)
+    ]
+    words = [f"K{key}V{value}" for key, value in PAIRS]
+    plan = [
+        {"layer": layer, "keys": key, "values": value, **dict(zip(words, errors, strict=True))}
+        for layer, ((key, value), errors) in enumerate(
+            zip(result.plan.kv.layer_bits or (), result.sensitivity, strict=True)
+        )
+    ]
+    rows[-1]["plan"] = plan
+    tables = [
+        Table("On held-out text", PLANS, rows),
+        Table("The plan, and each layer's sensitivity", (*PLAN, *(Column(w, w, ".2%") for w in words)), plan),
+    ]
+    notes = [
+        f"{path}: {found.format['description']}; serve it with --kv-plan {path}.",
+        f"{result.num_tried} plans tried for {len(result.groups)} groups of layers; KLD {result.plan.kld:.2e} on the "
+        f"text it was searched on, {found.kld_mean:.2e} on held-out text, {found.tokens:,} tokens of it.",
+        "uniform: what the nine uniform formats come to at these bits, by a line through the logarithms of their KLD.",
+        "Sensitivity: attention-output error, all layers before in the same bits.",
+    ]
+    if result.plan.kv.residual_length:
+        notes.append("Its window of full-precision tokens rules out prefix hits; --residual-length 0 keeps them.")
+    config = {**settings(engine, exam), "budget": asdict(budget), "trials": trials, "save_plan": str(path)}
+    return Report("quantize-kv", config, rows, (), tables, plan_charts(result, plan, words), notes)
+
+
+def plan_charts(result: "SearchResult", plan: Sequence[Row], words: Sequence[str]) -> list[Chart]:
+    found, layers = result.found, [str(row["layer"]) for row in plan]
+    points = {
+        "uniform": [(score.bits_per_element, score.kld_mean) for score in result.uniform],
+        "best tried, on its own text": [(tried.bits_per_element, tried.kld) for tried in result.front],
+        "plan": [(found.bits_per_element, found.kld_mean)],
+    }
+    return [
+        Chart(
+            "Divergence against honest bits",
+            "bits per element, scales and zeros included",
+            "KL divergence from 16 bits, nats",
+            [Series(name, *map(list, zip(*pairs, strict=True))) for name, pairs in points.items()],
+            kind="scatter",
+            log_y=True,
+        ),
+        Chart(
+            "Sensitivity of layers",
+            "layer",
+            "attention-output error",
+            [Series(word, layers, [row[word] for row in plan]) for word in words],
+            kind="heat",
+            log_y=True,
+        ),
+    ]
 
 
 def dump_notes(engine: EngineConfig, prompt: str | None, dump: str | None) -> list[str]:

@@ -47,6 +47,13 @@ def serve(
             help="Let requests bring their own chat template.",
         ),
     ] = ServerConfig.trust_request_chat_template,
+    preflight: Annotated[
+        bool,
+        server_option(
+            "--preflight/--no-preflight",
+            help="Try the KV format on text first; where --nbits alone would ruin a layer, take what does not.",
+        ),
+    ] = ServerConfig.preflight,
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, and SGLang's /generate.
 
@@ -62,6 +69,7 @@ def serve(
         shutdown_timeout=shutdown_timeout,
         max_queue=max_queue,
         trust_request_chat_template=trust_request_chat_template,
+        preflight=preflight,
     )
     run(engine, config, on_ready=lambda info, url: put(start_card(info, url, config.api_key is not None)))
 

@@ -395,13 +395,12 @@ def read_baseline(path: Path, model: ScoringModel, task: Task) -> Iterator[Tenso
 
 
 def _identity(model: ScoringModel, task: Task) -> dict[str, str]:
-    """What final hidden states depend on, by the words for people."""
+    """What final hidden states depend on, under the words that say so when it differs."""
     windows = hashlib.sha256()
     for window in task.windows:
         windows.update(array("q", [len(window.token_ids), window.first, *window.token_ids]).tobytes())
     return {
-        "model": model.fingerprint(),
-        "dtype": model.dtype_name,
+        "model or dtype": f"{model.dtype_name} {model.fingerprint()}",
         "text, protocol or window": windows.hexdigest(),
     }
 
