@@ -275,22 +275,29 @@ def score_formats(
     reference = (
         piece for window, rows in zip(task.windows, hidden, strict=True) for piece in model.log_probs_of(window, rows)
     )
-    exact, tallies = _Tally(), {name: _Tally() for name in sources}
+    exact, tallies = _Tally(task.num_tokens), {name: _Tally(task.num_tokens) for name in sources}
     while (expected := exact.take(reference)) is not None:
         for name, source in sources.items():
             tallies[name].take(source, expected)
-        on_progress(sum(map(len, exact.nll)), task.num_tokens)
+        on_progress(exact.num_tokens, task.num_tokens)
     return [_score(name, kv_formats[name], model, task, tallies.get(name, exact), exact) for name in formats]
 
 
 class _Tally:
-    """What is kept of each scored place: negative log-likelihood of the token, divergence, same likeliest token."""
+    """What is kept of each scored place, [num_tokens] float64 each, allocated once: many small pieces, each above
+    freed rows of log-probabilities, would keep the allocator from using these again.
 
-    def __init__(self) -> None:
-        self.nll: list[Tensor] = []
-        self.kld: list[Tensor] = []
-        self.same_top: list[Tensor] = []
-        self.seconds = 0.0
+    Attributes:
+        nll: negative log-likelihood of the token.
+        kld: divergence from what is expected.
+        same_top: 1 where the likeliest token is the expected one.
+        num_tokens: places that are done.
+        seconds: that drawing and comparing took.
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        self.nll, self.kld, self.same_top = torch.empty(3, num_tokens, dtype=torch.float64)
+        self.num_tokens, self.seconds = 0, 0.0
 
     def take(self, source: Iterator[tuple[Tensor, Tensor]], expected: Tensor | None = None) -> Tensor | None:
         """Draw the next rows of log-probabilities and compare them with `expected` ones; None where there are none."""
@@ -300,15 +307,17 @@ class _Tally:
             return None
         found, ids = piece
         expected = found if expected is None else expected
-        self.nll.append(-found.gather(1, ids[:, None])[:, 0].double().cpu())
-        self.kld.append((expected.exp() * (expected - found)).sum(-1).double().cpu())
-        self.same_top.append((expected.argmax(-1) == found.argmax(-1)).double().cpu())
-        self.seconds += time.perf_counter() - began  # what a GPU computes has been waited for
+        new = slice(self.num_tokens, self.num_tokens + len(ids))
+        self.nll[new] = -found.gather(1, ids[:, None])[:, 0]
+        self.kld[new] = (expected.exp() * (expected - found)).sum(-1)
+        self.same_top[new] = expected.argmax(-1) == found.argmax(-1)
+        self.num_tokens = new.stop
+        self.seconds += time.perf_counter() - began  # copying has waited for what a GPU computes
         return found
 
 
 def _score(name: str, fmt: KVFormat, model: ScoringModel, task: Task, tally: _Tally, exact: _Tally) -> FormatScore:
-    nll, exact_nll, kld, same_top = map(torch.cat, (tally.nll, exact.nll, tally.kld, tally.same_top))
+    nll, exact_nll, kld, same_top = tally.nll, exact.nll, tally.kld, tally.same_top
     counts = torch.tensor([len(window.targets) for window in task.windows])
     weights = torch.tensor(task.weights, dtype=torch.float64).repeat_interleave(counts)
     perplexity = math.exp((weights * nll).sum() / weights.sum())
