@@ -43,6 +43,7 @@ ORIGINAL_TEXT = (
 )
 
 text_option = partial(option, panel="Text")
+comparison_option = partial(option, panel="Comparison")
 
 
 def perplexity(
@@ -75,16 +76,16 @@ def perplexity(
     ] = None,
     formats: Annotated[
         str | None,
-        text_option(
+        comparison_option(
             "--formats", help="What to compare: 16, 8, 4, 2, fp8, pairs such as k8v4, plan:FILE (default: 16,8,4,2)."
         ),
     ] = None,
     save_baseline: Annotated[
         str | None,
-        text_option("--save-baseline", metavar="FILE", help="Keep what 16 bits predict, as safetensors."),
+        comparison_option("--save-baseline", metavar="FILE", help="Keep what 16 bits predict, as safetensors."),
     ] = None,
     baseline: Annotated[
-        str | None, text_option("--baseline", metavar="FILE", help="Compare with what --save-baseline has kept.")
+        str | None, comparison_option("--baseline", metavar="FILE", help="Compare with what --save-baseline has kept.")
     ] = None,
 ) -> None:
     """Measure what KV formats do to a model's predictions: perplexity, and KL divergence from 16 bits.
@@ -132,12 +133,14 @@ def perplexity(
     }
     notes = [
         f"{engine.model} in {model.dtype_name} on {model.device}; {protocol}: {len(task.windows):,} windows of "
-        f"{task.window:,} tokens, {task.num_tokens:,} of them scored.",
+        f"{task.window:,} tokens, {scores[0].tokens:,} of {task.num_tokens:,} places scored.",
         "KLD: nats, from the predictions with a 16-bit cache.",
         "bits, B/token: of packed tokens, scales and zeros included; tail B: newest tokens at full precision, for each "
         "running sequence. All for a model that is served in 16 bits.",
     ]
     show(Report("perplexity", config, rows, COLUMNS, tables(rows), charts(rows), notes), output)
+    if scores[0].tokens < task.num_tokens:
+        raise KeyboardInterrupt
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:

@@ -13,6 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -255,7 +256,8 @@ def score_formats(
 ) -> list[FormatScore]:
     """Score `task` under each of `formats`, and compare with 16 bits place by place.
 
-    All formats and the baseline advance together, a few places at a time; of each place a few numbers are kept.
+    All formats and the baseline advance together, a few places at a time; of each place a few numbers are kept. An
+    interrupt ends it early: its figures are of the places that all formats have done by then, if there are any.
 
     Args:
         formats: by name; what it returns is in their order.
@@ -276,11 +278,16 @@ def score_formats(
         piece for window, rows in zip(task.windows, hidden, strict=True) for piece in model.log_probs_of(window, rows)
     )
     exact, tallies = _Tally(task.num_tokens), {name: _Tally(task.num_tokens) for name in sources}
-    while (expected := exact.take(reference)) is not None:
-        for name, source in sources.items():
-            tallies[name].take(source, expected)
-        on_progress(exact.num_tokens, task.num_tokens)
-    return [_score(name, kv_formats[name], model, task, tallies.get(name, exact), exact) for name in formats]
+    try:
+        while (expected := exact.take(reference)) is not None:
+            for name, source in sources.items():
+                tallies[name].take(source, expected)
+            on_progress(exact.num_tokens, task.num_tokens)
+    except KeyboardInterrupt:
+        if not all(tally.num_tokens for tally in tallies.values()):
+            raise
+    done = min(tally.num_tokens for tally in (exact, *tallies.values()))
+    return [_score(name, kv_formats[name], model, task, tallies.get(name, exact), exact, done) for name in formats]
 
 
 class _Tally:
@@ -316,14 +323,17 @@ class _Tally:
         return found
 
 
-def _score(name: str, fmt: KVFormat, model: ScoringModel, task: Task, tally: _Tally, exact: _Tally) -> FormatScore:
-    nll, exact_nll, kld, same_top = tally.nll, exact.nll, tally.kld, tally.same_top
+def _score(
+    name: str, fmt: KVFormat, model: ScoringModel, task: Task, tally: _Tally, exact: _Tally, done: int
+) -> FormatScore:
+    nll, exact_nll, kld, same_top = (x[:done] for x in (tally.nll, exact.nll, tally.kld, tally.same_top))
     counts = torch.tensor([len(window.targets) for window in task.windows])
-    weights = torch.tensor(task.weights, dtype=torch.float64).repeat_interleave(counts)
-    perplexity = math.exp((weights * nll).sum() / weights.sum())
-    ratio = math.exp((weights * (nll - exact_nll)).sum() / weights.sum())
+    weights = torch.tensor(task.weights, dtype=torch.float64).repeat_interleave(counts)[:done]
+    perplexity = _exp((weights * nll).sum() / weights.sum())
+    ratio = _exp((weights * (nll - exact_nll)).sum() / weights.sum())
+    median, p90, p99, p999 = np.quantile(kld.numpy(), (0.5, 0.9, 0.99, 0.999)).tolist()
+    num_words, num_bytes = (task.num_words, task.num_bytes) if done == task.num_tokens else (None, None)
     layout = KVLayout(kv_spec(model.model_config, torch.bfloat16), fmt)
-    total = nll.sum().item()
     return FormatScore(
         format={
             "name": name,
@@ -332,7 +342,7 @@ def _score(name: str, fmt: KVFormat, model: ScoringModel, task: Task, tally: _Ta
             "nbits_value": [layer.value.bits for layer in fmt.layers],
         },
         perplexity=perplexity,
-        tokens=len(nll),
+        tokens=done,
         kld_mean=kld.mean().item(),
         top1_agreement=same_top.mean().item(),
         bits_per_element=layout.bits_per_element,
@@ -342,17 +352,21 @@ def _score(name: str, fmt: KVFormat, model: ScoringModel, task: Task, tally: _Ta
         perplexity_change=ratio - 1,
         perplexity_change_error=ratio * _error(nll - exact_nll),
         kld_error=_error(kld),
-        kld_median=kld.quantile(0.5).item(),
-        kld_p90=kld.quantile(0.9).item(),
-        kld_p99=kld.quantile(0.99).item(),
-        kld_p999=kld.quantile(0.999).item(),
+        kld_median=median,
+        kld_p90=p90,
+        kld_p99=p99,
+        kld_p999=p999,
         kld_max=kld.max().item(),
         top1_error=_error(same_top),
-        word_perplexity=math.exp(total / task.num_words) if task.num_words else None,
-        byte_perplexity=math.exp(total / task.num_bytes) if task.num_bytes else None,
-        bits_per_byte=total / task.num_bytes / math.log(2) if task.num_bytes else None,
+        word_perplexity=_exp(nll.sum() / num_words) if num_words else None,
+        byte_perplexity=_exp(nll.sum() / num_bytes) if num_bytes else None,
+        bits_per_byte=nll.sum().item() / num_bytes / math.log(2) if num_bytes else None,
         seconds=tally.seconds,
     )
+
+
+def _exp(x: Tensor) -> float:
+    return x.exp().item()  # infinity where `math.exp` raises
 
 
 def _error(values: Tensor) -> float:
@@ -421,7 +435,9 @@ def _unweighted(windows: list[Window], num_tokens: int, window: int) -> Task:
 
 
 def _too_short(num_tokens: int, needed: int) -> ConfigError:
-    return ConfigError(f"--data: {num_tokens} tokens are too short for one window of {needed}; give more text")
+    return ConfigError(
+        f"--data: {num_tokens} tokens are too short for one window of {needed}; give more text or --window less"
+    )
 
 
 def _first_tokens(documents: Sequence[str], tokenizer: Tokenizer, max_tokens: int) -> list[str]:
