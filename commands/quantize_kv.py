@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 DEFAULT_BITS: Bits = "4"
 RETRIEVAL, RETRIEVAL_QUESTIONS = "retrieval", 24  # asked of tiny, which learnt it
-SAMPLE_CHARACTERS = 4000  # that --dump runs where no prompt is given
 SHOWN_CHARACTERS = 100  # of the end of a question
 
 QUALITY = (
@@ -380,11 +379,9 @@ def dump_notes(engine: EngineConfig, prompt: str | None, dump: str | None) -> li
         if prompt is not None:
             raise ConfigError("--prompt is what --dump caches; name a file with it")
         return []
-    from kvtool.perplexity import SAMPLE
     from kvtool.quantize.report import dump_cache
 
-    text = SAMPLE.read_text("utf-8")[:SAMPLE_CHARACTERS] if prompt is None else prompt
-    cached = dump_cache(engine, text, Path(dump))
+    cached = dump_cache(engine, prompt, Path(dump))
     packed = cached.first_near
     return [
         f"{dump}: the cache of {len(cached.token_ids):,} tokens, {packed:,} of them packed, "

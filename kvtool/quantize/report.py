@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from kvtool.config import EngineConfig, KVOptions
-from kvtool.errors import KVToolError, UnsupportedError
+from kvtool.errors import ConfigError, KVToolError, UnsupportedError
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec
@@ -31,6 +31,7 @@ from kvtool.tokenizer import Tokenizer
 OnProgress = Callable[[float, float], None]  # done, of how many
 Progress = Callable[[str], AbstractContextManager[OnProgress]]  # one stage of a run
 CALIBRATION_TOKENS = 2048
+SAMPLE_CHARACTERS = 4000  # that are cached where no prompt is given
 MOST_CONTEXT = 32768  # that memory is told for, unless asked
 
 
@@ -272,6 +273,7 @@ def time_decode(config: EngineConfig, kv: KVOptions, exam: Exam) -> DecodeSpeed 
     device = choose_device(config.device)
     if device.type != "cuda":
         return None
+    _release_memory()
     spec, model = model_spec(config), load_config(resolve_model(config.model))
     layer = replace(attention_layers(model)[0], sliding_window=None)
     context = exam.context or min(config.max_model_len or model.max_position, MOST_CONTEXT)
@@ -280,19 +282,24 @@ def time_decode(config: EngineConfig, kv: KVOptions, exam: Exam) -> DecodeSpeed 
             return decode_speed(layer, spec, resolve(kv, spec), exam.num_seqs, context)
     except UnsupportedError:
         return None
-    finally:
-        _release_memory()
 
 
-def dump_cache(config: EngineConfig, text: str, path: Path) -> CachedPrompt:
-    """Write the cache that `text` leaves to a safetensors file, and read it back.
+def dump_cache(config: EngineConfig, prompt: str | None, path: Path) -> CachedPrompt:
+    """Write the cache that `prompt` leaves to a safetensors file, and read it back.
+
+    Args:
+        prompt: None: the beginning of the sample that travels with kvtool.
 
     Raises:
-        ConfigError: the text is too long, or the file cannot be written.
+        ConfigError: a prompt that is empty or does not fit the model, or a file that cannot be written.
         KVToolError: what comes back is not what was written.
     """
     model = ScoringModel(config)
-    token_ids = Tokenizer.load(model.path, model.model_config.vocab_size).encode(text)[: model.max_model_len]
+    tokenizer, longest = Tokenizer.load(model.path, model.model_config.vocab_size), model.max_model_len
+    sample = SAMPLE.read_text("utf-8")[:SAMPLE_CHARACTERS]
+    token_ids = tokenizer.encode(sample)[:longest] if prompt is None else tokenizer.encode(prompt)
+    if not 0 < len(token_ids) <= longest:
+        raise ConfigError(f"--prompt: {len(token_ids)} tokens; give at least one and at most {longest}")
     cached = cache_prompt(model.model, model.layout(config.kv), token_ids, model.dtype)
     write_cache(path, cached)
     if not read_cache(path).equals(cached):
