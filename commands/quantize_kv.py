@@ -433,7 +433,7 @@ def answer_row(exact: Row, packed: Row) -> Row:
     verdict = {True: "right", False: "wrong"}
     return {
         "question": "…" + " ".join(exact["question"].split())[-SHOWN_CHARACTERS:],
-        "expected": exact["expected"].strip()[-SHOWN_CHARACTERS:],
+        "expected": exact["expected"].rpartition("####")[2].strip()[-SHOWN_CHARACTERS:],
         "exact": exact["text"].strip(),
         "exact_right": verdict[exact["is_right"]],
         "packed": packed["text"].strip(),

@@ -1,4 +1,4 @@
-"""`kvtool quantize-kv`: memory against the layout, quality against the scorer, ablations, resuming, dumping, refusing."""
+"""`kvtool quantize-kv`: memory as the layout has it, quality as the scorer; ablations, resuming, dumping, refusing."""
 
 import json
 import sys

@@ -30,7 +30,7 @@ from kvtool.tokenizer import Tokenizer
 
 OnProgress = Callable[[float, float], None]  # done, of how many
 Progress = Callable[[str], AbstractContextManager[OnProgress]]  # one stage of a run
-CALIBRATION_TOKENS = 2048
+CALIBRATION_TOKENS = 1024
 SAMPLE_CHARACTERS = 4000  # that are cached where no prompt is given
 MOST_CONTEXT = 32768  # that memory is told for, unless asked
 
