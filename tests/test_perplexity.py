@@ -24,7 +24,7 @@ import commands
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.errors import ConfigError
 from kvtool.models.resolve import EMBEDDED
-from kvtool.perplexity import SAMPLE, FormatScore, make_task, read_documents, score_formats
+from kvtool.perplexity import SAMPLE, FormatScore, Interrupted, make_task, read_documents, score_formats
 from kvtool.scoring import SIXTEEN_BITS, ScoringModel
 from kvtool.tokenizer import Tokenizer
 
@@ -280,9 +280,11 @@ def test_an_interrupt_leaves_what_is_done_and_no_baseline(llama: Pair, tmp_path:
         if done == 99:
             raise KeyboardInterrupt
 
-    found = score_formats(llama.model, task, formats, save_baseline=tmp_path / "b", on_progress=interrupt)
+    with pytest.raises(Interrupted) as caught:
+        score_formats(llama.model, task, formats, save_baseline=tmp_path / "b", on_progress=interrupt)
     expected = score_formats(llama.model, first, formats)
-    assert [replace(row, seconds=0) for row in found] == [replace(row, seconds=0) for row in expected]
+    assert [replace(row, seconds=0) for row in caught.value.scores] == [replace(row, seconds=0) for row in expected]
+    del caught
     gc.collect()
     assert list(tmp_path.iterdir()) == []
 
