@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvtool.config import KVOptions
+from kvtool.config import Bits, KVOptions
 from kvtool.errors import ConfigError
 from kvtool.kv.format import KVFormat
 from kvtool.kv.layout import KVLayout
@@ -203,11 +203,20 @@ def read_documents(path: Path, field: str | None = None) -> list[str]:
 
 
 @dataclass(frozen=True)
+class ScoredFormat:
+    """A KV format: the name that it was asked for by, what that means, and the bits of each layer."""
+
+    name: str
+    description: str
+    nbits_key: tuple[Bits, ...]
+    nbits_value: tuple[Bits, ...]
+
+
+@dataclass(frozen=True)
 class FormatScore:
     """What one KV format does to a model's predictions. The fields, in this order, are a row of the command's JSON.
 
     Attributes:
-        format: the name that was asked for, what it means, and bits of K and V of each layer.
         perplexity: by the protocol; `_error` everywhere: the standard error of the figure before it.
         tokens: that are scored.
         kld_mean: Kullback-Leibler divergence from the 16-bit cache's next-token distribution, in nats.
@@ -221,7 +230,7 @@ class FormatScore:
         seconds: that the scoring took.
     """
 
-    format: Mapping[str, Any]
+    format: ScoredFormat
     perplexity: float
     tokens: int
     kld_mean: float
@@ -353,12 +362,12 @@ def _score(
     num_words, num_bytes = (task.num_words, task.num_bytes) if num_tokens == task.num_tokens else (None, None)
     layout = KVLayout(kv_spec(model.model_config, torch.bfloat16), fmt)
     return FormatScore(
-        format={
-            "name": name,
-            "description": fmt.describe(),
-            "nbits_key": [layer.key.bits for layer in fmt.layers],
-            "nbits_value": [layer.value.bits for layer in fmt.layers],
-        },
+        format=ScoredFormat(
+            name,
+            fmt.describe(),
+            tuple(layer.key.bits for layer in fmt.layers),
+            tuple(layer.value.bits for layer in fmt.layers),
+        ),
         perplexity=perplexity,
         tokens=num_tokens,
         kld_mean=kld.mean().item(),
