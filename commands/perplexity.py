@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from kvtool.config import EngineConfig
 from kvtool.errors import ConfigError
 
 from .options import MOST, option
 from .output import Chart, Column, OutputOptions, Report, Series, Table, progress, show
+
+if TYPE_CHECKING:
+    from kvtool.perplexity import FormatScore
 
 COLUMNS = (
     Column("format", "format.name"),
@@ -40,6 +43,11 @@ ORIGINAL_TEXT = (
     Column("word PPL", "word_perplexity", ".4f"),
     Column("byte PPL", "byte_perplexity", ".5f"),
     Column("bits/byte", "bits_per_byte", ".5f"),
+)
+DEFINITIONS = (
+    "KLD: nats, from the predictions with a 16-bit cache; ΔPPL: from paired differences.",
+    "bits of an element, B/token: of packed tokens, scales and zeros included; tail B: newest tokens at full "
+    "precision, for each running sequence. All of a model that is served in 16 bits.",
 )
 
 text_option = partial(option, panel="Text")
@@ -92,7 +100,7 @@ def perplexity(
 
     Example: kvtool perplexity --data wiki.test.raw --protocol gptq --formats 16,8,4,2,k8v4,plan:plan.yaml
     """
-    from kvtool.perplexity import SAMPLE, make_task, read_documents, score_formats
+    from kvtool.perplexity import SAMPLE, Interrupted, make_task, read_documents, score_formats
     from kvtool.scoring import ScoringModel, parse_formats
     from kvtool.tokenizer import Tokenizer
 
@@ -110,16 +118,6 @@ def perplexity(
         stride=stride,
         max_tokens=max_tokens,
     )
-    with progress("scoring") as on_progress:
-        scores = score_formats(
-            model,
-            task,
-            kv_formats,
-            baseline=Path(baseline) if baseline else None,
-            save_baseline=Path(save_baseline) if save_baseline else None,
-            on_progress=on_progress,
-        )
-    rows = [asdict(score) for score in scores]
     config = {
         "engine": asdict(engine),
         "data": data or "built-in sample",
@@ -131,16 +129,24 @@ def perplexity(
         "formats": list(kv_formats),
         "baseline": baseline,
     }
-    notes = [
-        f"{engine.model} in {model.dtype_name} on {model.device}; {protocol}: {len(task.windows):,} windows of "
-        f"{task.window:,} tokens, {scores[0].tokens:,} of {task.num_tokens:,} places scored.",
-        "KLD: nats, from the predictions with a 16-bit cache; ΔPPL: from paired differences.",
-        "bits of an element, B/token: of packed tokens, scales and zeros included; tail B: newest tokens at full "
-        "precision, for each running sequence. All of a model that is served in 16 bits.",
-    ]
-    show(Report("perplexity", config, rows, COLUMNS, tables(rows), charts(rows), notes), output)
-    if scores[0].tokens < task.num_tokens:
-        raise KeyboardInterrupt
+
+    def show_scores(scores: "list[FormatScore]") -> None:
+        rows = [asdict(score) for score in scores]
+        what = (
+            f"{engine.model} in {model.dtype_name} on {model.device}, {protocol}: {len(task.windows):,} windows of "
+            f"{task.window:,} tokens, {scores[0].tokens:,} of {task.num_tokens:,} places scored."
+        )
+        notes = [what, *DEFINITIONS]
+        show(Report("perplexity", config, rows, COLUMNS, tables(rows), charts(rows), notes), output)
+
+    kept, keep = (Path(file) if file else None for file in (baseline, save_baseline))
+    try:
+        with progress("scoring") as on_progress:
+            scores = score_formats(model, task, kv_formats, baseline=kept, save_baseline=keep, on_progress=on_progress)
+    except Interrupted as interrupt:
+        show_scores(interrupt.scores)
+        raise
+    show_scores(scores)
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:

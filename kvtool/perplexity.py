@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvtool.config import KVOptions
+from kvtool.config import Bits, KVOptions
 from kvtool.errors import ConfigError
 from kvtool.kv.format import KVFormat
 from kvtool.kv.layout import KVLayout
@@ -203,11 +203,20 @@ def read_documents(path: Path, field: str | None = None) -> list[str]:
 
 
 @dataclass(frozen=True)
+class ScoredFormat:
+    """A KV format: the name that it was asked for by, what that means, and the bits of each layer."""
+
+    name: str
+    description: str
+    nbits_key: tuple[Bits, ...]
+    nbits_value: tuple[Bits, ...]
+
+
+@dataclass(frozen=True)
 class FormatScore:
     """What one KV format does to a model's predictions. The fields, in this order, are a row of the command's JSON.
 
     Attributes:
-        format: the name that was asked for, what it means, and bits of K and V of each layer.
         perplexity: by the protocol; `_error` everywhere: the standard error of the figure before it.
         tokens: that are scored.
         kld_mean: Kullback-Leibler divergence from the 16-bit cache's next-token distribution, in nats.
@@ -221,7 +230,7 @@ class FormatScore:
         seconds: that the scoring took.
     """
 
-    format: Mapping[str, Any]
+    format: ScoredFormat
     perplexity: float
     tokens: int
     kld_mean: float
@@ -245,6 +254,18 @@ class FormatScore:
     seconds: float
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while scoring.
+
+    Attributes:
+        scores: as `score_formats` returns them, of the places that all formats had done by then.
+    """
+
+    def __init__(self, scores: list[FormatScore]) -> None:
+        super().__init__()
+        self.scores = scores
+
+
 def score_formats(
     model: ScoringModel,
     task: Task,
@@ -256,8 +277,7 @@ def score_formats(
 ) -> list[FormatScore]:
     """Score `task` under each of `formats`, and compare with 16 bits place by place.
 
-    All formats and the baseline advance together, a few places at a time; of each place a few numbers are kept. An
-    interrupt ends it early: its figures are of the places that all formats have done by then, if there are any.
+    All formats and the baseline advance together, a few places at a time; of each place a few numbers are kept.
 
     Args:
         formats: by name; what it returns is in their order.
@@ -268,6 +288,7 @@ def score_formats(
     Raises:
         ConfigError: a format that does not fit the model, or a baseline of another model, text or protocol.
         UnsupportedError: a format that cannot hold what the model makes of the text.
+        Interrupted: by Ctrl-C, with the figures so far, if there are any.
     """
     kv_formats = {name: model.layout(kv).format for name, kv in formats.items()}
     sources = {name: model.log_probs(task.windows, kv) for name, kv in formats.items() if kv != SIXTEEN_BITS}
@@ -278,16 +299,21 @@ def score_formats(
         piece for window, rows in zip(task.windows, hidden, strict=True) for piece in model.log_probs_of(window, rows)
     )
     exact, tallies = _Tally(task.num_tokens), {name: _Tally(task.num_tokens) for name in sources}
+
+    def scores(num_tokens: int) -> list[FormatScore]:
+        return [
+            _score(name, kv_formats[name], model, task, tallies.get(name, exact), exact, num_tokens) for name in formats
+        ]
+
     try:
         while (expected := exact.take(reference)) is not None:
             for name, source in sources.items():
                 tallies[name].take(source, expected)
             on_progress(exact.num_tokens, task.num_tokens)
-    except KeyboardInterrupt:
-        if not all(tally.num_tokens for tally in tallies.values()):
-            raise
-    done = min(tally.num_tokens for tally in (exact, *tallies.values()))
-    return [_score(name, kv_formats[name], model, task, tallies.get(name, exact), exact, done) for name in formats]
+    except KeyboardInterrupt as interrupt:
+        done = min(tally.num_tokens for tally in (exact, *tallies.values()))
+        raise (Interrupted(scores(done)) if done else interrupt) from None
+    return scores(task.num_tokens)
 
 
 class _Tally:
@@ -324,25 +350,26 @@ class _Tally:
 
 
 def _score(
-    name: str, fmt: KVFormat, model: ScoringModel, task: Task, tally: _Tally, exact: _Tally, done: int
+    name: str, fmt: KVFormat, model: ScoringModel, task: Task, tally: _Tally, exact: _Tally, num_tokens: int
 ) -> FormatScore:
-    nll, exact_nll, kld, same_top = (x[:done] for x in (tally.nll, exact.nll, tally.kld, tally.same_top))
+    """The figures of the first `num_tokens` places."""
+    nll, exact_nll, kld, same_top = (x[:num_tokens] for x in (tally.nll, exact.nll, tally.kld, tally.same_top))
     counts = torch.tensor([len(window.targets) for window in task.windows])
-    weights = torch.tensor(task.weights, dtype=torch.float64).repeat_interleave(counts)[:done]
+    weights = torch.tensor(task.weights, dtype=torch.float64).repeat_interleave(counts)[:num_tokens]
     perplexity = _exp((weights * nll).sum() / weights.sum())
     ratio = _exp((weights * (nll - exact_nll)).sum() / weights.sum())
     median, p90, p99, p999 = np.quantile(kld.numpy(), (0.5, 0.9, 0.99, 0.999)).tolist()
-    num_words, num_bytes = (task.num_words, task.num_bytes) if done == task.num_tokens else (None, None)
+    num_words, num_bytes = (task.num_words, task.num_bytes) if num_tokens == task.num_tokens else (None, None)
     layout = KVLayout(kv_spec(model.model_config, torch.bfloat16), fmt)
     return FormatScore(
-        format={
-            "name": name,
-            "description": fmt.describe(),
-            "nbits_key": [layer.key.bits for layer in fmt.layers],
-            "nbits_value": [layer.value.bits for layer in fmt.layers],
-        },
+        format=ScoredFormat(
+            name,
+            fmt.describe(),
+            tuple(layer.key.bits for layer in fmt.layers),
+            tuple(layer.value.bits for layer in fmt.layers),
+        ),
         perplexity=perplexity,
-        tokens=done,
+        tokens=num_tokens,
         kld_mean=kld.mean().item(),
         top1_agreement=same_top.mean().item(),
         bits_per_element=layout.bits_per_element,
