@@ -334,7 +334,7 @@ def plan_report(
         Table("The plan, and each layer's sensitivity", (*PLAN, *(Column(w, w, ".2%") for w in words)), plan),
     ]
     notes = [
-        f"{path}: {found.format['description']}; serve it with --kv-plan {path}.",
+        f"{path}: {found.format.description}; serve it with --kv-plan {path}.",
         f"{result.num_tried} plans tried for {len(result.groups)} groups of layers; KLD {result.plan.kld:.2e} on the "
         f"text it was searched on, {found.kld_mean:.2e} on held-out text, {found.tokens:,} tokens of it.",
         "uniform: what the nine uniform formats come to at these bits, by a line through the logarithms of their KLD.",

@@ -100,7 +100,7 @@ def variants(asked: str, base: KVOptions, spec: KVSpec) -> tuple[Variant, ...]:
 
 
 def _bits(base: KVOptions) -> dict[str, KVOptions]:
-    return parse_formats(BITS, replace(base, nbits=None, nbits_key=None, nbits_value=None, plan=None))
+    return parse_formats(BITS, replace(base, nbits=None, nbits_key=None, nbits_value=None, plan=None, layer_bits=None))
 
 
 def _axis(base: KVOptions) -> dict[str, KVOptions]:
