@@ -24,11 +24,11 @@ SHOWN_CHARACTERS = 100  # of the end of a question
 
 QUALITY = (
     Column("cache", "format.name"),
-    Column("PPL", "perplexity", ".3f"),
+    Column("PPL", "perplexity", ".2f"),
     Column("ΔPPL", "perplexity_change", "+.3%"),
     Column("±", "perplexity_change_error", ".3%"),
-    Column("KLD", "kld_mean", ".2e"),
-    Column("same top-1", "top1_agreement", ".2%"),
+    Column("KLD", "kld_mean", ".1e"),
+    Column("same top-1", "top1_agreement", ".1%"),
 )
 TASK = (Column("right", "task.accuracy", ".1%"), Column("±", "task.error", ".1%"))
 SIZE = (
@@ -73,14 +73,11 @@ ANSWERS = (
 )
 ABLATION = (
     Column("", "variant"),
-    Column("PPL", "perplexity", ".3f"),
-    *QUALITY[2:],
+    *QUALITY[1:],
     Column("output error", "output_error.mean", ".2%"),
-    Column("worst layer", "output_error.max", ".2%"),
     Column("bits", "bits_per_element", ".2f"),
     Column("nominal", "nominal_saved", ".1%"),
     Column("saved", "memory.saved", ".1%"),
-    Column("MiB", "memory_mib", ",.2f"),
 )
 
 PLANS = (
@@ -250,7 +247,7 @@ def format_report(engine: EngineConfig, exam: "Exam", num_shown: int) -> Report:
     tables = [
         Table("", columns, list(map(readable, rows))),
         Table("Errors by layer", LAYER, packed["layers"]),
-        Table(f"Memory of {sequences(packed)}", MEMORY, memory_rows(packed)),
+        Table(f"Memory of {sequences(rows)}", MEMORY, memory_rows(packed)),
     ]
     if costs[0].task and costs[1].task and num_shown:
         pairs = list(zip(costs[0].task.answers, costs[1].task.answers, strict=True))[:num_shown]
@@ -265,6 +262,8 @@ def format_report(engine: EngineConfig, exam: "Exam", num_shown: int) -> Report:
         "output, alone or with all layers before packed too. Outlier: largest channel over the median one.",
         "bits, memory: scales, zeros, padding and window included, of a model that is served in 16 bits.",
     ]
+    if packs_nothing(packed):
+        notes.append("These windows are too short for any token to be packed: choose a longer --window.")
     if exact["decode"] and not packed["decode"]:
         notes.append("Decode time is n/a where no GPU kernel reads the format.")
     return Report("quantize-kv", settings(engine, exam), rows, (), tables, layer_charts(packed), notes)
@@ -283,12 +282,16 @@ def ablation_report(engine: EngineConfig, exam: "Exam", asked: str, journal: Pat
             print(f"stopped; the same command goes on from {journal}", file=sys.stderr)
         raise
     tables = [
-        Table(f"{name}, {sequences(rows[0])}", ABLATION, list(map(readable, group)))
-        for name, group in by_ablation(rows).items()
+        Table(f"{name}; saved: of {sequences(rows)}", ABLATION, group) for name, group in by_ablation(rows).items()
     ]
-    missing = [f"{row['ablation']} {row['variant']}: n/a, {row['reason']}." for row in rows if row["reason"]]
+    notes = [f"{row['ablation']} {row['variant']}: n/a, {row['reason']}." for row in rows if row["reason"]]
+    notes += [
+        f"{row['ablation']} {row['variant']}: the windows are too short for any token to be packed."
+        for row in rows
+        if not row["reason"] and packs_nothing(row)
+    ]
     config = {**settings(engine, exam), "ablate": asked}
-    return Report("quantize-kv", config, rows, (), tables, ablation_charts(rows), missing)
+    return Report("quantize-kv", config, rows, (), tables, ablation_charts(rows), notes)
 
 
 def plan_report(
@@ -393,8 +396,15 @@ def settings(engine: EngineConfig, exam: "Exam") -> dict[str, Any]:
     return {"engine": asdict(engine), **asdict(exam)}
 
 
-def sequences(row: Row) -> str:
+def sequences(rows: Sequence[Row]) -> str:
+    """What memory is told for, as any row that was measured says."""
+    row = next(row for row in rows if "batch" in row)
     return f"{row['batch']:,} × {row['context']:,} tokens"
+
+
+def packs_nothing(row: Row) -> bool:
+    """All queries read full precision, though the format packs."""
+    return bool(row["nominal_saved"] > 0 and row["output_error"]["max"] == 0)
 
 
 def by_ablation(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -460,7 +470,9 @@ def layer_charts(row: Row) -> list[Chart]:
 
 def ablation_charts(rows: Sequence[dict[str, Any]]) -> list[Chart]:
     """What is exact has no place on a logarithmic scale."""
-    measured = [row for row in rows if not row["reason"] and row["output_error"]["mean"]]
+    measured = [row for row in rows if not row["reason"] and row["output_error"]["max"]]
+    if not measured:
+        return []
     groups = by_ablation(measured)
     if len(groups) == 1:  # then there is room for a name at each point
         groups = {row["variant"]: [row] for row in measured}
@@ -486,7 +498,7 @@ def ablation_charts(rows: Sequence[dict[str, Any]]) -> list[Chart]:
             log_y=True,
         ),
         Chart(
-            f"Quality against memory, {sequences(rows[0])}",
+            f"Quality against memory, {sequences(rows)}",
             "MiB, windows included",
             "KL divergence from 16 bits, nats",
             points(lambda row: row["memory"]["total"] / 2**20, lambda row: row["kld_mean"]),

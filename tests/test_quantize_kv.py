@@ -239,7 +239,7 @@ def test_an_ablation_as_a_report(command, tmp_path):
     output = tmp_path / "report.html"
     code, out, err = command(*SMALL_OPTIONS, "--ablate", "symmetry", "--output", str(output))
     assert code == 0, err
-    assert "symmetry, 1 × 2,048 tokens" in out and "asymmetric" in out
+    assert "symmetry; saved: of 1 × 2,048 tokens" in out and "asymmetric" in out
     page = output.read_text()
     assert page.count("<svg") == 3 and "src=" not in page and "Sensitivity of layers" in page
     assert list(tmp_path.iterdir()) == [output]

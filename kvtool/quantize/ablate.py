@@ -126,7 +126,7 @@ def _rotation(base: KVOptions) -> dict[str, KVOptions]:
     token = replace(base, axis_key="token", axis_value="token", rotate=False)
     as_asked = replace(base, rotate=False)
     name = f"{base.axis_key or KEY_AXIS}/{base.axis_value or VALUE_AXIS}"
-    return {name: as_asked, "token/token": token, "token/token, rotated": replace(token, rotate=True)}
+    return {name: as_asked, "token/token": token, "token, rotated": replace(token, rotate=True)}
 
 
 ABLATIONS: dict[str, Callable[[KVOptions], dict[str, KVOptions]]] = {
