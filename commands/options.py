@@ -179,6 +179,14 @@ def engine_config(
     cuda_graph: Annotated[
         bool, engine_option("--cuda-graph/--no-cuda-graph", help="On a GPU, launch decode steps whole.")
     ] = EngineConfig.cuda_graph,
+    run_ahead: Annotated[
+        bool | None,
+        engine_option(
+            "--run-ahead/--no-run-ahead",
+            help="Launch a step while the last one computes (default: on a GPU).",
+            show_default=False,
+        ),
+    ] = EngineConfig.run_ahead,
     seed: Annotated[
         int, engine_option("--seed", min=0, max=2**63 - 1, help="Of dummy weights, and of requests that name no seed.")
     ] = EngineConfig.seed,
@@ -210,6 +218,7 @@ def engine_config(
         prefix_caching=prefix_caching,
         attention_backend=attention_backend,
         cuda_graph=cuda_graph,
+        run_ahead=run_ahead,
         kv=kv,
     )
 

@@ -53,6 +53,7 @@ class EngineConfig:
         prefix_caching: prompts share the packed blocks of their common beginnings.
         attention_backend: "auto" or a name from `kvtool.attention.BACKENDS`.
         cuda_graph: on a GPU, launch decode steps whole.
+        run_ahead: launch a step while the last one computes, its tokens unknown to the host; None: on a GPU.
     """
 
     model: str = "tiny"
@@ -68,6 +69,7 @@ class EngineConfig:
     prefix_caching: bool = True
     attention_backend: str = "auto"
     cuda_graph: bool = True
+    run_ahead: bool | None = None
     kv: KVOptions = field(default_factory=KVOptions)
 
 

@@ -43,6 +43,9 @@ class Scores:
     def __len__(self) -> int:
         return len(self.logprobs)
 
+    def to_host(self) -> "Scores":
+        return Scores(_to_host(self.logprobs), _to_host(self.top_ids), _to_host(self.top_logprobs))
+
     def rows(self, num_top: Sequence[int]) -> list[TokenLogprobs]:
         """As many of the most likely ones as each row asks for."""
         columns = (self.logprobs.tolist(), self.top_ids.tolist(), self.top_logprobs.tolist())
@@ -54,20 +57,19 @@ class Scores:
 
 @dataclass(frozen=True)
 class Handle:
-    """A step under way; its tensors may still be computing on the device.
+    """A step under way. Its tensors are on the host, and good once `ready` has happened (None: at once).
 
     Attributes:
-        token_ids: [len(batch.samples)].
-        fault: [1], whether the store met what its format cannot hold.
+        outcome: [len(batch.samples) + 1] int64, ids, and whether the store met what its format cannot hold.
         scores: of those samples that ask for them.
         prompt_scores: of all spans' targets, in pieces that follow each other.
     """
 
     batch: ScheduledBatch
-    token_ids: Tensor
-    fault: Tensor
+    outcome: Tensor
     scores: Scores | None
     prompt_scores: list[Scores]
+    ready: torch.cuda.Event | None
 
 
 class Runner:
@@ -143,16 +145,22 @@ class Runner:
         prompt_scores: list[Scores],
     ) -> Handle:
         """Choose the tokens of a step; `greedy` are the likeliest ones, where a graph has found them."""
-        fault = self.store.take_fault()
-        if not batch.samples:
-            return Handle(batch, torch.empty(0, dtype=torch.int64), fault, None, prompt_scores)
+        fault, scores = self.store.take_fault(), None
+        token_ids = fault[:0]
         if greedy is not None and all(is_greedy(sample) for sample in batch.samples):
-            token_ids = greedy.clone()
-        else:
+            token_ids = greedy
+        elif batch.samples:
             mask = None if allowed is None else torch.from_numpy(allowed).to(self.device)
             token_ids = sample(logits, batch.samples, self.model_config.eos_token_ids, mask)
             self.newest[[sample.slot for sample in batch.samples]] = token_ids.clamp(min=0)
-        return Handle(batch, token_ids, fault, _score_samples(batch, logits, token_ids), prompt_scores)
+        scores = _score_samples(batch, logits, token_ids)
+        return Handle(
+            batch,
+            outcome=_to_host(torch.cat([token_ids, fault])),
+            scores=scores and scores.to_host(),
+            prompt_scores=[piece.to_host() for piece in prompt_scores],
+            ready=torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None,
+        )
 
     def collect(self, handle: Handle) -> StepResult:
         """What a launched step yielded.
@@ -160,15 +168,18 @@ class Runner:
         Raises:
             UnsupportedError: the cache's format cannot hold what the model made of these tokens.
         """
+        if handle.ready:
+            handle.ready.synchronize()
         batch = handle.batch
-        check_fits(not handle.fault.item())
+        *token_ids, fault = handle.outcome.tolist()
+        check_fits(not fault)
         num_top = [sample.params.logprobs for sample in batch.samples]
         scores = iter(handle.scores.rows([k for k in num_top if k is not None]) if handle.scores else ())
         logprobs = [None if k is None else next(scores) for k in num_top]
         per_target = (span.num_top for span in batch.spans for _ in span.targets)
         prompt = (row for piece in handle.prompt_scores for row in piece.rows(list(islice(per_target, len(piece)))))
         prompt_logprobs = [list(islice(prompt, len(span.targets))) for span in batch.spans]
-        return StepResult(handle.token_ids.tolist(), logprobs, prompt_logprobs)
+        return StepResult(token_ids, logprobs, prompt_logprobs)
 
     def _move(self, batch: ScheduledBatch) -> None:
         """What must happen to the memory of sequences before the step runs."""
@@ -217,6 +228,13 @@ class Runner:
 
     def _attend(self, batch: KVBatch, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self.attention(layer, q, key, value, batch)
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """`x` on the host; what comes from a GPU is on its way there, behind all that was launched before."""
+    if x.device.type == "cpu":
+        return x
+    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
 
 
 def _score_samples(batch: ScheduledBatch, logits: Tensor, token_ids: Tensor) -> Scores | None:
