@@ -45,6 +45,7 @@ class Sequence:
         num_pending: tokens that steps under way will yield; they come after `tokens`.
         num_cached_tokens: of the prompt, found in the prefix cache at its first admission; -1 before that.
         blocks: packed blocks it owns or shares, in order of position.
+        num_held_tokens: how many tokens they and the tail have room for.
         num_sealed: how many of them, from the first, are known by their digests.
         digests: of its first complete blocks, as far as they were needed.
         slot: its tail slot and its row in the runner's memory of newest tokens; -1 while it waits.
@@ -65,6 +66,7 @@ class Sequence:
     num_pending: int = 0
     num_cached_tokens: int = -1
     blocks: list[int] = field(default_factory=list)
+    num_held_tokens: int = 0
     num_sealed: int = 0
     digests: list[bytes] = field(default_factory=list)
     slot: int = -1
@@ -336,7 +338,7 @@ class Scheduler:
             start=start,
             end=end,
             token_ids=sequence.tokens[start:end] if sequence.is_prefilling else [],
-            blocks=sequence.blocks.copy(),
+            blocks=sequence.blocks,
             targets=sequence.request.prompt[start + 1 : end + 1] if scored else [],
             num_top=sequence.params.prompt_logprobs or 0,
         )
@@ -374,8 +376,8 @@ class Scheduler:
         for block in found:
             self.blocks.share(block)
         sequence.slot, sequence.num_known_tokens = self.slots.allocate(), len(sequence.tokens)
-        sequence.blocks = found + [self.blocks.allocate() for _ in range(needed)]
-        sequence.num_sealed = len(found)
+        sequence.blocks, sequence.num_sealed = found.copy(), len(found)
+        self._own(sequence, needed)
         if sequence.units:
             self._swap_in(sequence)
         else:
@@ -385,21 +387,24 @@ class Scheduler:
         self.running.append(sequence)
         return True
 
-    def _missing(self, sequence: Sequence) -> int:
-        """Blocks that a decoding sequence needs for its next token."""
-        return self.format.num_blocks(sequence.num_computed_tokens + 1) - len(sequence.blocks)
-
     def _can_all_grow(self) -> bool:
         """Nobody need make room for the next tokens of those that decode."""
-        return sum(self._missing(s) for s in self.running if s.is_decoding) <= self.blocks.num_free
+        full = sum(s.num_computed_tokens == s.num_held_tokens and s.is_decoding for s in self.running)
+        return full <= self.blocks.num_free
 
     def _grow(self, sequence: Sequence) -> bool:
         """Give a decoding sequence the block that its next token needs, if it needs one and there is one."""
-        missing = self._missing(sequence)
-        if missing > self.blocks.num_free:
+        if sequence.num_computed_tokens < sequence.num_held_tokens:
+            return True
+        if self.blocks.num_free == 0:
             return False
-        sequence.blocks.extend(self.blocks.allocate() for _ in range(missing))
+        self._own(sequence, 1)
         return True
+
+    def _own(self, sequence: Sequence, num_blocks: int) -> None:
+        """Give a sequence so many blocks more."""
+        sequence.blocks.extend(self.blocks.allocate() for _ in range(num_blocks))
+        sequence.num_held_tokens = self.format.tokens_within(len(sequence.blocks))
 
     def _end(self, sequence: Sequence) -> None:
         """Say nothing more of a sequence, and take its memory back once no step under way yields a token of it."""
@@ -515,10 +520,10 @@ class Scheduler:
 
     def _seal(self, sequence: Sequence) -> None:
         """Make complete blocks known by what they hold, now that a token has shown that it is fit for others."""
-        if not sequence.root:
+        computed = len(sequence.tokens) - 1  # and known to be finite
+        if not sequence.root or computed <= self.format.tokens_within(sequence.num_sealed):
             return
         size = self.format.block_size
-        computed = len(sequence.tokens) - 1  # and known to be finite
         for index in range(sequence.num_sealed, self.format.packed_tokens(computed) // size):
             self.blocks.seal(sequence.blocks[index], self._digest(sequence, index))
             sequence.num_sealed = index + 1
@@ -573,7 +578,8 @@ class Scheduler:
             child.prompt_logprobs = parent.prompt_logprobs  # shared: this step extends it for all
             for block in parent.blocks[:full]:
                 self.blocks.share(block)
-            child.blocks = parent.blocks[:full] + [self.blocks.allocate() for _ in partial]
+            child.blocks = parent.blocks[:full]
+            self._own(child, len(partial))
             last = (partial[0], child.blocks[-1]) if partial else (-1, -1)
             self._forks.append(Fork(parent.slot, last[0], child.slot, last[1]))
             self.running.append(child)
