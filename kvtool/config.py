@@ -48,7 +48,8 @@ class EngineConfig:
         max_model_len: tokens of prompt and answer together; None: the model's context.
         max_num_seqs: sequences that run at once; each owns a tail slot.
         max_num_batched_tokens: tokens computed in one step; longer prompts are cut into chunks.
-        kv_cache_memory: bytes of KV cache, blocks and tails together; None: 1 GiB on CPU, what is free on a GPU.
+        kv_cache_memory: bytes of KV cache, blocks and tails together; None: 1 GiB on CPU, what is left on a GPU.
+        gpu_memory_utilization: share of the whole GPU that weights, workspace and cache may take.
         swap_space: bytes of host memory for sequences that must make room.
         prefix_caching: prompts share the packed blocks of their common beginnings.
         attention_backend: "auto" or a name from `kvtool.attention.BACKENDS`.
@@ -65,6 +66,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     kv_cache_memory: int | None = None
+    gpu_memory_utilization: float = 0.9
     swap_space: int = 4 << 30
     prefix_caching: bool = True
     attention_backend: str = "auto"
