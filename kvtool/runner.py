@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvtool.attention import PagedAttention
+from kvtool.attention import PagedAttention, block_size
 from kvtool.attention.layer import AttentionLayer
 from kvtool.config import EngineConfig
 from kvtool.cuda_graph import DecodeGraphs, as_kv_span
@@ -315,7 +315,7 @@ def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> to
 def _layout(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> KVLayout:
     stream = StreamSpec(model.num_kv_heads, model.head_dim)
     spec = KVSpec(model.num_layers, stream, stream, dtype.itemsize)
-    return KVLayout(spec, resolve(config.kv, spec))
+    return KVLayout(spec, resolve(config.kv, spec, block_size(config.attention_backend)))
 
 
 def _attention_layers(model: ModelConfig) -> list[AttentionLayer]:
