@@ -25,7 +25,7 @@ from kvtool.kv.swap import SwapSpace
 from kvtool.models import load_config, load_model, resolve_model
 from kvtool.models.config import ModelConfig
 from kvtool.request import ScheduledBatch, StepResult, TokenLogprobs
-from kvtool.sampler import is_greedy, sample, token_logprobs
+from kvtool.sampler import Sampler, is_greedy, token_logprobs
 
 SCORED_ROWS = 128  # of logits at a time
 CPU_KV_CACHE_MEMORY = 1 << 30
@@ -102,6 +102,7 @@ class Runner:
             self.store = _allocate(layout, num_blocks, config.max_num_seqs, self.dtype, self.device)
             self.swap_space = SwapSpace(self.store, config.swap_space // layout.block_bytes)
             self.newest = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)
+            self.sampler = Sampler(self.newest, self.model_config.eos_token_ids)
         self.attention = PagedAttention(self.store, _attention_layers(self.model_config), config.attention_backend)
         self.graphs = self._capture() if config.cuda_graph and self.attention.is_capturable else None
 
@@ -149,9 +150,7 @@ class Runner:
         if greedy is not None and all(is_greedy(sample) for sample in batch.samples):
             token_ids = greedy.clone()
         else:
-            mask = None if allowed is None else torch.from_numpy(allowed).to(self.device)
-            token_ids = sample(logits, batch.samples, self.model_config.eos_token_ids, mask)
-            self.newest[[sample.slot for sample in batch.samples]] = token_ids.clamp(min=0)
+            token_ids = self.sampler.sample(logits, batch.samples, allowed)
         return Handle(batch, token_ids, fault, _score_samples(batch, logits, token_ids), prompt_scores)
 
     def collect(self, handle: Handle) -> StepResult:
