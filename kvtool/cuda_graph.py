@@ -53,12 +53,13 @@ class DecodeGraphs:
         self._staged = {size: torch.zeros(7, size, dtype=torch.int64).pin_memory() for size in self.sizes}
         self._sent = torch.cuda.Event()
         self._captured: dict[int, Captured] = {}
+        self._logits = torch.empty(0, device=device)  # of all sizes; the largest makes it
 
-    def capture(self) -> None:
-        """Capture all sizes, the largest first, so that the smaller ones find its memory."""
+    def capture(self, sizes: Sequence[int]) -> None:
+        """Capture some of `sizes`, the largest first, so that the smaller ones find its memory."""
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
-        for size in reversed(self.sizes):
+        for size in sorted(sizes, reverse=True):
             with torch.cuda.stream(stream):
                 self._run(size)  # lazily loaded kernels must be there before
             torch.cuda.synchronize()
@@ -120,7 +121,10 @@ class DecodeGraphs:
             tail_slots=slots,
             visible=visible,
         )
-        logits = self._step(self._newest[slots], batch)
+        computed = self._step(self._newest[slots], batch)
+        if len(self._logits) < size:
+            self._logits = torch.empty_like(computed)
+        logits = self._logits[:size].copy_(computed)
         greedy = torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
         self._newest.index_put_((slots,), greedy.clamp(min=0))
         return batch, logits, greedy
