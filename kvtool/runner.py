@@ -25,7 +25,7 @@ from kvtool.memory import DeviceMemory, allocate, cache_memory, capacity, check_
 from kvtool.models import load_config, load_model, resolve_model
 from kvtool.models.config import ModelConfig
 from kvtool.request import Sample, SamplingParams, ScheduledBatch, ScheduledSpan, StepResult, TokenLogprobs
-from kvtool.sampler import is_greedy, sample, token_logprobs
+from kvtool.sampler import Sampler, is_greedy, token_logprobs
 
 SCORED_ROWS = 128  # of logits at a time
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
@@ -102,6 +102,7 @@ class Runner:
             )
             self.max_model_len = config.max_model_len or self.model_config.max_position
             self.newest = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.device)
+            self.sampler = Sampler(self.newest, self.model_config.eos_token_ids)
             self.memory = self._measure(config, layout) if self.device.type == "cuda" else None
             memory = cache_memory(config, layout, self.memory)
             num_blocks, self.max_model_len = capacity(config, self.model_config, layout, memory)
@@ -157,10 +158,7 @@ class Runner:
         if greedy is not None and all(is_greedy(sample) for sample in batch.samples):
             token_ids = greedy
         elif batch.samples:
-            mask = None if allowed is None else torch.from_numpy(allowed).to(self.device)
-            token_ids = sample(logits, batch.samples, self.model_config.eos_token_ids, mask)
-            slots = on_device({"slots": np.array([sample.slot for sample in batch.samples])}, self.device)["slots"]
-            self.newest[slots] = token_ids.clamp(min=0)
+            token_ids = self.sampler.sample(logits, batch.samples, allowed)
         scores = _score_samples(batch, logits, token_ids)
         return Handle(
             batch,
@@ -267,9 +265,9 @@ def _largest_batch(fmt: KVFormat, length: int, num_samples: int) -> ScheduledBat
     """A prompt of `length` tokens, and as many draws as there can be."""
     blocks = list(range(fmt.num_blocks(length)))
     span = ScheduledSpan(id="", slot=0, start=0, end=length, token_ids=[0] * length, blocks=blocks)
-    params = SamplingParams(temperature=1, top_p=0.9)
+    params = SamplingParams(temperature=1, top_p=0.9, repetition_penalty=1.1)
     samples = [
-        Sample(id="", span=0, slot=slot, position=length, params=params, seed=0, num_generated=0)
+        Sample(id="", span=0, slot=slot, position=length, params=params, seed=0, num_generated=0, history=[0])
         for slot in range(num_samples)
     ]
     return ScheduledBatch(spans=[span], samples=samples)
