@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from kvtool.attention import PagedAttention
+from kvtool.attention import PagedAttention, block_size
 from kvtool.config import Bits, EngineConfig, KVOptions
 from kvtool.errors import ConfigError
 from kvtool.kv.batch import KVBatch, Span
@@ -19,8 +19,9 @@ from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.plan import BITS
+from kvtool.memory import allocate
 from kvtool.models import load_config, load_model, resolve_model
-from kvtool.runner import allocate, attention_layers, choose_device, choose_dtype, kv_spec
+from kvtool.runner import attention_layers, choose_device, choose_dtype, kv_spec
 
 SCORED_ROWS = 128  # of logits at a time
 SIXTEEN_BITS = KVOptions()
@@ -95,7 +96,7 @@ class ScoringModel:
             UnsupportedError: a head_dim that the bits cannot pack.
         """
         spec = kv_spec(self.model_config, self.dtype)
-        return KVLayout(spec, resolve(kv, spec))
+        return KVLayout(spec, resolve(kv, spec, block_size(self.config.attention_backend)))
 
     def fingerprint(self) -> str:
         """Names the weights, by some thousand elements of each tensor: training again changes nearly all of them."""

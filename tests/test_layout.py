@@ -20,7 +20,7 @@ ROWS = [
     {"client", "engine"},
     {"scheduler"},
     {"scoring"},
-    {"runner", "cuda_graph", "sampler", "grammar", "tokenizer", "chat_template"},
+    {"runner", "memory", "cuda_graph", "sampler", "grammar", "tokenizer", "chat_template"},
     {"models"},
     {"layers"},
     {"attention"},

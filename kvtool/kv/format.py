@@ -9,7 +9,7 @@ from kvtool.config import Axis, Bits, KVOptions
 from kvtool.errors import ConfigError, UnsupportedError
 from kvtool.kv.plan import BITS, completed, load_plan
 from kvtool.kv.spec import KVSpec, StreamSpec
-from kvtool.kv.visibility import visible
+from kvtool.kv.visibility import Position, visible
 
 GROUP_SIZES = (32, 64, 128)
 INTEGERS = ("8", "4", "2")
@@ -85,7 +85,7 @@ class KVFormat:
         """Tokens that a sequence's private tail holds; its position p stands in row p mod tail_tokens."""
         return 0 if self.packs_on_write else self.residual + self.block_size
 
-    def visible(self, position: int) -> int:
+    def visible(self, position: Position) -> Position:
         """First position that a query at `position` reads at full precision; `position + 1` where none is."""
         return position + 1 if self.packs_on_write else visible(position, self.block_size, self.residual)
 
@@ -96,6 +96,10 @@ class KVFormat:
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that a sequence of `num_tokens` computed tokens owns or shares."""
         return -(-self.packed_tokens(num_tokens) // self.block_size)
+
+    def tokens_within(self, num_blocks: int) -> int:
+        """Most computed tokens of a sequence that needs no more than `num_blocks` blocks."""
+        return num_blocks * self.block_size + max(0, self.tail_tokens - 1)
 
     def describe(self) -> str:
         """One line for people."""
@@ -115,8 +119,11 @@ class KVFormat:
         return f"K {key.kind}{key.grouping}; V {value.kind}{value.grouping}"
 
 
-def resolve(options: KVOptions, spec: KVSpec) -> KVFormat:
+def resolve(options: KVOptions, spec: KVSpec, block_size: int = BLOCK_SIZE) -> KVFormat:
     """The format that `options` ask for on a model of `spec`.
+
+    Args:
+        block_size: tokens of a block where no scale spans them.
 
     Raises:
         ConfigError: options that contradict each other, or a plan that does not fit the model.
@@ -126,7 +133,7 @@ def resolve(options: KVOptions, spec: KVSpec) -> KVFormat:
     bits = _layer_bits(options, spec.num_layers)
     _check(options, bits)
     axes = options.axis_key or KEY_AXIS, options.axis_value or VALUE_AXIS
-    block_size, residual = _block_size_and_residual(options, bits, axes)
+    block_size, residual = _block_size_and_residual(options, bits, axes, block_size)
     layers = tuple(
         LayerFormat(
             _stream_format(options, key_bits, axes[0], block_size, spec.key),
@@ -138,7 +145,7 @@ def resolve(options: KVOptions, spec: KVSpec) -> KVFormat:
 
 
 def _block_size_and_residual(
-    options: KVOptions, bits: Sequence[tuple[Bits, Bits]], axes: tuple[Axis, Axis]
+    options: KVOptions, bits: Sequence[tuple[Bits, Bits]], axes: tuple[Axis, Axis], block_size: int
 ) -> tuple[int, int]:
     """Tokens per block, and tokens kept at full precision behind every query, in whole blocks."""
     spans_tokens = any(a == "channel" and b in INTEGERS for pair in bits for a, b in zip(axes, pair, strict=True))
@@ -148,7 +155,8 @@ def _block_size_and_residual(
         two_bits = all(pair == ("2", "2") for pair in bits)
         residual = TWO_BIT_RESIDUAL if two_bits and spans_tokens and size is None else 0
     if size is None:
-        size = SMALL_BLOCK_SIZE if 0 < residual <= SMALL_BLOCK_SIZE else BLOCK_SIZE  # its tail is half as long
+        usual = BLOCK_SIZE if spans_tokens else block_size
+        size = SMALL_BLOCK_SIZE if 0 < residual <= SMALL_BLOCK_SIZE else usual  # its tail is half as long
     return size, -(-residual // size) * size
 
 

@@ -40,14 +40,18 @@ class CachedPrompt:
         """First position that stands in the tail."""
         return self.store.format.packed_tokens(len(self.token_ids))
 
+    @property
+    def tail_rows(self) -> Tensor:
+        """[n] int64, where the tail's tokens stand in its slot."""
+        positions = torch.arange(self.first_near, len(self.token_ids), device=self.store.tails.device)
+        return positions % self.store.format.tail_tokens
+
     def equals(self, other: "CachedPrompt") -> bool:
         """The same tokens, the same format and the same bytes."""
-        return (
-            self.token_ids == other.token_ids
-            and self.store.layout == other.store.layout
-            and torch.equal(self.store.blocks.cpu(), other.store.blocks.cpu())
-            and torch.equal(self.store.tails.cpu(), other.store.tails.cpu())
-        )
+        if (self.token_ids, self.store.layout) != (other.token_ids, other.store.layout):
+            return False
+        pairs = zip(self.tensors().values(), other.tensors().values(), strict=True)
+        return all(torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)) for ours, theirs in pairs)
 
     def tensors(self) -> dict[str, Tensor]:
         """`layers.0.key.codes` and its like ("scale", "zero"), [blocks, heads, rows, n]; "tail", [heads, tokens, D]."""
@@ -56,8 +60,7 @@ class CachedPrompt:
             for name, stream in (("key", layer.key), ("value", layer.value)):
                 named |= {f"layers.{index}.{name}.{field}": array for field, array in stream.arrays.items()}
                 if self.first_near < len(self.token_ids):
-                    tail = stream.read_tail(0, self.first_near, len(self.token_ids))
-                    named[f"layers.{index}.{name}.tail"] = tail
+                    named[f"layers.{index}.{name}.tail"] = stream.tail[0][:, self.tail_rows]
         return {name: tensor.cpu().contiguous() for name, tensor in named.items()}
 
 
@@ -143,7 +146,7 @@ def _fill(cached: CachedPrompt, tensors: dict[str, Tensor]) -> None:
                 _copy(array, tensors[f"layers.{index}.{name}.{field}"])
             tail = tensors.get(f"layers.{index}.{name}.tail")
             if tail is not None:
-                stream.write_tail(tail, 0, cached.first_near)
+                stream.tail[0][:, cached.tail_rows] = tail
 
 
 def _copy(array: Tensor, stored: Tensor) -> None:

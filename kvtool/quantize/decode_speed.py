@@ -56,7 +56,7 @@ def decode_speed(layer: AttentionLayer, spec: KVSpec, fmt: KVFormat, num_seqs: i
 
         def decode(index: int) -> Tensor:
             kv, backend = store.layers[index], backends[index % len(kinds)]
-            out = backend.forward(hadamard(q) if kv.key.format.rotate else q, [], kv, batch, layer)
+            out = backend.forward(hadamard(q) if kv.key.format.rotate else q, None, kv, batch, layer)
             return hadamard(out) if kv.value.format.rotate else out
 
         per_kind = [graph_seconds(decode, range(i, len(layout.format.layers), len(kinds))) for i in range(len(kinds))]
