@@ -426,6 +426,7 @@ def _draw(chart: Chart, figure: "Figure", ax: "Axes") -> None:
         _draw_heat(chart, figure, ax)
         return
     ax.set_ylabel(chart.y)
+    named = chart.kind == "scatter" and all(len(series.y) == 1 for series in chart.series)  # each point by its name
     for index, series in enumerate(chart.series):
         y = [math.nan if value is None else value for value in series.y]
         if chart.kind == "bar":
@@ -436,6 +437,8 @@ def _draw(chart: Chart, figure: "Figure", ax: "Axes") -> None:
             ax.set_xticks(range(len(y)), list(map(str, series.x)))
         elif chart.kind == "scatter":
             ax.scatter(series.x, y, label=series.label)
+            if named and math.isfinite(y[0]):
+                ax.annotate(f" {series.label}", (series.x[0], y[0]), va="bottom", fontsize="small")
         else:
             ax.plot(series.x, y, marker="o", label=series.label)
     if chart.log_x:
@@ -443,7 +446,7 @@ def _draw(chart: Chart, figure: "Figure", ax: "Axes") -> None:
     if chart.log_y:
         ax.set_yscale("log")
     ax.grid(alpha=0.3)
-    if any(series.label for series in chart.series):
+    if not named and any(series.label for series in chart.series):
         ax.legend(fontsize="small")
 
 
