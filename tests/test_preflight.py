@@ -118,6 +118,13 @@ def test_bits_alone_are_raised_in_the_layers_that_need_it_and_no_further(value_t
             assert [collapse.layer for collapse in verdict_on(value_twin, changed).collapses] == [layer]
 
 
+def test_keys_that_fp16_scales_cannot_hold_stay_at_16_bits(tmp_path):
+    folder = outlier_twin(TINY, tmp_path / "twin", scale=2.0**20)
+    verdict = verdict_on(folder, KVOptions(nbits="8"))
+    assert verdict.kv.layer_bits == (("16", "8"),) * 4
+    assert "beyond fp16 in layer 0, through its keys" in next(verdict.lines())
+
+
 def test_other_options_beside_the_bits_are_obeyed(value_twin):
     asked = KVOptions(nbits="4", residual_length=64)
     verdict = verdict_on(value_twin, asked)
