@@ -174,9 +174,9 @@ class _Probe:
     @torch.inference_mode()
     def of(cls, model: Decoder, exact: LayerActivations, index: int) -> "_Probe":
         output = exact.output.flatten(2)
-        projection = model.get_submodule(f"layers.{index}.self_attn.o_proj").get_parameter("weight").to(output.dtype)
+        projection = model.get_parameter(f"layers.{index}.self_attn.o_proj.weight")
         mean = output.mean(dim=(0, 1))
-        return cls(exact, projection, mean, F.linear(output - mean, projection))
+        return cls(exact, projection, mean, F.linear(output - mean, projection.to(output.dtype)))
 
     @torch.inference_mode()
     def error(self, fmt: KVFormat, key: StreamFormat, value: StreamFormat) -> float:
@@ -187,7 +187,7 @@ class _Probe:
             output = attend_packed(exact.query, exact.key, exact.value, key, value, fmt, exact.layer).flatten(2)
         except UnsupportedError:
             return UNHELD
-        return relative_error(F.linear(output - self.mean, self.projection), self.change)
+        return relative_error(F.linear(output - self.mean, self.projection.to(output.dtype)), self.change)
 
 
 def _errors(probes: Sequence[_Probe], fmt: KVFormat) -> list[float]:
@@ -276,7 +276,7 @@ def _file_of(config: EngineConfig) -> Path:
 def fingerprint(folder: Path) -> str:
     """Tells a model's weights and configuration from others': of long files, up to 4 MiB in evenly spaced pages."""
     digest = hashlib.sha256()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    for file in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             digest.update(f"{file.name} {size} ".encode())
