@@ -174,13 +174,8 @@ def progress(what: str) -> Iterator[Callable[[float, float], None]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
+    times = TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("left")
+    columns = TextColumn("{task.description}"), BarColumn(), *times
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -292,9 +287,9 @@ def as_text(report: Report) -> str:
         for table in report.all_tables:
             if table.title:
                 console.print(Text(table.title))
-            rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+            rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
             for column, right in zip(table.columns, _to_the_right(table), strict=True):
-                rich.add_column(Text(column.title), justify="right" if right else "left")
+                rich.add_column(Text(column.title), justify="right" if right else "left", overflow="fold")
             for row in table.rows:
                 rich.add_row(*(Text(cell(row, column)) for column in table.columns))
             console.print(rich)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from kvtool.config import EngineConfig
 from kvtool.errors import ConfigError
@@ -12,28 +12,31 @@ from kvtool.errors import ConfigError
 from .options import MOST, option
 from .output import Chart, Column, OutputOptions, Report, Series, Table, progress, show
 
+if TYPE_CHECKING:
+    from kvtool.perplexity import FormatScore
+
 COLUMNS = (
     Column("format", "format.name"),
-    Column("PPL", "perplexity", ".4f"),
-    Column("±", "perplexity_error", ".4f"),
-    Column("ΔPPL", "perplexity_change", "+.3%"),
-    Column("±", "perplexity_change_error", ".3%"),
-    Column("KLD", "kld_mean", ".2e"),
-    Column("±", "kld_error", ".0e"),
-    Column("same top-1", "top1_agreement", ".2%"),
-    Column("±", "top1_error", ".2%"),
     Column("bits", "bits_per_element", ".2f"),
     Column("B/token", "bytes_per_token", ",.0f"),
     Column("tail B", "tail_bytes", ",d"),
-    Column("s", "seconds", ".1f"),
+    Column("PPL", "perplexity", ".3f"),
+    Column("ΔPPL", "perplexity_change", "+.3%"),
+    Column("±", "perplexity_change_error", ".3%"),
+    Column("KLD", "kld_mean", ".2e"),
+    Column("same top-1", "top1_agreement", ".2%"),
 )
-DIVERGENCES = (
+DETAILS = (
     Column("format", "format.name"),
-    Column("median", "kld_median", ".2e"),
-    Column("90 %", "kld_p90", ".2e"),
-    Column("99 %", "kld_p99", ".2e"),
-    Column("99.9 %", "kld_p999", ".2e"),
-    Column("max", "kld_max", ".2e"),
+    Column("PPL ±", "perplexity_error", ".2f"),
+    Column("KLD ±", "kld_error", ".0e"),
+    Column("median", "kld_median", ".1e"),
+    Column("90 %", "kld_p90", ".1e"),
+    Column("99 %", "kld_p99", ".1e"),
+    Column("99.9 %", "kld_p999", ".1e"),
+    Column("max", "kld_max", ".1e"),
+    Column("top-1 ±", "top1_error", ".2%"),
+    Column("s", "seconds", ".1f"),
 )
 ORIGINAL_TEXT = (
     Column("format", "format.name"),
@@ -41,8 +44,14 @@ ORIGINAL_TEXT = (
     Column("byte PPL", "byte_perplexity", ".5f"),
     Column("bits/byte", "bits_per_byte", ".5f"),
 )
+DEFINITIONS = (
+    "KLD: nats, from the predictions with a 16-bit cache; ΔPPL: from paired differences.",
+    "bits of an element, B/token: of packed tokens, scales and zeros included; tail B: newest tokens at full "
+    "precision, for each running sequence. All of a model that is served in 16 bits.",
+)
 
 text_option = partial(option, panel="Text")
+comparison_option = partial(option, panel="Comparison")
 
 
 def perplexity(
@@ -75,23 +84,23 @@ def perplexity(
     ] = None,
     formats: Annotated[
         str | None,
-        text_option(
+        comparison_option(
             "--formats", help="What to compare: 16, 8, 4, 2, fp8, pairs such as k8v4, plan:FILE (default: 16,8,4,2)."
         ),
     ] = None,
     save_baseline: Annotated[
         str | None,
-        text_option("--save-baseline", metavar="FILE", help="Keep what 16 bits predict, as safetensors."),
+        comparison_option("--save-baseline", metavar="FILE", help="Keep what 16 bits predict, as safetensors."),
     ] = None,
     baseline: Annotated[
-        str | None, text_option("--baseline", metavar="FILE", help="Compare with what --save-baseline has kept.")
+        str | None, comparison_option("--baseline", metavar="FILE", help="Compare with what --save-baseline has kept.")
     ] = None,
 ) -> None:
     """Measure what KV formats do to a model's predictions: perplexity, and KL divergence from 16 bits.
 
     Example: kvtool perplexity --data wiki.test.raw --protocol gptq --formats 16,8,4,2,k8v4,plan:plan.yaml
     """
-    from kvtool.perplexity import SAMPLE, make_task, read_documents, score_formats
+    from kvtool.perplexity import SAMPLE, Interrupted, make_task, read_documents, score_formats
     from kvtool.scoring import ScoringModel, parse_formats
     from kvtool.tokenizer import Tokenizer
 
@@ -109,16 +118,6 @@ def perplexity(
         stride=stride,
         max_tokens=max_tokens,
     )
-    with progress("scoring") as on_progress:
-        scores = score_formats(
-            model,
-            task,
-            kv_formats,
-            baseline=Path(baseline) if baseline else None,
-            save_baseline=Path(save_baseline) if save_baseline else None,
-            on_progress=on_progress,
-        )
-    rows = [asdict(score) for score in scores]
     config = {
         "engine": asdict(engine),
         "data": data or "built-in sample",
@@ -130,21 +129,29 @@ def perplexity(
         "formats": list(kv_formats),
         "baseline": baseline,
     }
-    notes = [
-        f"{engine.model} in {model.dtype_name} on {model.device}; {protocol}: {len(task.windows):,} windows of "
-        f"{task.window:,} tokens, {task.num_tokens:,} of them scored.",
-        "KLD: nats, from the predictions with a 16-bit cache.",
-        "bits, B/token: of packed tokens, scales and zeros included; tail B: newest tokens at full precision, for each "
-        "running sequence. All for a model that is served in 16 bits.",
-    ]
-    show(Report("perplexity", config, rows, COLUMNS, tables(rows), charts(rows), notes), output)
+
+    def show_scores(scores: "list[FormatScore]") -> None:
+        rows = [asdict(score) for score in scores]
+        what = (
+            f"{engine.model} in {model.dtype_name} on {model.device}, {protocol}: {len(task.windows):,} windows of "
+            f"{task.window:,} tokens, {scores[0].tokens:,} of {task.num_tokens:,} places scored."
+        )
+        notes = [what, *DEFINITIONS]
+        show(Report("perplexity", config, rows, COLUMNS, tables(rows), charts(rows), notes), output)
+
+    kept, keep = (Path(file) if file else None for file in (baseline, save_baseline))
+    try:
+        with progress("scoring") as on_progress:
+            scores = score_formats(model, task, kv_formats, baseline=kept, save_baseline=keep, on_progress=on_progress)
+    except Interrupted as interrupt:
+        show_scores(interrupt.scores)
+        raise
+    show_scores(scores)
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
-    distribution = Table("KLD over tokens", DIVERGENCES, rows)
-    if rows[0]["bits_per_byte"] is None:
-        return [distribution]
-    return [distribution, Table("Of the original text", ORIGINAL_TEXT, rows)]
+    details = Table("Standard errors, KLD over places, seconds", DETAILS, rows)
+    return [details] if rows[0]["bits_per_byte"] is None else [details, Table("Original text", ORIGINAL_TEXT, rows)]
 
 
 def charts(rows: Sequence[dict[str, Any]]) -> list[Chart]:

@@ -20,16 +20,15 @@ if TYPE_CHECKING:
 
 DEFAULT_BITS: Bits = "4"
 RETRIEVAL, RETRIEVAL_QUESTIONS = "retrieval", 24  # asked of tiny, which learnt it
-SAMPLE_CHARACTERS = 4000  # that --dump runs where no prompt is given
-SHOWN_CHARACTERS = 160  # of the end of a question
+SHOWN_CHARACTERS = 100  # of the end of a question
 
 QUALITY = (
     Column("cache", "format.name"),
-    Column("PPL", "perplexity", ".3f"),
+    Column("PPL", "perplexity", ".2f"),
     Column("ΔPPL", "perplexity_change", "+.3%"),
     Column("±", "perplexity_change_error", ".3%"),
-    Column("KLD", "kld_mean", ".2e"),
-    Column("same top-1", "top1_agreement", ".2%"),
+    Column("KLD", "kld_mean", ".1e"),
+    Column("same top-1", "top1_agreement", ".1%"),
 )
 TASK = (Column("right", "task.accuracy", ".1%"), Column("±", "task.error", ".1%"))
 SIZE = (
@@ -74,14 +73,11 @@ ANSWERS = (
 )
 ABLATION = (
     Column("", "variant"),
-    Column("PPL", "perplexity", ".3f"),
-    *QUALITY[2:],
+    *QUALITY[1:],
     Column("output error", "output_error.mean", ".2%"),
-    Column("worst layer", "output_error.max", ".2%"),
     Column("bits", "bits_per_element", ".2f"),
     Column("nominal", "nominal_saved", ".1%"),
     Column("saved", "memory.saved", ".1%"),
-    Column("MiB", "memory_mib", ",.2f"),
 )
 
 PLANS = (
@@ -136,7 +132,9 @@ def quantize_kv(
     ] = None,
     questions: Annotated[
         int | None,
-        measure_option("--questions", min=0, max=MOST, help="Ask no more of them (default: all; 24 of retrieval)."),
+        measure_option(
+            "--questions", min=0, max=MOST, help="Ask no more of them, 0: none (default: all; 24 of retrieval)."
+        ),
     ] = None,
     answer_tokens: Annotated[
         int, measure_option("--answer-tokens", min=1, max=MOST, help="Of an answer at most.")
@@ -210,7 +208,7 @@ def quantize_kv(
             if given:
                 raise ConfigError(f"--{name} is for one format; leave out --ablate")
         exam = Exam(data, field, window, max_tokens, batch, context)
-        journal = Path(f"{output.output}.part") if output.output else None
+        journal = Path(f"{output.output}.part.jsonl") if output.output else None
         show(ablation_report(engine, exam, ablate, journal), output)
         if journal:
             journal.unlink(missing_ok=True)
@@ -224,8 +222,9 @@ def quantize_kv(
         from kvtool.quantize.preflight import preflight as survive
 
         engine = survive(engine)
+    dumped = dump_notes(engine, prompt, dump)  # first, because a file that cannot be written must not cost a run
     report = format_report(engine, exam, show_answers)
-    show(replace(report, notes=[*report.notes, *dump_notes(engine, prompt, dump)]), output)
+    show(replace(report, notes=[*report.notes, *dumped]), output)
 
 
 def with_bits(kv: KVOptions) -> KVOptions:
@@ -245,7 +244,7 @@ def format_report(engine: EngineConfig, exam: "Exam", num_shown: int) -> Report:
     tables = [
         Table("", columns, list(map(readable, rows))),
         Table("Errors by layer", LAYER, packed["layers"]),
-        Table(f"Memory of {sequences(packed)}", MEMORY, memory_rows(packed)),
+        Table(f"Memory of {sequences(rows)}", MEMORY, memory_rows(packed)),
     ]
     if costs[0].task and costs[1].task and num_shown:
         pairs = list(zip(costs[0].task.answers, costs[1].task.answers, strict=True))[:num_shown]
@@ -260,6 +259,8 @@ def format_report(engine: EngineConfig, exam: "Exam", num_shown: int) -> Report:
         "output, alone or with all layers before packed too. Outlier: largest channel over the median one.",
         "bits, memory: scales, zeros, padding and window included, of a model that is served in 16 bits.",
     ]
+    if packs_nothing(packed):
+        notes.append("These windows are too short for any token to be packed: choose a longer --window.")
     if exact["decode"] and not packed["decode"]:
         notes.append("Decode time is n/a where no GPU kernel reads the format.")
     return Report("quantize-kv", settings(engine, exam), rows, (), tables, layer_charts(packed), notes)
@@ -278,12 +279,16 @@ def ablation_report(engine: EngineConfig, exam: "Exam", asked: str, journal: Pat
             print(f"stopped; the same command goes on from {journal}", file=sys.stderr)
         raise
     tables = [
-        Table(f"{name}, {sequences(rows[0])}", ABLATION, list(map(readable, group)))
-        for name, group in by_ablation(rows).items()
+        Table(f"{name}; saved: of {sequences(rows)}", ABLATION, group) for name, group in by_ablation(rows).items()
     ]
-    missing = [f"{row['ablation']} {row['variant']}: n/a, {row['reason']}." for row in rows if row["reason"]]
+    notes = [f"{row['ablation']} {row['variant']}: n/a, {row['reason']}." for row in rows if row["reason"]]
+    notes += [
+        f"{row['ablation']} {row['variant']}: the windows are too short for any token to be packed."
+        for row in rows
+        if not row["reason"] and packs_nothing(row)
+    ]
     config = {**settings(engine, exam), "ablate": asked}
-    return Report("quantize-kv", config, rows, (), tables, ablation_charts(rows), missing)
+    return Report("quantize-kv", config, rows, (), tables, ablation_charts(rows), notes)
 
 
 def check_search(
@@ -342,7 +347,7 @@ def plan_report(
         Table("The plan, and each layer's sensitivity", (*PLAN, *(Column(w, w, ".2%") for w in words)), plan),
     ]
     notes = [
-        f"{path}: {found.format['description']}; serve it with --kv-plan {path}.",
+        f"{path}: {found.format.description}; serve it with --kv-plan {path}.",
         f"{result.num_tried} plans tried for {len(result.groups)} groups of layers; KLD {result.plan.kld:.2e} on the "
         f"text it was searched on, {found.kld_mean:.2e} on held-out text, {found.tokens:,} tokens of it.",
         "uniform: what the nine uniform formats come to at these bits, by a line through the logarithms of their KLD.",
@@ -387,11 +392,9 @@ def dump_notes(engine: EngineConfig, prompt: str | None, dump: str | None) -> li
         if prompt is not None:
             raise ConfigError("--prompt is what --dump caches; name a file with it")
         return []
-    from kvtool.perplexity import SAMPLE
     from kvtool.quantize.report import dump_cache
 
-    text = SAMPLE.read_text("utf-8")[:SAMPLE_CHARACTERS] if prompt is None else prompt
-    cached = dump_cache(engine, text, Path(dump))
+    cached = dump_cache(engine, prompt, Path(dump))
     packed = cached.first_near
     return [
         f"{dump}: the cache of {len(cached.token_ids):,} tokens, {packed:,} of them packed, "
@@ -403,8 +406,15 @@ def settings(engine: EngineConfig, exam: "Exam") -> dict[str, Any]:
     return {"engine": asdict(engine), **asdict(exam)}
 
 
-def sequences(row: Row) -> str:
+def sequences(rows: Sequence[Row]) -> str:
+    """What memory is told for, as any row that was measured says."""
+    row = next(row for row in rows if "batch" in row)
     return f"{row['batch']:,} × {row['context']:,} tokens"
+
+
+def packs_nothing(row: Row) -> bool:
+    """All queries read full precision, though the format packs."""
+    return bool(row["nominal_saved"] > 0 and row["output_error"]["max"] == 0)
 
 
 def by_ablation(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -442,8 +452,8 @@ def memory_rows(row: Row) -> list[Row]:
 def answer_row(exact: Row, packed: Row) -> Row:
     verdict = {True: "right", False: "wrong"}
     return {
-        "question": "…" + exact["question"][-SHOWN_CHARACTERS:],
-        "expected": exact["expected"].strip()[-SHOWN_CHARACTERS:],
+        "question": "…" + " ".join(exact["question"].split())[-SHOWN_CHARACTERS:],
+        "expected": exact["expected"].rpartition("####")[2].strip()[-SHOWN_CHARACTERS:],
         "exact": exact["text"].strip(),
         "exact_right": verdict[exact["is_right"]],
         "packed": packed["text"].strip(),
@@ -470,7 +480,9 @@ def layer_charts(row: Row) -> list[Chart]:
 
 def ablation_charts(rows: Sequence[dict[str, Any]]) -> list[Chart]:
     """What is exact has no place on a logarithmic scale."""
-    measured = [row for row in rows if not row["reason"] and row["output_error"]["mean"]]
+    measured = [row for row in rows if not row["reason"] and row["output_error"]["max"]]
+    if not measured:
+        return []
     groups = by_ablation(measured)
     if len(groups) == 1:  # then there is room for a name at each point
         groups = {row["variant"]: [row] for row in measured}
@@ -496,7 +508,7 @@ def ablation_charts(rows: Sequence[dict[str, Any]]) -> list[Chart]:
             log_y=True,
         ),
         Chart(
-            f"Quality against memory, {sequences(rows[0])}",
+            f"Quality against memory, {sequences(rows)}",
             "MiB, windows included",
             "KL divergence from 16 bits, nats",
             points(lambda row: row["memory"]["total"] / 2**20, lambda row: row["kld_mean"]),

@@ -13,11 +13,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvtool.config import KVOptions
+from kvtool.config import Bits, KVOptions
 from kvtool.errors import ConfigError
 from kvtool.kv.format import KVFormat
 from kvtool.kv.layout import KVLayout
@@ -202,11 +203,20 @@ def read_documents(path: Path, field: str | None = None) -> list[str]:
 
 
 @dataclass(frozen=True)
+class ScoredFormat:
+    """A KV format: the name that it was asked for by, what that means, and the bits of each layer."""
+
+    name: str
+    description: str
+    nbits_key: tuple[Bits, ...]
+    nbits_value: tuple[Bits, ...]
+
+
+@dataclass(frozen=True)
 class FormatScore:
     """What one KV format does to a model's predictions. The fields, in this order, are a row of the command's JSON.
 
     Attributes:
-        format: the name that was asked for, what it means, and bits of K and V of each layer.
         perplexity: by the protocol; `_error` everywhere: the standard error of the figure before it.
         tokens: that are scored.
         kld_mean: Kullback-Leibler divergence from the 16-bit cache's next-token distribution, in nats.
@@ -220,7 +230,7 @@ class FormatScore:
         seconds: that the scoring took.
     """
 
-    format: Mapping[str, Any]
+    format: ScoredFormat
     perplexity: float
     tokens: int
     kld_mean: float
@@ -242,6 +252,18 @@ class FormatScore:
     byte_perplexity: float | None
     bits_per_byte: float | None
     seconds: float
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while scoring.
+
+    Attributes:
+        scores: as `score_formats` returns them, of the places that all formats had done by then.
+    """
+
+    def __init__(self, scores: list[FormatScore]) -> None:
+        super().__init__()
+        self.scores = scores
 
 
 def score_formats(
@@ -266,6 +288,7 @@ def score_formats(
     Raises:
         ConfigError: a format that does not fit the model, or a baseline of another model, text or protocol.
         UnsupportedError: a format that cannot hold what the model makes of the text.
+        Interrupted: by Ctrl-C, with the figures so far, if there are any.
     """
     kv_formats = {name: model.layout(kv).format for name, kv in formats.items()}
     sources = {name: model.log_probs(task.windows, kv) for name, kv in formats.items() if kv != SIXTEEN_BITS}
@@ -275,22 +298,39 @@ def score_formats(
     reference = (
         piece for window, rows in zip(task.windows, hidden, strict=True) for piece in model.log_probs_of(window, rows)
     )
-    exact, tallies = _Tally(), {name: _Tally() for name in sources}
-    while (expected := exact.take(reference)) is not None:
-        for name, source in sources.items():
-            tallies[name].take(source, expected)
-        on_progress(sum(map(len, exact.nll)), task.num_tokens)
-    return [_score(name, kv_formats[name], model, task, tallies.get(name, exact), exact) for name in formats]
+    exact, tallies = _Tally(task.num_tokens), {name: _Tally(task.num_tokens) for name in sources}
+
+    def scores(num_tokens: int) -> list[FormatScore]:
+        return [
+            _score(name, kv_formats[name], model, task, tallies.get(name, exact), exact, num_tokens) for name in formats
+        ]
+
+    try:
+        while (expected := exact.take(reference)) is not None:
+            for name, source in sources.items():
+                tallies[name].take(source, expected)
+            on_progress(exact.num_tokens, task.num_tokens)
+    except KeyboardInterrupt as interrupt:
+        done = min(tally.num_tokens for tally in (exact, *tallies.values()))
+        raise (Interrupted(scores(done)) if done else interrupt) from None
+    return scores(task.num_tokens)
 
 
 class _Tally:
-    """What is kept of each scored place: negative log-likelihood of the token, divergence, same likeliest token."""
+    """What is kept of each scored place, [num_tokens] float64 each, allocated once: many small pieces, each above
+    freed rows of log-probabilities, would keep the allocator from using these again.
 
-    def __init__(self) -> None:
-        self.nll: list[Tensor] = []
-        self.kld: list[Tensor] = []
-        self.same_top: list[Tensor] = []
-        self.seconds = 0.0
+    Attributes:
+        nll: negative log-likelihood of the token.
+        kld: divergence from what is expected.
+        same_top: 1 where the likeliest token is the expected one.
+        num_tokens: places that are done.
+        seconds: that drawing and comparing took.
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        self.nll, self.kld, self.same_top = torch.empty(3, num_tokens, dtype=torch.float64)
+        self.num_tokens, self.seconds = 0, 0.0
 
     def take(self, source: Iterator[tuple[Tensor, Tensor]], expected: Tensor | None = None) -> Tensor | None:
         """Draw the next rows of log-probabilities and compare them with `expected` ones; None where there are none."""
@@ -300,30 +340,36 @@ class _Tally:
             return None
         found, ids = piece
         expected = found if expected is None else expected
-        self.nll.append(-found.gather(1, ids[:, None])[:, 0].double().cpu())
-        self.kld.append((expected.exp() * (expected - found)).sum(-1).double().cpu())
-        self.same_top.append((expected.argmax(-1) == found.argmax(-1)).double().cpu())
-        self.seconds += time.perf_counter() - began  # what a GPU computes has been waited for
+        new = slice(self.num_tokens, self.num_tokens + len(ids))
+        self.nll[new] = -found.gather(1, ids[:, None])[:, 0]
+        self.kld[new] = (expected.exp() * (expected - found)).sum(-1)
+        self.same_top[new] = expected.argmax(-1) == found.argmax(-1)
+        self.num_tokens = new.stop
+        self.seconds += time.perf_counter() - began  # copying has waited for what a GPU computes
         return found
 
 
-def _score(name: str, fmt: KVFormat, model: ScoringModel, task: Task, tally: _Tally, exact: _Tally) -> FormatScore:
-    nll, exact_nll, kld, same_top = map(torch.cat, (tally.nll, exact.nll, tally.kld, tally.same_top))
+def _score(
+    name: str, fmt: KVFormat, model: ScoringModel, task: Task, tally: _Tally, exact: _Tally, num_tokens: int
+) -> FormatScore:
+    """The figures of the first `num_tokens` places."""
+    nll, exact_nll, kld, same_top = (x[:num_tokens] for x in (tally.nll, exact.nll, tally.kld, tally.same_top))
     counts = torch.tensor([len(window.targets) for window in task.windows])
-    weights = torch.tensor(task.weights, dtype=torch.float64).repeat_interleave(counts)
-    perplexity = math.exp((weights * nll).sum() / weights.sum())
-    ratio = math.exp((weights * (nll - exact_nll)).sum() / weights.sum())
+    weights = torch.tensor(task.weights, dtype=torch.float64).repeat_interleave(counts)[:num_tokens]
+    perplexity = _exp((weights * nll).sum() / weights.sum())
+    ratio = _exp((weights * (nll - exact_nll)).sum() / weights.sum())
+    median, p90, p99, p999 = np.quantile(kld.numpy(), (0.5, 0.9, 0.99, 0.999)).tolist()
+    num_words, num_bytes = (task.num_words, task.num_bytes) if num_tokens == task.num_tokens else (None, None)
     layout = KVLayout(kv_spec(model.model_config, torch.bfloat16), fmt)
-    total = nll.sum().item()
     return FormatScore(
-        format={
-            "name": name,
-            "description": fmt.describe(),
-            "nbits_key": [layer.key.bits for layer in fmt.layers],
-            "nbits_value": [layer.value.bits for layer in fmt.layers],
-        },
+        format=ScoredFormat(
+            name,
+            fmt.describe(),
+            tuple(layer.key.bits for layer in fmt.layers),
+            tuple(layer.value.bits for layer in fmt.layers),
+        ),
         perplexity=perplexity,
-        tokens=len(nll),
+        tokens=num_tokens,
         kld_mean=kld.mean().item(),
         top1_agreement=same_top.mean().item(),
         bits_per_element=layout.bits_per_element,
@@ -333,17 +379,21 @@ def _score(name: str, fmt: KVFormat, model: ScoringModel, task: Task, tally: _Ta
         perplexity_change=ratio - 1,
         perplexity_change_error=ratio * _error(nll - exact_nll),
         kld_error=_error(kld),
-        kld_median=kld.quantile(0.5).item(),
-        kld_p90=kld.quantile(0.9).item(),
-        kld_p99=kld.quantile(0.99).item(),
-        kld_p999=kld.quantile(0.999).item(),
+        kld_median=median,
+        kld_p90=p90,
+        kld_p99=p99,
+        kld_p999=p999,
         kld_max=kld.max().item(),
         top1_error=_error(same_top),
-        word_perplexity=math.exp(total / task.num_words) if task.num_words else None,
-        byte_perplexity=math.exp(total / task.num_bytes) if task.num_bytes else None,
-        bits_per_byte=total / task.num_bytes / math.log(2) if task.num_bytes else None,
+        word_perplexity=_exp(nll.sum() / num_words) if num_words else None,
+        byte_perplexity=_exp(nll.sum() / num_bytes) if num_bytes else None,
+        bits_per_byte=nll.sum().item() / num_bytes / math.log(2) if num_bytes else None,
         seconds=tally.seconds,
     )
+
+
+def _exp(x: Tensor) -> float:
+    return x.exp().item()  # infinity where `math.exp` raises
 
 
 def _error(values: Tensor) -> float:
@@ -412,7 +462,9 @@ def _unweighted(windows: list[Window], num_tokens: int, window: int) -> Task:
 
 
 def _too_short(num_tokens: int, needed: int) -> ConfigError:
-    return ConfigError(f"--data: {num_tokens} tokens are too short for one window of {needed}; give more text")
+    return ConfigError(
+        f"--data: {num_tokens} tokens are too short for one window of {needed}; give more text or --window less"
+    )
 
 
 def _first_tokens(documents: Sequence[str], tokenizer: Tokenizer, max_tokens: int) -> list[str]:

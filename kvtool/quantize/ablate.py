@@ -87,9 +87,12 @@ def variants(asked: str, base: KVOptions, spec: KVSpec) -> tuple[Variant, ...]:
     unknown = [name for name in names if name not in ABLATIONS]
     if unknown:
         raise ConfigError(f"--ablate {unknown[0]!r:.40}: must be all, or of {', '.join(ABLATIONS)}")
+    # Bits bring their own default window; where anything else is varied, it stays what it is.
+    windowed = replace(base, residual_length=resolve(base, spec).residual)
     rows = []
     for ablation in dict.fromkeys(names):
-        varied = [_variant(ablation, name, kv, spec) for name, kv in ABLATIONS[ablation](base).items()]
+        choices = ABLATIONS[ablation](base if ablation == "bits" else windowed)
+        varied = [_variant(ablation, name, kv, spec) for name, kv in choices.items()]
         if all(variant.format is None for variant in varied):
             raise ConfigError(f"--ablate {ablation}: {varied[0].reason}")
         rows += varied
@@ -97,7 +100,7 @@ def variants(asked: str, base: KVOptions, spec: KVSpec) -> tuple[Variant, ...]:
 
 
 def _bits(base: KVOptions) -> dict[str, KVOptions]:
-    return parse_formats(BITS, replace(base, nbits=None, nbits_key=None, nbits_value=None, plan=None))
+    return parse_formats(BITS, replace(base, nbits=None, nbits_key=None, nbits_value=None, plan=None, layer_bits=None))
 
 
 def _axis(base: KVOptions) -> dict[str, KVOptions]:
@@ -123,7 +126,7 @@ def _rotation(base: KVOptions) -> dict[str, KVOptions]:
     token = replace(base, axis_key="token", axis_value="token", rotate=False)
     as_asked = replace(base, rotate=False)
     name = f"{base.axis_key or KEY_AXIS}/{base.axis_value or VALUE_AXIS}"
-    return {name: as_asked, "token/token": token, "token/token, rotated": replace(token, rotate=True)}
+    return {name: as_asked, "token/token": token, "token, rotated": replace(token, rotate=True)}
 
 
 ABLATIONS: dict[str, Callable[[KVOptions], dict[str, KVOptions]]] = {
@@ -145,6 +148,8 @@ def _variant(ablation: str, name: str, kv: KVOptions, spec: KVSpec) -> Variant:
     cut = {stream.group for stream in streams if stream.bits in ("8", "4", "2")} - {kv.q_group_size}
     if ablation == "group" and cut:
         return Variant(ablation, name, kv, None, f"head_dim {spec.value.dim} holds no groups of {name}")
+    if ablation == "residual" and fmt.residual != kv.residual_length:
+        name = f"{name} → {fmt.residual}"
     return Variant(ablation, name, kv, fmt)
 
 

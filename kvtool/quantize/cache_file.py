@@ -101,7 +101,7 @@ def write_cache(path: Path, cached: CachedPrompt) -> None:
         part.replace(path)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
-        raise ConfigError(f"--dump {path}: cannot be written: {error}") from error
+        raise ConfigError(f"--dump {path}: cannot be written ({error}); choose another file") from error
 
 
 def read_cache(path: Path) -> CachedPrompt:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from kvtool.config import EngineConfig, KVOptions
-from kvtool.errors import KVToolError, UnsupportedError
+from kvtool.errors import ConfigError, KVToolError, UnsupportedError
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec
@@ -30,7 +30,8 @@ from kvtool.tokenizer import Tokenizer
 
 OnProgress = Callable[[float, float], None]  # done, of how many
 Progress = Callable[[str], AbstractContextManager[OnProgress]]  # one stage of a run
-CALIBRATION_TOKENS = 2048
+CALIBRATION_TOKENS = 1024
+SAMPLE_CHARACTERS = 4000  # that are cached where no prompt is given
 MOST_CONTEXT = 32768  # that memory is told for, unless asked
 
 
@@ -159,26 +160,20 @@ class Examiner:
     Args:
         baseline: a file that is written here: what the model computes from a 16-bit cache.
 
-    Attributes:
-        exact: the 16-bit cache, measured as all others are.
-
     Raises:
         KVToolError: the model cannot be loaded, the text is too short, or what the model computes is not finite.
     """
 
     def __init__(self, config: EngineConfig, exam: Exam, baseline: Path, on_progress: OnProgress) -> None:
         self.model, self.baseline = ScoringModel(config), baseline
-        self.tokenizer = Tokenizer.load(self.model.path, self.model.model_config.vocab_size)
-        self.num_seqs = exam.num_seqs
-        self.context = exam.context or min(self.model.max_model_len, MOST_CONTEXT)
-        self.task = _text(exam, self.tokenizer, self.model.max_model_len)
+        self.num_seqs, self.context = exam.num_seqs, _context(exam, self.model.max_model_len)
+        self.task = _text(exam, self.model)
         first = list(self.task.windows[0].token_ids[:CALIBRATION_TOKENS])
         self._calibration = torch.tensor([first], device=self.model.device)
         self._activations = calibrate(self.model.model, self._calibration)
         self._outliers = [(outlier(layer.key), outlier(layer.value)) for layer in self._activations]
         formats = {"16 bits": SIXTEEN_BITS}
-        (score,) = score_formats(self.model, self.task, formats, save_baseline=baseline, on_progress=on_progress)
-        self.exact = self._cost(SIXTEEN_BITS, score)
+        score_formats(self.model, self.task, formats, save_baseline=baseline, on_progress=on_progress)
 
     def measure(self, kv: KVOptions, on_progress: OnProgress) -> FormatCost:
         """What the format that `kv` asks for costs.
@@ -187,9 +182,19 @@ class Examiner:
             ConfigError: options that contradict each other or do not fit the model.
             UnsupportedError: the format cannot hold what the model makes of the text.
         """
-        formats = {short_name(self.model.layout(kv).format): kv}
+        layout = self.model.layout(kv)
+        formats = {_short_name(layout.format): kv}
         (score,) = score_formats(self.model, self.task, formats, baseline=self.baseline, on_progress=on_progress)
-        return self._cost(kv, score)
+        # Savings are told against 2 bytes an element, so exact tokens are counted in 16 bits too, whatever runs here.
+        layers = self._layers(replace(layout, spec=replace(layout.spec, element_size=2)))
+        return FormatCost(
+            score=score,
+            nominal_saved=nominal_saved(layout),
+            num_seqs=self.num_seqs,
+            context=self.context,
+            memory=Memory.sum([stream.memory for layer in layers for stream in (layer.key, layer.value)]),
+            layers=layers,
+        )
 
     def identity(self) -> dict[str, Any]:
         """What figures depend on beside the format, in the words of the options."""
@@ -201,19 +206,6 @@ class Examiner:
             "--batch": self.num_seqs,
             "--context": self.context,
         }
-
-    def _cost(self, kv: KVOptions, score: FormatScore) -> FormatCost:
-        layout = self.model.layout(kv)
-        # Savings are told against 2 bytes an element, so exact tokens are counted in 16 bits too, whatever runs here.
-        layers = self._layers(replace(layout, spec=replace(layout.spec, element_size=2)))
-        return FormatCost(
-            score=score,
-            nominal_saved=nominal_saved(layout),
-            num_seqs=self.num_seqs,
-            context=self.context,
-            memory=Memory.sum([stream.memory for layer in layers for stream in (layer.key, layer.value)]),
-            layers=layers,
-        )
 
     def _layers(self, layout: KVLayout) -> tuple[LayerCost, ...]:
         fmt = layout.format
@@ -252,7 +244,7 @@ def examine(config: EngineConfig, exam: Exam, progress: Progress) -> tuple[Forma
         with progress("reading the text, 16 bits") as on_progress:
             examiner = Examiner(config, exam, Path(folder) / "baseline.safetensors", on_progress)
         with progress("reading the text, packed") as on_progress:
-            costs = [examiner.exact, examiner.measure(config.kv, on_progress)]
+            costs = [examiner.measure(kv, on_progress) for kv in formats.values()]
     del examiner
     tasks = [_ask(replace(config, kv=kv), questions, exam, name, progress) for name, kv in formats.items()]
     exact, packed = (
@@ -272,27 +264,33 @@ def time_decode(config: EngineConfig, kv: KVOptions, exam: Exam) -> DecodeSpeed 
     device = choose_device(config.device)
     if device.type != "cuda":
         return None
+    _release_memory()
     spec, model = model_spec(config), load_config(resolve_model(config.model))
     layer = replace(attention_layers(model)[0], sliding_window=None)
-    context = exam.context or min(config.max_model_len or model.max_position, MOST_CONTEXT)
+    context = _context(exam, config.max_model_len or model.max_position)
     try:
         with torch.cuda.device(device):
             return decode_speed(layer, spec, resolve(kv, spec), exam.num_seqs, context)
     except UnsupportedError:
         return None
-    finally:
-        _release_memory()
 
 
-def dump_cache(config: EngineConfig, text: str, path: Path) -> CachedPrompt:
-    """Write the cache that `text` leaves to a safetensors file, and read it back.
+def dump_cache(config: EngineConfig, prompt: str | None, path: Path) -> CachedPrompt:
+    """Write the cache that `prompt` leaves to a safetensors file, and read it back.
+
+    Args:
+        prompt: None: the beginning of the sample that travels with kvtool.
 
     Raises:
-        ConfigError: the text is too long, or the file cannot be written.
+        ConfigError: a prompt that is empty or does not fit the model, or a file that cannot be written.
         KVToolError: what comes back is not what was written.
     """
     model = ScoringModel(config)
-    token_ids = Tokenizer.load(model.path, model.model_config.vocab_size).encode(text)[: model.max_model_len]
+    tokenizer, longest = Tokenizer.load(model.path, model.model_config.vocab_size), model.max_model_len
+    sample = SAMPLE.read_text("utf-8")[:SAMPLE_CHARACTERS]
+    token_ids = tokenizer.encode(sample)[:longest] if prompt is None else tokenizer.encode(prompt)
+    if not 0 < len(token_ids) <= longest:
+        raise ConfigError(f"--prompt: {len(token_ids)} tokens; give at least one and at most {longest}")
     cached = cache_prompt(model.model, model.layout(config.kv), token_ids, model.dtype)
     write_cache(path, cached)
     if not read_cache(path).equals(cached):
@@ -305,14 +303,7 @@ def model_spec(config: EngineConfig) -> KVSpec:
     return kv_spec(load_config(resolve_model(config.model)), torch.bfloat16)
 
 
-def _release_memory() -> None:
-    """Give back what dropped models held, so that the next one finds a GPU empty."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def short_name(fmt: KVFormat) -> str:
+def _short_name(fmt: KVFormat) -> str:
     """`4 bits`, `K8 V4`, or `by layer`."""
     pairs = {(layer.key.bits, layer.value.bits) for layer in fmt.layers}
     if len(pairs) > 1:
@@ -333,8 +324,20 @@ def _ask(
         return TaskScore.of(answer_all(config, questions, exam.answer_tokens, on_progress))
 
 
-def _text(exam: Exam, tokenizer: Tokenizer, context: int) -> Task:
+def _text(exam: Exam, model: ScoringModel) -> Task:
     documents = read_documents(Path(exam.data) if exam.data else SAMPLE, exam.field)
-    task = make_task("gptq", documents, tokenizer, context, window=exam.window)
+    tokenizer = Tokenizer.load(model.path, model.model_config.vocab_size)
+    task = make_task("gptq", documents, tokenizer, model.max_model_len, window=exam.window)
     count = max(1, exam.max_tokens // task.window)
     return replace(task, windows=task.windows[:count], weights=task.weights[:count])
+
+
+def _context(exam: Exam, max_model_len: int) -> int:
+    return exam.context or min(max_model_len, MOST_CONTEXT)
+
+
+def _release_memory() -> None:
+    """Give back what dropped models held, so that the next one finds a GPU empty."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

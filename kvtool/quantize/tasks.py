@@ -71,7 +71,7 @@ def load_task(name: str) -> tuple[Question, ...]:
         lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is no UTF-8 text"
-        raise ConfigError(f"--task {name}: {reason}; give {RETRIEVAL}, none or a JSONL file") from error
+        raise ConfigError(f"--task {name}: {reason}; give {RETRIEVAL} or a JSONL file") from error
     rows = [(f"--task {name}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise ConfigError(f"--task {name}: holds no question")
