@@ -174,7 +174,7 @@ def quantize_kv(
     tokens: Annotated[
         int | None, measure_option("--tokens", min=1, max=2**40, help="That --budget-memory must hold.")
     ] = None,
-    trials: Annotated[int, measure_option("--trials", min=1, max=10**6, help="Of --search: plans to look at.")] = 120,
+    trials: Annotated[int, measure_option("--trials", min=1, max=10**6, help="Of --search: plans to look at.")] = 200,
     save_plan: Annotated[
         str, measure_option("--save-plan", metavar="FILE", help="Where --search writes what `serve --kv-plan` takes.")
     ] = "kv-plan.yaml",
@@ -304,6 +304,8 @@ def check_search(
             raise ConfigError(f"--{name} is for formats that are given; leave out --search")
     if (bits is None) == (memory is None):
         raise ConfigError("--search needs a budget: --budget-bits 4.0, or --budget-memory 6GiB and --tokens 200000")
+    if bits is not None and not bits > 0:  # NaN, too
+        raise ConfigError(f"--budget-bits {bits:g}: must be more than 0 bits an element")
     if (memory is None) != (tokens is None):
         raise ConfigError("--budget-memory and --tokens go together: so many bytes must hold so many tokens")
 

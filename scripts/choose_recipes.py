@@ -90,7 +90,7 @@ def print_formats(name: str, path: Path, texts: Sequence[str], num_windows: int)
         worst = examine(model.model, windows, model.layout(kv).spec, kv).worst
         rows.append(
             (
-                str(score.format["name"]),
+                str(score.format.name),
                 f"{score.bits_per_element:.2f}",
                 str(model.layout(kv).format.tail_tokens),
                 f"{score.perplexity_change:+.3%} ± {score.perplexity_change_error:.3%}",
@@ -112,7 +112,7 @@ def print_growing_outliers(source: Path, folder: Path, texts: Sequence[str]) -> 
             worst = examine(model.model, windows, model.layout(kv).spec, kv).worst
             found = "collapses" if worst > LIMIT else ""
             rows.append(
-                (f"× {scale:g}", str(score.format["name"]), f"{score.perplexity_change:+.1%}", f"{worst:.1%}", found)
+                (f"× {scale:g}", str(score.format.name), f"{score.perplexity_change:+.1%}", f"{worst:.1%}", found)
             )
     print_table("Keys whose outliers grow", ("outliers", "format", "perplexity", "worst layer", "preflight"), rows)
 

@@ -86,7 +86,7 @@ def test_a_plan_is_within_its_budget_and_better_than_uniform_formats(result, pat
     assert layout.bits_per_element == result.found.bits_per_element <= 4.0
     assert result.found.kld_mean < result.expected_kld(layout.bits_per_element) / 2
     assert layout.format == resolve(result.plan.kv, SPEC)
-    assert [score.format["name"] for score in result.uniform] == [f"K{key}V{value}" for key, value in PAIRS]
+    assert [score.format.name for score in result.uniform] == [f"K{key}V{value}" for key, value in PAIRS]
     beaten = [
         a for a, b in product(result.front, repeat=2) if a.bits_per_element > b.bits_per_element and a.kld >= b.kld
     ]
@@ -105,7 +105,7 @@ def test_an_engine_runs_the_plan(result, path):
     engine = Engine(EngineConfig(kv=KVOptions(plan=str(path)), kv_cache_memory=1 << 24, max_num_seqs=1))
     (completion,) = engine.generate(["Once upon a time"], SamplingParams(temperature=0, max_tokens=4))
     assert len(completion.token_ids) == 4
-    assert engine.info.kv_format == result.found.format["description"]
+    assert engine.info.kv_format == result.found.format.description
 
 
 def test_a_memory_budget_holds_the_tokens_and_all_tails(tmp_path):
@@ -163,6 +163,7 @@ def test_a_text_for_less_than_two_windows_is_refused(tmp_path):
     [
         (["--search"], "--search needs a budget"),
         (["--search", "--budget-bits", "4", "--budget-memory", "1GiB", "--tokens", "9"], "--search needs a budget"),
+        (["--search", "--budget-bits", "nan"], "--budget-bits nan"),
         (["--search", "--budget-memory", "6GiB"], "go together"),
         (["--search", "--budget-bits", "4", "--tokens", "9"], "go together"),
         (["--search", "--budget-bits", "4", "--ablate", "bits"], "--ablate"),
