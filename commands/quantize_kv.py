@@ -174,7 +174,7 @@ def quantize_kv(
     tokens: Annotated[
         int | None, measure_option("--tokens", min=1, max=2**40, help="That --budget-memory must hold.")
     ] = None,
-    trials: Annotated[int, measure_option("--trials", min=1, max=10**6, help="Of --search: plans to look at.")] = 120,
+    trials: Annotated[int, measure_option("--trials", min=1, max=10**6, help="Of --search: plans to look at.")] = 200,
     save_plan: Annotated[
         str, measure_option("--save-plan", metavar="FILE", help="Where --search writes what `serve --kv-plan` takes.")
     ] = "kv-plan.yaml",
@@ -194,17 +194,14 @@ def quantize_kv(
 
     Example: kvtool quantize-kv --search --budget-bits 4.0 --save-plan plan.yaml
     """
+    asked = {"ablate": ablate, "task": task, "show-answers": show_answers, "dump": dump}
+    check_search(find, asked, budget_bits, budget_memory, tokens)
     from kvtool.quantize.report import Exam
 
     if find:
-        for name, given in (("ablate", ablate), ("task", task), ("show-answers", show_answers), ("dump", dump)):
-            if given:
-                raise ConfigError(f"--{name} is for formats that are given; leave out --search")
         exam = Exam(data, field, window, max_tokens, batch, context)
         show(plan_report(engine, exam, budget_bits, budget_memory, tokens, trials, Path(save_plan)), output)
         return
-    if budget_bits or budget_memory or tokens:
-        raise ConfigError("--budget-bits, --budget-memory and --tokens are for --search; add it")
     engine = replace(engine, kv=with_bits(engine.kv))
     if ablate is not None:
         for name, given in (("task", task), ("show-answers", show_answers), ("dump", dump)):
@@ -294,6 +291,25 @@ def ablation_report(engine: EngineConfig, exam: "Exam", asked: str, journal: Pat
     return Report("quantize-kv", config, rows, (), tables, ablation_charts(rows), notes)
 
 
+def check_search(
+    find: bool, asked: Mapping[str, object], bits: float | None, memory: int | None, tokens: int | None
+) -> None:
+    """Refuse a search without a budget, a budget without a search, and what else cannot be asked for together."""
+    if not find:
+        if bits or memory or tokens:
+            raise ConfigError("--budget-bits, --budget-memory and --tokens are for --search; add it")
+        return
+    for name, given in asked.items():
+        if given:
+            raise ConfigError(f"--{name} is for formats that are given; leave out --search")
+    if (bits is None) == (memory is None):
+        raise ConfigError("--search needs a budget: --budget-bits 4.0, or --budget-memory 6GiB and --tokens 200000")
+    if bits is not None and not bits > 0:  # NaN, too
+        raise ConfigError(f"--budget-bits {bits:g}: must be more than 0 bits an element")
+    if (memory is None) != (tokens is None):
+        raise ConfigError("--budget-memory and --tokens go together: so many bytes must hold so many tokens")
+
+
 def plan_report(
     engine: EngineConfig,
     exam: "Exam",
@@ -306,10 +322,6 @@ def plan_report(
     """A plan of bits by layer, found within a budget and written to `path`."""
     from kvtool.quantize.search import PAIRS, Budget, find_plan
 
-    if (bits is None) == (memory is None):
-        raise ConfigError("--search needs a budget: --budget-bits 4.0, or --budget-memory 6GiB and --tokens 200000")
-    if (memory is None) != (tokens is None):
-        raise ConfigError("--budget-memory and --tokens go together: so many bytes must hold so many tokens")
     budget = Budget(bits, memory, tokens or 0, engine.max_num_seqs)
     part = Path(f"{path}.part")
     if part.exists():

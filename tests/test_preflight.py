@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from twins import outlier_twin
 
 from kvtool.config import EngineConfig, KVOptions
+from kvtool.errors import ModelError
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.models.resolve import EMBEDDED
@@ -112,10 +113,17 @@ def test_bits_alone_are_raised_in_the_layers_that_need_it_and_no_further(value_t
     assert verdict_on(value_twin, verdict.kv).collapses == ()
     spec = loaded(value_twin).layout(KVOptions()).spec
     cost = KVLayout(spec, resolve(verdict.kv, spec)).block_bytes
-    for layer, pair in product(range(4), product(("4", "8", "16"), repeat=2)):
+    for layer, pair in product(range(4), product(("4", "8"), repeat=2)):
         changed = KVOptions(nbits="4", layer_bits=(*bits[:layer], pair, *bits[layer + 1 :]))
         if KVLayout(spec, resolve(changed, spec)).block_bytes < cost:
             assert [collapse.layer for collapse in verdict_on(value_twin, changed).collapses] == [layer]
+
+
+def test_keys_that_fp16_scales_cannot_hold_stay_at_16_bits(tmp_path):
+    folder = outlier_twin(TINY, tmp_path / "twin", scale=2.0**20)
+    verdict = verdict_on(folder, KVOptions(nbits="8"))
+    assert verdict.kv.layer_bits == (("16", "8"),) * 4
+    assert "beyond fp16 in layer 0, through its keys" in next(verdict.lines())
 
 
 def test_other_options_beside_the_bits_are_obeyed(value_twin):
@@ -165,6 +173,11 @@ def test_other_weights_have_another_fingerprint(tmp_path, twin):
     with (copy / "config.json").open("a") as file:
         file.write(" ")
     assert fingerprint(copy) != fingerprint(TINY)
+
+
+def test_a_folder_without_a_model_is_refused_in_its_own_terms(tmp_path):
+    with pytest.raises(ModelError, match=r"config\.json: no such file"):
+        preflight(EngineConfig(model=str(tmp_path), kv=KVOptions(nbits="4")))
 
 
 def test_numbers_in_a_row_are_a_range():

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.config import Bits, EngineConfig, KVOptions
+from kvtool.errors import UnsupportedError
 from kvtool.kv.format import KVFormat, StreamFormat, resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.plan import sidecar_of
@@ -35,6 +36,7 @@ from kvtool.tokenizer import Tokenizer
 # more than 0.2; formats that lose a tenth and more are off by 0.3 to 3 (scripts/choose_recipes.py).
 LIMIT = 0.3
 OUTLIER = 8.0  # a channel this many times the median one explains a collapse; without outliers it is 2 to 4
+UNHELD = 1e9  # the error of a format whose fp16 scales cannot hold the numbers
 TOKENS = 1024  # of calibration text
 EDITION = 1  # of verdicts: another one when what is stored, or what options mean, changes
 PAGES, PAGE_BYTES = 1024, 4096  # of a weight file; they stand for all of it
@@ -85,7 +87,8 @@ class Verdict:
             return
         layers = as_ranges([collapse.layer for collapse in self.collapses])
         worst = max(self.collapses, key=lambda collapse: collapse.error)
-        why = f"attention is off by {worst.error:.0%} in layer {worst.layer}, through its {worst.cause}"
+        what = "beyond fp16" if worst.error == UNHELD else f"off by {worst.error:.0%}"
+        why = f"attention is {what} in layer {worst.layer}, through its {worst.cause}"
         if worst.outlier > OUTLIER:
             why += f", whose largest channel is {worst.outlier:,.0f} times the median one"
         survives = f"{self.survivor_format} ({self.survivor_bits:.4g} bits an element)"
@@ -171,16 +174,20 @@ class _Probe:
     @torch.inference_mode()
     def of(cls, model: Decoder, exact: LayerActivations, index: int) -> "_Probe":
         output = exact.output.flatten(2)
-        projection = model.get_submodule(f"layers.{index}.self_attn.o_proj").get_parameter("weight").to(output.dtype)
+        projection = model.get_parameter(f"layers.{index}.self_attn.o_proj.weight")
         mean = output.mean(dim=(0, 1))
-        return cls(exact, projection, mean, F.linear(output - mean, projection))
+        return cls(exact, projection, mean, F.linear(output - mean, projection.to(output.dtype)))
 
     @torch.inference_mode()
     def error(self, fmt: KVFormat, key: StreamFormat, value: StreamFormat) -> float:
-        """How far `change` is off where keys and values of these formats are read from blocks."""
+        """How far `change` is off where keys and values of these formats are read from blocks; `UNHELD` if they cannot
+        be stored."""
         exact = self.exact
-        output = attend_packed(exact.query, exact.key, exact.value, key, value, fmt, exact.layer).flatten(2)
-        return relative_error(F.linear(output - self.mean, self.projection), self.change)
+        try:
+            output = attend_packed(exact.query, exact.key, exact.value, key, value, fmt, exact.layer).flatten(2)
+        except UnsupportedError:
+            return UNHELD
+        return relative_error(F.linear(output - self.mean, self.projection.to(output.dtype)), self.change)
 
 
 def _errors(probes: Sequence[_Probe], fmt: KVFormat) -> list[float]:
@@ -269,7 +276,7 @@ def _file_of(config: EngineConfig) -> Path:
 def fingerprint(folder: Path) -> str:
     """Tells a model's weights and configuration from others': of long files, up to 4 MiB in evenly spaced pages."""
     digest = hashlib.sha256()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    for file in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             digest.update(f"{file.name} {size} ".encode())
