@@ -151,6 +151,12 @@ def test_impossible_searches_are_refused(tmp_path, budget, kv, said):
         found(tmp_path / "plan.yaml", budget, kv)
 
 
+@pytest.mark.parametrize("name", [".", "none/plan.yaml"])
+def test_a_plan_needs_a_place_before_the_search_begins(tmp_path, name):
+    with pytest.raises(ConfigError, match=r"--save-plan .*: is a folder, or lies in none"):
+        found(tmp_path / name, Budget(bits=4.0))
+
+
 def test_a_text_for_less_than_two_windows_is_refused(tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("It was a dark night. " * 20)
