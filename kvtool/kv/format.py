@@ -7,7 +7,7 @@ from itertools import groupby
 
 from kvtool.config import Axis, Bits, KVOptions
 from kvtool.errors import ConfigError, UnsupportedError
-from kvtool.kv.plan import BITS, completed, load_plan
+from kvtool.kv.plan import BIT_OPTIONS, BITS, completed, load_plan
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.visibility import visible
 
@@ -17,7 +17,6 @@ BLOCK_SIZE, SMALL_BLOCK_SIZE = 64, 32
 TWO_BIT_RESIDUAL = 32  # a model leans on its newest tokens; 2 bits without it lose more than twice as much
 KEY_AXIS: Axis = "channel"  # keys have a few channels of huge outliers, values have not
 VALUE_AXIS: Axis = "token"
-BIT_OPTIONS = ("nbits", "nbits_key", "nbits_value", "plan", "layer_bits")
 
 
 @dataclass(frozen=True)
