@@ -188,7 +188,7 @@ def test_bad_options_are_one_line(arguments, said):
 
 def test_a_sidecar_completes_what_is_not_given(tmp_path):
     path = tmp_path / "plan.yaml"
-    write_plan(path, [("4", "2")] * 4, Sidecar(KVOptions(axis_key="token", residual_length=32), {}, {}))
+    write_plan(path, [("4", "2")] * 4, Sidecar(KVOptions("8", axis_key="token", residual_length=32), {}, {}))
     assert resolve(KVOptions(plan=str(path)), SPEC) == resolve(
         KVOptions(nbits_key="4", nbits_value="2", axis_key="token", residual_length=32), SPEC
     )

@@ -13,6 +13,7 @@ from kvtool.config import Bits, KVOptions
 from kvtool.errors import ConfigError
 
 BITS = ("16", "8", "4", "2", "fp8")
+BIT_OPTIONS = ("nbits", "nbits_key", "nbits_value", "plan", "layer_bits")  # of KVOptions; a sidecar has no say in them
 MAX_SIDECAR_BYTES = 1 << 20
 
 
@@ -57,7 +58,7 @@ def completed(options: KVOptions) -> KVOptions:
         raise ConfigError(
             f"--kv-plan {options.plan}: {file.name} is no sidecar of a plan ({error}); remove it"
         ) from error
-    given = {name: value for name, value in vars(options).items() if value is not None}
+    given = {name: value for name, value in vars(options).items() if value is not None or name in BIT_OPTIONS}
     return KVOptions(**(vars(found) | given))
 
 
