@@ -147,7 +147,7 @@ def read_events(path: Path) -> Iterator[Event]:
     decoder, number = msgspec.json.Decoder(Event), 0
     try:
         with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(lines, 1):  # noqa: B007 (the handler below names it)
                 yield decoder.decode(line)
     except msgspec.DecodeError as error:
         raise ConfigError(f"{path}, line {number}: is no event of kvtool's: {error}") from error
