@@ -53,9 +53,9 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, tag="request", om
         scheduled: when it should have been sent; in a closed loop, when its slot was free.
         sent: when the client began to send it (also to connect, where no open connection was free).
         first_byte: of the response, headers included.
-        token_times: arrival of each chunk that carried text, reasoning or ids.
-        token_counts: tokens in each of these chunks by their ids; empty where the server sends none.
-        first_answer: arrival of the first such chunk that was no reasoning; None: there was none.
+        chunk_times: arrival of each chunk that holds a choice.
+        chunk_kinds: a letter for each: `t`ext, `r`easoning, `i`ds without text, or `e`mpty (a role, say).
+        chunk_tokens: tokens in each, by their ids or by the server's running count; -1 where it says neither.
         ended: when the response was complete, or failed.
         prompt_tokens, cached_tokens, output_tokens: as the server counts them (usage); None where it does not say.
         queue_seconds: from its arrival to the first step that computed it, by the server's own word.
@@ -73,9 +73,9 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, tag="request", om
     scheduled: float
     sent: float
     first_byte: float | None = None
-    token_times: list[float] = []
-    token_counts: list[int] = []
-    first_answer: float | None = None
+    chunk_times: list[float] = []
+    chunk_kinds: str = ""
+    chunk_tokens: list[int] = []
     ended: float
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
@@ -86,9 +86,14 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, tag="request", om
     error: str = ""
 
     @property
+    def token_times(self) -> list[float]:
+        """Arrival of each chunk that carried text, reasoning or ids."""
+        return [time for time, kind in zip(self.chunk_times, self.chunk_kinds, strict=True) if kind != "e"]
+
+    @property
     def first_token(self) -> float | None:
-        """Arrival of the first chunk that carried text, reasoning or ids."""
-        return self.token_times[0] if self.token_times else None
+        """Arrival of the first of these."""
+        return next(iter(self.token_times), None)
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, tag="run"):
