@@ -1,4 +1,4 @@
-"""Clients that stream answers and note when each part came: an OpenAI-compatible or SGLang server, or our own engine."""
+"""Clients that stream answers and note when each part came: of an OpenAI-compatible or SGLang server, or our engine."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import SplitResult, urlsplit
 
-import h11
 import httpx
 import msgspec
 
@@ -269,8 +268,8 @@ class Pool:
     def __init__(self, url: SplitResult, headers: dict[str, str]) -> None:
         self._url, self._free = url, list[Connection]()
         self._tls = ssl.create_default_context() if url.scheme == "https" else None
-        common = {"host": url.netloc.rpartition("@")[2], "content-type": "application/json"}
-        self._headers = list((common | headers).items())
+        fields = {"host": url.netloc.rpartition("@")[2], "content-type": "application/json"} | headers
+        self._fields = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
 
     async def post(self, path: str, body: bytes, reader: "StreamReader") -> None:
         """Send a request, and feed the response to `reader` until it ends.
@@ -278,14 +277,13 @@ class Pool:
         Raises:
             RequestFailed: it cannot be sent, or what comes back is no whole response.
         """
-        headers = [*self._headers, ("content-length", str(len(body)))]
-        head = h11.Request(method="POST", target=self._url.path + path, headers=headers)
+        head = f"POST {self._url.path}{path} HTTP/1.1\r\n{self._fields}content-length: {len(body)}\r\n\r\n"
         while True:
             self._free = [connection for connection in self._free if connection.reusable]
             used = bool(self._free)
             connection = self._free.pop() if used else await self._connect()
             try:
-                await connection.exchange(head, body, reader)
+                await connection.exchange(head.encode() + body, reader)
             except ConnectionError as error:
                 if used and reader.status is None:
                     continue  # the server has hung up on the idle connection just when we used it
@@ -298,10 +296,12 @@ class Pool:
             return
 
     async def _connect(self) -> "Connection":
-        loop, default = asyncio.get_running_loop(), 443 if self._tls else 80
-        port = self._url.port or default
+        assert self._url.hostname is not None
+        port = self._url.port or (443 if self._tls else 80)
         try:
-            _, connection = await loop.create_connection(Connection, self._url.hostname, port, ssl=self._tls)
+            _, connection = await asyncio.get_running_loop().create_connection(
+                Connection, self._url.hostname, port, ssl=self._tls
+            )
         except OSError as error:
             raise RequestFailed("connect", error.strerror or str(error)) from error
         return connection
@@ -312,33 +312,38 @@ class Pool:
 
 
 class Connection(asyncio.Protocol):
-    """HTTP/1.1, one request at a time; what arrives is stamped before anything else is done with it."""
+    """HTTP/1.1 as a client needs it for streams (RFC 9112), one request at a time.
+
+    What arrives is stamped before anything else is done with it, and little is: the libraries' own parsers take as long
+    for a chunk as all the rest together.
+
+    Attributes:
+        reusable: it can take a request.
+    """
 
     def __init__(self) -> None:
-        self._http = h11.Connection(h11.CLIENT)
+        self.reusable = True
         self._reader: StreamReader | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
-    @property
-    def reusable(self) -> bool:
-        """It can take a request."""
-        return self._http.our_state is h11.IDLE and not self._transport.is_closing()
-
     def close(self) -> None:
+        self.reusable = False
         self._transport.abort()
 
-    async def exchange(self, head: h11.Request, body: bytes, reader: "StreamReader") -> None:
+    async def exchange(self, request: bytes, reader: "StreamReader") -> None:
         """Send a request, and feed `reader` until the response ends.
 
         Raises:
-            ConnectionError: it ended before, or is no HTTP.
+            ConnectionError: the connection ended before, or what came is no HTTP.
+            RequestFailed: the reader can make nothing of it.
         """
-        self._reader, self._ended = reader, asyncio.get_running_loop().create_future()
-        parts = (self._http.send(event) for event in (head, h11.Data(body), h11.EndOfMessage()))
-        self._transport.write(b"".join(part or b"" for part in parts))
+        self.reusable, self._reader, self._head = False, reader, b""
+        self._body: Body | None = None
+        self._ended = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
         await self._ended
 
     def data_received(self, data: bytes) -> None:
@@ -347,36 +352,105 @@ class Connection(asyncio.Protocol):
             self.close()
             return
         try:
-            self._http.receive_data(data)
-            while (event := self._http.next_event()) not in (h11.NEED_DATA, h11.PAUSED):
-                if isinstance(event, h11.Data):
-                    self._reader.data(bytes(event.data), now)
-                elif isinstance(event, h11.Response):
-                    self._reader.begin(event.status_code, now)
-                elif isinstance(event, h11.EndOfMessage):
-                    self._end(None)
-                elif isinstance(event, h11.ConnectionClosed):
+            if self._body is None:
+                self._head += data
+                head, end, data = self._head.partition(b"\r\n\r\n")
+                if not end:
                     return
-        except h11.RemoteProtocolError as error:
+                self._body = self._begin(self._reader, head.decode("latin-1"), now)
+            if content := self._body.take(data):
+                self._reader.data(content, now)
+            if self._body.ended:
+                self._end(None)
+        except ValueError as error:
             self._end(ConnectionError(f"the response is no HTTP: {error}"))
         except RequestFailed as error:
             self._end(error)
 
-    def eof_received(self) -> None:
-        if self._reader is not None:
-            self.data_received(b"")  # the end of a body without a length
+    def _begin(self, reader: "StreamReader", head: str, now: float) -> "Body":
+        """Read status and headers; returns what takes the framing off the body."""
+        status_line, *lines = head.split("\r\n")
+        protocol, _, rest = status_line.partition(" ")
+        if not protocol.startswith("HTTP/1."):
+            raise ValueError(f"it begins with {status_line:.40}")
+        reader.begin(int(rest[:3]), now)
+        pairs = (line.lower().partition(":") for line in lines)
+        fields = {name.strip(): value.strip() for name, _, value in pairs}
+        self._keep = protocol == "HTTP/1.1" and "close" not in fields.get("connection", "")
+        if "chunked" in fields.get("transfer-encoding", ""):
+            return ChunkedBody()
+        return PlainBody(int(fields["content-length"]) if "content-length" in fields else None)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end(ConnectionError("the server closed the connection before the response was whole"))
+        self.reusable = False
+        until_now = isinstance(self._body, PlainBody) and self._body.left is None if self._reader else False
+        self._keep = False
+        whole = exc is None and until_now
+        self._end(None if whole else ConnectionError("the server closed the connection before the response was whole"))
 
     def _end(self, error: Exception | None) -> None:
         if self._reader is None:
             return
-        self._reader = None
-        if error is None and self._http.their_state is h11.DONE:
-            self._http.start_next_cycle()
+        self._reader, self.reusable = None, error is None and self._keep
         if not self._ended.done():
             self._ended.set_exception(error) if error else self._ended.set_result(None)
+
+
+class Body(Protocol):
+    """Takes the framing off a body.
+
+    Attributes:
+        ended: all of it has come.
+    """
+
+    ended: bool
+
+    def take(self, data: bytes) -> bytes:
+        """What is new of the content.
+
+        Raises:
+            ValueError: the framing is broken.
+        """
+
+
+class ChunkedBody:
+    def __init__(self) -> None:
+        self.ended, self._rest = False, b""
+
+    def take(self, data: bytes) -> bytes:
+        rest, at, parts = self._rest + data, 0, []
+        while (line_end := rest.find(b"\r\n", at)) >= 0:
+            size = int(rest[at:line_end].partition(b";")[0], 16)
+            if not 0 <= size <= MAX_EVENT_BYTES:
+                raise ValueError(f"a chunk of {size} bytes")
+            start, end = line_end + 2, line_end + 2 + size
+            if size == 0:
+                self.ended = rest.find(b"\r\n\r\n", line_end) >= 0
+                break
+            if len(rest) < end + 2:
+                break
+            parts.append(rest[start:end])
+            at = end + 2
+        self._rest = rest[at:]
+        return b"".join(parts)
+
+
+class PlainBody:
+    """So many bytes, or with None all up to the connection's end.
+
+    Attributes:
+        left: bytes still to come.
+    """
+
+    def __init__(self, length: int | None) -> None:
+        self.left, self.ended = length, length == 0
+
+    def take(self, data: bytes) -> bytes:
+        if self.left is not None:
+            data = data[: self.left]
+            self.left -= len(data)
+            self.ended = self.left == 0
+        return data
 
 
 class StreamReader:
@@ -537,8 +611,8 @@ class EngineTarget:
     def __init__(self, client: EngineClient) -> None:
         info = client.info
         self.name, self.vocab_size, self.max_model_len = info.model, info.vocab_size, info.max_model_len
-        self.client, self._tokenizer = client, None
-        self._count = 0
+        self.client, self._count = client, 0
+        self._tokenizer: Tokenizer | None = None
 
     async def send(self, prompt: Prompt, item: WorkItem, answer: Answer) -> None:
         self._count += 1

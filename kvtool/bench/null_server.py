@@ -2,17 +2,18 @@
 
 import asyncio
 import contextlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 
-import h11
 import msgspec
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 TOKEN = b'{"choices":[{"index":0,"text":"%s","finish_reason":%s,"token_ids":[%d]}]}'
+LENGTH = re.compile(rb"content-length: (\d+)")
 USAGE = b'{"choices":[],"usage":{"prompt_tokens":%d,"completion_tokens":%d}}'
 
 
@@ -30,9 +31,7 @@ class NullConnection(asyncio.Protocol):
     """
 
     def __init__(self, delay: float, gap: float) -> None:
-        self._delay, self._gap = delay, gap
-        self._http = h11.Connection(h11.SERVER)
-        self._body, self._arrived = b"", 0.0
+        self._delay, self._gap, self._received = delay, gap, b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -40,25 +39,20 @@ class NullConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         arrived = perf_counter()
-        self._http.receive_data(data)
-        while True:
-            event = self._http.next_event()
-            if isinstance(event, h11.Request):
-                self._body, self._arrived = b"", arrived
-            elif isinstance(event, h11.Data):
-                self._body += event.data
-            elif isinstance(event, h11.EndOfMessage):
-                self._answer(msgspec.json.decode(self._body, type=Asked))
-            else:  # more has to come first
-                return
+        self._received += data
+        head, _, body = self._received.partition(b"\r\n\r\n")
+        length = LENGTH.search(head)
+        if length and len(body) == int(length[1]):
+            self._received = b""
+            self._answer(msgspec.json.decode(body, type=Asked), arrived)
 
-    def _answer(self, asked: Asked) -> None:
+    def _answer(self, asked: Asked, arrived: float) -> None:
         loop = asyncio.get_running_loop()
         first = loop.time() + self._delay
 
         def token(index: int) -> None:
             last = index == asked.max_tokens - 1
-            text = b" x" if index else b"%.7f" % (perf_counter() - self._arrived)
+            text = b" x" if index else b"%.7f" % (perf_counter() - arrived)
             head = b"" if index else HEAD
             self._transport.write(head + event(TOKEN % (text, b'"length"' if last else b"null", index)))
             if not last:
@@ -66,7 +60,6 @@ class NullConnection(asyncio.Protocol):
                 return
             usage = USAGE % (len(asked.prompt), asked.max_tokens)
             self._transport.write(event(usage) + event(b"[DONE]") + b"0\r\n\r\n")
-            self._http = h11.Connection(h11.SERVER)  # for the connection's next request
 
         loop.call_at(first, token, 0)
 
