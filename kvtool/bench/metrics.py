@@ -254,8 +254,12 @@ class Figures:
     def failed(self) -> int:
         return self.failures.total()
 
-    def row(self) -> dict[str, Any]:
-        """As in a result; times in milliseconds, rates a second of wall clock."""
+    def row(self, samples: bool = True) -> dict[str, Any]:
+        """As in a result; times in milliseconds, rates a second of wall clock.
+
+        Args:
+            samples: with values of each latency, as they are distributed.
+        """
         good, seconds = self.requests - self.failed, self.seconds or math.inf
         row: dict[str, Any] = {
             "requests": self.requests,
@@ -280,5 +284,7 @@ class Figures:
             "failures": dict(self.failures),
             "errors": self.errors,
         }
-        samples = {"ttft_ms": self.ttft, "tpot_ms": self.tpot, "itl_ms": self.itl, "e2e_ms": self.e2e}
-        return row | {"samples": {name: sketch.sample() for name, sketch in samples.items()}}
+        if samples:
+            latencies = {"ttft_ms": self.ttft, "tpot_ms": self.tpot, "itl_ms": self.itl, "e2e_ms": self.e2e}
+            row["samples"] = {name: sketch.sample() for name, sketch in latencies.items()}
+        return row
