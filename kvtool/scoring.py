@@ -1,5 +1,6 @@
 """Teacher-forced scoring through the packed store: every token reads exactly what decoding would let it read."""
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from kvtool.runner import allocate, attention_layers, choose_device, choose_dtyp
 
 SCORED_ROWS = 128  # of logits at a time
 SIXTEEN_BITS = KVOptions()
+DEFAULT_FORMATS = "16,8,4,2"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class ScoringModel:
         path: local folder of the model.
         model_config: what the checkpoint is.
         model: the decoder, on `device` in `dtype`.
+        max_model_len: tokens of the longest window.
 
     Raises:
         KVToolError: the model cannot be loaded.
@@ -77,7 +80,12 @@ class ScoringModel:
                 seed=config.seed,
                 max_model_len=config.max_model_len,
             )
+        self.max_model_len = min(config.max_model_len or self.model_config.max_position, self.model_config.max_position)
         self._attention_layers = attention_layers(self.model_config)
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     def layout(self, kv: KVOptions) -> KVLayout:
         """Where the bytes of a cache of this model lie under `kv`.
@@ -88,6 +96,14 @@ class ScoringModel:
         """
         spec = kv_spec(self.model_config, self.dtype)
         return KVLayout(spec, resolve(kv, spec))
+
+    def fingerprint(self) -> str:
+        """Names the weights, by some thousand elements of each tensor: training again changes nearly all of them."""
+        digest = hashlib.sha256(repr(self.model_config).encode())
+        for name, tensor in self.model.slots():
+            sample = tensor.flatten()[:: max(1, tensor.numel() // 4096)]
+            digest.update(name.encode() + sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def log_probs(self, windows: Sequence[Window], kv: KVOptions) -> Iterator[tuple[Tensor, Tensor]]:
         """Log-probabilities of all next tokens at the scored places of all windows, in their order.
@@ -172,22 +188,36 @@ def _batches(windows: Sequence[Window], most: int) -> list[list[Window]]:
     return batches
 
 
-def parse_formats(text: str, base: KVOptions) -> dict[str, KVOptions]:
+def parse_formats(text: str | None, base: KVOptions) -> dict[str, KVOptions]:
     """Formats by the words of a list such as "16,8,4,2,fp8,k8v4,plan:FILE", in its order.
 
     Args:
-        base: the options that all of them share, bits left open; what means nothing for a word is left out of it.
+        text: None is 16 bits and what `base` asks for; if that is nothing, 16, 8, 4 and 2 bits.
+        base: the options that all of them share; what means nothing for a word is left out of it.
 
     Raises:
-        ConfigError: a word that names no bits, one that comes twice, or bits in `base` as well.
+        ConfigError: a word that names no bits, one that comes twice, or bits in `base` as well as in `text`.
     """
-    if base.nbits or base.nbits_key or base.nbits_value or base.plan:
+    asked = _word(base)
+    if text is None and asked is not None:
+        return {"16": SIXTEEN_BITS} if asked == "16" else {"16": SIXTEEN_BITS, asked: base}
+    if asked is not None:
         raise ConfigError("--formats names the bits of every format; leave out --nbits and --kv-plan")
-    words = [word.strip() for word in text.split(",")]
+    words = [word.strip() for word in (text if text is not None else DEFAULT_FORMATS).split(",")]
     formats = {word: _format(word, base) for word in words}
     if len(formats) < len(words):
         raise ConfigError(f"--formats {text}: names a format twice")
     return formats
+
+
+def _word(kv: KVOptions) -> str | None:
+    """The word for the bits of `kv`; None where it asks for none."""
+    if kv.plan:
+        return f"plan:{kv.plan}"
+    if not (kv.nbits or kv.nbits_key or kv.nbits_value):
+        return None
+    key, value = (bits or kv.nbits or "16" for bits in (kv.nbits_key, kv.nbits_value))
+    return key if key == value else f"k{key}v{value}"
 
 
 def _format(word: str, base: KVOptions) -> KVOptions:
