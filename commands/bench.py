@@ -279,9 +279,9 @@ def instead(
         from kvtool.bench.lint import lint_stream
 
         faults = [asdict(fault) for fault in lint_stream(options.where)]
-        config = {"url": options.where.url, "api": options.where.api}
+        asked = {"url": options.where.url, "api": options.where.api}
         notes = ["No fault found."] if not faults else []
-        show(report(command, config, faults, LINT, (), (), notes), output)
+        show(report(command, asked, faults, LINT, (), (), notes), output)
         if faults:
             raise typer.Exit(1)
     return bool(options.events or options.lint_stream)
