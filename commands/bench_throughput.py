@@ -2,20 +2,22 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from kvtool.config import EngineConfig
 from kvtool.errors import ConfigError
 
-from .bench import BenchOptions, Rows, finish, instead, int_list, load_option, measured, row_name, workloads
+from .bench import BenchOptions, Rows, drive, finish, instead, int_list, load_option, measured, row_name, workloads
 from .output import Chart, Column, OutputOptions, Series, Table
 
 if TYPE_CHECKING:
     from kvtool.bench.arrivals import Arrivals
     from kvtool.bench.measure import Bench, How, Point
+    from kvtool.bench.workloads import Workload
 
 PROMPTS, OUTPUTS = "128", "64"
-CONCURRENCY = "1,2,4,8"
+CONCURRENCY, BATCH_SIZES = "1,2,4,8", "1,4,8,16,32,64,128"
 FEWEST, ROUNDS = 8, 4  # requests of a row, and of each of those that run at once
 UNBOUNDED = 64  # requests of a row that come at times of their own
 MOST_STREAMS = 65_536
@@ -37,6 +39,19 @@ COLUMNS = (
     Column("KV peak", "kv_usage_peak", ".1%"),
     Column("GPU MiB", "gpu_peak_mib", ",.0f"),
     Column("J/token", "joules_per_token", ".3g"),
+    Column("", "state"),
+)
+OFFLINE = (
+    Column("", "engine"),
+    *LOAD[:2],
+    Column("batch", "batch_size", ",d"),
+    Column("output tok/s", "output_tok_s", ",.1f"),
+    Column("× transformers", "ratio", ".2f"),
+    Column("total tok/s", "total_tok_s", ",.1f"),
+    Column("TPOT ms", "tpot_ms.p50", ",.2f"),
+    Column("floor", "floor_ms", ",.2f"),
+    Column("share", "floor_share", ".0%"),
+    Column("memory MiB", "memory_mib", ",.0f"),
     Column("", "state"),
 )
 LATENCIES = (
@@ -68,12 +83,32 @@ def bench_throughput(
     burstiness: Annotated[
         float, load_option("--burstiness", min=0.0, help="Of --request-rate: 1 is Poisson, less bursty, inf even.")
     ] = 1.0,
+    offline: Annotated[
+        bool, load_option("--offline", help="Give our engine everything at once: a row for each of --batch-sizes.")
+    ] = False,
+    batch_sizes: Annotated[
+        str | None, load_option("--batch-sizes", metavar="LIST", help=f"Of --offline (default: {BATCH_SIZES}).")
+    ] = None,
+    baseline: Annotated[
+        Literal["transformers"] | None,
+        load_option("--baseline", help="Of --offline: the same batches through transformers' generate, beside."),
+    ] = None,
 ) -> None:
     """Throughput and latency under load: of our own engine, or of any server by --url.
 
     Example: kvtool bench-throughput --url http://127.0.0.1:8000 --concurrency 1,8,32 --prompt-tokens 1024
     """
     asked = workloads(bench, engine.seed, PROMPTS, OUTPUTS)
+    if offline:
+        if bench.where.url or concurrency or request_rate:
+            raise ConfigError(
+                "--offline is our own engine with all at once; leave out --url, --concurrency and --request-rate"
+            )
+        sizes = int_list("--batch-sizes", batch_sizes or BATCH_SIZES, MOST_STREAMS)
+        offline_throughput(engine, bench, output, asked, sizes, baseline is not None)
+        return
+    if batch_sizes or baseline:
+        raise ConfigError("--batch-sizes and --baseline belong to --offline; add it")
     loads = loads_of(concurrency, request_rate, burstiness, engine.seed, timed=bench.workload.timed)
     if instead("bench-throughput", bench, output, COLUMNS, tables):
         return
@@ -94,6 +129,23 @@ def bench_throughput(
     streams = max((most or UNBOUNDED for most, _ in loads), default=1)
     result = measured(engine, bench, streams, plan)
     finish("bench-throughput", engine, bench, output, result, COLUMNS, tables, charts)
+
+
+def offline_throughput(
+    engine: EngineConfig,
+    bench: BenchOptions,
+    output: OutputOptions,
+    asked: "list[Workload]",
+    sizes: list[int],
+    baseline: bool,
+) -> None:
+    from kvtool.bench.offline import measure_offline
+
+    if len(asked) > 1:
+        raise ConfigError("--offline: its grid is --batch-sizes; give one length of prompts and one of answers")
+    how = replace(bench.how, floor="tpot")
+    result = drive(bench, partial(measure_offline, bench.where, engine, asked[0], sizes, how, baseline=baseline))
+    finish("bench-throughput", engine, bench, output, result, OFFLINE, lambda rows: (), lambda rows: ())
 
 
 def loads_of(
