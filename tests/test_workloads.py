@@ -81,7 +81,7 @@ def test_lengths_are_read_as_they_are_written(lengths: Lengths, seed: int) -> No
 
 @pytest.mark.parametrize(
     "text",
-    ["", "0", "-5", "ten", "1.5", "uniform:9-3", "uniform:0-3", "poisson:", "lognormal:5", "lognormal:9:6", "9" * 9],,
+    ["", "0", "-5", "ten", "1.5", "uniform:9-3", "uniform:0-3", "poisson:", "lognormal:5", "lognormal:9:6", "9" * 9],
 )
 def test_what_is_no_length_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"tokens|smaller"):
@@ -202,9 +202,7 @@ def test_sharegpt_conversations_go_turn_by_turn(sharegpt: str) -> None:
 
 
 def test_a_large_array_is_read_in_pieces(tmp_path: Path) -> None:
-    long = chat(
-        ("human", "word " * 150_000), ("gpt", "yes of course I do")
-    )  # 0.75 MB
+    long = chat(("human", "word " * 150_000), ("gpt", "yes of course I do"))  # 0.75 MB
     path = written(tmp_path / "chats.json", json.dumps([long] * 5))
     assert len({id(item) for item in take(Workload(dataset="sharegpt", path=path), 5)}) == 5
 
