@@ -82,11 +82,12 @@ class Runner:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self.device = _device(config.device)
+        self.device = choose_device(config.device)
         self.path = resolve_model(config.model)
         self.model_config = load_config(self.path)
-        self.dtype = _dtype(config, self.model_config, self.device)
-        layout = _layout(config, self.model_config, self.dtype)
+        self.dtype = choose_dtype(config, self.model_config, self.device)
+        spec = kv_spec(self.model_config, self.dtype)
+        layout = KVLayout(spec, resolve(config.kv, spec))
         with torch.inference_mode():
             self.model = load_model(
                 self.path,
@@ -99,10 +100,10 @@ class Runner:
             )
             memory = _kv_cache_memory(config, self.device)
             num_blocks, self.max_model_len = _capacity(config, self.model_config, layout, memory)
-            self.store = _allocate(layout, num_blocks, config.max_num_seqs, self.dtype, self.device)
+            self.store = allocate(layout, num_blocks, config.max_num_seqs, self.dtype, self.device)
             self.swap_space = SwapSpace(self.store, config.swap_space // layout.block_bytes)
             self.newest = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)
-        self.attention = PagedAttention(self.store, _attention_layers(self.model_config), config.attention_backend)
+        self.attention = PagedAttention(self.store, attention_layers(self.model_config), config.attention_backend)
         self.graphs = self._capture() if config.cuda_graph and self.attention.is_capturable else None
 
     @torch.inference_mode()
@@ -227,7 +228,7 @@ def _score_samples(batch: ScheduledBatch, logits: Tensor, token_ids: Tensor) -> 
     return Scores(*token_logprobs(logits[rows], token_ids[rows].clamp(min=0), max(k for _, k in wanted)))
 
 
-def _device(asked: str) -> torch.device:
+def choose_device(asked: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
         if device.type not in ("cpu", "cuda"):
@@ -239,7 +240,7 @@ def _device(asked: str) -> torch.device:
     return device
 
 
-def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+def choose_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
     if config.dtype not in DTYPES:
         raise ConfigError(f"--dtype {config.dtype}: must be one of {', '.join(DTYPES)}")
     auto = "float32" if device.type == "cpu" else model.dtype
@@ -247,13 +248,13 @@ def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> to
     return dtype
 
 
-def _layout(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> KVLayout:
+def kv_spec(model: ModelConfig, dtype: torch.dtype) -> KVSpec:
+    """What a model caches for each token."""
     stream = StreamSpec(model.num_kv_heads, model.head_dim)
-    spec = KVSpec(model.num_layers, stream, stream, dtype.itemsize)
-    return KVLayout(spec, resolve(config.kv, spec))
+    return KVSpec(model.num_layers, stream, stream, dtype.itemsize)
 
 
-def _attention_layers(model: ModelConfig) -> list[AttentionLayer]:
+def attention_layers(model: ModelConfig) -> list[AttentionLayer]:
     return [
         AttentionLayer(model.num_heads, model.num_kv_heads, model.head_dim, model.softmax_scale, window)
         for window in model.sliding_window
@@ -297,7 +298,7 @@ def _capacity(config: EngineConfig, model: ModelConfig, layout: KVLayout, memory
     return num_blocks, min(longest, held)
 
 
-def _allocate(
+def allocate(
     layout: KVLayout, num_blocks: int, num_tail_slots: int, dtype: torch.dtype, device: torch.device
 ) -> KVStore:
     try:

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import re
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -17,7 +19,7 @@ from kvtool.bench.events import Failure, Message, WorkItem
 from kvtool.client import EngineClient
 from kvtool.config import EngineConfig
 from kvtool.errors import ConfigError, EngineDeadError, KVToolError
-from kvtool.request import Request, SamplingParams
+from kvtool.request import EngineInfo, Request, SamplingParams
 
 if TYPE_CHECKING:
     from kvtool.tokenizer import Tokenizer
@@ -69,11 +71,13 @@ class Target(Protocol):
     Attributes:
         name: of the model.
         vocab_size, max_model_len: where they are known.
+        count_tokens: of a text; None where no tokenizer is at hand.
     """
 
     name: str
     vocab_size: int | None
     max_model_len: int | None
+    count_tokens: Callable[[str], int] | None
 
     async def send(self, prompt: Prompt, item: WorkItem, answer: Answer) -> None:
         """Ask for an answer and fill in `answer` as it comes.
@@ -101,6 +105,7 @@ class HttpTarget:
     Attributes:
         url: of the server, without `/v1`.
         info: what the server says of itself; empty where it says nothing.
+        engine: the same of its engine, if it is ours.
 
     Args:
         api: which of its routes is asked.
@@ -120,7 +125,9 @@ class HttpTarget:
         self.url, self.api, self.name = base_url(url), api, ""
         self.vocab_size: int | None = None
         self.max_model_len: int | None = None
+        self.count_tokens: Callable[[str], int] | None = None
         self.info: dict[str, Any] = {}
+        self.engine: EngineInfo | None = None
         self._extra_body, self._timeout = extra_body or {}, timeout
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=30, trust_env=False)
@@ -155,6 +162,9 @@ class HttpTarget:
         vocab_size = about.get("vocab_size")
         self.vocab_size = vocab_size if isinstance(vocab_size, int) else None
         self.max_model_len = card.max_model_len
+        with contextlib.suppress(msgspec.ValidationError):
+            self.engine = msgspec.convert(self.info.get("engine"), EngineInfo)
+            self.count_tokens = token_counter(self.engine)
 
     async def close(self) -> None:
         self._pool.close()
@@ -198,17 +208,11 @@ class HttpTarget:
         raise ConfigError(f"--flush-cache: {self.url} has neither /flush_cache nor /reset_prefix_cache; leave it out")
 
     async def metrics(self) -> dict[str, float]:
-        from prometheus_client.parser import text_string_to_metric_families
-
-        values: dict[str, float] = {}
-        with contextlib.suppress(httpx.HTTPError, ValueError):
+        try:
             response = await self._http.get("/metrics")
-            text = response.text if response.status_code == 200 else ""
-            for family in text_string_to_metric_families(text):
-                for sample in family.samples:
-                    if not sample.name.endswith("_bucket"):
-                        values[sample.name] = values.get(sample.name, 0.0) + sample.value
-        return values
+        except httpx.HTTPError:
+            return {}
+        return samples(response.text) if response.status_code == 200 else {}
 
     def describe(self) -> dict[str, Any]:
         return {"url": self.url, "api": self.api, "model": self.name, "server": self.info}
@@ -251,6 +255,20 @@ def as_messages(prompt: Prompt) -> list[Message]:
     if not all(isinstance(message, dict) for message in prompt):
         raise ConfigError("--api chat: it takes texts, not token ids; choose --api completions or another workload")
     return prompt  # type: ignore[return-value]
+
+
+SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{.*\})? ([^ ]+)", re.MULTILINE)
+
+
+def samples(exposition: str) -> dict[str, float]:
+    """Values of Prometheus' text format by name, summed over labels; no buckets. Prometheus' own parser would keep the
+    streams waiting."""
+    values: dict[str, float] = {}
+    for name, value in SAMPLE.findall(exposition):
+        if not name.endswith("_bucket"):
+            with contextlib.suppress(ValueError):
+                values[name] = values.get(name, 0.0) + float(value)
+    return values
 
 
 def _json(response: httpx.Response) -> dict[str, Any]:
@@ -610,9 +628,11 @@ class EngineTarget:
 
     def __init__(self, client: EngineClient) -> None:
         info = client.info
-        self.name, self.vocab_size, self.max_model_len = info.model, info.vocab_size, info.max_model_len
+        self.name = info.model
+        self.vocab_size: int | None = info.vocab_size
+        self.max_model_len: int | None = info.max_model_len
         self.client, self._count = client, 0
-        self._tokenizer: Tokenizer | None = None
+        self.count_tokens: Callable[[str], int] | None = token_counter(info)
 
     async def send(self, prompt: Prompt, item: WorkItem, answer: Answer) -> None:
         self._count += 1
@@ -640,15 +660,8 @@ class EngineTarget:
     async def _ids(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str) and (not prompt or isinstance(prompt[0], int)):
             return prompt  # type: ignore[return-value]
-        tokenizer = await asyncio.to_thread(self._load_tokenizer)
+        tokenizer = await asyncio.to_thread(tokenizer_of, self.client.info.path, self.client.info.vocab_size)
         return tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.chat(as_messages(prompt))
-
-    def _load_tokenizer(self) -> "Tokenizer":
-        from kvtool.tokenizer import Tokenizer
-
-        if self._tokenizer is None:
-            self._tokenizer = Tokenizer.load(Path(self.client.info.path), self.client.info.vocab_size)
-        return self._tokenizer
 
     async def flush_cache(self) -> None:
         self.client.flush_cache()
@@ -662,6 +675,21 @@ class EngineTarget:
 
     def describe(self) -> dict[str, Any]:
         return {"engine": msgspec.structs.asdict(self.client.info)}
+
+
+@lru_cache(1)
+def tokenizer_of(path: str, vocab_size: int) -> "Tokenizer":
+    """The tokenizer of a model folder; loading one takes seconds."""
+    from kvtool.tokenizer import Tokenizer
+
+    return Tokenizer.load(Path(path), vocab_size)
+
+
+def token_counter(info: EngineInfo) -> Callable[[str], int] | None:
+    """What counts the tokens of a text as the engine does; None where its model is on another machine."""
+    if not Path(info.path).is_dir():
+        return None
+    return lambda text: len(tokenizer_of(info.path, info.vocab_size).encode(text))
 
 
 @contextlib.asynccontextmanager

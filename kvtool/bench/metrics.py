@@ -202,6 +202,7 @@ class Figures:
         self.requests, self.failures = 0, Counter[str]()
         self.errors: list[str] = []
         self.prompt_tokens = self.cached_tokens = self.output_tokens = 0
+        self.least_prompt, self.most_cached = 1 << 62, 0
         self.seconds = 0.0
         self.ttft, self.tpot, self.itl, self.e2e = Sketch(), Sketch(), Sketch(), Sketch()
         self.ttft_scheduled, self.queue, self.server_queue, self.answer = Sketch(), Sketch(), Sketch(), Sketch()
@@ -219,6 +220,8 @@ class Figures:
         self.prompt_tokens += record.prompt_tokens or 0
         self.cached_tokens += record.cached_tokens or 0
         self.output_tokens += record.output_tokens or 0
+        self.least_prompt = min(self.least_prompt, record.prompt_tokens or 1)
+        self.most_cached = max(self.most_cached, record.cached_tokens or 0)
         latencies = self._latencies(record)
         self.ttft.add(latencies.ttft * 1e3)
         self.ttft_scheduled.add((latencies.ttft + record.sent - record.scheduled) * 1e3)
@@ -241,6 +244,8 @@ class Figures:
         self.prompt_tokens += other.prompt_tokens
         self.cached_tokens += other.cached_tokens
         self.output_tokens += other.output_tokens
+        self.least_prompt = min(self.least_prompt, other.least_prompt)
+        self.most_cached = max(self.most_cached, other.most_cached)
         self.seconds += other.seconds
         for name in ("ttft", "tpot", "itl", "e2e", "ttft_scheduled", "queue", "server_queue", "answer"):
             getattr(self, name).merge(getattr(other, name))
@@ -249,8 +254,12 @@ class Figures:
     def failed(self) -> int:
         return self.failures.total()
 
-    def row(self) -> dict[str, Any]:
-        """As in a result; times in milliseconds, rates a second of wall clock."""
+    def row(self, samples: bool = True) -> dict[str, Any]:
+        """As in a result; times in milliseconds, rates a second of wall clock.
+
+        Args:
+            samples: with values of each latency, as they are distributed.
+        """
         good, seconds = self.requests - self.failed, self.seconds or math.inf
         row: dict[str, Any] = {
             "requests": self.requests,
@@ -275,5 +284,7 @@ class Figures:
             "failures": dict(self.failures),
             "errors": self.errors,
         }
-        samples = {"ttft_ms": self.ttft, "tpot_ms": self.tpot, "itl_ms": self.itl, "e2e_ms": self.e2e}
-        return row | {"samples": {name: sketch.sample() for name, sketch in samples.items()}}
+        if samples:
+            latencies = {"ttft_ms": self.ttft, "tpot_ms": self.tpot, "itl_ms": self.itl, "e2e_ms": self.e2e}
+            row["samples"] = {name: sketch.sample() for name, sketch in latencies.items()}
+        return row

@@ -30,6 +30,7 @@ class Progress:
     sent: int = 0
     done: int = 0
     failed: int = 0
+    most_running: int = 0
     send_lags: Sketch = field(default_factory=Sketch)
     stalls: Sketch = field(default_factory=Sketch)
     lost: bool = False
@@ -158,6 +159,7 @@ class _Sender:
         failure: Failure | None = None
         error = ""
         progress.sent += 1
+        progress.most_running = max(progress.most_running, progress.running)
         try:
             await self._target.send(prompt, item, answer)
             check(item, prompt, answer)

@@ -1,0 +1,278 @@
+"""Measures points, one after the other, on one target: warm-up, trials, figures, floor and verdict."""
+
+import asyncio
+import contextlib
+import gc
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import count, islice
+from pathlib import Path
+from time import perf_counter, process_time, time
+from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+from kvtool.bench.client import API, HttpTarget, Target, engine_target
+from kvtool.bench.events import EventLog, RequestRecord, Run, WorkItem, read_events
+from kvtool.bench.floors import Floors, floor_probe, foreign_floors
+from kvtool.bench.metrics import Figures
+from kvtool.bench.runner import Progress, run
+from kvtool.bench.selfcheck import Calibration, calibrate, client_row, limits
+from kvtool.bench.telemetry import Telemetry
+from kvtool.bench.workloads import Vocabulary
+from kvtool.config import EngineConfig
+from kvtool.errors import ConfigError
+
+T = TypeVar("T")
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+TICK = 0.25  # seconds between news of progress
+MOST_STREAMS = 256  # of the calibration
+COMMON_IDS = range(1000, 30_000)  # every vocabulary in use has these
+
+
+@dataclass(frozen=True)
+class Where:
+    """What to measure.
+
+    Attributes:
+        url: of a server; None: our own engine, in a process of its own.
+        api: the server's route.
+        extra_body: fields for every request to it.
+        timeout: seconds for one request to it.
+        floor: compute floors; of a server that is not ours from `floor_config` (a model's config.json) and `gpu`.
+    """
+
+    url: str | None = None
+    api: API = "completions"
+    api_key: str | None = field(default=None, repr=False)
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    timeout: float = 600.0
+    floor: bool = True
+    floor_config: str | None = None
+    gpu: str | None = None
+
+
+@dataclass(frozen=True)
+class How:
+    """How to measure a point.
+
+    Attributes:
+        requests: measured in each trial; None: as many as `duration` lets in.
+        duration: seconds in which requests are sent.
+        warmup: requests before, which are not counted.
+        flush_cache: before each trial.
+        definitions: a key of `DEFINITIONS`.
+        floor: whose floor stands in the row.
+    """
+
+    requests: int | None = 5
+    duration: float | None = None
+    warmup: int = 1
+    trials: int = 1
+    flush_cache: bool = False
+    definitions: str = "kvtool"
+    floor: Literal["ttft", "tpot"] = "ttft"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row.
+
+    Attributes:
+        label: what makes it this one: prompt_tokens, output_tokens, concurrency, rate and the like.
+        items: its requests, for each repeat others.
+        primers: what is asked before, unmeasured, for each repeat.
+        concurrency: sessions that run at once; None: as many as the items' times make it.
+    """
+
+    label: dict[str, Any]
+    items: Callable[[int], Iterator[WorkItem]]
+    primers: Callable[[int], list[WorkItem]] = lambda repeat: []
+    concurrency: int | None = None
+
+
+OnProgress = Callable[[Point, Progress], None]
+
+
+@dataclass
+class Bench:
+    """A target and what has been found out about it.
+
+    Attributes:
+        local: the target runs on this machine.
+        floors: None where they are not known.
+        calibration: of the client; None where no HTTP is in between.
+        log: where events go.
+        on_record: is given every measured record, with the point's label.
+        stopped: why no more is measured: the user or the target's end.
+    """
+
+    target: Target
+    local: bool
+    floors: Floors | None = None
+    calibration: Calibration | None = None
+    log: EventLog | None = None
+    on_record: Callable[[RequestRecord], None] = lambda record: None
+    on_progress: OnProgress = lambda point, progress: None
+    stopped: Literal["interrupted", "lost"] | None = None
+
+    def __post_init__(self) -> None:
+        self._telemetry = Telemetry(self.target, self.local)
+        self._repeats, self._runs = count(), count()
+        gc.collect()
+        gc.freeze()  # what has been imported is not searched for garbage while chunks wait
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Ids that prompts can be made of: none of the special ones, which stand at the ends."""
+        size = self.target.vocab_size
+        ids = COMMON_IDS if size is None else range(size // 32, size - size // 16)
+        return Vocabulary(ids, self.target.count_tokens)
+
+    async def measure(self, point: Point, how: How) -> dict[str, Any]:
+        """A row: what `point` came to, in all trials together and, where there are several, in each."""
+        total, trials, progress = Figures(how.definitions), list[Figures](), Progress()
+        await self._unmeasured(point, islice(point.items(next(self._repeats)), how.warmup))
+        cpu, start = process_time(), perf_counter()
+        async with self._telemetry.watching() as readings:
+            for trial in range(how.trials):
+                if self.stopped is None:
+                    figures = await self._trial(point, how, trial, progress)
+                    total.merge(figures)
+                    trials.append(figures)
+        cpu = (process_time() - cpu) / (perf_counter() - start)
+        row = point.label | total.row() | readings.row(total.output_tokens) | self._judge(how, total, progress)
+        row["client"] = client_row(progress, cpu, self.calibration)
+        row["client_limits"] = limits(progress, cpu, self.calibration, total.ttft)
+        row["partial"] = self.stopped is not None
+        if how.trials > 1:
+            row["trials"] = [figures.row(samples=False) for figures in trials]
+        return row
+
+    async def _trial(self, point: Point, how: How, trial: int, progress: Progress) -> Figures:
+        if how.flush_cache:
+            await self.target.flush_cache()
+        repeat, run_id = next(self._repeats), next(self._runs)
+        await self._unmeasured(point, point.primers(repeat))
+        figures = Figures(how.definitions)
+        if self.log:
+            self.log.write(
+                Run(id=run_id, point=point.label | {"trial": trial}, target=self.target.describe(), started=time())
+            )
+
+        def record(record: RequestRecord) -> None:
+            figures.add(record)
+            self.on_record(record)
+            if self.log:
+                self.log.write(record)
+
+        progress.start = perf_counter()
+        ticker = asyncio.create_task(self._tick(point, progress))
+        try:
+            items = islice(point.items(repeat), how.requests)
+            options = {"run_id": run_id, "concurrency": point.concurrency, "duration": how.duration}
+            await run(self.target, items, record, progress=progress, **options)  # type: ignore[arg-type]
+        finally:
+            ticker.cancel()
+        self.stopped = "interrupted" if progress.interrupted else "lost" if progress.lost else None
+        return figures
+
+    async def _unmeasured(self, point: Point, items: Iterable[WorkItem]) -> None:
+        """Ask these and forget the answers."""
+        progress = await run(self.target, items, lambda record: None, concurrency=point.concurrency or MOST_STREAMS)
+        if progress.interrupted:
+            raise asyncio.CancelledError
+
+    async def _tick(self, point: Point, progress: Progress) -> None:
+        while True:
+            self.on_progress(point, progress)
+            await asyncio.sleep(TICK)
+
+    def _judge(self, how: How, figures: Figures, progress: Progress) -> dict[str, Any]:
+        """Floor, the share of it that was reached, and whether the figures are possible at all."""
+        count = figures.ttft.count
+        if self.floors is None or not count:
+            return {"floor_ms": None, "floor_share": None, "floor_source": None, "valid": True, "invalid": []}
+        sequences = progress.most_running
+        prompt = figures.prompt_tokens / count
+        if how.floor == "ttft":
+            floor, reached = self.floors.ttft_ms(round(prompt), figures.cached_tokens // count), figures.ttft
+        else:
+            context = prompt + figures.output_tokens / count / 2
+            floor, reached = self.floors.tpot_ms(context, sequences), figures.tpot
+        invalid = self.floors.impossible(figures, sequences)
+        return {
+            "floor_ms": floor,
+            "floor_share": floor / reached.quantiles([0.5])[0] if reached.count else None,
+            "floor_source": self.floors.rates.source,
+            "valid": not invalid,
+            "invalid": invalid,
+        }
+
+
+@contextlib.asynccontextmanager
+async def opened(where: Where, engine: EngineConfig, streams: int) -> AsyncIterator[Bench]:
+    """The target, ready; closed with the block.
+
+    Args:
+        streams: that will be open at once, for the calibration.
+
+    Raises:
+        ConfigError: there is no such server, or it has not this model.
+        KVToolError: the engine could not start.
+    """
+    if where.url is None:
+        async with contextlib.AsyncExitStack() as stack:
+            probe = await stack.enter_async_context(floor_probe()) if where.floor else None
+            target = await stack.enter_async_context(engine_target(engine))
+            yield Bench(target, local=True, floors=await probe(target.client.info) if probe else None)
+        return
+    floors = None
+    if where.floor_config or where.gpu:
+        if not (where.floor_config and where.gpu):
+            raise ConfigError("--floor-config and --gpu: a floor needs both, what is computed and on what")
+        floors = foreign_floors(Path(where.floor_config), where.gpu)
+    server = HttpTarget(where.url, where.api, api_key=where.api_key, extra_body=where.extra_body, timeout=where.timeout)
+    try:
+        await server.open(None if engine.model == EngineConfig.model else engine.model)
+        local = urlsplit(server.url).hostname in LOOPBACK
+        if floors is None and where.floor and local and server.engine is not None:
+            async with floor_probe() as probe:
+                floors = await probe(server.engine)
+        calibration = await calibrate(min(max(1, streams), MOST_STREAMS))
+        yield Bench(server, local, floors, calibration)
+    finally:
+        await server.close()
+
+
+def recompute(path: Path, definitions: str) -> list[dict[str, Any]]:
+    """The rows of a saved log under any tool's definitions; trials of a point together.
+
+    Raises:
+        ConfigError: the log cannot be read.
+    """
+    figures: dict[str, Figures] = {}
+    labels: dict[str, dict[str, Any]] = {}
+    of_run: dict[int, str] = {}
+    for event in read_events(path):
+        if isinstance(event, Run):
+            label = {name: value for name, value in event.point.items() if name != "trial"}
+            of_run[event.id] = key = repr(label)
+            labels[key] = label
+        elif event.run not in of_run:
+            raise ConfigError(f"{path}: request {event.id} belongs to a run that the log does not name")
+        else:
+            figures.setdefault(of_run[event.run], Figures(definitions)).add(event)
+    return [labels[key] | figures[key].row() for key in labels if key in figures]
+
+
+def to_end(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run `work`; Ctrl-C cancels it once, so that it can keep what it has."""
+
+    async def main() -> T:
+        task = asyncio.ensure_future(work())
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
+        return await task
+
+    return asyncio.run(main())
