@@ -20,7 +20,7 @@ Verdict = Literal["regression", "noise", "ok"]
 Floats = NDArray[np.float64]
 
 ALPHA = 0.05  # chance that a comparison of equals, all its gates together, finds a regression
-RESAMPLES = 10_000
+RESAMPLES = 4_000
 FEWEST = 3  # values on each side, below which nothing is said of their noise
 POINT = ("prompt_tokens", "output_tokens", "concurrency", "batch_size", "rate", "prefix_hit", "engine")
 HARDWARE = ("cpu", "cores", "gpus")
@@ -58,7 +58,7 @@ class Gate:
         return math.copysign(1.0, self.limit)
 
     def __str__(self) -> str:
-        return f"{self.metric}:{self.limit * 100:+g}%" if self.relative else f"{self.metric}:{self.limit:+g}"
+        return f"{self.metric}:{self.limit * 100:+.12g}%" if self.relative else f"{self.metric}:{self.limit:+.12g}"
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,10 @@ def _leaves(name: str, base: Any, current: Any) -> Iterator[tuple[str, Any, Any]
 def compare(base: Result, current: Result, gates: Sequence[Gate], force: bool = False) -> list[Delta]:
     """Hold each point of `current` against the same point of `base`.
 
-    A gate is broken by a change that is beyond its limit and that the bootstrap interval tells from none; so equal
-    engines break any of them with a probability of `ALPHA` at most. Trials are what is resampled, where both sides
-    have three or more; else a latency's requests, which know nothing of how one run differs from the next.
+    A gate is broken by a change that is beyond its limit and that the bootstrap interval tells from none. The level of
+    the intervals is shared by all gates, so that equal engines break any of them with a probability of about `ALPHA`;
+    three trials cannot tell better than one in twenty for each gate, five can. Trials are what is resampled, where both
+    sides have three or more; else a latency's requests, which know nothing of how one run differs from the next.
 
     Args:
         gates: metrics that may not change at will; without any, the usual ones are only shown.
@@ -213,7 +214,7 @@ def _samples(old: Row, new: Row, metric: str) -> tuple[Sample, Sample] | None:
 
 
 def interval(base: Sample, current: Sample, relative: bool, level: float) -> tuple[float, float]:
-    """Bootstrap interval of the change; each end is wrong with a probability of `level` at most.
+    """Bootstrap interval of the change; each end is wrong with a probability of about `level`.
 
     The percentile interval, expanded for small samples (Hesterberg, What Teachers Should Know About the Bootstrap,
     2015): its ends lie where a t distribution with the smaller sample's degrees of freedom puts them, since resampled
@@ -232,6 +233,6 @@ def interval(base: Sample, current: Sample, relative: bool, level: float) -> tup
 
 def _t_quantile(share: float, degrees: int) -> float:
     """Student's t, by integrating its density after t = √degrees · tan θ, which makes it cos(θ)^(degrees - 1)."""
-    angles = np.linspace(-math.pi / 2, math.pi / 2, 100_001)
+    angles = np.linspace(-math.pi / 2, math.pi / 2, 20_001)
     cumulative = np.cumsum(np.cos(angles) ** (degrees - 1))
     return math.sqrt(degrees) * math.tan(float(np.interp(share * cumulative[-1], cumulative, angles)))

@@ -68,7 +68,7 @@ class SLO:
     def __str__(self) -> str:
         if self.bounds is None:
             return "default"
-        return ",".join(f"{metric}:{bound * 1e3:g}ms" for metric, bound in self.bounds.items())
+        return ",".join(f"{metric}:{bound * 1e3:.12g}ms" for metric, bound in self.bounds.items())
 
 
 @dataclass

@@ -87,7 +87,7 @@ class Lengths:
             return f"{self.first:.0f}"
         if self.kind == "uniform":
             return f"uniform:{self.first:.0f}-{self.second:.0f}"
-        return f"{self.kind}:{self.first:g}" + (f":{self.second:g}" if self.kind == "lognormal" else "")
+        return f"{self.kind}:{self.first:.15g}" + (f":{self.second:.15g}" if self.kind == "lognormal" else "")
 
 
 # --- the workload -----------------------------------------------------------------------------------------------------
