@@ -3,17 +3,22 @@
 import os
 import sys
 import traceback
-from typing import Annotated, NoReturn
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from kvtool.errors import KVToolError
 
-from .options import Command, shared
+from .bench import bench_options
+from .bench_throughput import bench_throughput
+from .bench_ttft import bench_ttft
+from .options import Command, engine_config, output_options, shared
 from .perplexity import perplexity
 from .serve import serve
 
-COMMANDS = (serve, perplexity)
+COMMANDS = (serve, bench_ttft, bench_throughput, perplexity)
+BUNDLES: dict[str, Callable[..., Any]] = {"engine": engine_config, "bench": bench_options, "output": output_options}
 
 EPILOG = "Any option can also come from KVTOOL_<OPTION> or from --config; the command line goes first, then those."
 
@@ -25,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for function in COMMANDS:
-    app.command(cls=Command, epilog=EPILOG)(shared(function))
+    app.command(cls=Command, epilog=EPILOG)(shared(function, BUNDLES))
 
 
 def show_version(asked: bool) -> None:

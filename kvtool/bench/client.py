@@ -172,7 +172,7 @@ class HttpTarget:
 
     async def send(self, prompt: Prompt, item: WorkItem, answer: Answer) -> None:
         reader = StreamReader(answer)
-        body = msgspec.json.encode(self._body(prompt, item) | self._extra_body)
+        body = msgspec.json.encode(self.body(prompt, item) | self._extra_body)
         answer.sent = perf_counter()
         try:
             await asyncio.wait_for(self._pool.post(PATHS[self.api], body, reader), self._timeout)
@@ -182,7 +182,8 @@ class HttpTarget:
             answer.ended = perf_counter()
         reader.finish()
 
-    def _body(self, prompt: Prompt, item: WorkItem) -> dict[str, Any]:
+    def body(self, prompt: Prompt, item: WorkItem) -> dict[str, Any]:
+        """What is sent for a request, but for `extra_body`."""
         if self.api == "generate":
             sampling = {"max_new_tokens": item.output_tokens, "temperature": 0, "ignore_eos": not item.stops}
             prompt_field = "text" if isinstance(prompt, str) else "input_ids"

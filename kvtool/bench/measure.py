@@ -5,13 +5,14 @@ import contextlib
 import gc
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
 from time import perf_counter, process_time, time
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
+from kvtool.bench.arrivals import Arrivals, scheduled
 from kvtool.bench.client import API, HttpTarget, Target, engine_target
 from kvtool.bench.events import EventLog, RequestRecord, Run, WorkItem, read_events
 from kvtool.bench.floors import Floors, floor_probe, foreign_floors
@@ -19,7 +20,7 @@ from kvtool.bench.metrics import Figures
 from kvtool.bench.runner import Progress, run
 from kvtool.bench.selfcheck import Calibration, calibrate, client_row, limits
 from kvtool.bench.telemetry import Telemetry
-from kvtool.bench.workloads import Vocabulary
+from kvtool.bench.workloads import Lengths, Vocabulary, Workload
 from kvtool.config import EngineConfig
 from kvtool.errors import ConfigError
 
@@ -92,7 +93,22 @@ class Point:
     concurrency: int | None = None
 
 
-OnProgress = Callable[[Point, Progress], None]
+OnProgress = Callable[[Point, How, Progress], None]
+Plan = Callable[["Bench"], Iterable[tuple[Point, How]]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the points of a plan came to.
+
+    Attributes:
+        target: what it says of itself.
+        stopped: why there are not all points: the user or the target's end.
+    """
+
+    rows: list[dict[str, Any]]
+    target: dict[str, Any]
+    stopped: Literal["interrupted", "lost"] | None
 
 
 @dataclass
@@ -114,7 +130,7 @@ class Bench:
     calibration: Calibration | None = None
     log: EventLog | None = None
     on_record: Callable[[RequestRecord], None] = lambda record: None
-    on_progress: OnProgress = lambda point, progress: None
+    on_progress: OnProgress = lambda point, how, progress: None
     stopped: Literal["interrupted", "lost"] | None = None
 
     def __post_init__(self) -> None:
@@ -142,7 +158,8 @@ class Bench:
                     total.merge(figures)
                     trials.append(figures)
         cpu = (process_time() - cpu) / (perf_counter() - start)
-        row = point.label | total.row() | readings.row(total.output_tokens) | self._judge(how, total, progress)
+        row = point.label | lengths(point, total) | total.row()
+        row |= readings.row(total.output_tokens) | self._judge(how, total, progress)
         row["client"] = client_row(progress, cpu, self.calibration)
         row["client_limits"] = limits(progress, cpu, self.calibration, total.ttft)
         row["partial"] = self.stopped is not None
@@ -168,7 +185,7 @@ class Bench:
                 self.log.write(record)
 
         progress.start = perf_counter()
-        ticker = asyncio.create_task(self._tick(point, progress))
+        ticker = asyncio.create_task(self._tick(point, how, progress))
         try:
             items = islice(point.items(repeat), how.requests)
             options = {"run_id": run_id, "concurrency": point.concurrency, "duration": how.duration}
@@ -184,9 +201,9 @@ class Bench:
         if progress.interrupted:
             raise asyncio.CancelledError
 
-    async def _tick(self, point: Point, progress: Progress) -> None:
+    async def _tick(self, point: Point, how: How, progress: Progress) -> None:
         while True:
-            self.on_progress(point, progress)
+            self.on_progress(point, how, progress)
             await asyncio.sleep(TICK)
 
     def _judge(self, how: How, figures: Figures, progress: Progress) -> dict[str, Any]:
@@ -244,6 +261,77 @@ async def opened(where: Where, engine: EngineConfig, streams: int) -> AsyncItera
         yield Bench(server, local, floors, calibration)
     finally:
         await server.close()
+
+
+async def measure_all(
+    where: Where,
+    engine: EngineConfig,
+    plan: Plan,
+    streams: int,
+    *,
+    log: EventLog | None = None,
+    on_progress: OnProgress = lambda point, how, progress: None,
+) -> Measured:
+    """Measure the points of `plan`, until it or the target ends; cancelled, it keeps what it has.
+
+    Args:
+        streams: that will be open at once.
+        log: where events go.
+    """
+    rows: list[dict[str, Any]] = []
+    bench: Bench | None = None
+    try:
+        async with opened(where, engine, streams) as bench:
+            bench.log, bench.on_progress = log, on_progress
+            for point, how in plan(bench):
+                rows.append(await bench.measure(point, how))
+                if bench.stopped:
+                    break
+            return Measured(rows, bench.target.describe(), bench.stopped)
+    except asyncio.CancelledError:
+        return Measured(rows, bench.target.describe() if bench else {}, "interrupted")
+
+
+def point_of(
+    bench: Bench, workload: Workload, *, concurrency: int | None = None, arrivals: Arrivals | None = None
+) -> Point:
+    """A workload, in a closed loop of `concurrency` or at the times of `arrivals`, as a row.
+
+    Raises:
+        ConfigError: its prompts are too long for the target.
+    """
+    most, vocabulary, made = bench.target.max_model_len, bench.vocabulary, workload.dataset == "random"
+    prompt, output = fixed(workload.prompt), fixed(workload.output)
+    if made and most is not None and prompt and output and workload.shared_prefix + prompt + output > most:
+        raise ConfigError(
+            f"--prompt-tokens {prompt} and --output-tokens {output}: the target's context is {most:,} tokens; "
+            "ask for less, or serve with a greater --max-model-len"
+        )
+    fitting = replace(workload, max_model_len=most)
+
+    def items(repeat: int) -> Iterator[WorkItem]:
+        asked = fitting.items(vocabulary, repeat)
+        return scheduled(asked, arrivals) if arrivals else asked
+
+    label = {
+        "prompt_tokens": workload.shared_prefix + prompt if made and prompt else None,
+        "output_tokens": output if made else None,
+        "concurrency": concurrency,
+        "rate": str(arrivals) if arrivals else None,
+    }
+    return Point(label, items, lambda repeat: fitting.primers(vocabulary, repeat), concurrency)
+
+
+def fixed(lengths: Lengths) -> int | None:
+    """The length, if there is but one."""
+    return int(lengths.first) if lengths.kind == "fixed" else None
+
+
+def lengths(point: Point, figures: Figures) -> dict[str, Any]:
+    """Tokens of prompts and answers on average, where the point names none."""
+    count = figures.ttft.count
+    means = {"prompt_tokens": figures.prompt_tokens, "output_tokens": figures.output_tokens}
+    return {name: round(total / count) for name, total in means.items() if point.label.get(name) is None and count}
 
 
 def recompute(path: Path, definitions: str) -> list[dict[str, Any]]:

@@ -66,10 +66,9 @@ def limits(progress: Progress, cpu: float, calibration: Calibration | None, ttft
     """Why figures may be the client's and not the server's, in words."""
     late = max(LATE_MS, LATE_SHARE * ttft.quantiles([0.5])[0]) if ttft.count else LATE_MS
     found = [f"it used {cpu:.0%} of a core"] if cpu > BUSY else []
-    lateness = {"sent requests": progress.send_lags, "looked at its sockets": progress.stalls}
-    for what, sketch in lateness.items():
-        if sketch.count and (p99 := sketch.quantiles([0.99])[0]) > late:
-            found.append(f"it {what} up to {p99:.1f} ms late (p99)")
+    for what, sketch in (("send lag", progress.send_lags), ("event loop stalls", progress.stalls)):
+        if sketch.count and (p90 := sketch.quantiles([0.9])[0]) > late:
+            found.append(f"{what} of {p90:.1f} ms (p90)")
     if calibration and calibration.ttft_error_ms["p50"] > late:
-        found.append(f"it adds {calibration.ttft_error_ms['p50']:.1f} ms to the TTFT of a server that computes nothing")
+        found.append(f"{calibration.ttft_error_ms['p50']:.1f} ms in the TTFT of a server that computes nothing")
     return found

@@ -85,6 +85,7 @@ class Readings:
         seen = [value for value in self._timeline["kv_usage"] if value is not None]
         return {
             "gpus": [gpu.row() for gpu in self._gpus],
+            "gpu_peak_mib": sum(used) if (used := [gpu.peak_mib for gpu in self._gpus if gpu.peak_mib]) else None,
             "joules_per_token": sum(joules) / output_tokens if joules and output_tokens else None,
             "engine_rss_mib": self._rss / 2**20 if self._rss else None,
             "kv_usage_peak": max(seen, default=None),
@@ -154,11 +155,15 @@ class Gpu:
         elif self._watts:
             self.joules = mean(self._watts) * seconds
 
+    @property
+    def peak_mib(self) -> float | None:
+        return max(self._used, default=None)
+
     def row(self) -> dict[str, Any]:
         return {
             "used_mib": self._used[-1] if self._used else None,
             "total_mib": self._total or None,
-            "peak_mib": max(self._used, default=None),
+            "peak_mib": self.peak_mib,
             "utilization": mean(self._utilization) if self._utilization else None,
             "watts": mean(self._watts) if self._watts else None,
         }
