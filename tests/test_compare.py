@@ -20,14 +20,14 @@ def row(ttft: list[float], rate: list[float], concurrency: int = 1) -> dict[str,
     """A row of so many trials, with what a command writes into it as far as it is compared."""
     trials = [{"ttft_ms": {"p99": t}, "output_tok_s": r} for t, r in zip(ttft, rate, strict=True)]
     whole = {"ttft_ms": {"p99": float(np.mean(ttft))}, "output_tok_s": float(np.mean(rate))}
-    return {"concurrency": concurrency, **whole, "trials": trials}
+    return {"point": f"concurrency {concurrency}", **whole, "trials": trials}
 
 
 def result(*rows: dict[str, Any], **workload: Any) -> dict[str, Any]:
     return {
         "schema": "kvtool.bench-throughput/1",
         "environment": {"cpu": "EPYC", "cores": 2, "gpus": [], "torch": "2.13"},
-        "config": {"workload": {"dataset": "random", "prompt": "512"} | workload},
+        "config": {"workload": [{"dataset": "random", "prompt": "512"} | workload], "how": {"requests": 5}},
         "rows": list(rows),
     }
 
@@ -102,7 +102,9 @@ def test_of_single_trials_the_requests_are_resampled() -> None:
 
     def single(scale: float) -> dict[str, Any]:
         values = list(scale * random.lognormal(3, 0.1, 60))
-        return result({"concurrency": 1, "ttft_ms": {"p50": float(np.median(values))}, "samples": {"ttft_ms": values}})
+        return result(
+            {"point": "concurrency 1", "ttft_ms": {"p50": float(np.median(values))}, "samples": {"ttft_ms": values}}
+        )
 
     gate = Gate.parse("ttft_ms.p50:10%")
     assert compare(single(1.0), single(1.3), [gate])[0].verdict == "regression"
@@ -110,7 +112,7 @@ def test_of_single_trials_the_requests_are_resampled() -> None:
 
 
 def test_rates_of_single_trials_are_not_judged() -> None:
-    once = result({"concurrency": 1, "output_tok_s": 10.0})
+    once = result({"point": "concurrency 1", "output_tok_s": 10.0})
     with pytest.raises(ConfigError, match="--trials 3"):
         compare(once, once, [RATE])
     (shown,) = compare(once, once, [])
@@ -123,7 +125,7 @@ def test_unlike_results_are_not_compared_without_force() -> None:
     elsewhere = base | {"environment": base["environment"] | {"gpus": ["H200"]}}
     newer = base | {"environment": base["environment"] | {"torch": "2.14"}}
     assert differences(base, newer) == []
-    for current, word in ((other, "workload.prompt: 512, now 1024"), (elsewhere, "gpus")):
+    for current, word in ((other, "workload.0.prompt: 512, now 1024"), (elsewhere, "gpus")):
         with pytest.raises(ConfigError, match=word):
             compare(base, current, [TTFT])
         assert compare(base, current, [TTFT], force=True)

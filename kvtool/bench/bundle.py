@@ -30,14 +30,11 @@ def create_bundle(folder: Path) -> None:
         raise ConfigError(f"--bundle {folder}: cannot be written: {error.strerror}; choose another folder") from error
 
 
-def fill_bundle(
-    folder: Path, result: str, prompts: Mapping[str, str], command: Sequence[str], environ: Mapping[str, str]
-) -> None:
+def fill_bundle(folder: Path, result: str, command: Sequence[str], environ: Mapping[str, str]) -> None:
     """Write what belongs in `folder`, beside the events that are there already.
 
     Args:
-        result: the document that --output writes; it holds versions, hardware, options and what the server said.
-        prompts: SHA-256 of what each point asks, by its name.
+        result: the document that --output writes: versions, hardware, options, what the server said, hashes of prompts.
         command: the words after `kvtool`.
         environ: of this run; its KVTOOL_ options are part of the command.
     """
@@ -45,7 +42,7 @@ def fill_bundle(
     variables = {
         name: value for name, value in environ.items() if name.startswith("KVTOOL_") and name != "KVTOOL_API_KEY"
     }
-    manifest: dict[str, Any] = {"command": ["kvtool", *words], "environment": variables, "prompts_sha256": prompts}
+    manifest: dict[str, Any] = {"command": ["kvtool", *words], "environment": variables}
     (folder / RESULT).write_text(result)
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
     script = folder / SCRIPT

@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 ALPHA = 0.05  # chance that a comparison of equals, all its gates together, finds a regression
 RESAMPLES = 4_000
 FEWEST = 3  # values on each side, below which nothing is said of their noise
-POINT = ("prompt_tokens", "output_tokens", "concurrency", "batch_size", "rate", "prefix_hit", "engine")
+MEASURED = ("requests", "duration", "warmup", "definitions")  # fields of `How` that figures depend on
 HARDWARE = ("cpu", "cores", "gpus")
 SHOWN = ("ttft_ms.p50", "ttft_ms.p99", "tpot_ms.p50", "e2e_ms.p50", "requests_per_s", "output_tok_s")
 STATISTICS = {"mean": None, "min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -106,6 +106,8 @@ def differences(base: Result, current: Result) -> list[str]:
     """What keeps two results from being compared: another command, workload, set of points, or other hardware."""
     pairs = [("schema", base["schema"], current["schema"])]
     pairs += [(name, base["environment"].get(name), current["environment"].get(name)) for name in HARDWARE]
+    how = [result["config"].get("how", {}) for result in (base, current)]
+    pairs += [(name, how[0].get(name), how[1].get(name)) for name in MEASURED]
     pairs += list(_leaves("workload", base["config"].get("workload"), current["config"].get("workload")))
     pairs += [("points", sorted(map(point, base["rows"])), sorted(map(point, current["rows"])))]
     return [f"{name}: {before!s:.80}, now {now!s:.80}" for name, before, now in pairs if before != now]
@@ -115,6 +117,9 @@ def _leaves(name: str, base: Any, current: Any) -> Iterator[tuple[str, Any, Any]
     if isinstance(base, Mapping) and isinstance(current, Mapping):
         for key in sorted({*base, *current}):
             yield from _leaves(f"{name}.{key}", base.get(key), current.get(key))
+    elif isinstance(base, list) and isinstance(current, list) and len(base) == len(current):
+        for index, (old, new) in enumerate(zip(base, current, strict=True)):
+            yield from _leaves(f"{name}.{index}", old, new)
     else:
         yield name, base, current
 
@@ -153,7 +158,7 @@ def compare(base: Result, current: Result, gates: Sequence[Gate], force: bool = 
 
 def point(row: Row) -> str:
     """What a row was measured at."""
-    return ", ".join(f"{name} {row[name]}" for name in POINT if row.get(name) is not None)
+    return str(row.get("point", ""))
 
 
 def _delta(name: str, metric: str, old: Row, new: Row, gate: Gate | None, level: float) -> Delta:

@@ -94,13 +94,6 @@ class Goodput:
         self.bounded.update(kept.keys())
         self.kept.update(metric for metric, was in kept.items() if was)
 
-    def merge(self, other: "Goodput") -> None:
-        """Take in another trial of the same point."""
-        self.requests += other.requests
-        self.good += other.good
-        self.bounded += other.bounded
-        self.kept += other.kept
-
     @property
     def attainment(self) -> float:
         """Share of the requests that kept all of their bounds; 1 where there were no bounds to keep."""
