@@ -98,10 +98,13 @@ def check_comparable(results: ResultOptions, command: str, config: dict[str, Any
     Raises:
         ConfigError: it was measured otherwise, and --force was not given.
     """
-    from kvtool.bench.compare import differences
+    from kvtool.bench.compare import check_gates, differences
 
-    if results.base and not results.force:
-        name, base = results.base
+    if results.base is None:
+        return
+    name, base = results.base
+    check_gates(base, results.gates, config["how"]["trials"])
+    if not results.force:
         now = {"schema": f"kvtool.{command}/1", "environment": environment(), "config": config, "rows": base["rows"]}
         if different := differences(base, json.loads(json.dumps(now))):
             raise ConfigError(f"--compare {name}: was not measured alike ({'; '.join(different)}); --force compares")
@@ -119,10 +122,11 @@ def compared(report: Report, results: ResultOptions) -> tuple[Report, bool]:
         {**row, "changes": [asdict(delta) for delta in deltas if delta.point == row["point"]]} for row in report.rows
     ]
     table = Table(f"Compared with {name}", DELTAS, list(map(_delta_row, deltas)))
-    broken = sum(delta.verdict == "regression" for delta in deltas)
-    verdict = f"{broken} of {len(results.gates)} gates broken" if broken else "no regression"
-    notes = [*report.notes, f"Compared with {name}: {verdict}. Noise: beyond the limit, but so do equal runs differ."]
-    return replace(report, rows=rows, tables=[*report.tables, table], notes=notes), broken > 0
+    broken = [f"{delta.metric} at {delta.point}" for delta in deltas if delta.verdict == "regression"]
+    notes = [*report.notes, f"Regression against {name}: {'; '.join(broken)}." if broken else f"No regression against {name}."]
+    if any(delta.verdict == "noise" for delta in deltas):
+        notes.append("Noise: beyond the limit, but equal runs differ as much; more --trials can tell.")
+    return replace(report, rows=rows, tables=[*report.tables, table], notes=notes), bool(broken)
 
 
 def _delta_row(delta: "Delta") -> dict[str, Any]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PROMPTS, OUTPUTS = "128", "64"
 CONCURRENCY = "1,2,4,8"
+TRIALS = 3  # the fewest that tell what is noise
 FEWEST, ROUNDS = 8, 4  # requests of a row, and of each of those that run at once
 UNBOUNDED = 64  # requests of a row that come at times of their own
 MOST_STREAMS = 65_536
@@ -88,6 +89,7 @@ def bench_throughput(
     """
     if instead(FORM, bench, results, output):
         return
+    bench = replace(bench, how=replace(bench.how, trials=bench.trials or TRIALS))
     asked = workloads(bench, engine.seed, PROMPTS, OUTPUTS)
     if find_max_rate:
         request_rate = check_search(bench, request_rate)

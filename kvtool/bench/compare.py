@@ -124,6 +124,23 @@ def _leaves(name: str, base: Any, current: Any) -> Iterator[tuple[str, Any, Any]
         yield name, base, current
 
 
+def check_gates(base: Result, gates: Sequence[Gate], trials: int) -> None:
+    """Refuse what could not be judged, before so many `trials` are measured.
+
+    Raises:
+        ConfigError: a gate's metric is not in `base`, or is no latency and was, or will be, measured too seldom.
+    """
+    for gate, row in ((gate, row) for gate in gates for row in base["rows"]):
+        if _value(row, gate.metric) is None:
+            raise ConfigError(f"--fail-on {gate}: {point(row)}: the base has no {gate.metric}; see its rows for metrics")
+        is_latency = gate.metric.partition(".")[0] in row.get("samples", {})
+        if not is_latency and min(trials, len(row.get("trials", [1]))) < FEWEST:
+            raise ConfigError(
+                f"--fail-on {gate}: of fewer than {FEWEST} trials nobody can tell a change from noise; "
+                f"measure both results with --trials {FEWEST} or more"
+            )
+
+
 def compare(base: Result, current: Result, gates: Sequence[Gate], force: bool = False) -> list[Delta]:
     """Hold each point of `current` against the same point of `base`.
 
