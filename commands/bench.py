@@ -1,7 +1,7 @@
 """What bench-ttft and bench-throughput share: whom to measure, with what load, and how a result is shown."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -251,16 +251,25 @@ def measured(
     streams: int,
     plan: "Plan",
 ) -> "Measured":
-    """What the points of `plan` came to, with news of it on a terminal, and their records in --save-events."""
+    """What the points of `plan` came to."""
+    from kvtool.bench.measure import measure_all
+
+    return drive(options, results, partial(measure_all, options.where, engine, plan, streams))
+
+
+def drive(
+    options: BenchOptions, results: ResultOptions, measure: "Callable[..., Coroutine[Any, Any, Measured]]"
+) -> "Measured":
+    """Run `measure` with news of it on a terminal, and its records in --save-events or the bundle."""
     from kvtool.bench.bundle import EVENTS
     from kvtool.bench.events import EventLog
-    from kvtool.bench.measure import measure_all, to_end
+    from kvtool.bench.measure import to_end
 
     events = Path(options.save_events) if options.save_events else results.bundle and results.bundle / EVENTS
     with ExitStack() as stack:
         log = stack.enter_context(EventLog.create(events)) if events else None
         on_progress = stack.enter_context(news())
-        return to_end(lambda: measure_all(options.where, engine, plan, streams, log=log, on_progress=on_progress))
+        return to_end(lambda: measure(log=log, on_progress=on_progress))
 
 
 @contextmanager
@@ -276,7 +285,7 @@ def news() -> "Iterator[OnProgress]":
         name = " ".join(f"{name}={value}" for name, value in point.label.items() if value is not None)
         rate = progress.done / max(progress.seconds, 1e-9)
         if how.requests is not None:
-            left = (how.requests * how.trials - progress.done) / rate if rate else None
+            left = (how.requests - progress.done) / rate if rate else None
         else:
             left = max(0.0, (how.duration or 0.0) - progress.seconds)
         end = "" if left is None else f", {left:.0f} s left"
@@ -432,5 +441,5 @@ def meaning(options: BenchOptions) -> str:
 
 
 def row_name(row: dict[str, Any]) -> str:
-    names = ("prompt_tokens", "output_tokens", "concurrency", "rate")
+    names = ("engine", "batch_size", "prompt_tokens", "output_tokens", "concurrency", "rate")
     return ", ".join(f"{name} {row[name]}" for name in names if row.get(name) is not None)

@@ -123,7 +123,10 @@ def compared(report: Report, results: ResultOptions) -> tuple[Report, bool]:
     ]
     table = Table(f"Compared with {name}", DELTAS, list(map(_delta_row, deltas)))
     broken = [f"{delta.metric} at {delta.point}" for delta in deltas if delta.verdict == "regression"]
-    notes = [*report.notes, f"Regression against {name}: {'; '.join(broken)}." if broken else f"No regression against {name}."]
+    notes = [
+        *report.notes,
+        f"Regression against {name}: {'; '.join(broken)}." if broken else f"No regression against {name}.",
+    ]
     if any(delta.verdict == "noise" for delta in deltas):
         notes.append("Noise: beyond the limit, but equal runs differ as much; more --trials can tell.")
     return replace(report, rows=rows, tables=[*report.tables, table], notes=notes), bool(broken)

@@ -3,12 +3,25 @@
 import math
 from collections.abc import Generator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from kvtool.config import EngineConfig
 from kvtool.errors import ConfigError
 
-from .bench import BenchOptions, Form, Rows, config_of, finish, instead, int_list, load_option, measured, workloads
+from .bench import (
+    BenchOptions,
+    Form,
+    Rows,
+    config_of,
+    drive,
+    finish,
+    instead,
+    int_list,
+    load_option,
+    measured,
+    workloads,
+)
 from .bench_charts import throughput_charts
 from .bench_results import ResultOptions, check_comparable
 from .output import Column, OutputOptions, Table
@@ -21,7 +34,7 @@ if TYPE_CHECKING:
     Steps = Generator[tuple[Point, How], dict[str, Any], None]
 
 PROMPTS, OUTPUTS = "128", "64"
-CONCURRENCY = "1,2,4,8"
+CONCURRENCY, BATCH_SIZES = "1,2,4,8", "1,4,8,16,32,64,128"
 TRIALS = 3  # the fewest that tell what is noise
 FEWEST, ROUNDS = 8, 4  # requests of a row, and of each of those that run at once
 UNBOUNDED = 64  # requests of a row that come at times of their own
@@ -47,6 +60,19 @@ COLUMNS = (
     Column("KV peak", "kv_usage_peak", ".1%"),
     Column("GPU MiB", "gpu_peak_mib", ",.0f"),
     Column("J/token", "joules_per_token", ".3g"),
+    Column("", "state"),
+)
+OFFLINE = (
+    Column("", "engine"),
+    *LOAD[:2],
+    Column("batch", "batch_size", ",d"),
+    Column("output tok/s", "output_tok_s", ",.1f"),
+    Column("× transformers", "ratio", ".2f"),
+    Column("total tok/s", "total_tok_s", ",.1f"),
+    Column("TPOT ms", "tpot_ms.p50", ",.2f"),
+    Column("floor", "floor_ms", ",.2f"),
+    Column("share", "floor_share", ".0%"),
+    Column("memory MiB", "memory_mib", ",.0f"),
     Column("", "state"),
 )
 LATENCIES = (
@@ -82,6 +108,16 @@ def bench_throughput(
     find_max_rate: Annotated[
         bool, load_option("--find-max-rate", help="Search the highest rate at which --slo is kept.")
     ] = False,
+    offline: Annotated[
+        bool, load_option("--offline", help="Give our engine everything at once: a row for each of --batch-sizes.")
+    ] = False,
+    batch_sizes: Annotated[
+        str | None, load_option("--batch-sizes", metavar="LIST", help=f"Of --offline (default: {BATCH_SIZES}).")
+    ] = None,
+    baseline: Annotated[
+        Literal["transformers"] | None,
+        load_option("--baseline", help="Of --offline: the same batches through transformers' generate, beside."),
+    ] = None,
 ) -> None:
     """Throughput and latency under load: of our own engine, or of any server by --url.
 
@@ -91,11 +127,21 @@ def bench_throughput(
         return
     bench = replace(bench, how=replace(bench.how, trials=bench.trials or TRIALS))
     asked = workloads(bench, engine.seed, PROMPTS, OUTPUTS)
+    config = config_of(engine, bench, asked)
+    check_comparable(results, FORM.command, config)
+    if offline:
+        if bench.where.url or concurrency or request_rate:
+            raise ConfigError(
+                "--offline is our own engine with all at once; leave out --url, --concurrency and --request-rate"
+            )
+        sizes = int_list("--batch-sizes", batch_sizes or BATCH_SIZES, MOST_STREAMS)
+        offline_throughput(engine, bench, results, output, config, asked, sizes, baseline is not None)
+        return
+    if batch_sizes or baseline:
+        raise ConfigError("--batch-sizes and --baseline belong to --offline; add it")
     if find_max_rate:
         request_rate = check_search(bench, request_rate)
     loads = loads_of(concurrency, request_rate, burstiness, engine.seed, timed=bench.workload.timed)
-    config = config_of(engine, bench, asked)
-    check_comparable(results, FORM.command, config)
     notes: list[str] = []
 
     def how(most: int | None) -> "How":
@@ -154,6 +200,28 @@ def search(
         except StopIteration as end:
             found = "none that was tried" if end.value is None else f"{end.value:.3g} requests/s"
             return f"Highest rate at which {bench.min_attainment:.0%} of the requests keep {how.slo}: {found}."
+
+
+def offline_throughput(
+    engine: EngineConfig,
+    bench: BenchOptions,
+    results: ResultOptions,
+    output: OutputOptions,
+    config: dict[str, Any],
+    asked: "list[Workload]",
+    sizes: list[int],
+    baseline: bool,
+) -> None:
+    from kvtool.bench.offline import measure_offline
+
+    if len(asked) > 1:
+        raise ConfigError("--offline: its grid is --batch-sizes; give one length of prompts and one of answers")
+    how = replace(bench.how, floor="tpot")
+    result = drive(
+        bench, results, partial(measure_offline, bench.where, engine, asked[0], sizes, how, baseline=baseline)
+    )
+    form = Form(FORM.command, OFFLINE, lambda rows: (), lambda results: [])
+    finish(form, config, bench, results, output, result)
 
 
 def loads_of(

@@ -203,9 +203,12 @@ class HttpTarget:
         }
 
     async def flush_cache(self) -> None:
-        for route in ("/flush_cache", "/reset_prefix_cache"):  # ours and SGLang's, vLLM's
-            if (await self._http.post(route)).status_code == 200:
-                return
+        try:
+            for route in ("/flush_cache", "/reset_prefix_cache"):  # ours and SGLang's, vLLM's
+                if (await self._http.post(route)).status_code == 200:
+                    return
+        except httpx.TransportError:
+            return  # a server that has gone; the requests that follow will tell
         raise ConfigError(f"--flush-cache: {self.url} has neither /flush_cache nor /reset_prefix_cache; leave it out")
 
     async def metrics(self) -> dict[str, float]:

@@ -132,7 +132,7 @@ def check_gates(base: Result, gates: Sequence[Gate], trials: int) -> None:
     """
     for gate, row in ((gate, row) for gate in gates for row in base["rows"]):
         if _value(row, gate.metric) is None:
-            raise ConfigError(f"--fail-on {gate}: {point(row)}: the base has no {gate.metric}; see its rows for metrics")
+            raise ConfigError(f"--fail-on {gate}: {point(row)}: the base has none; see its rows for metrics")
         is_latency = gate.metric.partition(".")[0] in row.get("samples", {})
         if not is_latency and min(trials, len(row.get("trials", [1]))) < FEWEST:
             raise ConfigError(

@@ -135,7 +135,9 @@ class EventLog:
         try:
             file = path.open("wb")
         except OSError as error:
-            raise ConfigError(f"--events {path}: cannot be written: {error.strerror}; choose another file") from error
+            raise ConfigError(
+                f"--save-events {path}: cannot be written: {error.strerror}; choose another file"
+            ) from error
         with file:
             yield cls(file)
 

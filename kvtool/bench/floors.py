@@ -162,7 +162,9 @@ async def floor_probe() -> AsyncIterator[Callable[[EngineInfo], Awaitable[Floors
     code = "import sys; sys.path[0] = sys.argv[1]; from kvtool.bench.floors import main; main()"
     command = [sys.executable, "-c", code, str(Path(__file__).parents[2])]
     pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
+    )
 
     async def measure(info: EngineInfo) -> Floors:
         answer, complaint = await process.communicate(msgspec.json.encode(info))

@@ -169,35 +169,33 @@ class Bench:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """Ids that prompts can be made of: none of the special ones, which stand at the ends."""
-        size = self.target.vocab_size
-        ids = COMMON_IDS if size is None else range(size // 32, size - size // 16)
-        return Vocabulary(ids, self.target.count_tokens)
+        """What prompts for the target can be made of."""
+        return replace(prompt_ids(self.target.vocab_size), count=self.target.count_tokens)
 
     async def measure(self, point: Point, how: How) -> dict[str, Any]:
         """A row: what `point` came to, in all trials together and, where there are several, in each."""
-        total, trials, progress = Figures(how.definitions), list[Figures](), Progress()
+        total, trials, client = Figures(how.definitions), list[Figures](), Progress()
         seen = Seen(how)
         await self._unmeasured(point, islice(point.items(next(self._repeats), lambda: None), how.warmup))
         cpu, start = process_time(), perf_counter()
         async with self._telemetry.watching() as readings:
             for trial in range(how.trials):
                 if self.stopped is None:
-                    figures = await self._trial(point, how, trial, progress, seen)
+                    figures = await self._trial(point, how, trial, client, seen)
                     total.merge(figures)
                     trials.append(figures)
         cpu = (process_time() - cpu) / (perf_counter() - start)
         row = point.label | lengths(point, total) | total.row()
-        row |= readings.row(total.output_tokens) | self._judge(how, total, progress)
+        row |= readings.row(total.output_tokens) | self._judge(how, total, client.most_running)
         row |= seen.row(total.seconds)
-        row["client"] = client_row(progress, cpu, self.calibration)
-        row["client_limits"] = limits(progress, cpu, self.calibration, total.ttft)
+        row["client"] = client_row(client, cpu, self.calibration)
+        row["client_limits"] = limits(client, cpu, self.calibration, total.ttft)
         row["partial"] = self.stopped is not None
         if how.trials > 1:
             row["trials"] = [figures.row(samples=False) for figures in trials]
         return row
 
-    async def _trial(self, point: Point, how: How, trial: int, progress: Progress, seen: "Seen") -> Figures:
+    async def _trial(self, point: Point, how: How, trial: int, client: Progress, seen: "Seen") -> Figures:
         if how.flush_cache:
             await self.target.flush_cache()
         repeat, run_id = next(self._repeats), next(self._runs)
@@ -214,7 +212,7 @@ class Bench:
             if self.log:
                 self.log.write(record)
 
-        progress.start = perf_counter()
+        progress = Progress()
         ticker = asyncio.create_task(self._tick(point, how, progress))
         try:
             items = seen.asked(islice(point.items(repeat, seen.leave_out), how.requests))
@@ -222,6 +220,7 @@ class Bench:
             await run(self.target, items, record, progress=progress, **options)  # type: ignore[arg-type]
         finally:
             ticker.cancel()
+        client.merge(progress)
         self.stopped = "interrupted" if progress.interrupted else "lost" if progress.lost else None
         return figures
 
@@ -236,12 +235,11 @@ class Bench:
             self.on_progress(point, how, progress)
             await asyncio.sleep(TICK)
 
-    def _judge(self, how: How, figures: Figures, progress: Progress) -> dict[str, Any]:
+    def _judge(self, how: How, figures: Figures, sequences: int) -> dict[str, Any]:
         """Floor, the share of it that was reached, and whether the figures are possible at all."""
         count = figures.ttft.count
         if self.floors is None or not count:
             return {"floor_ms": None, "floor_share": None, "floor_source": None, "valid": True, "invalid": []}
-        sequences = progress.most_running
         prompt = figures.prompt_tokens / count
         if how.floor == "ttft":
             floor, reached = self.floors.ttft_ms(round(prompt), figures.cached_tokens // count), figures.ttft
@@ -291,6 +289,11 @@ async def opened(where: Where, engine: EngineConfig, streams: int) -> AsyncItera
         yield Bench(server, local, floors, calibration)
     finally:
         await server.close()
+
+
+def prompt_ids(vocab_size: int | None) -> Vocabulary:
+    """Ids that prompts can be made of: none of the special ones, which stand at the ends of a vocabulary."""
+    return Vocabulary(COMMON_IDS if vocab_size is None else range(vocab_size // 32, vocab_size - vocab_size // 16))
 
 
 async def measure_all(

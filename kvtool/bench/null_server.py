@@ -74,7 +74,9 @@ def null_server(delay: float, gap: float) -> Iterator[str]:
     """URL of a null server in a process of its own, which ends with the block."""
     code = "import sys; sys.path[0] = sys.argv[1]; from kvtool.bench import null_server as n; n.main(*sys.argv[2:])"
     command = [sys.executable, "-c", code, str(Path(__file__).parents[2]), str(delay), str(gap)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE
+    # In a session of its own, so that Ctrl-C ends what measures, and that ends this.
+    with subprocess.Popen(command, stdout=pipe, stdin=pipe, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         try:
             yield f"http://127.0.0.1:{int(process.stdout.readline())}"

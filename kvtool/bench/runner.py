@@ -40,6 +40,12 @@ class Progress:
     def running(self) -> int:
         return self.sent - self.done
 
+    def merge(self, other: "Progress") -> None:
+        """Take in what another run said of the client."""
+        self.most_running = max(self.most_running, other.most_running)
+        self.send_lags.merge(other.send_lags)
+        self.stalls.merge(other.stalls)
+
     @property
     def seconds(self) -> float:
         """Since the run began."""
@@ -207,7 +213,8 @@ def check(item: WorkItem, prompt: Prompt, answer: Answer) -> None:
         raise RequestFailed("wrong_length", f"the server saw {answer.prompt_tokens} prompt tokens, not {len(prompt)}")
     if item.unique and item.turn == 0 and answer.cached_tokens:
         raise RequestFailed(
-            "cached", f"{answer.cached_tokens} tokens of a prompt meant to be new were cached; add --flush-cache"
+            "cached",
+            f"{answer.cached_tokens} tokens of a new prompt were in the cache; add --flush-cache or change --seed",
         )
 
 
