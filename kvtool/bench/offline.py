@@ -48,8 +48,8 @@ async def measure_offline(
     def plan(bench: Bench) -> Generator[tuple[Point, How], Row, None]:
         for size in sizes:
             point = point_of(bench, workload)
-            label = {"engine": "kvtool", "batch_size": size} | point.label
-            label["point"] += f", batch {size}"
+            name = f"{point.label['point']}, batch {size}"
+            label = {"engine": "kvtool", "batch_size": size} | point.label | {"point": name}
             yield replace(point, label=label), replace(how, requests=size)
 
     ours = await measure_all(where, engine, plan, max(sizes), log=log, on_progress=on_progress)
