@@ -14,7 +14,7 @@ from rich.text import Text
 from kvtool.config import EngineConfig
 from kvtool.errors import ConfigError
 
-from .bench_results import Charts, ResultOptions, compared, keep, plot
+from .bench_results import Charts, ResultOptions, compared, keep, results_to_plot
 from .options import MOST, option, secret
 from .output import Chart, Column, OutputOptions, Report, Table, show, value_at
 
@@ -237,6 +237,10 @@ def workloads(options: BenchOptions, seed: int, prompts: str, outputs: str) -> "
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
 
+    if options.workload.dataset != "random":
+        if options.prompt_tokens:
+            raise ConfigError("--prompt-tokens: a data set's prompts are as long as they are; leave it out")
+        prompts = prompts.partition(",")[0]
     return [
         replace(options.workload, seed=seed, prompt=prompt, output=output)
         for prompt in lengths("--prompt-tokens", options.prompt_tokens, prompts)
@@ -332,7 +336,11 @@ def instead(form: Form, options: BenchOptions, results: ResultOptions, output: O
         if faults:
             raise typer.Exit(1)
     elif results.plot:
-        plot(form.command, results, output, form.columns, form.charts)
+        drawn = results_to_plot(form.command, results)
+        rows = [{"result": name, **row} for name, result in drawn.items() for row in result]
+        columns = (Column("result", "result"), *form.columns)
+        charts = form.charts([(Path(name).stem, result) for name, result in drawn.items()])
+        show(report(form.command, {"plot": list(drawn)}, rows, columns, (), charts, ()), output)
     return bool(options.events or options.lint_stream or results.plot)
 
 

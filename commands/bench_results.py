@@ -14,7 +14,7 @@ import typer
 from kvtool.errors import ConfigError
 
 from .options import option
-from .output import Chart, Column, OutputOptions, Report, Table, as_json, environment, show
+from .output import Chart, Column, Report, Table, as_json, environment
 
 if TYPE_CHECKING:
     from kvtool.bench.compare import Delta, Gate, Result
@@ -37,12 +37,14 @@ result_option = partial(option, panel="Results")
 
 @dataclass(frozen=True)
 class ResultOptions:
-    """Attributes:
-    base: what --compare has read, under its name.
-    gates: changes of it that are failures.
-    force: compare also what was measured otherwise.
-    bundle: a new folder for all that was measured.
-    plot: files to draw, in the place of a measurement; None: measure.
+    """What becomes of a result.
+
+    Attributes:
+        base: what --compare has read, under its name.
+        gates: changes of it that are failures.
+        force: compare also what was measured otherwise.
+        bundle: a new folder for all that was measured.
+        plot: files to draw, in the place of a measurement; None: measure.
     """
 
     base: "tuple[str, Result] | None"
@@ -152,17 +154,16 @@ def keep(report: Report, results: ResultOptions) -> None:
         fill_bundle(results.bundle, as_json(report), sys.argv[1:], os.environ)
 
 
-def plot(
-    command: str, results: ResultOptions, output: OutputOptions, columns: Sequence[Column], charts: Charts
-) -> None:
-    """Show results in one table, and draw them over each other."""
+def results_to_plot(command: str, results: ResultOptions) -> dict[str, Rows]:
+    """The rows of --plot's files, by their names.
+
+    Raises:
+        ConfigError: a file is no result of this command.
+    """
     from kvtool.bench.compare import read_result
 
     read = {name: read_result(Path(name)) for name in results.plot or ()}
     for name, result in read.items():
         if result["schema"] != f"kvtool.{command}/1":
             raise ConfigError(f"--plot {name}: is of {result['schema']}; draw it with that command")
-    rows = [{"result": name, **row} for name, result in read.items() for row in result["rows"]]
-    named = [(Path(name).stem, result["rows"]) for name, result in read.items()]
-    config = {"plot": {name: result["config"] for name, result in read.items()}}
-    show(Report(command, config, rows, (Column("result", "result"), *columns), charts=charts(named)), output)
+    return {name: result["rows"] for name, result in read.items()}

@@ -80,7 +80,7 @@ def test_the_search_closes_in_on_the_capacity(capacity: float, start: float) -> 
             rate = search.send(rate <= capacity)
     found = ended.value.value
     assert found in tried
-    assert capacity / 1.05 <= found <= capacity
+    assert capacity / 1.06 <= found <= capacity  # rates have three digits
     assert len(tried) <= 35
 
 

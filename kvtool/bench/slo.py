@@ -131,7 +131,7 @@ def max_rate(
         least, most: rates to give up at; None is returned if not even the least was kept.
     """
     kept, missed = 0.0, math.inf
-    rate = min(max(start, least), most)
+    rate = _rounded(min(max(start, least), most))
     while True:
         if (yield rate):
             kept = rate
@@ -140,6 +140,11 @@ def max_rate(
         if kept >= most or missed <= least or missed <= kept * (1 + precision):
             return kept or None
         if missed == math.inf:
-            rate = min(2 * kept, most)
+            rate = _rounded(min(2 * kept, most))
         else:
-            rate = math.sqrt(kept * missed) if kept else max(missed / 2, least)
+            rate = _rounded(math.sqrt(kept * missed) if kept else max(missed / 2, least))
+
+
+def _rounded(rate: float) -> float:
+    """A rate that can be said and asked for again."""
+    return float(f"{rate:.3g}")
