@@ -11,6 +11,7 @@ import typer
 from kvtool.errors import KVToolError
 
 from .bench import bench_options
+from .bench_results import result_options
 from .bench_throughput import bench_throughput
 from .bench_ttft import bench_ttft
 from .options import Command, engine_config, output_options, shared
@@ -18,7 +19,12 @@ from .perplexity import perplexity
 from .serve import serve
 
 COMMANDS = (serve, bench_ttft, bench_throughput, perplexity)
-BUNDLES: dict[str, Callable[..., Any]] = {"engine": engine_config, "bench": bench_options, "output": output_options}
+BUNDLES: dict[str, Callable[..., Any]] = {
+    "engine": engine_config,
+    "bench": bench_options,
+    "results": result_options,
+    "output": output_options,
+}
 
 EPILOG = "Any option can also come from KVTOOL_<OPTION> or from --config; the command line goes first, then those."
 

@@ -1,7 +1,7 @@
 """What bench-ttft and bench-throughput share: whom to measure, with what load, and how a result is shown."""
 
 import json
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -14,11 +14,12 @@ from rich.text import Text
 from kvtool.config import EngineConfig
 from kvtool.errors import ConfigError
 
+from .bench_results import Charts, ResultOptions, compared, keep, results_to_plot
 from .options import MOST, option, secret
 from .output import Chart, Column, OutputOptions, Report, Table, show, value_at
 
 if TYPE_CHECKING:
-    from kvtool.bench.measure import Bench, How, Measured, OnProgress, Point, Where
+    from kvtool.bench.measure import How, Measured, OnProgress, Plan, Point, Where
     from kvtool.bench.runner import Progress
     from kvtool.bench.workloads import Lengths, Workload
 
@@ -36,7 +37,8 @@ class BenchOptions:
 
     Attributes:
         workload: with lengths and a seed that are still to be filled in.
-        how: with requests of None where the user gave none.
+        how: with requests of None where the user gave none, and one trial.
+        trials: None where the user gave none.
     """
 
     where: "Where"
@@ -48,6 +50,8 @@ class BenchOptions:
     events: str | None
     save_events: str | None
     lint_stream: bool
+    min_attainment: float
+    trials: int | None
 
 
 def bench_options(
@@ -99,7 +103,12 @@ def bench_options(
         float | None, load_option("--duration", min=0.001, help="Or: seconds in which requests are sent.")
     ] = None,
     warmup: Annotated[int, load_option("--warmup", min=0, max=MOST, help="Requests before, not counted.")] = 1,
-    trials: Annotated[int, load_option("--trials", min=1, max=1000, help="Measure each row so many times.")] = 1,
+    trials: Annotated[
+        int | None,
+        load_option(
+            "--trials", min=1, max=1000, help="Measure each row so many times (default: 1; bench-throughput: 3)."
+        ),
+    ] = None,
     dataset: Annotated[
         Literal["random", "sharegpt", "jsonl", "gsm8k", "azure", "mooncake"],
         load_option(
@@ -145,9 +154,21 @@ def bench_options(
     lint_stream: Annotated[
         bool, measure_option("--lint-stream", help="Measure nothing: look for faults in the streams of --url.")
     ] = False,
+    slo: Annotated[
+        str | None,
+        measure_option(
+            "--slo",
+            metavar="BOUNDS",
+            help="Hold requests to ttft:200ms,tpot:20ms (itl, e2e too), or to default: TTFT by prompt length.",
+        ),
+    ] = None,
+    min_attainment: Annotated[
+        float, measure_option("--min-attainment", min=0.0, max=1.0, help="Share of requests that must keep --slo.")
+    ] = 0.9,
 ) -> BenchOptions:
     """The signature is the list of the options that both commands have."""
     from kvtool.bench.measure import How, Where
+    from kvtool.bench.slo import SLO
     from kvtool.bench.workloads import Workload
 
     if url is None:
@@ -169,13 +190,15 @@ def bench_options(
     return BenchOptions(
         Where(url, api, api_key, _json_object(extra_body), timeout, floor, floor_config, gpu),
         workload,
-        How(requests, duration, warmup, trials, flush_cache, metric_defs),
+        How(requests, duration, warmup, trials or 1, flush_cache, metric_defs, slo=SLO.parse(slo) if slo else None),
         prompt_tokens,
         output_tokens,
         max_error_rate,
         events,
         save_events,
         lint_stream,
+        min_attainment,
+        trials,
     )
 
 
@@ -214,6 +237,10 @@ def workloads(options: BenchOptions, seed: int, prompts: str, outputs: str) -> "
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
 
+    if options.workload.dataset != "random":
+        if options.prompt_tokens:
+            raise ConfigError("--prompt-tokens: a data set's prompts are as long as they are; leave it out")
+        prompts = prompts.partition(",")[0]
     return [
         replace(options.workload, seed=seed, prompt=prompt, output=output)
         for prompt in lengths("--prompt-tokens", options.prompt_tokens, prompts)
@@ -222,21 +249,29 @@ def workloads(options: BenchOptions, seed: int, prompts: str, outputs: str) -> "
 
 
 def measured(
-    engine: EngineConfig, options: BenchOptions, streams: int, plan: "Callable[[Bench], Iterable[tuple[Point, How]]]"
+    engine: EngineConfig,
+    options: BenchOptions,
+    results: ResultOptions,
+    streams: int,
+    plan: "Plan",
 ) -> "Measured":
     """What the points of `plan` came to."""
     from kvtool.bench.measure import measure_all
 
-    return drive(options, partial(measure_all, options.where, engine, plan, streams))
+    return drive(options, results, partial(measure_all, options.where, engine, plan, streams))
 
 
-def drive(options: BenchOptions, measure: "Callable[..., Coroutine[Any, Any, Measured]]") -> "Measured":
-    """Run `measure` with news of it on a terminal, and its records in --save-events."""
+def drive(
+    options: BenchOptions, results: ResultOptions, measure: "Callable[..., Coroutine[Any, Any, Measured]]"
+) -> "Measured":
+    """Run `measure` with news of it on a terminal, and its records in --save-events or the bundle."""
+    from kvtool.bench.bundle import EVENTS
     from kvtool.bench.events import EventLog
     from kvtool.bench.measure import to_end
 
+    events = Path(options.save_events) if options.save_events else results.bundle and results.bundle / EVENTS
     with ExitStack() as stack:
-        log = stack.enter_context(EventLog.create(Path(options.save_events))) if options.save_events else None
+        log = stack.enter_context(EventLog.create(events)) if events else None
         on_progress = stack.enter_context(news())
         return to_end(lambda: measure(log=log, on_progress=on_progress))
 
@@ -268,58 +303,100 @@ def news() -> "Iterator[OnProgress]":
         yield show_progress
 
 
-def instead(
-    command: str,
-    options: BenchOptions,
-    output: OutputOptions,
-    columns: Sequence[Column],
-    tables: Callable[[Rows], Sequence[Table]],
-) -> bool:
+@dataclass(frozen=True)
+class Form:
+    """How a command's results look.
+
+    Attributes:
+        command: its name.
+        charts: of results, which have a name each where there are several.
+    """
+
+    command: str
+    columns: Sequence[Column]
+    tables: Callable[[Rows], Sequence[Table]]
+    charts: Charts
+
+
+def instead(form: Form, options: BenchOptions, results: ResultOptions, output: OutputOptions) -> bool:
     """Do what options ask for in the place of a measurement, if any does."""
     if options.events:
         from kvtool.bench.measure import recompute
 
         rows = recompute(Path(options.events), options.how.definitions)
         config = {"events": options.events, "metric_defs": options.how.definitions}
-        show(report(command, config, rows, columns, tables(rows), (), [meaning(options)]), output)
+        show(report(form.command, config, rows, form.columns, form.tables(rows), (), [meaning(options)]), output)
     elif options.lint_stream:
         from kvtool.bench.lint import lint_stream
 
         faults = [asdict(fault) for fault in lint_stream(options.where)]
         asked = {"url": options.where.url, "api": options.where.api}
         notes = ["No fault found."] if not faults else []
-        show(report(command, asked, faults, LINT, (), (), notes), output)
+        show(report(form.command, asked, faults, LINT, (), (), notes), output)
         if faults:
             raise typer.Exit(1)
-    return bool(options.events or options.lint_stream)
+    elif results.plot:
+        drawn = results_to_plot(form.command, results)
+        rows = [{"result": name, **row} for name, result in drawn.items() for row in result]
+        columns = (Column("result", "result"), *form.columns)
+        charts = form.charts([(Path(name).stem, result) for name, result in drawn.items()])
+        show(report(form.command, {"plot": list(drawn)}, rows, columns, (), charts, ()), output)
+    return bool(options.events or options.lint_stream or results.plot)
+
+
+def config_of(engine: EngineConfig, options: BenchOptions, workloads: "Sequence[Workload]") -> dict[str, Any]:
+    """What was asked for, as it stands in a result."""
+    return {
+        "engine": asdict(engine) if options.where.url is None else None,
+        "where": {name: value for name, value in asdict(options.where).items() if name != "api_key"},
+        "workload": [workload.describe() for workload in workloads],
+        "how": asdict(options.how),
+    }
 
 
 def finish(
-    command: str,
-    engine: EngineConfig,
+    form: Form,
+    config: dict[str, Any],
     options: BenchOptions,
+    results: ResultOptions,
     output: OutputOptions,
     result: "Measured",
-    columns: Sequence[Column],
-    tables: Callable[[Rows], Sequence[Table]],
-    charts: Callable[[Rows], Sequence[Chart]],
+    notes: Sequence[str] = (),
 ) -> None:
-    """Show a result, and exit with what it means: 130 interrupted, 1 for failed, impossible or incomplete, else 0."""
-    config = {
-        "engine": asdict(engine) if options.where.url is None else None,
-        "where": {name: value for name, value in asdict(options.where).items() if name != "api_key"},
-        "workload": options.workload.describe(),
-        "how": asdict(options.how),
-        "target": result.target,
-    }
-    rows = [row | {"state": state(row)} for row in result.rows]
-    show(report(command, config, rows, columns, tables(rows), charts(rows), notes_of(options, result)), output)
+    """Show a result, and exit with what it means: 130 interrupted; 1 for failed, impossible, incomplete, an SLO missed
+    or a gate broken; else 0."""
+    rows = [row | {"state": state(row, options)} for row in result.rows]
+    notes = [*notes_of(options, result), *notes]
+    found = report(
+        form.command,
+        config | {"target": result.target},
+        rows,
+        form.columns,
+        form.tables(rows),
+        form.charts([("", rows)]),
+        notes,
+    )
+    broken = False
+    if not result.stopped:
+        found, broken = compared(found, results)
+    keep(found, results)
+    show(found, output)
     if result.stopped == "interrupted":
         raise typer.Exit(130)
-    if result.stopped or any(
-        row["failed"] > options.max_error_rate * row["requests"] or row["invalid"] for row in rows
-    ):
+    nothing_kept = any("kept" in row for row in rows) and not any(row.get("kept") for row in rows)
+    if result.stopped or broken or nothing_kept or any(is_bad(row, options) for row in rows):
         raise typer.Exit(1)
+
+
+def is_bad(row: dict[str, Any], options: BenchOptions) -> bool:
+    """It is a finding to fail on; that a search tried a rate that was too high is none."""
+    failed = row["failed"] > options.max_error_rate * row["requests"]
+    return bool(row["invalid"]) or (row.get("kept", True) and (failed or misses_slo(row, options)))
+
+
+def misses_slo(row: dict[str, Any], options: BenchOptions) -> bool:
+    """Too few requests kept it."""
+    return "attainment" in row and row["attainment"]["all"] < options.min_attainment
 
 
 def report(
@@ -340,12 +417,13 @@ def report(
     return Report(command, config, rows, telling(columns), tables, charts, notes)
 
 
-def state(row: dict[str, Any]) -> str:
+def state(row: dict[str, Any], options: BenchOptions) -> str:
     """In a word, what is wrong with a row."""
     words = ["INVALID"] if not row["valid"] else []
     words += [f"{row['failed']} failed"] if row["failed"] else []
     words += ["client-bound"] if row["client_limits"] else []
     words += ["partial"] if row["partial"] else []
+    words += ["SLO missed"] if misses_slo(row, options) else []
     return ", ".join(words) or "ok"
 
 
@@ -354,6 +432,8 @@ def notes_of(options: BenchOptions, result: "Measured") -> list[str]:
     lines = [meaning(options)]
     lines += sorted({f"floor: {row['floor_source']}." for row in result.rows if row["floor_source"]})
     for row in result.rows:
+        if row["left_out"]:
+            lines.append(f"{row['point']}: {row['left_out']:,} requests do not fit the context and were left out")
         faults = [*row["invalid"], *(f"the client: {limit}" for limit in row["client_limits"])]
         faults += [f"{count} failed ({kind})" for kind, count in row["failures"].items()] + row["errors"]
         lines += [f"{row_name(row)}: {fault}" for fault in faults]

@@ -248,6 +248,7 @@ def read_config(context: typer.Context, path: str | None) -> None:
     parameters = [p for p in context.command.params if p.name != "config"]
     names = {name: (p.name, True) for p in parameters for name in p.opts}
     names |= {name: (p.name, False) for p in parameters for name in p.secondary_opts}
+    repeated = {p.name for p in parameters if getattr(p, "multiple", False)}
     context.default_map = {}
     for key, value in values.items():
         name = canonical(f"--{key}".replace("_", "-"))
@@ -260,7 +261,7 @@ def read_config(context: typer.Context, path: str | None) -> None:
             value = ",".join(map(str, value))
         elif value is not None:
             value = str(value)  # as if typed: YAML's 4 is the option's "4"
-        context.default_map[parameter] = value
+        context.default_map[parameter] = [value] if parameter in repeated else value
 
 
 def canonical(name: str) -> str:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtool.bench.events import WorkItem
-from kvtool.bench.workloads import FEW_SHOT, Lengths, Vocabulary, Workload, prompts_sha256
+from kvtool.bench.workloads import FEW_SHOT, Hashed, Lengths, Vocabulary, Workload
 from kvtool.errors import ConfigError
 
 WORDS = Vocabulary(range(100, 5000), count=lambda text: len(text.split()))
@@ -21,6 +21,12 @@ WORDS = Vocabulary(range(100, 5000), count=lambda text: len(text.split()))
 
 def take(workload: Workload, count: int, repeat: int = 0) -> list[WorkItem]:
     return list(islice(workload.items(WORDS, repeat), count))
+
+
+def digest(items: list[WorkItem]) -> str:
+    hashed = Hashed()
+    assert list(hashed(items)) == items
+    return hashed.digest.hexdigest()
 
 
 def draws(text: str, count: int = 4000) -> np.ndarray:
@@ -81,7 +87,7 @@ def test_lengths_are_read_as_they_are_written(lengths: Lengths, seed: int) -> No
 
 @pytest.mark.parametrize(
     "text",
-    ["", "0", "-5", "ten", "1.5", "uniform:9-3", "uniform:0-3", "poisson:", "lognormal:5", "lognormal:9:6", "9" * 9],,
+    ["", "0", "-5", "ten", "1.5", "uniform:9-3", "uniform:0-3", "poisson:", "lognormal:5", "lognormal:9:6", "9" * 9],
 )
 def test_what_is_no_length_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"tokens|smaller"):
@@ -103,7 +109,7 @@ def test_a_seed_gives_the_same_prompts_and_a_repeat_others_of_the_same_lengths()
     workload = Workload(prompt=Lengths.parse("uniform:1-99"), output=Lengths.parse("poisson:20"), seed=3)
     first, again, other = take(workload, 50), take(workload, 50), take(workload, 50, repeat=1)
     assert first == again
-    assert prompts_sha256(iter(first)) == prompts_sha256(iter(again)) != prompts_sha256(iter(other))
+    assert digest(first) == digest(again) != digest(other)
     lengths = [[(len(item.prompt), item.output_tokens) for item in items] for items in (first, other)]
     assert lengths[0] == lengths[1]
     assert all(a.prompt != b.prompt for a, b in zip(first, other, strict=True) if len(a.prompt) > 3)
@@ -202,9 +208,7 @@ def test_sharegpt_conversations_go_turn_by_turn(sharegpt: str) -> None:
 
 
 def test_a_large_array_is_read_in_pieces(tmp_path: Path) -> None:
-    long = chat(
-        ("human", "word " * 150_000), ("gpt", "yes of course I do")
-    )  # 0.75 MB
+    long = chat(("human", "word " * 150_000), ("gpt", "yes of course I do"))  # 0.75 MB
     path = written(tmp_path / "chats.json", json.dumps([long] * 5))
     assert len({id(item) for item in take(Workload(dataset="sharegpt", path=path), 5)}) == 5
 

@@ -84,8 +84,8 @@ class Arrivals:
 
     def __str__(self) -> str:
         if self.final_rate is None:
-            return f"{self.rate:g}"
-        return f"{self.rate:g}-{self.final_rate:g}:{self.ramp_seconds:g}s"
+            return f"{self.rate:.15g}"
+        return f"{self.rate:.15g}-{self.final_rate:.15g}:{self.ramp_seconds:.15g}s"
 
 
 def scheduled(items: Iterable[WorkItem], arrivals: Arrivals) -> Iterator[WorkItem]:

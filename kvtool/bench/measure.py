@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import gc
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count, groupby, islice
 from pathlib import Path
@@ -19,8 +19,10 @@ from kvtool.bench.floors import Floors, floor_probe, foreign_floors
 from kvtool.bench.metrics import Figures
 from kvtool.bench.runner import Progress, run
 from kvtool.bench.selfcheck import Calibration, calibrate, client_row, limits
+from kvtool.bench.slo import SLO, Goodput
 from kvtool.bench.telemetry import Telemetry
-from kvtool.bench.workloads import Lengths, Vocabulary, Workload
+from kvtool.bench.timeline import Timeline
+from kvtool.bench.workloads import Hashed, Lengths, Vocabulary, Workload
 from kvtool.config import EngineConfig
 from kvtool.errors import ConfigError
 
@@ -65,6 +67,7 @@ class How:
         flush_cache: before each trial.
         definitions: a key of `DEFINITIONS`.
         floor: whose floor stands in the row.
+        slo: what each request is held to; None: to nothing.
     """
 
     requests: int | None = 5
@@ -74,6 +77,7 @@ class How:
     flush_cache: bool = False
     definitions: str = "kvtool"
     floor: Literal["ttft", "tpot"] = "ttft"
+    slo: SLO | None = None
 
 
 @dataclass(frozen=True)
@@ -81,20 +85,21 @@ class Point:
     """One row.
 
     Attributes:
-        label: what makes it this one: prompt_tokens, output_tokens, concurrency, rate and the like.
-        items: its requests, for each repeat others.
+        label: what makes it this one: prompt_tokens, output_tokens, concurrency, rate; `point` is its name.
+        items: its requests, for each repeat others; the second argument is called for each that does not fit.
         primers: what is asked before, unmeasured, for each repeat.
         concurrency: sessions that run at once; None: as many as the items' times make it.
     """
 
     label: dict[str, Any]
-    items: Callable[[int], Iterator[WorkItem]]
+    items: Callable[[int, Callable[[], None]], Iterator[WorkItem]]
     primers: Callable[[int], list[WorkItem]] = lambda repeat: []
     concurrency: int | None = None
 
 
 OnProgress = Callable[[Point, How, Progress], None]
-Plan = Callable[["Bench"], Iterable[tuple[Point, How]]]
+Row = dict[str, Any]
+Plan = Callable[["Bench"], Generator[tuple[Point, How], Row, None]]  # each point is answered by its row
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,31 @@ class Measured:
     stopped: Literal["interrupted", "lost"] | None
 
 
+class Seen:
+    """What is kept of a point beside its figures: of the SLO, gaps over time, what was asked and what was not."""
+
+    def __init__(self, how: How) -> None:
+        self._goodput = Goodput(how.slo) if how.slo else None
+        self._timeline, self._left_out = Timeline(), 0
+        self.asked = Hashed()
+
+    def add(self, record: RequestRecord) -> None:
+        self._timeline.add(record)
+        if self._goodput:
+            self._goodput.add(record)
+
+    def leave_out(self) -> None:
+        self._left_out += 1
+
+    def row(self, seconds: float) -> dict[str, Any]:
+        return {
+            **(self._goodput.row(seconds) if self._goodput else {}),
+            "itl_timeline": self._timeline.row(),
+            "prompts_sha256": self.asked.digest.hexdigest(),
+            "left_out": self._left_out,
+        }
+
+
 @dataclass
 class Bench:
     """A target and what has been found out about it.
@@ -120,7 +150,6 @@ class Bench:
         floors: None where they are not known.
         calibration: of the client; None where no HTTP is in between.
         log: where events go.
-        on_record: is given every measured record, with the point's label.
         stopped: why no more is measured: the user or the target's end.
     """
 
@@ -129,7 +158,6 @@ class Bench:
     floors: Floors | None = None
     calibration: Calibration | None = None
     log: EventLog | None = None
-    on_record: Callable[[RequestRecord], None] = lambda record: None
     on_progress: OnProgress = lambda point, how, progress: None
     stopped: Literal["interrupted", "lost"] | None = None
 
@@ -147,17 +175,19 @@ class Bench:
     async def measure(self, point: Point, how: How) -> dict[str, Any]:
         """A row: what `point` came to, in all trials together and, where there are several, in each."""
         total, trials, client = Figures(how.definitions), list[Figures](), Progress()
-        await self._unmeasured(point, islice(point.items(next(self._repeats)), how.warmup))
+        seen = Seen(how)
+        await self._unmeasured(point, islice(point.items(next(self._repeats), lambda: None), how.warmup))
         cpu, start = process_time(), perf_counter()
         async with self._telemetry.watching() as readings:
             for trial in range(how.trials):
                 if self.stopped is None:
-                    figures = await self._trial(point, how, trial, client)
+                    figures = await self._trial(point, how, trial, client, seen)
                     total.merge(figures)
                     trials.append(figures)
         cpu = (process_time() - cpu) / (perf_counter() - start)
         row = point.label | lengths(point, total) | total.row()
         row |= readings.row(total.output_tokens) | self._judge(how, total, client.most_running)
+        row |= seen.row(total.seconds)
         row["client"] = client_row(client, cpu, self.calibration)
         row["client_limits"] = limits(client, cpu, self.calibration, total.ttft)
         row["partial"] = self.stopped is not None
@@ -165,7 +195,7 @@ class Bench:
             row["trials"] = [figures.row(samples=False) for figures in trials]
         return row
 
-    async def _trial(self, point: Point, how: How, trial: int, client: Progress) -> Figures:
+    async def _trial(self, point: Point, how: How, trial: int, client: Progress, seen: "Seen") -> Figures:
         if how.flush_cache:
             await self.target.flush_cache()
         repeat, run_id = next(self._repeats), next(self._runs)
@@ -178,14 +208,14 @@ class Bench:
 
         def record(record: RequestRecord) -> None:
             figures.add(record)
-            self.on_record(record)
+            seen.add(record)
             if self.log:
                 self.log.write(record)
 
         progress = Progress()
         ticker = asyncio.create_task(self._tick(point, how, progress))
         try:
-            items = islice(point.items(repeat), how.requests)
+            items = seen.asked(islice(point.items(repeat, seen.leave_out), how.requests))
             options = {"run_id": run_id, "concurrency": point.concurrency, "duration": how.duration}
             await run(self.target, items, record, progress=progress, **options)  # type: ignore[arg-type]
         finally:
@@ -286,19 +316,31 @@ async def measure_all(
     try:
         async with opened(where, engine, streams) as bench:
             bench.log, bench.on_progress = log, on_progress
-            for point, how in plan(bench):
-                rows.append(await bench.measure(point, how))
-                if bench.stopped:
-                    break
+            steps = plan(bench)
+            with contextlib.suppress(StopIteration):
+                point, how = next(steps)
+                while True:
+                    rows.append(await bench.measure(point, how))
+                    if bench.stopped:
+                        break
+                    point, how = steps.send(rows[-1])
             return Measured(rows, bench.target.describe(), bench.stopped)
     except asyncio.CancelledError:
         return Measured(rows, bench.target.describe() if bench else {}, "interrupted")
 
 
 def point_of(
-    bench: Bench, workload: Workload, *, concurrency: int | None = None, arrivals: Arrivals | None = None
+    bench: Bench,
+    workload: Workload,
+    *,
+    concurrency: int | None = None,
+    arrivals: Arrivals | None = None,
+    prefix_hit: float | None = None,
 ) -> Point:
     """A workload, in a closed loop of `concurrency` or at the times of `arrivals`, as a row.
+
+    Args:
+        prefix_hit: share of each prompt that primers have brought into the target's cache.
 
     Raises:
         ConfigError: its prompts are too long for the target.
@@ -310,17 +352,27 @@ def point_of(
             f"--prompt-tokens {prompt} and --output-tokens {output}: the target's context is {most:,} tokens; "
             "ask for less, or serve with a greater --max-model-len"
         )
-    fitting = replace(workload, max_model_len=most)
+    fitting = replace(workload if prefix_hit is None else workload.with_prefix_hit(prefix_hit), max_model_len=most)
 
-    def items(repeat: int) -> Iterator[WorkItem]:
-        asked = fitting.items(vocabulary, repeat)
+    def items(repeat: int, on_left_out: Callable[[], None]) -> Iterator[WorkItem]:
+        asked = fitting.items(vocabulary, repeat, on_left_out)
         return scheduled(asked, arrivals) if arrivals else asked
 
+    asked_for = {
+        "": None if made else workload.dataset,
+        "prompt": str(workload.prompt) if made else None,
+        "output": str(workload.output),
+        "concurrency": concurrency,
+        "rate": str(arrivals) if arrivals else None,
+        "prefix hit": prefix_hit,
+    }
     label = {
+        "point": ", ".join(f"{name} {value}".strip() for name, value in asked_for.items() if value is not None),
         "prompt_tokens": workload.shared_prefix + prompt if made and prompt else None,
         "output_tokens": output if made else None,
         "concurrency": concurrency,
         "rate": str(arrivals) if arrivals else None,
+        "prefix_hit": prefix_hit,
     }
     return Point(label, items, lambda repeat: fitting.primers(vocabulary, repeat), concurrency)
 

@@ -274,6 +274,7 @@ class Figures:
             "total_tok_s": (self.prompt_tokens + self.output_tokens) / seconds,
             "success_rate": good / self.requests if self.requests else 0.0,
             "cached_tokens": self.cached_tokens,
+            "hit_rate": self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None,
             "prompt_tokens_total": self.prompt_tokens,
             "output_tokens_total": self.output_tokens,
             "seconds": self.seconds,

@@ -1,7 +1,7 @@
 """Everything at once: batches of several sizes through our engine and, beside it, through transformers."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from itertools import islice
@@ -11,13 +11,13 @@ import msgspec
 
 from kvtool.bench.baseline import Batch, transformers_rows
 from kvtool.bench.events import EventLog
-from kvtool.bench.measure import Bench, How, Measured, OnProgress, Point, Where, measure_all, point_of, prompt_ids
+from kvtool.bench.measure import Bench, How, Measured, OnProgress, Point, Row, Where, measure_all, point_of, prompt_ids
 from kvtool.bench.workloads import Workload
 from kvtool.config import EngineConfig
 from kvtool.errors import ConfigError
 from kvtool.request import EngineInfo
 
-UNJUDGED = {"valid": True, "invalid": [], "client_limits": [], "partial": False, "floor_source": None}
+UNJUDGED = {"valid": True, "invalid": [], "client_limits": [], "partial": False, "floor_source": None, "left_out": 0}
 
 
 async def measure_offline(
@@ -45,10 +45,11 @@ async def measure_offline(
         raise ConfigError("--baseline transformers: a static batch needs random prompts and answers of one length")
     engine = replace(engine, max_num_seqs=max(engine.max_num_seqs, *sizes))
 
-    def plan(bench: Bench) -> Iterator[tuple[Point, How]]:
+    def plan(bench: Bench) -> Generator[tuple[Point, How], Row, None]:
         for size in sizes:
             point = point_of(bench, workload)
-            label = {"engine": "kvtool", "batch_size": size} | point.label
+            name = f"{point.label['point']}, batch {size}"
+            label = {"engine": "kvtool", "batch_size": size} | point.label | {"point": name}
             yield replace(point, label=label), replace(how, requests=size)
 
     ours = await measure_all(where, engine, plan, max(sizes), log=log, on_progress=on_progress)
@@ -63,8 +64,9 @@ async def measure_offline(
         batches = [Batch(prompts[:size], int(workload.output.first)) for size in sizes]  # type: ignore[arg-type]
         async with aclosing(transformers_rows(info, batches, how.warmup, how.trials, how.definitions)) as answered:
             async for row in answered:
+                name = f"transformers, batch {row['batch_size']}"
                 lengths = {"prompt_tokens": int(workload.prompt.first), "output_tokens": int(workload.output.first)}
-                theirs[row["batch_size"]] = {"engine": "transformers", **lengths, **UNJUDGED, **row}
+                theirs[row["batch_size"]] = {"point": name, "engine": "transformers", **lengths, **UNJUDGED, **row}
     except asyncio.CancelledError:
         ours = replace(ours, stopped="interrupted")
     for row in rows:

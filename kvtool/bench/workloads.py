@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -87,7 +87,7 @@ class Lengths:
             return f"{self.first:.0f}"
         if self.kind == "uniform":
             return f"uniform:{self.first:.0f}-{self.second:.0f}"
-        return f"{self.kind}:{self.first:g}" + (f":{self.second:g}" if self.kind == "lognormal" else "")
+        return f"{self.kind}:{self.first:.15g}" + (f":{self.second:.15g}" if self.kind == "lognormal" else "")
 
 
 # --- the workload -----------------------------------------------------------------------------------------------------
@@ -213,12 +213,20 @@ class Workload:
         return options | {"data_sha256": sha256(Path(self.path).read_bytes()).hexdigest()} if self.path else options
 
 
-def prompts_sha256(items: Iterator[WorkItem]) -> str:
-    """Digest of all that is asked, and when."""
-    digest, encoder = sha256(), msgspec.msgpack.Encoder()
-    for item in items:
-        digest.update(encoder.encode(item))
-    return digest.hexdigest()
+class Hashed:
+    """Passes requests on, and knows the digest of all that it has passed: what was asked, of whom and when.
+
+    Attributes:
+        digest: SHA-256.
+    """
+
+    def __init__(self) -> None:
+        self.digest, self._encoder = sha256(), msgspec.msgpack.Encoder()
+
+    def __call__(self, items: Iterable[WorkItem]) -> Iterator[WorkItem]:
+        for item in items:
+            self.digest.update(self._encoder.encode(item))
+            yield item
 
 
 # --- data sets --------------------------------------------------------------------------------------------------------
