@@ -192,8 +192,9 @@ class HttpTarget:
             asked: dict[str, Any] = {"messages": as_messages(prompt)}
         else:
             asked = {"prompt": prompt}
+        if self.name:
+            asked["model"] = self.name
         return asked | {
-            "model": self.name,
             "max_tokens": item.output_tokens,
             "temperature": 0,
             "ignore_eos": not item.stops,
@@ -261,7 +262,7 @@ def as_messages(prompt: Prompt) -> list[Message]:
     return prompt  # type: ignore[return-value]
 
 
-SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{.*\})? ([^ ]+)", re.MULTILINE)
+SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{.*\})? (\S+)", re.MULTILINE)
 
 
 def samples(exposition: str) -> dict[str, float]:

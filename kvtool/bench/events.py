@@ -97,20 +97,18 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, tag="request", om
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, tag="run"):
-    """One point of a grid or sweep, written before its records.
+    """One trial of one point of a grid or sweep, written before its records.
 
     Attributes:
         id: its place in the log, from 0.
-        point: what makes it this point, as it stands in the result's row: prompt_tokens, output_tokens, concurrency,
-            rate, trial.
-        workload: options that reproduce its prompts, and the SHA-256 of these.
+        point: what names the point, as it stands in the result's row: lengths, concurrency, rate.
         target: what was measured.
         started: seconds of the Unix epoch.
     """
 
     id: int
     point: dict[str, Any] = {}
-    workload: dict[str, Any] = {}
+    trial: int = 0
     target: dict[str, Any] = {}
     started: float = 0.0
 

@@ -6,7 +6,7 @@ import gc
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import count, islice
+from itertools import count, groupby, islice
 from pathlib import Path
 from time import perf_counter, process_time, time
 from typing import Any, Literal, TypeVar
@@ -203,7 +203,7 @@ class Bench:
         figures = Figures(how.definitions)
         if self.log:
             self.log.write(
-                Run(id=run_id, point=point.label | {"trial": trial}, target=self.target.describe(), started=time())
+                Run(id=run_id, point=point.label, trial=trial, target=self.target.describe(), started=time())
             )
 
         def record(record: RequestRecord) -> None:
@@ -395,19 +395,22 @@ def recompute(path: Path, definitions: str) -> list[dict[str, Any]]:
     Raises:
         ConfigError: the log cannot be read.
     """
-    figures: dict[str, Figures] = {}
-    labels: dict[str, dict[str, Any]] = {}
-    of_run: dict[int, str] = {}
+    runs: dict[int, Run] = {}
+    figures: dict[int, Figures] = {}
     for event in read_events(path):
         if isinstance(event, Run):
-            label = {name: value for name, value in event.point.items() if name != "trial"}
-            of_run[event.id] = key = repr(label)
-            labels[key] = label
-        elif event.run not in of_run:
-            raise ConfigError(f"{path}: request {event.id} belongs to a run that the log does not name")
+            runs[event.id], figures[event.id] = event, Figures(definitions)
+        elif event.run in runs:
+            figures[event.run].add(event)
         else:
-            figures.setdefault(of_run[event.run], Figures(definitions)).add(event)
-    return [labels[key] | figures[key].row() for key in labels if key in figures]
+            raise ConfigError(f"{path}: request {event.id} belongs to a run that the log does not name")
+    rows = []
+    for point, trials in groupby(runs.values(), lambda run: run.point):
+        total = Figures(definitions)
+        for trial in trials:
+            total.merge(figures[trial.id])
+        rows.append(point | total.row())
+    return rows
 
 
 def to_end(work: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -13,7 +13,7 @@ import msgspec
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 TOKEN = b'{"choices":[{"index":0,"text":"%s","finish_reason":%s,"token_ids":[%d]}]}'
-LENGTH = re.compile(rb"content-length: (\d+)")
+LENGTH = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
 USAGE = b'{"choices":[],"usage":{"prompt_tokens":%d,"completion_tokens":%d}}'
 
 
@@ -42,7 +42,10 @@ class NullConnection(asyncio.Protocol):
         self._received += data
         head, _, body = self._received.partition(b"\r\n\r\n")
         length = LENGTH.search(head)
-        if length and len(body) == int(length[1]):
+        if head.startswith(b"GET "):
+            self._received = b""
+            self._transport.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
+        elif length and len(body) == int(length[1]):
             self._received = b""
             self._answer(msgspec.json.decode(body, type=Asked), arrived)
 
