@@ -13,9 +13,9 @@ from torch import Tensor
 from kvtool.attention import PagedAttention, block_size
 from kvtool.attention.layer import AttentionLayer
 from kvtool.config import EngineConfig
-from kvtool.cuda_graph import DecodeGraphs, as_kv_span
+from kvtool.cuda_graph import SIZES, DecodeGraphs, as_kv_span
 from kvtool.errors import CapacityError, ConfigError
-from kvtool.kv.batch import KVBatch
+from kvtool.kv.batch import KVBatch, on_device
 from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.layout import KVLayout
@@ -101,7 +101,7 @@ class Runner:
                 max_model_len=config.max_model_len,
             )
             self.max_model_len = config.max_model_len or self.model_config.max_position
-            self.newest = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)
+            self.newest = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.device)
             self.sampler = Sampler(self.newest, self.model_config.eos_token_ids)
             self.memory = self._measure(config, layout) if self.device.type == "cuda" else None
             memory = cache_memory(config, layout, self.memory)
@@ -109,7 +109,7 @@ class Runner:
             self._hold(layout, num_blocks, config)
             self.swap_space = SwapSpace(self.store, config.swap_space // layout.block_bytes)
             if self.graphs:
-                self.graphs.capture(self.graphs.sizes)
+                self.graphs.capture(SIZES)
 
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None = None) -> Handle:
@@ -123,21 +123,25 @@ class Runner:
             UnsupportedError: the cache's format cannot hold what the model makes of these tokens.
         """
         self._move(batch)
-        if self.graphs and self.graphs.holds(batch.spans):
-            kv_batch, logits, greedy = self.graphs.launch(batch.spans)
+        if self.graphs and self.graphs.holds(batch):
+            kv_batch, logits, greedy = self.graphs.launch(batch)
             self.store.seal(kv_batch)
             return self._sample(batch, logits, greedy, allowed, [])
         kv_batch = KVBatch.build(self.store.format, list(map(as_kv_span, batch.spans)), self.device)
-        hidden = self.model(self._input_ids(batch, kv_batch), kv_batch.positions, partial(self._attend, kv_batch))
+        known = [token for span in batch.spans for token in span.token_ids]
+        ends = list(accumulate(span.length for span in batch.spans))
+        rows = [ends[sample.span] - 1 for sample in batch.samples]
+        sent = on_device({"known": np.array(known, np.int64), "rows": np.array(rows, np.int64)}, self.device)
+        sampled = self.newest[kv_batch.tail_slots[: sum(not span.token_ids for span in batch.spans)]]
+        ids = torch.cat([sampled, sent["known"]])
+        hidden = self.model(ids, kv_batch.positions, partial(self._attend, kv_batch))
         self.store.seal(kv_batch)
         for fork in batch.forks:
             self.store.fork(fork.source_block, fork.source_slot, fork.block, fork.slot)
         if self.graphs:
             self.graphs.forget([*(span.slot for span in batch.spans), *(fork.slot for fork in batch.forks)])
         prompt_scores = self._score_prompts(batch, hidden)
-        ends = list(accumulate(span.length for span in batch.spans))
-        rows = [ends[sample.span] - 1 for sample in batch.samples]
-        logits = self.model.logits(hidden if rows == list(range(len(hidden))) else hidden[rows])
+        logits = self.model.logits(hidden if rows == list(range(len(hidden))) else hidden[sent["rows"]])
         return self._sample(batch, logits, None, allowed, prompt_scores)
 
     def _sample(
@@ -238,7 +242,7 @@ class Runner:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.collect(self.launch(_largest_batch(layout.format, length, config.max_num_seqs)))
             if self.graphs:
-                self.graphs.capture(self.graphs.sizes[-1:])
+                self.graphs.capture(SIZES[-1:])
             torch.cuda.synchronize(self.device)
         except torch.OutOfMemoryError as error:
             raise CapacityError(
@@ -252,13 +256,6 @@ class Runner:
         torch.cuda.empty_cache()
         self.newest.zero_()
         return DeviceMemory(int(total * config.gpu_memory_utilization), others, weights, workspace)
-
-    def _input_ids(self, batch: ScheduledBatch, kv_batch: KVBatch) -> Tensor:
-        """Ids of a step's tokens: first the decodes', from what was sampled last, then those that the host knows."""
-        num_decodes = sum(not span.token_ids for span in batch.spans)
-        sampled = self.newest[kv_batch.tail_slots[:num_decodes]]
-        known = [token for span in batch.spans[num_decodes:] for token in span.token_ids]
-        return torch.cat([sampled, torch.tensor(known, device=self.device)]) if known else sampled
 
     def _attend(self, batch: KVBatch, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self.attention(layer, q, key, value, batch)

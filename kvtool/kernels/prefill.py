@@ -30,13 +30,14 @@ class Tile:
 
 
 # By (compute capability, head_dim padded to a power of 2): for steps that fill the device, and for those that do not.
+# sm_89 was never timed: its rows are those that compile without spills.
 TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
-    (8, 64): (Tile(128, 64, 4, 3), Tile(64, 64, 4, 3)),
-    (8, 128): (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
-    (8, 256): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+    (8, 64): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+    (8, 128): (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)),
+    (8, 256): (Tile(64, 16, 8, 2), Tile(64, 16, 8, 2)),
     (9, 64): (Tile(128, 128, 8, 3), Tile(64, 64, 4, 3)),
-    (9, 128): (Tile(128, 128, 8, 3), Tile(64, 64, 4, 3)),
-    (9, 256): (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)),
+    (9, 128): (Tile(128, 128, 8, 2), Tile(64, 64, 4, 3)),
+    (9, 256): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
 }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvtool.kv.format import KVFormat
 
 Integers = NDArray[np.int64]
+KEPT = ("kept_tokens", "kept_slots", "kept_rows")
 ALIGNED = 2  # int64 of 16 bytes: where every array starts, or kernels are compiled again for those that do not
 
 
@@ -80,9 +81,8 @@ class Prompts:
         """
         if num_tokens not in self._tiles:
             _, start, end = self.spans.T[:3]
-            counts = -(-(end - start) // num_tokens)
-            span = np.repeat(np.arange(len(counts)), counts)
-            position = start[span] + num_tokens * ranges(np.zeros_like(counts), counts)
+            span, index = each(np.zeros_like(start), -(-(end - start) // num_tokens))
+            position = start[span] + num_tokens * index
             order = np.argsort(-position, kind="stable")
             tiles = np.concatenate([np.stack([span, position], 1), self.spans[span]], 1)[order]
             self._tiles[num_tokens] = on_device({"tiles": tiles}, self.far_table.device)["tiles"]
@@ -124,12 +124,11 @@ class KVBatch:
         starts = integers((span.start for span in spans), len(spans))
         ends = integers((span.end for span in spans), len(spans))
         slots = integers((span.tail_slot for span in spans), len(spans))
-        lengths = ends - starts
-        num_decodes = int((lengths == 1).sum())
-        assert (lengths[:num_decodes] == 1).all(), "spans of one token come first"
-        positions, table = ranges(starts, lengths), _block_table(spans)
+        is_decode = ends - starts == 1
+        num_decodes = int(is_decode.sum())
+        assert is_decode[:num_decodes].all(), "spans of one token come first"
+        (owners, positions), table = each(starts, ends), _block_table(spans)
         size = fmt.block_size if fmt.packs_on_write else fmt.tail_tokens
-        owners = np.repeat(np.arange(len(spans)), lengths)
         token_blocks = table[owners, positions // size] if fmt.packs_on_write else positions[:0]
         arrays = {
             "positions": positions,
@@ -178,46 +177,47 @@ def _prompts(
     fmt: KVFormat, starts: Integers, ends: Integers, slots: Integers, table: Integers, num_decodes: int
 ) -> tuple[Integers, dict[str, Integers]]:
     """`Prompts` of the spans behind the decodes: its `spans`, and all else by name."""
-    size, lengths, none = fmt.block_size, ends - starts, starts[:0]
-    tokens = exclusive_sums(lengths)  # each span's first
-    prompts = slice(num_decodes, None)
-    start, end, first_token, slot = starts[prompts], ends[prompts], tokens[prompts], slots[prompts]
+    tokens, (start, end) = exclusive_sums(ends - starts), (starts[num_decodes:], ends[num_decodes:])
     if fmt.packs_on_write:
-        first_near, near_sources, sealed_blocks, sealed_rows, kept = start, none, none, none, [none] * 3
-        num_far = -(-end // size)
+        first_near, num_far = start, -(-end // fmt.block_size)
+        writes = dict.fromkeys(("near_sources", "sealed_blocks", "sealed_rows", *KEPT), starts[:0])
     else:
-        first_near, first_unsealed = fmt.visible(start), fmt.visible(end)
-        num_old, owner = start - first_near, np.repeat(np.arange(len(start)), end - first_near)
-        position = ranges(first_near, end - first_near)
-        own = (first_token - start)[owner] + position
-        old = -1 - (slot[owner] * fmt.tail_tokens + position % fmt.tail_tokens)
-        near_sources = np.where(position < start[owner], old, own) if num_old.any() else none
-        num_sealed = (first_unsealed - first_near) // size
-        owner, column = np.repeat(np.arange(len(start)), num_sealed), ranges(first_near // size, num_sealed)
-        sealed_blocks = table[prompts][owner, column]
-        sealed_rows = (exclusive_sums(end - first_near) - first_near)[owner] + column * size
-        # A decode's token goes to the tail even if it completes a block: that is sealed when the step is over.
-        first_kept = np.where(np.arange(len(starts)) < num_decodes, starts, np.maximum(starts, fmt.visible(ends)))
-        num_kept = ends - first_kept
-        owner, position = np.repeat(np.arange(len(starts)), num_kept), ranges(first_kept, num_kept)
-        kept = [(tokens - starts)[owner] + position, slots[owner], position % fmt.tail_tokens]
-        num_far = fmt.visible(end - 1) // size
-    near_rows = exclusive_sums(end - first_near)
-    spans = np.stack([first_token, start, end, first_near, near_rows], 1)
-    read = np.arange(table.shape[1]) < num_far[:, None]
-    far_blocks, indices = np.unique(table[prompts][read], return_inverse=True)
-    far_table = np.zeros_like(table[prompts])
-    far_table[read] = indices
-    return spans, {
-        "near_sources": near_sources,
-        "sealed_blocks": sealed_blocks,
-        "sealed_rows": sealed_rows,
-        "kept_tokens": kept[0],
-        "kept_slots": kept[1],
-        "kept_rows": kept[2],
-        "far_blocks": far_blocks,
-        "far_table": far_table,
-    }
+        first_near, num_far = fmt.visible(start), fmt.visible(end - 1) // fmt.block_size
+        writes = _kept(fmt, starts, ends, slots, tokens, num_decodes)
+        writes |= _near_sources(fmt, start, end, slots[num_decodes:], tokens[num_decodes:])
+        writes |= _sealed(fmt, start, end, table[num_decodes:])
+    spans = np.stack([tokens[num_decodes:], start, end, first_near, exclusive_sums(end - first_near)], 1)
+    far_table = np.zeros_like(table[num_decodes:])
+    read = np.arange(far_table.shape[1]) < num_far[:, None]
+    far_blocks, far_table[read] = np.unique(table[num_decodes:][read], return_inverse=True)
+    return spans, writes | {"far_blocks": far_blocks, "far_table": far_table}
+
+
+def _near_sources(
+    fmt: KVFormat, start: Integers, end: Integers, slot: Integers, token: Integers
+) -> dict[str, Integers]:
+    first_near = fmt.visible(start)
+    if (first_near == start).all():
+        return {"near_sources": start[:0]}
+    span, position = each(first_near, end)
+    old = -1 - (slot[span] * fmt.tail_tokens + position % fmt.tail_tokens)
+    return {"near_sources": np.where(position < start[span], old, (token - start)[span] + position)}
+
+
+def _sealed(fmt: KVFormat, start: Integers, end: Integers, table: Integers) -> dict[str, Integers]:
+    size, first_near = fmt.block_size, fmt.visible(start)
+    span, column = each(first_near // size, fmt.visible(end) // size)
+    first_row = exclusive_sums(end - first_near) - first_near
+    return {"sealed_blocks": table[span, column], "sealed_rows": first_row[span] + column * size}
+
+
+def _kept(
+    fmt: KVFormat, starts: Integers, ends: Integers, slots: Integers, tokens: Integers, num_decodes: int
+) -> dict[str, Integers]:
+    first_kept = np.maximum(starts, fmt.visible(ends))
+    first_kept[:num_decodes] = starts[:num_decodes]  # a block that a decode completes is sealed from the tail
+    span, position = each(first_kept, ends)
+    return dict(zip(KEPT, ((tokens - starts)[span] + position, slots[span], position % fmt.tail_tokens), strict=True))
 
 
 def _block_table(spans: Sequence[Span]) -> Integers:
@@ -235,24 +235,24 @@ def integers(values: Iterable[int], count: int) -> Integers:
 
 def exclusive_sums(counts: Integers) -> Integers:
     """The sum of all before each."""
-    return np.cumsum(counts) - counts
+    sums: Integers = counts.cumsum()
+    return sums - counts
 
 
-def ranges(firsts: Integers, counts: Integers) -> Integers:
-    """Each first and the `count - 1` integers after it, behind each other."""
-    total = int(counts.sum())
-    return np.arange(total) + np.repeat(firsts - exclusive_sums(counts), counts)
+def each(firsts: Integers, ends: Integers) -> tuple[Integers, Integers]:
+    """All integers from `firsts[i]` to `ends[i]`, one i behind the other: i, and the integer."""
+    counts = ends - firsts
+    owners = np.arange(len(counts)).repeat(counts)
+    return owners, np.arange(len(owners)) + (firsts - exclusive_sums(counts))[owners]
 
 
 def on_device(arrays: dict[str, Integers], device: torch.device) -> dict[str, Tensor]:
     """`arrays` as tensors on `device`, in one transfer that the host does not wait for."""
-    sizes = integers((array.size for array in arrays.values()), len(arrays))
-    starts = exclusive_sums(-(-sizes // ALIGNED) * ALIGNED).tolist()
-    flat = np.zeros(starts[-1] + sizes[-1], np.int64)
-    for start, array in zip(starts, arrays.values(), strict=True):
-        flat[start : start + array.size] = array.ravel()
-    memory = torch.from_numpy(flat)
+    padding = [np.empty(-array.size % ALIGNED, np.int64) for array in arrays.values()]
+    pieces = [piece for pair in zip(arrays.values(), padding, strict=True) for piece in pair]
+    memory = torch.from_numpy(np.concatenate([piece.ravel() for piece in pieces]))
     if device.type == "cuda":
         memory = memory.pin_memory().to(device, non_blocking=True)
-    parts = zip(starts, arrays.items(), strict=True)
-    return {name: memory[start : start + array.size].view(array.shape) for start, (name, array) in parts}
+    tensors = memory.split([piece.size for piece in pieces])[::2]
+    named = zip(arrays.items(), tensors, strict=True)
+    return {name: tensor if array.ndim == 1 else tensor.view(array.shape) for (name, array), tensor in named}
