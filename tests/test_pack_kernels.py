@@ -253,7 +253,7 @@ from kvtool.kernels import pack
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ELEMENTS = {"key", "value", "tails"}
 POINTERS = {"memory": "*u8", "faults": "*i32"} | dict.fromkeys(
-    ("owners", "rows", "blocks", "positions", "tail_slots", "block_table", "starts"), "*i64")
+    ("tokens", "owners", "rows", "blocks", "positions", "tail_slots", "block_table", "starts"), "*i64")
 
 def resources(kernel, element, constants, num_warps):
     constants |= {"CHAINED": False} if "CHAINED" in kernel.arg_names else {}
