@@ -10,9 +10,11 @@ import typer
 from kvtool.errors import KVToolError
 
 from .options import Command, shared
+from .perplexity import perplexity
+from .quantize_kv import quantize_kv
 from .serve import serve
 
-COMMANDS = (serve,)
+COMMANDS = (serve, quantize_kv, perplexity)
 
 EPILOG = "Any option can also come from KVTOOL_<OPTION> or from --config; the command line goes first, then those."
 

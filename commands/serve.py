@@ -1,12 +1,11 @@
 """`kvtool serve`: an HTTP server on one engine."""
 
-import os
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 from kvtool.config import EngineConfig, ServerConfig
 
 from .options import MOST, secret, server_option
+from .output import put
 
 if TYPE_CHECKING:
     from kvtool.request import EngineInfo
@@ -48,6 +47,13 @@ def serve(
             help="Let requests bring their own chat template.",
         ),
     ] = ServerConfig.trust_request_chat_template,
+    preflight: Annotated[
+        bool,
+        server_option(
+            "--preflight/--no-preflight",
+            help="Try the KV format on text first; where --nbits alone would ruin a layer, take what does not.",
+        ),
+    ] = ServerConfig.preflight,
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, and SGLang's /generate.
 
@@ -63,15 +69,9 @@ def serve(
         shutdown_timeout=shutdown_timeout,
         max_queue=max_queue,
         trust_request_chat_template=trust_request_chat_template,
+        preflight=preflight,
     )
-    run(engine, config, on_ready=lambda info, url: show(start_card(info, url, config.api_key is not None)))
-
-
-def show(card: str) -> None:
-    try:
-        print(card, flush=True)
-    except BrokenPipeError:  # who reads has left, but clients may come; what is buffered must still go somewhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    run(engine, config, on_ready=lambda info, url: put(start_card(info, url, config.api_key is not None)))
 
 
 def start_card(info: "EngineInfo", url: str, needs_key: bool) -> str:

@@ -38,7 +38,7 @@ class EngineClient:
         self._dispatcher = asyncio.create_task(self._dispatch())
 
     @classmethod
-    async def start(cls, config: EngineConfig) -> "EngineClient":
+    async def start(cls, config: EngineConfig, preflight: bool = False) -> "EngineClient":
         """Start an engine and wait until it can take requests.
 
         Raises:
@@ -52,7 +52,7 @@ class EngineClient:
         theirs.close()
         reader, writer = await asyncio.open_connection(sock=ours)
         try:
-            writer.write(frame(config))
+            writer.write(frame((config, preflight)))
             answer = msgspec.msgpack.decode(await _read(reader), type=EngineInfo | EngineFailed)
         except BaseException as error:
             writer.close()

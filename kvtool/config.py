@@ -21,6 +21,7 @@ class KVOptions:
         residual_length: tokens kept at full precision behind every query, rounded up to whole blocks.
         rotate: Hadamard rotation before quantising (token axis only).
         plan: path of a YAML file `{layer: {nbits_key, nbits_value}}`, KVTuner's format.
+        layer_bits: (key bits, value bits) of each layer, found by a preflight or a search; before all other bits.
     """
 
     nbits: Bits | None = None
@@ -33,6 +34,7 @@ class KVOptions:
     residual_length: int | None = None
     rotate: bool | None = None
     plan: str | None = None
+    layer_bits: tuple[tuple[Bits, Bits], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class ServerConfig:
         shutdown_timeout: seconds that answers under way get to finish after SIGTERM.
         max_queue: requests that may wait; those beyond are told to come back later.
         trust_request_chat_template: a request may bring a chat template of its own.
+        preflight: before the cache is laid out, try on text whether the model survives its format.
     """
 
     host: str = "127.0.0.1"
@@ -95,3 +98,4 @@ class ServerConfig:
     shutdown_timeout: int = 30
     max_queue: int = 8192
     trust_request_chat_template: bool = False
+    preflight: bool = True

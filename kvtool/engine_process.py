@@ -17,15 +17,16 @@ from kvtool.client import HEADER_BYTES, frame
 from kvtool.config import EngineConfig
 from kvtool.engine import Engine
 from kvtool.errors import KVToolError, RequestError
+from kvtool.quantize.preflight import preflight
 from kvtool.request import Abort, EngineFailed, FlushCache, Request, Tokens, Update
 
 
 def serve(connection: socket.socket) -> None:
     """Be the engine process of an `EngineClient`: until the other end closes, take requests and send tokens."""
     inbox = _Inbox(connection)
-    config = msgspec.msgpack.decode(next(inbox.wait()), type=EngineConfig)
+    config, has_preflight = msgspec.msgpack.decode(next(inbox.wait()), type=tuple[EngineConfig, bool])
     try:
-        engine = Engine(config)
+        engine = Engine(preflight(config) if has_preflight else config)
         ready = frame(engine.info)
     except KVToolError as error:
         connection.sendall(frame(EngineFailed(str(error))))

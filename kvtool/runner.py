@@ -84,12 +84,13 @@ class Runner:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self.device = _device(config.device)
+        self.device = choose_device(config.device)
         self.path = resolve_model(config.model)
         self.model_config = load_config(self.path)
-        self.dtype = _dtype(config, self.model_config, self.device)
+        self.dtype = choose_dtype(config, self.model_config, self.device)
         check_context(config, self.model_config)
-        layout = _layout(config, self.model_config, self.dtype)
+        spec = kv_spec(self.model_config, self.dtype)
+        layout = KVLayout(spec, resolve(config.kv, spec, block_size(config.attention_backend)))
         with torch.inference_mode():
             self.model = load_model(
                 self.path,
@@ -216,7 +217,7 @@ class Runner:
     def _hold(self, layout: KVLayout, num_blocks: int, config: EngineConfig) -> None:
         """Give the model a store, and what runs on it."""
         self.store = allocate(layout, num_blocks, config.max_num_seqs, self.dtype, self.device)
-        self.attention = PagedAttention(self.store, _attention_layers(self.model_config), config.attention_backend)
+        self.attention = PagedAttention(self.store, attention_layers(self.model_config), config.attention_backend)
         self.graphs = self._graphs() if config.cuda_graph and self.attention.is_capturable else None
 
     def _graphs(self) -> DecodeGraphs:
@@ -288,7 +289,7 @@ def _score_samples(batch: ScheduledBatch, logits: Tensor, token_ids: Tensor) -> 
     return Scores(*token_logprobs(logits[rows], token_ids[rows].clamp(min=0), max(k for _, k in wanted)))
 
 
-def _device(asked: str) -> torch.device:
+def choose_device(asked: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
         if device.type not in ("cpu", "cuda"):
@@ -300,7 +301,7 @@ def _device(asked: str) -> torch.device:
     return device
 
 
-def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+def choose_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
     if config.dtype not in DTYPES:
         raise ConfigError(f"--dtype {config.dtype}: must be one of {', '.join(DTYPES)}")
     auto = "float32" if device.type == "cpu" else model.dtype
@@ -308,13 +309,13 @@ def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> to
     return dtype
 
 
-def _layout(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> KVLayout:
+def kv_spec(model: ModelConfig, dtype: torch.dtype) -> KVSpec:
+    """What a model caches for each token."""
     stream = StreamSpec(model.num_kv_heads, model.head_dim)
-    spec = KVSpec(model.num_layers, stream, stream, dtype.itemsize)
-    return KVLayout(spec, resolve(config.kv, spec, block_size(config.attention_backend)))
+    return KVSpec(model.num_layers, stream, stream, dtype.itemsize)
 
 
-def _attention_layers(model: ModelConfig) -> list[AttentionLayer]:
+def attention_layers(model: ModelConfig) -> list[AttentionLayer]:
     return [
         AttentionLayer(model.num_heads, model.num_kv_heads, model.head_dim, model.softmax_scale, window)
         for window in model.sliding_window

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -21,12 +22,14 @@ if not Path("/dev/nvidiactl").exists():  # before triton is imported: without a 
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 REPOSITORY = Path(__file__).parents[1]
+CACHE = TemporaryDirectory(prefix="kvtool-tests-")  # what is found out about models, by all servers under test
 START_SECONDS = 120  # generous: CI machines may run other things beside
 
 
 def kvtool(*arguments: str, **settings: object) -> "subprocess.Popen[str]":
     """`kvtool` from the checkout, installed or not, without the caller's KVTOOL_ variables."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("KVTOOL_")}
+    env["XDG_CACHE_HOME"] = CACHE.name
     command = [sys.executable, "-m", "commands", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": REPOSITORY, "env": env}
     return subprocess.Popen(command, **(pipes | settings))  # type: ignore[call-overload,no-any-return]

@@ -304,14 +304,44 @@ def test_quanto_where_its_scale_and_zero_are_ours(bits, axis):
 # What the options resolve to.
 
 
-@pytest.mark.parametrize("bits, honest", [("8", 8.5), ("4", 4.5), ("2", 2.5)])
-def test_recipes_by_default(bits, honest):
+@pytest.mark.parametrize(
+    "bits, honest, block_size, residual", [("8", 8.5, 64, 0), ("4", 4.5, 64, 0), ("2", 2.75, 32, 32)]
+)
+def test_recipes_by_default(bits, honest, block_size, residual):
     model = spec(dim=128)
     fmt = resolve(KVOptions(nbits=bits), model)
-    assert fmt.layers[0].key == StreamFormat(bits, "channel", 64, symmetric=False)
+    assert fmt.layers[0].key == StreamFormat(bits, "channel", block_size, symmetric=False)
     assert fmt.layers[0].value == StreamFormat(bits, "token", 64, symmetric=False)
-    assert (fmt.block_size, fmt.residual, fmt.tail_tokens, fmt.packs_on_write) == (64, 0, 64, False)
+    assert (fmt.block_size, fmt.residual, fmt.tail_tokens, fmt.packs_on_write) == (block_size, residual, 64, False)
     assert KVLayout(model, fmt).bits_per_element == honest
+
+
+@pytest.mark.parametrize(
+    "options, block_size, residual",
+    [
+        (KVOptions(nbits="2", residual_length=0), 64, 0),
+        (KVOptions(nbits="2", q_group_size=64), 64, 0),
+        (KVOptions(nbits="2", residual_length=64), 64, 64),
+        (KVOptions(nbits="2", axis_key="token"), 64, 0),
+        (KVOptions(nbits_key="4", nbits_value="2"), 64, 0),
+        (KVOptions(nbits_key="2", nbits_value="2"), 32, 32),
+        (KVOptions(nbits="4", residual_length=32), 32, 32),
+        (KVOptions(nbits="4", residual_length=33), 64, 64),
+    ],
+)
+def test_small_blocks_go_with_a_small_window(options, block_size, residual):
+    fmt = resolve(options, spec())
+    assert (fmt.block_size, fmt.residual) == (block_size, residual)
+
+
+def test_bits_found_for_each_layer_go_before_all_others():
+    options = KVOptions(nbits="4", layer_bits=(("4", "4"), ("8", "16")))
+    assert [(layer.key.bits, layer.value.bits) for layer in resolve(options, spec(2)).layers] == [
+        ("4", "4"),
+        ("8", "16"),
+    ]
+    with pytest.raises(ConfigError, match="2 layers do not fit a model of 3"):
+        resolve(options, spec(3))
 
 
 def test_sixteen_bits_by_default():

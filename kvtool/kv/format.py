@@ -1,19 +1,23 @@
 """KV formats: what the user's options mean for a model. Integers only; `codecs.py` does the arithmetic."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
 from kvtool.config import Axis, Bits, KVOptions
 from kvtool.errors import ConfigError, UnsupportedError
-from kvtool.kv.plan import BITS, load_plan
+from kvtool.kv.plan import BITS, completed, load_plan
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.visibility import Position, visible
 
 GROUP_SIZES = (32, 64, 128)
-BLOCK_SIZE = 64
+INTEGERS = ("8", "4", "2")
+BLOCK_SIZE, SMALL_BLOCK_SIZE = 64, 32
+TWO_BIT_RESIDUAL = 32  # a model leans on its newest tokens; without it 2 bits lose more than twice as much
 KEY_AXIS: Axis = "channel"  # keys have a few channels of huge outliers, values have not
 VALUE_AXIS: Axis = "token"
+BIT_OPTIONS = ("nbits", "nbits_key", "nbits_value", "plan", "layer_bits")
 
 
 @dataclass(frozen=True)
@@ -100,9 +104,10 @@ class KVFormat:
     def describe(self) -> str:
         """One line for people."""
         tail = f"; the newest {self.residual + 1} to {self.tail_tokens} tokens at full precision"
-        return self._describe_layers() + ("" if self.packs_on_write else tail)
+        return self.describe_layers() + ("" if self.packs_on_write else tail)
 
-    def _describe_layers(self) -> str:
+    def describe_layers(self) -> str:
+        """What is stored of each token, for people."""
         if len(set(self.layers)) > 1:
             runs = groupby(f"K{layer.key.bits}V{layer.value.bits}" for layer in self.layers)
             return "by layer: " + " ".join(f"{len(list(same))}×{pair}" for pair, same in runs)
@@ -124,23 +129,42 @@ def resolve(options: KVOptions, spec: KVSpec, block_size: int = BLOCK_SIZE) -> K
         ConfigError: options that contradict each other, or a plan that does not fit the model.
         UnsupportedError: a head_dim that the bits cannot pack.
     """
+    options = completed(options)
     bits = _layer_bits(options, spec.num_layers)
     _check(options, bits)
+    axes = options.axis_key or KEY_AXIS, options.axis_value or VALUE_AXIS
+    block_size, residual = _block_size_and_residual(options, bits, axes, block_size)
     layers = tuple(
         LayerFormat(
-            _stream_format(options, key_bits, options.axis_key or KEY_AXIS, spec.key),
-            _stream_format(options, value_bits, options.axis_value or VALUE_AXIS, spec.value),
+            _stream_format(options, key_bits, axes[0], block_size, spec.key),
+            _stream_format(options, value_bits, axes[1], block_size, spec.value),
         )
         for key_bits, value_bits in bits
     )
-    spans_tokens = any(stream.axis == "channel" for layer in layers for stream in (layer.key, layer.value))
-    if spans_tokens:
-        block_size = options.q_group_size or BLOCK_SIZE
-    residual = -(-(options.residual_length or 0) // block_size) * block_size
     return KVFormat(layers, block_size, residual)
 
 
-def _layer_bits(options: KVOptions, num_layers: int) -> list[tuple[Bits, Bits]]:
+def _block_size_and_residual(
+    options: KVOptions, bits: Sequence[tuple[Bits, Bits]], axes: tuple[Axis, Axis], block_size: int
+) -> tuple[int, int]:
+    """Tokens per block, and tokens kept at full precision behind every query, in whole blocks."""
+    spans_tokens = any(a == "channel" and b in INTEGERS for pair in bits for a, b in zip(axes, pair, strict=True))
+    size = options.q_group_size if spans_tokens else None
+    residual = options.residual_length
+    if residual is None:
+        two_bits = all(pair == ("2", "2") for pair in bits)
+        residual = TWO_BIT_RESIDUAL if two_bits and spans_tokens and size is None else 0
+    if size is None:
+        usual = BLOCK_SIZE if spans_tokens else block_size
+        size = SMALL_BLOCK_SIZE if 0 < residual <= SMALL_BLOCK_SIZE else usual  # its tail is half as long
+    return size, -(-residual // size) * size
+
+
+def _layer_bits(options: KVOptions, num_layers: int) -> Sequence[tuple[Bits, Bits]]:
+    if options.layer_bits is not None:
+        if len(options.layer_bits) != num_layers:
+            raise ConfigError(f"bits for {len(options.layer_bits)} layers do not fit a model of {num_layers}")
+        return options.layer_bits
     if options.plan is None:
         both = options.nbits or "16"
         return [(options.nbits_key or both, options.nbits_value or both)] * num_layers
@@ -150,7 +174,7 @@ def _layer_bits(options: KVOptions, num_layers: int) -> list[tuple[Bits, Bits]]:
     return load_plan(options.plan, num_layers)
 
 
-def _check(options: KVOptions, bits: list[tuple[Bits, Bits]]) -> None:
+def _check(options: KVOptions, bits: Sequence[tuple[Bits, Bits]]) -> None:
     """Refuse what could only be a mistake."""
     if options.q_group_size is not None and options.q_group_size not in GROUP_SIZES:
         raise ConfigError(f"--q-group-size {options.q_group_size}: must be one of {', '.join(map(str, GROUP_SIZES))}")
@@ -161,7 +185,7 @@ def _check(options: KVOptions, bits: list[tuple[Bits, Bits]]) -> None:
         raise ConfigError(f"--nbits {unknown.pop()!r}: must be one of {', '.join(BITS)}")
     used: set[Bits] = {stream for pair in bits for stream in pair}
     if used == {"16"}:
-        given = [name for name, value in vars(options).items() if value and not name.startswith(("nbits", "plan"))]
+        given = [name for name, value in vars(options).items() if value and name not in BIT_OPTIONS]
         if given:
             option = given[0].replace("_", "-").replace("symmetric", "sym")
             raise ConfigError(f"--{option} means nothing for a 16-bit cache; add --nbits 8, 4, 2 or fp8")
@@ -176,15 +200,14 @@ def _check(options: KVOptions, bits: list[tuple[Bits, Bits]]) -> None:
             raise ConfigError(f"--rotate mixes the channels of a token, so it needs --axis-{name} token")
 
 
-def _stream_format(options: KVOptions, bits: Bits, axis: Axis, stream: StreamSpec) -> StreamFormat:
+def _stream_format(options: KVOptions, bits: Bits, axis: Axis, block_size: int, stream: StreamSpec) -> StreamFormat:
     if bits == "16":
         return StreamFormat()
     if bits == "fp8":
         return StreamFormat("fp8", "token", stream.dim, symmetric=True)
     if stream.dim % (8 // int(bits)):
         raise UnsupportedError(f"head_dim {stream.dim} is not a whole number of bytes at {bits} bits")
-    size = options.q_group_size or BLOCK_SIZE
-    group = size if axis == "channel" else _largest_divisor(stream.dim, size)
+    group = block_size if axis == "channel" else _largest_divisor(stream.dim, options.q_group_size or BLOCK_SIZE)
     return StreamFormat(bits, axis, group, bool(options.symmetric), bool(options.rotate))
 
 

@@ -1,14 +1,85 @@
-"""Plan files: the bits of each layer's keys and values, in KVTuner's YAML (arXiv:2502.04420)."""
+"""Plan files: the bits of each layer's keys and values, in KVTuner's YAML (arXiv:2502.04420), the rest in a sidecar."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, Literal, cast
 
+import msgspec
 import yaml
 
-from kvtool.config import Bits
+from kvtool.config import Bits, KVOptions
 from kvtool.errors import ConfigError
 
 BITS = ("16", "8", "4", "2", "fp8")
+MAX_SIDECAR_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What goes with a plan, in `NAME.kvtool.json` beside `NAME.yaml`.
+
+    Attributes:
+        format: options that the plan was found under; no bits.
+        provenance: what it was found on, and how.
+        figures: what was measured under it.
+    """
+
+    format: KVOptions
+    provenance: dict[str, Any]
+    figures: dict[str, Any]
+    schema: Literal["kvtool.plan/1"] = "kvtool.plan/1"
+
+
+def sidecar_of(path: Path) -> Path:
+    """Where the sidecar of a plan lies, if there is one."""
+    return path.with_suffix(".kvtool.json")
+
+
+def completed(options: KVOptions) -> KVOptions:
+    """`options`, those that are not given taken from their plan's sidecar.
+
+    Raises:
+        ConfigError: a sidecar that cannot be read.
+    """
+    if options.plan is None:
+        return options
+    file = sidecar_of(Path(options.plan))
+    try:
+        content = file.read_bytes() if file.stat().st_size <= MAX_SIDECAR_BYTES else b""
+        found = msgspec.json.decode(content, type=Sidecar).format
+    except FileNotFoundError:
+        return options
+    except OSError as error:
+        raise ConfigError(f"--kv-plan {options.plan}: {file.name}: {error.strerror}") from error
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ConfigError(
+            f"--kv-plan {options.plan}: {file.name} is no sidecar of a plan ({error}); remove it"
+        ) from error
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    return KVOptions(**(vars(found) | given))
+
+
+def write_plan(path: Path, bits: Sequence[tuple[Bits, Bits]], sidecar: Sidecar) -> None:
+    """Write a plan and its sidecar, each whole or not at all.
+
+    Raises:
+        ConfigError: they cannot be written.
+    """
+    plan = {
+        layer: {"nbits_key": _number(key), "nbits_value": _number(value)} for layer, (key, value) in enumerate(bits)
+    }
+    contents = {
+        path: yaml.safe_dump(plan, sort_keys=False).encode(),
+        sidecar_of(path): msgspec.json.format(msgspec.json.encode(sidecar), indent=2) + b"\n",
+    }
+    for file, content in contents.items():
+        partial = file.with_name(f".{file.name}.partial")
+        try:
+            partial.write_bytes(content)
+            partial.replace(file)
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}; choose another file for the plan") from error
 
 
 def load_plan(path: str, num_layers: int) -> list[tuple[Bits, Bits]]:
@@ -39,3 +110,7 @@ def _bits(path: str, entry: object, layer: int, name: str) -> Bits:
     if bits not in BITS:
         raise ConfigError(f"--kv-plan {path}: layer {layer}: {name} is {bits!r:.40}; must be one of {', '.join(BITS)}")
     return cast(Bits, bits)
+
+
+def _number(bits: Bits) -> int | str:
+    return bits if bits == "fp8" else int(bits)

@@ -101,7 +101,7 @@ async def serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop, number)
     try:
-        async with running(engine) as client:
+        async with running(engine, config.preflight) as client:
             info = client.info
             tokenizer = await asyncio.to_thread(Tokenizer.load, Path(info.path), info.vocab_size)
             name = config.served_model_name or info.model
@@ -131,12 +131,12 @@ async def serve(
 
 
 @contextlib.asynccontextmanager
-async def running(config: EngineConfig) -> AsyncIterator[EngineClient]:
+async def running(config: EngineConfig, preflight: bool) -> AsyncIterator[EngineClient]:
     """An engine, started and closed again."""
     print(f"loading {config.model} ...", file=sys.stderr, flush=True)
     # The tokenizer will need it, and importing takes about as long as starting an engine.
     transformers = asyncio.get_running_loop().run_in_executor(None, importlib.import_module, "transformers")
-    client = await EngineClient.start(config)
+    client = await EngineClient.start(config, preflight)
     try:
         await transformers
         yield client

@@ -1,0 +1,130 @@
+"""How fast a GPU's decode steps read a cache in some format."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvtool.attention import select
+from kvtool.attention.layer import AttentionLayer
+from kvtool.errors import CapacityError
+from kvtool.kv.batch import KVBatch, Span
+from kvtool.kv.format import KVFormat, LayerFormat
+from kvtool.kv.hadamard import hadamard
+from kvtool.kv.layout import KVLayout
+from kvtool.kv.spec import KVSpec
+from kvtool.kv.store import KVStore
+
+FOOTPRINT = 4 << 30  # bytes read in turn, so that no cache holds them
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class DecodeSpeed:
+    """Attention of one decode step in all layers of a model.
+
+    Attributes:
+        seconds: mean, of CUDA graphs that run as many layers as fill 4 GiB, one behind the other.
+        nbytes: that must be read: blocks below v(t) with their scales, and the tail from v(t) to t.
+        bandwidth: bytes per second that a plain sum reads.
+    """
+
+    seconds: float
+    nbytes: int
+    bandwidth: float
+
+
+@torch.inference_mode()
+def decode_speed(layer: AttentionLayer, spec: KVSpec, fmt: KVFormat, num_seqs: int, context: int) -> DecodeSpeed:
+    """Time decode attention on the current CUDA device, for `num_seqs` sequences of `context` tokens each.
+
+    Raises:
+        CapacityError: the GPU cannot hold them.
+        UnsupportedError: the kernels do not take this format, with the reason.
+    """
+    kinds = tuple(dict.fromkeys(fmt.layers))  # each is timed once, for all layers of its kind
+    held = _layout(spec, fmt, kinds).bytes_for([context] * num_seqs)
+    copies = math.ceil(FOOTPRINT / held)
+    layout = _layout(spec, fmt, kinds * copies)
+    try:
+        bandwidth = read_bandwidth()
+        store, batch = _filled_store(layout, num_seqs, context)
+        q = torch.randn(num_seqs, layer.num_heads, layer.head_dim, dtype=DTYPE, device="cuda")
+        backends = [select(layer, kv, "triton") for kv in store.layers[: len(kinds)]]  # no other can be captured
+
+        def decode(index: int) -> Tensor:
+            kv, backend = store.layers[index], backends[index % len(kinds)]
+            out = backend.forward(hadamard(q) if kv.key.format.rotate else q, None, kv, batch, layer)
+            return hadamard(out) if kv.value.format.rotate else out
+
+        per_kind = [graph_seconds(decode, range(i, len(layout.format.layers), len(kinds))) for i in range(len(kinds))]
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(
+            f"the GPU cannot hold {num_seqs} sequences of {context} tokens; lower --batch or --context"
+        ) from error
+    far = min(fmt.visible(context - 1), context)
+    near = (context - far) * (spec.key.elements + spec.value.elements) * DTYPE.itemsize
+    nbytes = [far * layout.layer_block_bytes(i) // fmt.block_size + near for i in range(len(kinds))]
+    return DecodeSpeed(
+        seconds=sum(per_kind[kinds.index(kind)] for kind in fmt.layers),
+        nbytes=num_seqs * sum(nbytes[kinds.index(kind)] for kind in fmt.layers),
+        bandwidth=bandwidth,
+    )
+
+
+def graph_seconds(run: Callable[[int], object], indices: range) -> float:
+    """Mean seconds of `run(index)`, from a CUDA graph of all `indices`."""
+    run(indices[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in indices:
+            run(index)
+    return replay_seconds(graph.replay) / len(indices)
+
+
+def replay_seconds(run: Callable[[], object], repeats: int = 10) -> float:
+    """Mean seconds of `run()` on the GPU."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    run()
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / repeats
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that the current CUDA device reads: those of a plain sum."""
+    x = torch.ones(FOOTPRINT // 4, device="cuda")
+    return x.nbytes / replay_seconds(x.sum)
+
+
+def _layout(spec: KVSpec, fmt: KVFormat, layers: tuple[LayerFormat, ...]) -> KVLayout:
+    """Of a cache with these layers, in the model's own precision on a GPU."""
+    sized = KVSpec(len(layers), spec.key, spec.value, DTYPE.itemsize)
+    return KVLayout(sized, KVFormat(layers, fmt.block_size, fmt.residual))
+
+
+def _filled_store(layout: KVLayout, num_seqs: int, context: int) -> tuple[KVStore, KVBatch]:
+    """A store whose blocks lie in no order, and a batch of everybody's last token."""
+    per_seq = layout.format.num_blocks(context)
+    store = KVStore(layout, num_seqs * per_seq, num_seqs, DTYPE, "cuda")
+    fill(store)
+    ids = torch.randperm(num_seqs * per_seq).tolist()
+    spans = [Span(context - 1, context, ids[i * per_seq : (i + 1) * per_seq], i) for i in range(num_seqs)]
+    return store, KVBatch.build(layout.format, spans, "cuda")
+
+
+def fill(store: KVStore) -> None:
+    """Numbers that a model could have written: what bytes hold changes how fast a GPU runs."""
+    store.tails.view(store.dtype).normal_()
+    store.blocks.random_(0, 256)
+    for layer in store.layers:
+        for stream in (layer.key, layer.value):
+            for name, array in stream.arrays.items():
+                if array.dtype != torch.uint8:
+                    array.normal_() if name == "codes" else array.fill_(0.02 if name == "scale" else -1.0)
