@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.launch import await_inputs, capability, chained
+from kvtool.kernels.launch import await_inputs, capability, chained, start_next
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_GROUP_HEADS = 16
@@ -23,6 +23,7 @@ MAX_GROUP_HEADS = 16
 KEYS = (("16", "token"), ("fp8", "token"), ("8", "channel"), ("4", "channel"), ("2", "channel"))
 KEYS += (("8", "token"), ("4", "token"))
 VALUES = (("16", "token"), ("fp8", "token"), ("8", "token"), ("4", "token"), ("2", "token"))
+SHORT_READ = tl.constexpr(8192)  # tokens of a step
 MERGED = 32  # channels of a head that one program merges
 MIN_PIECE = 16  # channels: the shortest inner dimension of a tensor-core product
 
@@ -306,9 +307,12 @@ def _decode_kernel(
     SPLIT: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    await_inputs(CHAINED)
+    await_inputs(CHAINED, START_NEXT=False)
     seq, head, split = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     position = tl.load(positions_ptr + seq).to(tl.int32)
+    # A product that comes soon fetches its weights to L2 as it starts: a long read would drive them out again.
+    if tl.num_programs(0) // kv_heads * position < SHORT_READ:
+        start_next(CHAINED)
     near = tl.load(visible_ptr + seq).to(tl.int32)
     far = tl.minimum(near, position + 1)
     first = tl.maximum(0, position + 1 - window)

@@ -22,11 +22,19 @@ def chained(device: torch.device) -> dict[str, bool]:
 
 
 @triton.jit
-def await_inputs(CHAINED: tl.constexpr):
-    """Let the next kernel start, and wait until those before have written all."""
+def await_inputs(CHAINED: tl.constexpr, START_NEXT: tl.constexpr = True):
+    """Wait until the kernels before have written all; the next one may start meanwhile."""
+    if CHAINED:
+        if START_NEXT:
+            start_next(CHAINED)
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def start_next(CHAINED: tl.constexpr):
+    """Let the next kernel start as soon as all programs have said so, or ended."""
     if CHAINED:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
