@@ -253,9 +253,10 @@ from kvtool.kernels import pack
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ELEMENTS = {"key", "value", "tails"}
 POINTERS = {"memory": "*u8", "faults": "*i32"} | dict.fromkeys(
-    ("owners", "rows", "blocks", "positions", "tail_slots", "block_table", "starts"), "*i64")
+    ("tokens", "owners", "rows", "blocks", "positions", "tail_slots", "block_table", "starts"), "*i64")
 
 def resources(kernel, element, constants, num_warps):
+    constants |= {"CHAINED": False} if "CHAINED" in kernel.arg_names else {}
     signature = {
         name: "constexpr" if name in constants else f"*{element}" if name in ELEMENTS else POINTERS.get(name, "i32")
         for name in kernel.arg_names
