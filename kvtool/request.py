@@ -172,7 +172,7 @@ class ScheduledSpan(msgspec.Struct, frozen=True, kw_only=True):
         slot: the sequence's tail slot, and its row in the runner's memory of newest tokens.
         token_ids: the tokens at these positions; empty for a decode, whose one token is what was sampled last for
             `slot`.
-        blocks: the sequence's blocks, enough for `end` tokens.
+        blocks: the sequence's blocks, enough for `end` tokens; the scheduler adds to them when it makes the next step.
         targets: tokens behind each of the first positions, whose log-probabilities are asked for.
         num_top: how many of the most likely tokens go with them.
     """

@@ -93,6 +93,10 @@ class KVFormat:
         """Blocks that a sequence of `num_tokens` computed tokens owns or shares."""
         return -(-self.packed_tokens(num_tokens) // self.block_size)
 
+    def tokens_within(self, num_blocks: int) -> int:
+        """Most computed tokens of a sequence that needs no more than `num_blocks` blocks."""
+        return num_blocks * self.block_size + max(0, self.tail_tokens - 1)
+
     def describe(self) -> str:
         """One line for people."""
         tail = f"; the newest {self.residual + 1} to {self.tail_tokens} tokens at full precision"

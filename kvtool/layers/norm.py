@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvtool.kernels import takes
 from kvtool.layers.linear import empty_parameter
 
 
@@ -29,6 +30,10 @@ class RMSNorm(nn.Module):
         Returns:
             The normalised stream and the stream itself.
         """
+        if takes(x):
+            from kvtool.kernels.norm import add_rms_norm
+
+            return add_rms_norm(x, residual, self.weight, self.eps)
         residual = x if residual is None else residual.add_(x)
         return F.rms_norm(residual, self.weight.shape, self.weight, self.eps), residual
 

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.layers.embedding import Embedding
-from kvtool.layers.linear import Linear, MergedLinear
+from kvtool.layers.linear import GatedLinear, Linear, MergedLinear, linear
 from kvtool.layers.norm import QKNorm, RMSNorm
-from kvtool.layers.rotary import Rotary, rotate
+from kvtool.layers.rotary import Rotary, queries_and_keys
 from kvtool.models.architectures import ARCHITECTURES
 from kvtool.models.config import ModelConfig
 
@@ -47,21 +46,17 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         heads = self.qkv_proj(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-        qk, v = heads[:, : -self.num_kv_heads], heads[:, -self.num_kv_heads :]
-        if self.qk_norm is not None:
-            qk = self.qk_norm(qk)
-        qk = rotate(qk, cos, sin)
-        q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
-        out: Tensor = self.o_proj(attend(self.layer, q, k, v).flatten(1))
+        q, k = queries_and_keys(heads, self.num_heads, cos, sin, self.qk_norm)
+        out: Tensor = self.o_proj(attend(self.layer, q, k, heads[:, -self.num_kv_heads :]).flatten(1))
         return out
 
 
 class MLP(nn.Module):
-    """Down(silu(gate(x)) · up(x)), SwiGLU (Shazeer, 2020): x [T, hidden_size] → [T, hidden_size]."""
+    """Down(silu(gate(x)) · up(x)): x [T, hidden_size] → [T, hidden_size]."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.gate_up_proj = MergedLinear(
+        self.gate_up_proj = GatedLinear(
             config.hidden_size,
             {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
             bias=config.mlp_bias,
@@ -74,8 +69,7 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(F.silu(gate).mul_(up))
+        out: Tensor = self.down_proj(self.gate_up_proj(x))
         return out
 
 
@@ -142,7 +136,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: hidden [N, hidden_size] → [N, vocab_size], in the model's dtype."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight)
+        return linear(hidden, head.weight)
 
     def slots(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that a checkpoint must hold, and where it goes. Leave out the "model." that files prepend."""
