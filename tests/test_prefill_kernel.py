@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kvtool.attention.layer import AttentionLayer
 from kvtool.attention.torch_backend import TorchAttention
-from kvtool.attention.triton_backend import TritonPrefill, _packed
+from kvtool.attention.triton_backend import TritonPrefill
 from kvtool.config import KVOptions
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.format import resolve
@@ -200,7 +200,7 @@ def test_what_others_have_left_in_a_block_or_behind_a_span_is_not_read():
 )
 def test_refusals_say_why(layer, reason):
     case = Prefilling(KVOptions(), layer, [(0, 5)], torch.float16, 0, "cpu")
-    refused = prefill.refuses(*map(_packed, (case.kv.key, case.kv.value)), layer.num_heads)
+    refused = prefill.refuses(case.kv.key.packed, case.kv.value.packed, layer.num_heads)
     assert refused is None if reason is None else reason in refused
 
 
