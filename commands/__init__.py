@@ -10,9 +10,10 @@ import typer
 from kvtool.errors import KVToolError
 
 from .options import Command, shared
+from .perplexity import perplexity
 from .serve import serve
 
-COMMANDS = (serve,)
+COMMANDS = (serve, perplexity)
 
 EPILOG = "Any option can also come from KVTOOL_<OPTION> or from --config; the command line goes first, then those."
 

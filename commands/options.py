@@ -14,6 +14,8 @@ from typer.core import TyperCommand
 from kvtool.config import Axis, Bits, EngineConfig, KVOptions
 from kvtool.errors import ConfigError
 
+from .output import OutputOptions, check_output
+
 # What people bring from SGLang's and KVTuner's scripts; `--kvtuner-X` is `--X`.
 ALIASES = {
     "--model-path": "--model",
@@ -82,6 +84,7 @@ model_option = partial(option, panel="Model")
 kv_option = partial(option, panel="KV cache")
 engine_option = partial(option, panel="Engine")
 server_option = partial(option, panel="Server")
+output_option = partial(option, panel="Output")
 
 
 def engine_config(
@@ -233,6 +236,23 @@ def engine_config(
     )
 
 
+def output_options(
+    json: Annotated[bool, output_option("--json", help="Print one JSON document in place of the table.")] = False,
+    markdown: Annotated[bool, output_option("--markdown", help="Print the table as Markdown.")] = False,
+    csv: Annotated[bool, output_option("--csv", help="Print all fields as CSV.")] = False,
+    output: Annotated[
+        str | None,
+        output_option(
+            "--output",
+            metavar="FILE",
+            help="Write a file as well: .json, .jsonl, .csv, .md, .html or .png by its name.",
+        ),
+    ] = None,
+) -> OutputOptions:
+    """The signature is the list of the options that say where a result goes."""
+    return check_output(OutputOptions(json, markdown, csv, output))
+
+
 def read_config(context: typer.Context, path: str | None) -> None:
     """Make a YAML file's values this command's defaults, so that the environment and the command line go before it."""
     if path is None:
@@ -316,19 +336,26 @@ COMMON = (
 )
 
 
+# What a command may take, by the name of its parameter, and the options that make it.
+BUNDLES: dict[str, Callable[..., Any]] = {"engine": engine_config, "output": output_options}
+
+
 def shared(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command --config and --debug and, where it takes an `engine: EngineConfig`, the engine's options."""
-    signature = inspect.signature(command)
-    own = [p for p in signature.parameters.values() if p.name != "engine"]
-    engine = inspect.signature(engine_config).parameters if "engine" in signature.parameters else {}
+    """Give a command --config and --debug, and the options of each of the BUNDLES that it takes a parameter for."""
+    signature = inspect.signature(command).parameters
+    bundles = {name: inspect.signature(make).parameters for name, make in BUNDLES.items() if name in signature}
 
     @wraps(command)
     def run(*, config: str | None, debug: bool, **values: Any) -> None:  # these two have done their work
-        if engine:
-            values["engine"] = engine_config(**{name: values.pop(name) for name in engine})
-        command(**values)
+        made = {
+            bundle: BUNDLES[bundle](**{name: values.pop(name) for name in options})
+            for bundle, options in bundles.items()
+        }
+        command(**values, **made)
 
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*engine.values(), *own, *COMMON)]
+    own = [parameter for name, parameter in signature.items() if name not in bundles]
+    engine, output = (bundles.get(name, {}).values() for name in BUNDLES)
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*engine, *own, *output, *COMMON)]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run

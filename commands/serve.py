@@ -1,12 +1,11 @@
 """`kvtool serve`: an HTTP server on one engine."""
 
-import os
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 from kvtool.config import EngineConfig, ServerConfig
 
 from .options import MOST, secret, server_option
+from .output import put
 
 if TYPE_CHECKING:
     from kvtool.request import EngineInfo
@@ -64,14 +63,7 @@ def serve(
         max_queue=max_queue,
         trust_request_chat_template=trust_request_chat_template,
     )
-    run(engine, config, on_ready=lambda info, url: show(start_card(info, url, config.api_key is not None)))
-
-
-def show(card: str) -> None:
-    try:
-        print(card, flush=True)
-    except BrokenPipeError:  # who reads has left, but clients may come; what is buffered must still go somewhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    run(engine, config, on_ready=lambda info, url: put(start_card(info, url, config.api_key is not None)))
 
 
 def start_card(info: "EngineInfo", url: str, needs_key: bool) -> str:

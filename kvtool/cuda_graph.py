@@ -87,6 +87,7 @@ class DecodeGraphs:
         """Capture some of `SIZES`, the largest first, so that the smaller ones find its memory."""
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())  # where the store and the inputs are being filled with zeros
         for size in sorted(sizes, reverse=True):
             with torch.cuda.stream(stream):
                 self._run(size)  # lazily loaded kernels must be there before

@@ -201,7 +201,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
         position: at which the token will stand.
         params, seed: how it is chosen.
         num_generated: tokens of the answer so far.
-        prompt, answer: the tokens so far, if `params` look back.
+        history: the tokens so far, prompt and answer, where `params` look back and nothing was yet sampled in this slot
+            for this sequence; the runner counts later ones itself.
     """
 
     id: str
@@ -211,8 +212,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
     seed: int
     num_generated: int
-    prompt: list[int] = []
-    answer: list[int] = []
+    history: list[int] = []
 
 
 class Memory(msgspec.Struct, frozen=True):

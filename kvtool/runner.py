@@ -25,7 +25,7 @@ from kvtool.memory import DeviceMemory, allocate, cache_memory, capacity, check_
 from kvtool.models import load_config, load_model, resolve_model
 from kvtool.models.config import ModelConfig
 from kvtool.request import Sample, SamplingParams, ScheduledBatch, ScheduledSpan, StepResult, TokenLogprobs
-from kvtool.sampler import is_greedy, sample, token_logprobs
+from kvtool.sampler import Sampler, is_greedy, token_logprobs
 
 SCORED_ROWS = 128  # of logits at a time
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
@@ -84,12 +84,13 @@ class Runner:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self.device = _device(config.device)
+        self.device = choose_device(config.device)
         self.path = resolve_model(config.model)
         self.model_config = load_config(self.path)
-        self.dtype = _dtype(config, self.model_config, self.device)
+        self.dtype = choose_dtype(config, self.model_config, self.device)
         check_context(config, self.model_config)
-        layout = _layout(config, self.model_config, self.dtype)
+        spec = kv_spec(self.model_config, self.dtype)
+        layout = KVLayout(spec, resolve(config.kv, spec, block_size(config.attention_backend)))
         with torch.inference_mode():
             self.model = load_model(
                 self.path,
@@ -102,6 +103,7 @@ class Runner:
             )
             self.max_model_len = config.max_model_len or self.model_config.max_position
             self.newest = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.device)
+            self.sampler = Sampler(self.newest, self.model_config.eos_token_ids)
             self.memory = self._measure(config, layout) if self.device.type == "cuda" else None
             memory = cache_memory(config, layout, self.memory)
             num_blocks, self.max_model_len = capacity(config, self.model_config, layout, memory)
@@ -157,10 +159,7 @@ class Runner:
         if greedy is not None and all(is_greedy(sample) for sample in batch.samples):
             token_ids = greedy
         elif batch.samples:
-            mask = None if allowed is None else torch.from_numpy(allowed).to(self.device)
-            token_ids = sample(logits, batch.samples, self.model_config.eos_token_ids, mask)
-            slots = on_device({"slots": np.array([sample.slot for sample in batch.samples])}, self.device)["slots"]
-            self.newest[slots] = token_ids.clamp(min=0)
+            token_ids = self.sampler.sample(logits, batch.samples, allowed)
         scores = _score_samples(batch, logits, token_ids)
         return Handle(
             batch,
@@ -218,7 +217,7 @@ class Runner:
     def _hold(self, layout: KVLayout, num_blocks: int, config: EngineConfig) -> None:
         """Give the model a store, and what runs on it."""
         self.store = allocate(layout, num_blocks, config.max_num_seqs, self.dtype, self.device)
-        self.attention = PagedAttention(self.store, _attention_layers(self.model_config), config.attention_backend)
+        self.attention = PagedAttention(self.store, attention_layers(self.model_config), config.attention_backend)
         self.graphs = self._graphs() if config.cuda_graph and self.attention.is_capturable else None
 
     def _graphs(self) -> DecodeGraphs:
@@ -267,9 +266,9 @@ def _largest_batch(fmt: KVFormat, length: int, num_samples: int) -> ScheduledBat
     """A prompt of `length` tokens, and as many draws as there can be."""
     blocks = list(range(fmt.num_blocks(length)))
     span = ScheduledSpan(id="", slot=0, start=0, end=length, token_ids=[0] * length, blocks=blocks)
-    params = SamplingParams(temperature=1, top_p=0.9)
+    params = SamplingParams(temperature=1, top_p=0.9, repetition_penalty=1.1)
     samples = [
-        Sample(id="", span=0, slot=slot, position=length, params=params, seed=0, num_generated=0)
+        Sample(id="", span=0, slot=slot, position=length, params=params, seed=0, num_generated=0, history=[0])
         for slot in range(num_samples)
     ]
     return ScheduledBatch(spans=[span], samples=samples)
@@ -290,7 +289,7 @@ def _score_samples(batch: ScheduledBatch, logits: Tensor, token_ids: Tensor) -> 
     return Scores(*token_logprobs(logits[rows], token_ids[rows].clamp(min=0), max(k for _, k in wanted)))
 
 
-def _device(asked: str) -> torch.device:
+def choose_device(asked: str) -> torch.device:
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
         if device.type not in ("cpu", "cuda"):
@@ -302,7 +301,7 @@ def _device(asked: str) -> torch.device:
     return device
 
 
-def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+def choose_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
     if config.dtype not in DTYPES:
         raise ConfigError(f"--dtype {config.dtype}: must be one of {', '.join(DTYPES)}")
     auto = "float32" if device.type == "cpu" else model.dtype
@@ -310,13 +309,13 @@ def _dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> to
     return dtype
 
 
-def _layout(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> KVLayout:
+def kv_spec(model: ModelConfig, dtype: torch.dtype) -> KVSpec:
+    """What a model caches for each token."""
     stream = StreamSpec(model.num_kv_heads, model.head_dim)
-    spec = KVSpec(model.num_layers, stream, stream, dtype.itemsize)
-    return KVLayout(spec, resolve(config.kv, spec, block_size(config.attention_backend)))
+    return KVSpec(model.num_layers, stream, stream, dtype.itemsize)
 
 
-def _attention_layers(model: ModelConfig) -> list[AttentionLayer]:
+def attention_layers(model: ModelConfig) -> list[AttentionLayer]:
     return [
         AttentionLayer(model.num_heads, model.num_kv_heads, model.head_dim, model.softmax_scale, window)
         for window in model.sliding_window

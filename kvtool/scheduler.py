@@ -51,6 +51,7 @@ class Sequence:
         slot: its tail slot and its row in the runner's memory of newest tokens; -1 while it waits.
         units: of the swap space, which hold its computed blocks and its tail while it waits.
         prompt_logprobs: as far as they have been computed.
+        is_counted: the runner knows what it has seen, by its slot, if it looks back.
         alone: until its next token it is computed in steps of its own; one that failed may have been its fault.
         ended: nothing more is said of it. It keeps its memory until the step under way, which writes there, is done.
         unfit: what it stored may not be finite.
@@ -72,6 +73,7 @@ class Sequence:
     slot: int = -1
     units: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    is_counted: bool = False
     alone: bool = False
     ended: bool = False
     unfit: bool = False
@@ -347,7 +349,9 @@ class Scheduler:
 
     def _sample(self, sequence: Sequence, span: int) -> Sample:
         """The token that `sequence` takes from the span of this index."""
-        params, prompt, position = sequence.params, sequence.request.prompt, sequence.length
+        params, position = sequence.params, sequence.length
+        is_new = params.looks_back and not sequence.is_counted
+        history, sequence.is_counted = sequence.tokens.copy() if is_new else [], True
         sequence.num_pending += 1
         return Sample(
             id=sequence.id,
@@ -356,9 +360,8 @@ class Scheduler:
             position=position,
             params=params,
             seed=sequence.seed,
-            num_generated=position - len(prompt),
-            prompt=prompt if params.looks_back else [],
-            answer=sequence.tokens[len(prompt) :] if params.looks_back else [],
+            num_generated=position - len(sequence.request.prompt),
+            history=history,
         )
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -421,7 +424,7 @@ class Scheduler:
         for block in reversed(sequence.blocks):  # the end of a prefix is of no use without its beginning
             self.blocks.free(block)
         self.slots.free(sequence.slot)
-        sequence.blocks, sequence.slot = [], -1
+        sequence.blocks, sequence.slot, sequence.is_counted = [], -1, False
 
     def _news(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> Tokens:
         """What is said of a sequence's newest token."""

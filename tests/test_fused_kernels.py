@@ -26,7 +26,7 @@ triton = pytest.importorskip("triton")
 
 from kvtool.kernels import gemv as products  # noqa: E402
 from kvtool.kernels.activation import silu_mul  # noqa: E402
-from kvtool.kernels.gemv import Tile, gemv, tile_for  # noqa: E402
+from kvtool.kernels.gemv import Prologue, Tile, gemv, norm_gemv, tile_for  # noqa: E402
 from kvtool.kernels.norm import add_rms_norm  # noqa: E402
 from kvtool.kernels.rope import norm_rotate  # noqa: E402
 
@@ -38,6 +38,8 @@ DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float16]  # the i
 SHARED_MEMORY = 99 * 1024  # bytes that a program may use on sm_89
 TILES = [Tile(1, 512, 2), Tile(4, 128, 2), Tile(16, 64, 1, 2, dot=True), Tile(32, 128, 2, 3, dot=True)]
 TILES += [tile for tile in products.TILES.values() if tile not in TILES] if ON_GPU else []
+SHAPES = [(8, 64), (40, 200), (26, 1024)]  # outputs and columns of a product
+SHAPES += [(4608, 3584), (1536, 8960), (1000, 1032), (130, 4864), (50000, 896)] if ON_GPU else []
 
 runs = pytest.mark.skipif(not ON_GPU and not INTERPRETED, reason="needs a GPU or Triton's interpreter")
 examples = settings(deadline=None, max_examples=200 if ON_GPU else 10)
@@ -116,9 +118,7 @@ def test_norm_and_rotation(
 @examples
 @given(
     rows=st.integers(1, products.MAX_ROWS),
-    shape=st.sampled_from([(8, 64), (40, 200), (74, 1024)])
-    if INTERPRETED
-    else st.sampled_from([(8, 64), (4608, 3584), (1536, 8960), (1000, 1032), (130, 4864), (50000, 896)]),
+    shape=st.sampled_from(SHAPES),
     bias=st.booleans(),
     gated=st.booleans(),
     tile=st.sampled_from(TILES),
@@ -137,6 +137,37 @@ def test_gemv(
     exact_of: Callable[..., Tensor] = gated_linear if gated else torch.nn.functional.linear
     exact = exact_of(x.double(), weight.double(), None if added is None else added.double())
     assert error(out, exact.cpu()) < 5e-3
+
+
+@runs
+@examples
+@given(
+    rows=st.integers(1, 4),
+    shape=st.sampled_from(SHAPES),
+    first=st.booleans(),
+    gated=st.booleans(),
+    tile=st.sampled_from([tile for tile in TILES if not tile.dot]),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_a_norm_within_the_product(
+    rows: int, shape: tuple[int, int], first: bool, gated: bool, tile: Tile, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    weight, bias, gain = (
+        drawn(*shape, dtype=dtype, scale=0.1),
+        drawn(shape[0], dtype=dtype),
+        drawn(shape[1], dtype=dtype),
+    )
+    x, before = (drawn(rows, shape[1], dtype=dtype) for _ in range(2))
+    layer = RMSNorm(shape[1], 1e-6, dtype=torch.float64, device=CPU)
+    layer.weight.copy_(gain)
+    residual = None if first else before
+    out, stream = norm_gemv(x, Prologue(residual, gain, 1e-6), weight, bias, tile, gated=gated)
+    normed, exact_stream = layer(x.cpu().double(), None if first else before.cpu().double())
+    exact = (gated_linear if gated else torch.nn.functional.linear)(normed, weight.cpu().double(), bias.cpu().double())
+    assert error(out, exact) < 5e-3
+    assert error(stream, exact_stream) < 5e-3
 
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the same tests run here as they are")
@@ -196,7 +227,10 @@ def test_every_kernel_compiles_for_a_4090_without_spills(monkeypatch: pytest.Mon
         if capability == 8:
             for depth in (tile.depth, tile.depth + 16):
                 weight = torch.empty(16 * tile.outputs, depth, dtype=torch.bfloat16)
-                gemv(weight[:rows].contiguous(), weight, weight[:, 0].contiguous(), tile, gated=gated)
+                x, bias = weight[:rows].contiguous(), weight[:, 0].contiguous()
+                gemv(x, weight, bias, tile, gated=gated)
+                if not tile.dot:
+                    norm_gemv(x, Prologue(x, x[0], 1e-6), weight, bias, tile, gated=gated)
     assert len(compiled) > 6
     for kernel in compiled:
         used = usage(kernel.asm["cubin"])

@@ -41,6 +41,7 @@ class Machine:
         self.tails = [[-1] * fmt.tail_tokens for _ in range(scheduler.slots.num_slots)]
         self.units: list[list[int]] = [[] for _ in range(scheduler.swap.num_blocks)]
         self.newest = [-1] * scheduler.slots.num_slots
+        self.seen: list[list[int]] = [[] for _ in self.newest]
         self.said = dict[str, int]()  # of `truth`, by the scheduler
 
     def submit(self, request: Request) -> None:
@@ -80,6 +81,10 @@ class Machine:
         for sample, token in zip(batch.samples, tokens, strict=True):
             assert len(self.truth[sample.id]) == sample.position
             assert batch.spans[sample.span].end == sample.position
+            if sample.params.looks_back:
+                self.seen[sample.slot] = sample.history or self.seen[sample.slot]
+                assert self.seen[sample.slot] == self.truth[sample.id], "penalties count these"
+                self.seen[sample.slot] = [*self.seen[sample.slot], max(0, token)]
             self.newest[sample.slot] = max(0, token)  # what a runner goes on with if it must
             self.truth[sample.id].append(max(0, token))
         return tokens

@@ -66,6 +66,31 @@ def tile_for(x: Tensor, weight: Tensor, *, gated: bool = False) -> Tile | None:
     return TILES.get((capability(x.device), triton.next_power_of_2(len(x)), gated))
 
 
+@dataclass(frozen=True)
+class Prologue:
+    """What becomes of the rows first: `kvtool.layers.norm.RMSNorm`, with its `gain` [K].
+
+    Attributes:
+        residual: [T, K], the stream to which the rows are added; None: they begin it.
+    """
+
+    residual: Tensor | None
+    gain: Tensor
+    eps: float
+
+
+def norm_gemv(
+    x: Tensor, prologue: Prologue, weight: Tensor, bias: Tensor | None, tile: Tile, *, gated: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`gemv` of the normalised stream x + residual, and that stream [T, K].
+
+    Every program adds up the squares of the rows it reads anyway, and divides by the norm in the end.
+    """
+    assert not tile.dot and x.is_contiguous()
+    stream = x if prologue.residual is None else torch.empty_like(x)
+    return _launch(x, weight, bias, tile, gated, prologue, stream), stream
+
+
 def gemv(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, *, gated: bool = False) -> Tensor:
     """x Wᵀ + b in the dtype of x, summed in fp32.
 
@@ -80,29 +105,50 @@ def gemv(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, *, gated: b
     Returns:
         [T, N], or [T, N / 2] where gated.
     """
+    return _launch(x, weight, bias, tile, gated)
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tile: Tile,
+    gated: bool,
+    prologue: Prologue | None = None,
+    stream: Tensor | None = None,
+) -> Tensor:
     rows, depth = x.shape
     assert x.is_contiguous() and weight.is_contiguous() and rows <= MAX_ROWS
     outputs = len(weight) // 2 if gated else len(weight)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     columns = triton.next_power_of_2(rows)
-    (_dot_kernel if tile.dot else _multiply_kernel)[(triton.cdiv(outputs, tile.outputs),)](
-        x,
-        weight,
-        weight if bias is None else bias,
-        out,
-        rows,
-        outputs,
-        depth,
-        ROWS=max(8, columns) if tile.dot else columns,
-        OUTPUTS=tile.outputs,
-        DEPTH=tile.depth,
-        EVEN=depth % tile.depth == 0 and outputs % tile.outputs == 0,
-        BIAS=bias is not None,
-        GATED=gated,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+    options = {
+        "ROWS": max(8, columns) if tile.dot else columns,
+        "OUTPUTS": tile.outputs,
+        "DEPTH": tile.depth,
+        "EVEN": depth % tile.depth == 0 and outputs % tile.outputs == 0,
+        "BIAS": bias is not None,
+        "GATED": gated,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
         **chained(x.device),
-    )
+    }
+    grid = (triton.cdiv(outputs, tile.outputs),)
+    given = (x, weight, weight if bias is None else bias, out, rows, outputs, depth)
+    if tile.dot:
+        _dot_kernel[grid](*given, **options)
+    else:
+        residual = prologue and prologue.residual
+        _multiply_kernel[grid](
+            *given,
+            x if residual is None else residual,
+            x if stream is None else stream,
+            prologue.gain if prologue else x,
+            prologue.eps if prologue else 0.0,
+            NORM=prologue is not None,
+            ADD=residual is not None,
+            **options,
+        )
     return out
 
 
@@ -115,12 +161,18 @@ def _multiply_kernel(
     rows,
     outputs,
     depth,
+    residual,
+    stream,
+    gain,
+    eps,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
+    NORM: tl.constexpr,
+    ADD: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -132,9 +184,11 @@ def _multiply_kernel(
     await_inputs(CHAINED)
     sums = ()
     up_sums = ()
+    squares = ()
     for _ in tl.static_range(ROWS):
         sums += (tl.zeros([OUTPUTS, DEPTH], tl.float32),)
         up_sums += (tl.zeros([OUTPUTS, DEPTH], tl.float32) if GATED else 0,)
+        squares += (tl.zeros([DEPTH], tl.float32) if NORM else 0,)
     for start in range(0, depth, DEPTH):
         next_w = _piece(lines, start + DEPTH + at, depth, False)
         next_up = _piece(up_lines, start + DEPTH + at, depth, False) if GATED else next_w
@@ -142,21 +196,34 @@ def _multiply_kernel(
         up32 = up.to(tl.float32)
         new_sums = ()
         new_up_sums = ()
+        new_squares = ()
+        if NORM:
+            gains = tl.load(gain + start + at, mask=start + at < depth, other=0).to(tl.float32)
         for row in tl.static_range(ROWS):
             inside = (start + at < depth) & (row < rows)
-            piece = tl.load(x + row * depth + start + at, mask=inside, other=0).to(tl.float32)[None, :]
-            new_sums += (sums[row] + w32 * piece,)
-            new_up_sums += (up_sums[row] + up32 * piece if GATED else 0,)
+            piece = tl.load(x + row * depth + start + at, mask=inside, other=0)
+            if ADD:
+                before = tl.load(residual + row * depth + start + at, mask=inside, other=0)
+                piece = (piece.to(tl.float32) + before.to(tl.float32)).to(piece.dtype)
+                tl.store(stream + row * depth + start + at, piece, mask=inside & (tl.program_id(0) == 0))
+            piece = piece.to(tl.float32)
+            new_squares += (squares[row] + piece * piece if NORM else 0,)
+            if NORM:
+                piece *= gains
+            new_sums += (sums[row] + w32 * piece[None, :],)
+            new_up_sums += (up_sums[row] + up32 * piece[None, :] if GATED else 0,)
         sums = new_sums
         up_sums = new_up_sums
+        squares = new_squares
         w = next_w
         up = next_up
     for row in tl.static_range(ROWS):
-        value = tl.sum(sums[row], 1)
+        scale = tl.rsqrt(tl.sum(squares[row], 0) / depth + eps) if NORM else 1.0
+        value = tl.sum(sums[row], 1) * scale
         if BIAS:
             value += tl.load(bias + output, mask=output < outputs, other=0).to(tl.float32)
         if GATED:
-            up_value = tl.sum(up_sums[row], 1)
+            up_value = tl.sum(up_sums[row], 1) * scale
             if BIAS:
                 up_value += tl.load(bias + outputs + output, mask=output < outputs, other=0).to(tl.float32)
             value = silu(value) * up_value

@@ -49,6 +49,7 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 class Linear(nn.Module):
     """y = x Wᵀ + b, x [T, in_features] → [T, out_features]."""
 
+    gated = False
     weight: Tensor
     bias: Tensor | None
 
@@ -103,6 +104,8 @@ class MergedLinear(Linear):
 
 class GatedLinear(MergedLinear):
     """silu(gate(x)) · up(x), the gated half of SwiGLU (Shazeer, 2020); its parts are gate and up."""
+
+    gated = True
 
     def forward(self, x: Tensor) -> Tensor:
         return gated_linear(x, self.weight, self.bias)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.kernels import takes
-from kvtool.layers.linear import empty_parameter
+from kvtool.layers.linear import Linear, empty_parameter
 
 
 class RMSNorm(nn.Module):
@@ -36,6 +36,18 @@ class RMSNorm(nn.Module):
             return add_rms_norm(x, residual, self.weight, self.eps)
         residual = x if residual is None else residual.add_(x)
         return F.rms_norm(residual, self.weight.shape, self.weight, self.eps), residual
+
+    def into(self, product: Linear, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`product` of the normalised stream, and the stream itself; for a few rows in one kernel."""
+        if takes(x):
+            from kvtool.kernels.gemv import Prologue, norm_gemv, tile_for
+
+            tile = tile_for(x, product.weight, gated=product.gated)
+            if tile and not tile.dot:
+                prologue = Prologue(residual, self.weight, self.eps)
+                return norm_gemv(x, prologue, product.weight, product.bias, tile, gated=product.gated)
+        x, residual = self(x, residual)
+        return product(x), residual
 
     def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint name of the weight, and where it goes."""

@@ -18,7 +18,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Attention(nn.Module):
-    """Queries, keys and values of a layer: x [T, hidden_size] → [T, hidden_size]."""
+    """Queries, keys and values of a layer, behind its norm: x and residual stream [T, hidden_size] → the same."""
 
     def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -44,15 +44,17 @@ class Attention(nn.Module):
         )
         self.o_proj = Linear(q_size, config.hidden_size, bias=config.o_bias, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        heads = self.qkv_proj(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+    def forward(
+        self, norm: RMSNorm, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        qkv, residual = norm.into(self.qkv_proj, x, residual)
+        heads = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         q, k = queries_and_keys(heads, self.num_heads, cos, sin, self.qk_norm)
-        out: Tensor = self.o_proj(attend(self.layer, q, k, heads[:, -self.num_kv_heads :]).flatten(1))
-        return out
+        return self.o_proj(attend(self.layer, q, k, heads[:, -self.num_kv_heads :]).flatten(1)), residual
 
 
 class MLP(nn.Module):
-    """Down(silu(gate(x)) · up(x)): x [T, hidden_size] → [T, hidden_size]."""
+    """Down(silu(gate(x)) · up(x)), behind its norm: x and residual stream [T, hidden_size] → the same."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -68,9 +70,9 @@ class MLP(nn.Module):
             config.intermediate_size, config.hidden_size, bias=config.mlp_bias, dtype=dtype, device=device
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self.gate_up_proj(x))
-        return out
+    def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        inner, residual = norm.into(self.gate_up_proj, x, residual)
+        return self.down_proj(inner), residual
 
 
 class DecoderLayer(nn.Module):
@@ -86,10 +88,9 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor]:
-        x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, cos, sin, attend)
-        x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+        x, residual = self.self_attn(self.input_layernorm, x, residual, cos, sin, attend)
+        x, residual = self.mlp(self.post_attention_layernorm, x, residual)
+        return x, residual
 
 
 class Decoder(nn.Module):

@@ -1,0 +1,517 @@
+"""Perplexity and KL divergence of KV formats, by the protocols that published figures come from."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kvtool.config import Bits, KVOptions
+from kvtool.errors import ConfigError
+from kvtool.kv.format import KVFormat
+from kvtool.kv.layout import KVLayout
+from kvtool.models.resolve import EMBEDDED
+from kvtool.models.weights import STORED_DTYPES
+from kvtool.runner import kv_spec
+from kvtool.scoring import SIXTEEN_BITS, ScoringModel, Window
+from kvtool.tokenizer import Tokenizer
+
+SAMPLE = EMBEDDED["tiny"] / "sample.txt"  # the opening of Treasure Island, which tiny never saw
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a protocol makes of a text.
+
+    Attributes:
+        windows: what the model reads and which of it is scored.
+        weights: how much each window's mean counts for a scored token of it; 1 but where a protocol counts otherwise.
+        window: tokens of a whole one.
+        stride: tokens from one to the next, where they overlap.
+        num_words, num_bytes: of the original text, where every token of it is scored.
+    """
+
+    windows: Sequence[Window]
+    weights: Sequence[float]
+    window: int
+    stride: int | None = None
+    num_words: int | None = None
+    num_bytes: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are scored."""
+        return sum(len(window.targets) for window in self.windows)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A way to cut a text into windows.
+
+    Attributes:
+        window: tokens of one, unless asked otherwise or the model's context is shorter.
+        stride: tokens from one window to the next; None where that is not asked for.
+        cut: (documents, tokenizer, window, stride) to a task.
+    """
+
+    window: int
+    stride: int | None
+    cut: Callable[[Sequence[str], Tokenizer, int, int], Task]
+
+
+def llamacpp(documents: Sequence[str], tokenizer: Tokenizer, window: int, stride: int) -> Task:
+    """llama.cpp's `llama-perplexity`: separate windows of n_ctx tokens, of which the second half is scored.
+
+    Where the model's tokenizer begins a text with BOS, BOS replaces the first token of each window. A rest is dropped.
+    """
+    ids = tokenizer.encode("\n\n".join(documents))
+    bos = tokenizer.bos_token_id
+    begin = [bos] if bos is not None and tokenizer.encode("")[:1] == [bos] else []
+    starts = range(0, len(ids) - window + 1, window)
+    windows = [Window([*begin, *ids[start + len(begin) : start + window]], window // 2 + 1) for start in starts]
+    return _unweighted(windows, len(ids), window)
+
+
+def gptq(documents: Sequence[str], tokenizer: Tokenizer, window: int, stride: int) -> Task:
+    """GPTQ's evaluation (Frantar et al. 2023): separate windows, all but their first tokens scored; a rest is dropped.
+
+    The mean of the windows' means, which here is the mean over tokens.
+    """
+    ids = tokenizer.encode("\n\n".join(documents))
+    windows = [Window(ids[start : start + window]) for start in range(0, len(ids) - window + 1, window)]
+    return _unweighted(windows, len(ids), window)
+
+
+def hf_stride(documents: Sequence[str], tokenizer: Tokenizer, window: int, stride: int) -> Task:
+    """Hugging Face's guide "Perplexity of fixed-length models": windows that overlap, each scored where it is new.
+
+    As written there: a window's mean counts for one token less than it is new to, also where all of these are scored.
+    """
+    ids = tokenizer.encode("\n\n".join(documents))
+    windows, weights = [], []
+    end = 0
+    for start in range(0, len(ids), stride):
+        before, end = end, min(start + window, len(ids))
+        num_scored = min(end - before, end - start - 1)
+        if num_scored:
+            windows.append(Window(ids[start:end], end - start - num_scored))
+            weights.append((end - before - 1) / num_scored)
+        if end == len(ids):
+            break
+    if not sum(weights):
+        raise _too_short(len(ids), 2)
+    return Task(windows, weights, window, stride)
+
+
+def lm_eval(documents: Sequence[str], tokenizer: Tokenizer, window: int, stride: int) -> Task:
+    """lm-evaluation-harness's rolling log-likelihood: every token of each document is scored once.
+
+    The first window of a document begins with BOS (the end-of-text token where there is none), the others with the last
+    token before them, the last one with as many as make it full.
+    """
+    prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if prefix is None:
+        raise ConfigError("--protocol lm-eval: the tokenizer has no BOS or end-of-text token; choose another protocol")
+    encoded = [(text, [prefix, *tokenizer.encode(text, add_special_tokens=False)]) for text in documents]
+    scored = [(text, ids) for text, ids in encoded if len(ids) > 1]
+    windows = []
+    for _, ids in scored:
+        for first in range(1, len(ids), window):
+            end = min(first + window, len(ids))
+            start = max(0, end - window - 1)
+            windows.append(Window(ids[start:end], first - start))
+    if not windows:
+        raise _too_short(0, 1)
+    num_words = sum(len(re.split(r"\s+", text)) for text, _ in scored)
+    num_bytes = sum(len(text.encode()) for text, _ in scored)
+    return Task(windows, [1.0] * len(windows), window, num_words=num_words, num_bytes=num_bytes)
+
+
+PROTOCOLS = {
+    "llamacpp": Protocol(512, None, llamacpp),
+    "hf-stride": Protocol(2048, 512, hf_stride),
+    "gptq": Protocol(2048, None, gptq),
+    "lm-eval": Protocol(2048, None, lm_eval),
+}
+
+
+def make_task(
+    protocol: str,
+    documents: Sequence[str],
+    tokenizer: Tokenizer,
+    context: int,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+) -> Task:
+    """Cut `documents` as `protocol` does.
+
+    Args:
+        protocol: a key of PROTOCOLS.
+        context: tokens that the model can read.
+        max_tokens: read no more of the text than these.
+
+    Raises:
+        ConfigError: an unknown protocol, a window or stride that it cannot take, or a text too short for one window.
+    """
+    if protocol not in PROTOCOLS:
+        raise ConfigError(f"--protocol {protocol}: must be one of {', '.join(PROTOCOLS)}")
+    chosen = PROTOCOLS[protocol]
+    size = min(chosen.window, context) if window is None else window
+    if size > context:
+        raise ConfigError(f"--window {size}: the model's context is {context} tokens")
+    if stride is not None and chosen.stride is None:
+        raise ConfigError(f"--stride is for hf-stride; the windows of {protocol} follow each other")
+    step = min(chosen.stride or size, size) if stride is None else stride
+    if step > size:
+        raise ConfigError(f"--stride {step}: would skip tokens between windows of {size}; make it {size} or less")
+    texts = documents if max_tokens is None else _first_tokens(documents, tokenizer, max_tokens)
+    return chosen.cut(texts, tokenizer, size, step)
+
+
+def read_documents(path: Path, field: str | None = None) -> list[str]:
+    """The texts of a file: the `field` ("text" unless given) of every row of .jsonl and .parquet, else all of it.
+
+    Raises:
+        ConfigError: the file cannot be read, is no such file, or has no such field.
+    """
+    try:
+        if path.suffix == ".jsonl":
+            return _jsonl(path, field or "text")
+        if path.suffix == ".parquet":
+            return _parquet(path, field or "text")
+        if field is not None:
+            raise ConfigError(f"--field {field}: is for .jsonl and .parquet; --data {path} is read as one text")
+        return [path.read_text(encoding="utf-8-sig")]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--data {path}: is no UTF-8 text (byte {error.start}); convert it") from error
+    except OSError as error:
+        raise ConfigError(f"--data {path}: {error.strerror or error}") from error
+
+
+@dataclass(frozen=True)
+class ScoredFormat:
+    """A KV format: the name that it was asked for by, what that means, and the bits of each layer."""
+
+    name: str
+    description: str
+    nbits_key: tuple[Bits, ...]
+    nbits_value: tuple[Bits, ...]
+
+
+@dataclass(frozen=True)
+class FormatScore:
+    """What one KV format does to a model's predictions. The fields, in this order, are a row of the command's JSON.
+
+    Attributes:
+        perplexity: by the protocol; `_error` everywhere: the standard error of the figure before it.
+        tokens: that are scored.
+        kld_mean: Kullback-Leibler divergence from the 16-bit cache's next-token distribution, in nats.
+        top1_agreement: share of places where the likeliest token is the same as at 16 bits.
+        bits_per_element: codes, scales, zeros and padding of a packed element, of a model that is served in 16 bits.
+        bytes_per_token: the same over all layers.
+        tail_bytes: of the newest tokens at full precision, for each running sequence.
+        perplexity_change: relative to 16 bits, its error from differences token by token.
+        kld_median, kld_p90, kld_p99, kld_p999, kld_max: of the distribution of divergences over tokens.
+        word_perplexity, byte_perplexity, bits_per_byte: of the original text, where all of it is scored.
+        seconds: that the scoring took.
+    """
+
+    format: ScoredFormat
+    perplexity: float
+    tokens: int
+    kld_mean: float
+    top1_agreement: float
+    bits_per_element: float
+    bytes_per_token: float
+    tail_bytes: int
+    perplexity_error: float
+    perplexity_change: float
+    perplexity_change_error: float
+    kld_error: float
+    kld_median: float
+    kld_p90: float
+    kld_p99: float
+    kld_p999: float
+    kld_max: float
+    top1_error: float
+    word_perplexity: float | None
+    byte_perplexity: float | None
+    bits_per_byte: float | None
+    seconds: float
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while scoring.
+
+    Attributes:
+        scores: as `score_formats` returns them, of the places that all formats had done by then.
+    """
+
+    def __init__(self, scores: list[FormatScore]) -> None:
+        super().__init__()
+        self.scores = scores
+
+
+def score_formats(
+    model: ScoringModel,
+    task: Task,
+    formats: Mapping[str, KVOptions],
+    *,
+    baseline: Path | None = None,
+    save_baseline: Path | None = None,
+    on_progress: Callable[[float, float], None] = lambda done, total: None,
+) -> list[FormatScore]:
+    """Score `task` under each of `formats`, and compare with 16 bits place by place.
+
+    All formats and the baseline advance together, a few places at a time; of each place a few numbers are kept.
+
+    Args:
+        formats: by name; what it returns is in their order.
+        baseline, save_baseline: a file of the 16-bit model's final hidden states, from which its log-probabilities
+            follow exactly: to read instead of running it, or to write.
+        on_progress: called with the places that are done and all.
+
+    Raises:
+        ConfigError: a format that does not fit the model, or a baseline of another model, text or protocol.
+        UnsupportedError: a format that cannot hold what the model makes of the text.
+        Interrupted: by Ctrl-C, with the figures so far, if there are any.
+    """
+    kv_formats = {name: model.layout(kv).format for name, kv in formats.items()}
+    sources = {name: model.log_probs(task.windows, kv) for name, kv in formats.items() if kv != SIXTEEN_BITS}
+    hidden = read_baseline(baseline, model, task) if baseline else model.hidden_states(task.windows, SIXTEEN_BITS)
+    if save_baseline:
+        hidden = write_baseline(save_baseline, model, task, hidden)
+    reference = (
+        piece for window, rows in zip(task.windows, hidden, strict=True) for piece in model.log_probs_of(window, rows)
+    )
+    exact, tallies = _Tally(task.num_tokens), {name: _Tally(task.num_tokens) for name in sources}
+
+    def scores(num_tokens: int) -> list[FormatScore]:
+        return [
+            _score(name, kv_formats[name], model, task, tallies.get(name, exact), exact, num_tokens) for name in formats
+        ]
+
+    try:
+        while (expected := exact.take(reference)) is not None:
+            for name, source in sources.items():
+                tallies[name].take(source, expected)
+            on_progress(exact.num_tokens, task.num_tokens)
+    except KeyboardInterrupt as interrupt:
+        done = min(tally.num_tokens for tally in (exact, *tallies.values()))
+        raise (Interrupted(scores(done)) if done else interrupt) from None
+    return scores(task.num_tokens)
+
+
+class _Tally:
+    """What is kept of each scored place, [num_tokens] float64 each, allocated once: many small pieces, each above
+    freed rows of log-probabilities, would keep the allocator from using these again.
+
+    Attributes:
+        nll: negative log-likelihood of the token.
+        kld: divergence from what is expected.
+        same_top: 1 where the likeliest token is the expected one.
+        num_tokens: places that are done.
+        seconds: that drawing and comparing took.
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        self.nll, self.kld, self.same_top = torch.empty(3, num_tokens, dtype=torch.float64)
+        self.num_tokens, self.seconds = 0, 0.0
+
+    def take(self, source: Iterator[tuple[Tensor, Tensor]], expected: Tensor | None = None) -> Tensor | None:
+        """Draw the next rows of log-probabilities and compare them with `expected` ones; None where there are none."""
+        began = time.perf_counter()
+        piece = next(source, None)
+        if piece is None:
+            return None
+        found, ids = piece
+        expected = found if expected is None else expected
+        new = slice(self.num_tokens, self.num_tokens + len(ids))
+        self.nll[new] = -found.gather(1, ids[:, None])[:, 0]
+        self.kld[new] = (expected.exp() * (expected - found)).sum(-1)
+        self.same_top[new] = expected.argmax(-1) == found.argmax(-1)
+        self.num_tokens = new.stop
+        self.seconds += time.perf_counter() - began  # copying has waited for what a GPU computes
+        return found
+
+
+def _score(
+    name: str, fmt: KVFormat, model: ScoringModel, task: Task, tally: _Tally, exact: _Tally, num_tokens: int
+) -> FormatScore:
+    """The figures of the first `num_tokens` places."""
+    nll, exact_nll, kld, same_top = (x[:num_tokens] for x in (tally.nll, exact.nll, tally.kld, tally.same_top))
+    counts = torch.tensor([len(window.targets) for window in task.windows])
+    weights = torch.tensor(task.weights, dtype=torch.float64).repeat_interleave(counts)[:num_tokens]
+    perplexity = _exp((weights * nll).sum() / weights.sum())
+    ratio = _exp((weights * (nll - exact_nll)).sum() / weights.sum())
+    median, p90, p99, p999 = np.quantile(kld.numpy(), (0.5, 0.9, 0.99, 0.999)).tolist()
+    num_words, num_bytes = (task.num_words, task.num_bytes) if num_tokens == task.num_tokens else (None, None)
+    layout = KVLayout(kv_spec(model.model_config, torch.bfloat16), fmt)
+    return FormatScore(
+        format=ScoredFormat(
+            name,
+            fmt.describe(),
+            tuple(layer.key.bits for layer in fmt.layers),
+            tuple(layer.value.bits for layer in fmt.layers),
+        ),
+        perplexity=perplexity,
+        tokens=num_tokens,
+        kld_mean=kld.mean().item(),
+        top1_agreement=same_top.mean().item(),
+        bits_per_element=layout.bits_per_element,
+        bytes_per_token=layout.block_bytes / fmt.block_size,
+        tail_bytes=layout.tail_bytes,
+        perplexity_error=perplexity * _error(nll),
+        perplexity_change=ratio - 1,
+        perplexity_change_error=ratio * _error(nll - exact_nll),
+        kld_error=_error(kld),
+        kld_median=median,
+        kld_p90=p90,
+        kld_p99=p99,
+        kld_p999=p999,
+        kld_max=kld.max().item(),
+        top1_error=_error(same_top),
+        word_perplexity=_exp(nll.sum() / num_words) if num_words else None,
+        byte_perplexity=_exp(nll.sum() / num_bytes) if num_bytes else None,
+        bits_per_byte=nll.sum().item() / num_bytes / math.log(2) if num_bytes else None,
+        seconds=tally.seconds,
+    )
+
+
+def _exp(x: Tensor) -> float:
+    return x.exp().item()  # infinity where `math.exp` raises
+
+
+def _error(values: Tensor) -> float:
+    """Standard error of the mean of `values`."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def write_baseline(path: Path, model: ScoringModel, task: Task, hidden: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Hand on final hidden states, and write them to a safetensors file on their way; whole or not at all."""
+    shape = [task.num_tokens, model.model_config.hidden_size]
+    tensor = {
+        "dtype": {dtype: name for name, dtype in STORED_DTYPES.items()}[model.dtype],
+        "shape": shape,
+        "data_offsets": [0, math.prod(shape) * model.dtype.itemsize],
+    }
+    header = json.dumps({"__metadata__": _identity(model, task), "hidden_states": tensor}).encode()
+    header += b" " * (-len(header) % 8)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for rows in hidden:
+                file.write(rows.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+                yield rows
+        part.replace(path)
+    except OSError as error:
+        raise ConfigError(f"--save-baseline {path}: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_baseline(path: Path, model: ScoringModel, task: Task) -> Iterator[Tensor]:
+    """What `write_baseline` has written, window by window.
+
+    Raises:
+        ConfigError: no such file, or one of another model, dtype or task.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            found, tensor = file.metadata() or {}, file.get_slice("hidden_states")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"--baseline {path}: no file of --save-baseline ({error})") from error
+    for name, value in _identity(model, task).items():
+        if found.get(name) != value:
+            raise ConfigError(f"--baseline {path}: made with another {name}; make one with --save-baseline")
+    counts = [len(window.targets) for window in task.windows]
+    ends = list(accumulate(counts))
+    return (tensor[end - count : end].to(model.device) for count, end in zip(counts, ends, strict=True))
+
+
+def _identity(model: ScoringModel, task: Task) -> dict[str, str]:
+    """What final hidden states depend on, under the words that say so when it differs."""
+    windows = hashlib.sha256()
+    for window in task.windows:
+        windows.update(array("q", [len(window.token_ids), window.first, *window.token_ids]).tobytes())
+    return {
+        "model or dtype": f"{model.dtype_name} {model.fingerprint()}",
+        "text, protocol or window": windows.hexdigest(),
+    }
+
+
+def _unweighted(windows: list[Window], num_tokens: int, window: int) -> Task:
+    if not windows:
+        raise _too_short(num_tokens, window)
+    return Task(windows, [1.0] * len(windows), window)
+
+
+def _too_short(num_tokens: int, needed: int) -> ConfigError:
+    return ConfigError(
+        f"--data: {num_tokens} tokens are too short for one window of {needed}; give more text or --window less"
+    )
+
+
+def _first_tokens(documents: Sequence[str], tokenizer: Tokenizer, max_tokens: int) -> list[str]:
+    """`documents` up to where `max_tokens` tokens end."""
+    kept: list[str] = []
+    for text in documents:
+        encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+        if len(encoding) >= max_tokens:
+            return [*kept, text[: encoding.offsets[max_tokens - 1][1]]]
+        kept.append(text)
+        max_tokens -= len(encoding)
+    return kept
+
+
+def _jsonl(path: Path, field: str) -> list[str]:
+    texts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"--data {path}: line {number} is no JSON") from error
+        texts.append(_text_of(row if isinstance(row, dict) else {}, field, f"--data {path}: line {number}"))
+    return texts
+
+
+def _parquet(path: Path, field: str) -> list[str]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--data {path}: parquet needs pyarrow; run pip install 'kvtool[parquet]'") from error
+    try:
+        names = parquet.read_schema(path).names
+        rows = parquet.read_table(path, columns=[field]).to_pylist() if field in names else [dict.fromkeys(names)]
+    except pyarrow.ArrowException as error:
+        raise ConfigError(f"--data {path}: is no parquet file ({error})") from error
+    return [_text_of(row, field, f"--data {path}: row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _text_of(row: Mapping[str, Any], field: str, where: str) -> str:
+    if field not in row:
+        raise ConfigError(
+            f"{where} has no field {field!r}, but {', '.join(map(repr, row)) or 'none'}; choose by --field"
+        )
+    text = row[field]
+    if not isinstance(text, str):
+        raise ConfigError(f"{where}: {field!r} is no text; choose another by --field")
+    return text
