@@ -256,6 +256,7 @@ POINTERS = {"memory": "*u8", "faults": "*i32"} | dict.fromkeys(
     ("owners", "rows", "blocks", "positions", "tail_slots", "block_table", "starts"), "*i64")
 
 def resources(kernel, element, constants, num_warps):
+    constants |= {"CHAINED": False} if "CHAINED" in kernel.arg_names else {}
     signature = {
         name: "constexpr" if name in constants else f"*{element}" if name in ELEMENTS else POINTERS.get(name, "i32")
         for name in kernel.arg_names

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.decode import HEAD_DIMS, PackedStream, _capability, _next_power_of_2, _num_sms, _or
+from kvtool.kernels.decode import HEAD_DIMS, PackedStream, _next_power_of_2, _num_sms, _or
+from kvtool.kernels.launch import capability
 
 WORKSPACE = 128 << 20  # bytes of decoded blocks at a time, or those of one KV head where they alone are more
 
@@ -180,7 +181,7 @@ def _choose(
     tiles: Callable[[int], Tensor], device: torch.device, head_dim: int, group_heads: int, kv_heads: int
 ) -> tuple[Tile, Tensor]:
     """The tile for these spans, and the spans cut into it."""
-    large, small = TILES[_capability(device), triton.next_power_of_2(head_dim)]
+    large, small = TILES[capability(device), triton.next_power_of_2(head_dim)]
     cut = tiles(large.rows // group_heads)
     if len(cut) * kv_heads >= _num_sms(device) or large == small:
         return large, cut
