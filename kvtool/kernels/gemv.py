@@ -107,8 +107,7 @@ def norm_gemv(
 def gemv(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, *, gated: bool = False) -> Tensor:
     """x Wᵀ + b in the dtype of x, summed in fp32.
 
-    The matrix may be read before earlier kernels of the stream end, the last but one and older excepted: it must not be
-    what the kernel just before this one has written.
+    On sm_90 the matrix is read while earlier kernels of the stream still run: none of them may be writing it.
 
     Args:
         x: [T, K], T at most `MAX_ROWS`, of 16 bits.
