@@ -512,6 +512,6 @@ def _text_of(row: Mapping[str, Any], field: str, where: str) -> str:
             f"{where} has no field {field!r}, but {', '.join(map(repr, row)) or 'none'}; choose by --field"
         )
     text = row[field]
-    if not isinstance(text, str):
+    if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):  # lone surrogates, which JSON can spell
         raise ConfigError(f"{where}: {field!r} is no text; choose another by --field")
     return text
