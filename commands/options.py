@@ -149,9 +149,18 @@ def engine_config(
             "--kv-cache-memory",
             parser=memory_size,
             metavar="SIZE",
-            help="Memory of the cache, say 6GiB (default: 1GiB on CPU, what is free on a GPU).",
+            help="Memory of the cache, say 6GiB (default: 1GiB on CPU, what is left on a GPU).",
         ),
     ] = EngineConfig.kv_cache_memory,
+    gpu_memory_utilization: Annotated[
+        float,
+        kv_option(
+            "--gpu-memory-utilization",
+            min=0.01,
+            max=1.0,
+            help="Share of the GPU that weights, workspace and cache may take.",
+        ),
+    ] = EngineConfig.gpu_memory_utilization,
     max_num_seqs: Annotated[
         int, engine_option("--max-num-seqs", min=1, max=2**16, help="Sequences that run at once.")
     ] = EngineConfig.max_num_seqs,
@@ -182,6 +191,14 @@ def engine_config(
     cuda_graph: Annotated[
         bool, engine_option("--cuda-graph/--no-cuda-graph", help="On a GPU, launch decode steps whole.")
     ] = EngineConfig.cuda_graph,
+    run_ahead: Annotated[
+        bool | None,
+        engine_option(
+            "--run-ahead/--no-run-ahead",
+            help="Launch a step while the last one computes (default: on a GPU).",
+            show_default=False,
+        ),
+    ] = EngineConfig.run_ahead,
     seed: Annotated[
         int, engine_option("--seed", min=0, max=2**63 - 1, help="Of dummy weights, and of requests that name no seed.")
     ] = EngineConfig.seed,
@@ -209,10 +226,12 @@ def engine_config(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_memory=kv_cache_memory,
+        gpu_memory_utilization=gpu_memory_utilization,
         swap_space=EngineConfig.swap_space if swap_space is None else swap_space,
         prefix_caching=prefix_caching,
         attention_backend=attention_backend,
         cuda_graph=cuda_graph,
+        run_ahead=run_ahead,
         kv=kv,
     )
 

@@ -48,11 +48,13 @@ class EngineConfig:
         max_model_len: tokens of prompt and answer together; None: the model's context.
         max_num_seqs: sequences that run at once; each owns a tail slot.
         max_num_batched_tokens: tokens computed in one step; longer prompts are cut into chunks.
-        kv_cache_memory: bytes of KV cache, blocks and tails together; None: 1 GiB on CPU, what is free on a GPU.
+        kv_cache_memory: bytes of KV cache, blocks and tails together; None: 1 GiB on CPU, what is left on a GPU.
+        gpu_memory_utilization: share of the whole GPU that weights, workspace and cache may take.
         swap_space: bytes of host memory for sequences that must make room.
         prefix_caching: prompts share the packed blocks of their common beginnings.
         attention_backend: "auto" or a name from `kvtool.attention.BACKENDS`.
         cuda_graph: on a GPU, launch decode steps whole.
+        run_ahead: launch a step while the last one computes, its tokens unknown to the host; None: on a GPU.
     """
 
     model: str = "tiny"
@@ -64,10 +66,12 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     kv_cache_memory: int | None = None
+    gpu_memory_utilization: float = 0.9
     swap_space: int = 4 << 30
     prefix_caching: bool = True
     attention_backend: str = "auto"
     cuda_graph: bool = True
+    run_ahead: bool | None = None
     kv: KVOptions = field(default_factory=KVOptions)
 
 

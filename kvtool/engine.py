@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from threading import Lock
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,7 +18,7 @@ from kvtool.config import EngineConfig
 from kvtool.errors import KVToolError, RequestError, UnsupportedError
 from kvtool.grammar import GrammarCompiler, Matcher
 from kvtool.request import EngineInfo, EngineStats, FinishReason, Request, SamplingParams, ScheduledBatch, Tokens
-from kvtool.runner import Runner
+from kvtool.runner import Handle, Runner
 from kvtool.scheduler import Scheduler
 from kvtool.tokenizer import Detokenizer, Tokenizer
 
@@ -33,6 +34,14 @@ class Completion:
     token_ids: list[int]
     text: str | None
     finish_reason: FinishReason
+
+
+class Launched(NamedTuple):
+    """A step under way: what came of its launch, and requests whose grammar has failed."""
+
+    batch: ScheduledBatch
+    outcome: Handle | UnsupportedError
+    faults: dict[str, str]
 
 
 class Engine:
@@ -62,6 +71,8 @@ class Engine:
             tail_units=store.layout.tail_units,
             cache_identity=_cache_identity(self.runner) if config.prefix_caching else None,
         )
+        self._runs_ahead = self.runner.device.type == "cuda" if config.run_ahead is None else config.run_ahead
+        self._under_way: deque[Launched] = deque()
         self._seeds = random.Random(config.seed)
         self._grammars: GrammarCompiler | None = None
         self._preparing = Lock()
@@ -132,21 +143,48 @@ class Engine:
         return self.scheduler.stats()
 
     def step(self) -> list[Tokens]:
-        """Run the model once over what the scheduler chooses; returns the new tokens.
+        """Take in a step of the model over what the scheduler chooses, its successor being under way; the new tokens.
 
-        Where the cache's format cannot hold what the model makes of them, all requests of the step end with that error.
-        For requests of `submit`; `generate` and `stream` step by themselves.
+        Where the cache's format cannot hold what the model makes of them, the request whose fault it is ends with that
+        error. For requests of `submit`; `generate` and `stream` step by themselves.
         """
         assert self.has_work, "a step needs requests: submit one first"
+        if not self._under_way or self._can_run_ahead():
+            launched = self._launch()
+            if launched and len(self._under_way) == 1 and self._can_run_ahead():
+                return []
+        return self._collect()
+
+    def _can_run_ahead(self) -> bool:
+        """The next step can be launched before this one's tokens are known; a grammar must see them first."""
+        return self._runs_ahead and not self._matchers
+
+    def _launch(self) -> bool:
+        """Start a step, if the scheduler has one."""
         batch, now = self.scheduler.schedule(), time.perf_counter()
+        if not batch.spans:
+            return False
         for request_id in [span.id for span in batch.spans if span.id in self._submitted]:
             self._queued[request_id] = now - self._submitted.pop(request_id)
         faults: dict[str, str] = {}
         allowed = self._allowed(batch, faults)
         try:
-            news = self.scheduler.update(batch, self.runner.collect(self.runner.launch(batch, allowed)))
+            outcome: Handle | UnsupportedError = self.runner.launch(batch, allowed)
         except UnsupportedError as error:
-            news = self.scheduler.fail(batch, str(error))
+            outcome = error
+        self._under_way.append(Launched(batch, outcome, faults))
+        return True
+
+    def _collect(self) -> list[Tokens]:
+        """Wait for the oldest step under way and take in what it yielded."""
+        batch, outcome, faults = self._under_way.popleft()
+        try:
+            if isinstance(outcome, UnsupportedError):
+                raise outcome
+            news = self.scheduler.update(batch, self.runner.collect(outcome))
+        except UnsupportedError as error:
+            self._under_way.clear()
+            news = self.scheduler.fail(str(error))
         return [self._follow(self._with_queue_time(tokens), faults) for tokens in news]
 
     def _with_queue_time(self, tokens: Tokens) -> Tokens:

@@ -172,7 +172,7 @@ class ScheduledSpan(msgspec.Struct, frozen=True, kw_only=True):
         slot: the sequence's tail slot, and its row in the runner's memory of newest tokens.
         token_ids: the tokens at these positions; empty for a decode, whose one token is what was sampled last for
             `slot`.
-        blocks: the sequence's blocks, enough for `end` tokens.
+        blocks: the sequence's blocks, enough for `end` tokens; the scheduler adds to them when it makes the next step.
         targets: tokens behind each of the first positions, whose log-probabilities are asked for.
         num_top: how many of the most likely tokens go with them.
     """
@@ -201,7 +201,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
         position: at which the token will stand.
         params, seed: how it is chosen.
         num_generated: tokens of the answer so far.
-        prompt, answer: the tokens so far, if `params` look back.
+        history: the tokens so far, prompt and answer, where `params` look back and nothing was yet sampled in this slot
+            for this sequence; the runner counts later ones itself.
     """
 
     id: str
@@ -211,8 +212,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
     seed: int
     num_generated: int
-    prompt: list[int] = []
-    answer: list[int] = []
+    history: list[int] = []
 
 
 class Memory(msgspec.Struct, frozen=True):

@@ -10,25 +10,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvtool.attention import PagedAttention
+from kvtool.attention import PagedAttention, block_size
 from kvtool.attention.layer import AttentionLayer
 from kvtool.config import EngineConfig
-from kvtool.cuda_graph import DecodeGraphs, as_kv_span
+from kvtool.cuda_graph import SIZES, DecodeGraphs, as_kv_span
 from kvtool.errors import CapacityError, ConfigError
-from kvtool.kv.batch import KVBatch
+from kvtool.kv.batch import KVBatch, on_device
 from kvtool.kv.codecs import check_fits
-from kvtool.kv.format import resolve
+from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
-from kvtool.kv.store import KVStore
 from kvtool.kv.swap import SwapSpace
+from kvtool.memory import DeviceMemory, allocate, cache_memory, capacity, check_context, size
 from kvtool.models import load_config, load_model, resolve_model
 from kvtool.models.config import ModelConfig
-from kvtool.request import ScheduledBatch, StepResult, TokenLogprobs
-from kvtool.sampler import is_greedy, sample, token_logprobs
+from kvtool.request import Sample, SamplingParams, ScheduledBatch, ScheduledSpan, StepResult, TokenLogprobs
+from kvtool.sampler import Sampler, is_greedy, token_logprobs
 
 SCORED_ROWS = 128  # of logits at a time
-CPU_KV_CACHE_MEMORY = 1 << 30
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
 
@@ -43,6 +42,9 @@ class Scores:
     def __len__(self) -> int:
         return len(self.logprobs)
 
+    def to_host(self) -> "Scores":
+        return Scores(_to_host(self.logprobs), _to_host(self.top_ids), _to_host(self.top_logprobs))
+
     def rows(self, num_top: Sequence[int]) -> list[TokenLogprobs]:
         """As many of the most likely ones as each row asks for."""
         columns = (self.logprobs.tolist(), self.top_ids.tolist(), self.top_logprobs.tolist())
@@ -54,20 +56,19 @@ class Scores:
 
 @dataclass(frozen=True)
 class Handle:
-    """A step under way; its tensors may still be computing on the device.
+    """A step under way. Its tensors are on the host, and good once `ready` has happened (None: at once).
 
     Attributes:
-        token_ids: [len(batch.samples)].
-        fault: [1], whether the store met what its format cannot hold.
+        outcome: [len(batch.samples) + 1] int64, ids, and whether the store met what its format cannot hold.
         scores: of those samples that ask for them.
         prompt_scores: of all spans' targets, in pieces that follow each other.
     """
 
     batch: ScheduledBatch
-    token_ids: Tensor
-    fault: Tensor
+    outcome: Tensor
     scores: Scores | None
     prompt_scores: list[Scores]
+    ready: torch.cuda.Event | None
 
 
 class Runner:
@@ -79,6 +80,7 @@ class Runner:
         max_model_len: tokens of prompt and answer together, as asked for or as model and cache allow.
         store: the KV cache, sized from the configuration.
         swap_space: for sequences that must make room.
+        memory: what a GPU holds beside the store.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -86,8 +88,9 @@ class Runner:
         self.path = resolve_model(config.model)
         self.model_config = load_config(self.path)
         self.dtype = choose_dtype(config, self.model_config, self.device)
+        check_context(config, self.model_config)
         spec = kv_spec(self.model_config, self.dtype)
-        layout = KVLayout(spec, resolve(config.kv, spec))
+        layout = KVLayout(spec, resolve(config.kv, spec, block_size(config.attention_backend)))
         with torch.inference_mode():
             self.model = load_model(
                 self.path,
@@ -98,13 +101,16 @@ class Runner:
                 seed=config.seed,
                 max_model_len=config.max_model_len,
             )
-            memory = _kv_cache_memory(config, self.device)
-            num_blocks, self.max_model_len = _capacity(config, self.model_config, layout, memory)
-            self.store = allocate(layout, num_blocks, config.max_num_seqs, self.dtype, self.device)
+            self.max_model_len = config.max_model_len or self.model_config.max_position
+            self.newest = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.device)
+            self.sampler = Sampler(self.newest, self.model_config.eos_token_ids)
+            self.memory = self._measure(config, layout) if self.device.type == "cuda" else None
+            memory = cache_memory(config, layout, self.memory)
+            num_blocks, self.max_model_len = capacity(config, self.model_config, layout, memory)
+            self._hold(layout, num_blocks, config)
             self.swap_space = SwapSpace(self.store, config.swap_space // layout.block_bytes)
-            self.newest = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device)
-        self.attention = PagedAttention(self.store, attention_layers(self.model_config), config.attention_backend)
-        self.graphs = self._capture() if config.cuda_graph and self.attention.is_capturable else None
+            if self.graphs:
+                self.graphs.capture(SIZES)
 
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None = None) -> Handle:
@@ -118,21 +124,25 @@ class Runner:
             UnsupportedError: the cache's format cannot hold what the model makes of these tokens.
         """
         self._move(batch)
-        if self.graphs and self.graphs.holds(batch.spans):
-            kv_batch, logits, greedy = self.graphs.launch(batch.spans)
+        if self.graphs and self.graphs.holds(batch):
+            kv_batch, logits, greedy = self.graphs.launch(batch)
             self.store.seal(kv_batch)
             return self._sample(batch, logits, greedy, allowed, [])
         kv_batch = KVBatch.build(self.store.format, list(map(as_kv_span, batch.spans)), self.device)
-        hidden = self.model(self._input_ids(batch, kv_batch), kv_batch.positions, partial(self._attend, kv_batch))
+        known = [token for span in batch.spans for token in span.token_ids]
+        ends = list(accumulate(span.length for span in batch.spans))
+        rows = [ends[sample.span] - 1 for sample in batch.samples]
+        sent = on_device({"known": np.array(known, np.int64), "rows": np.array(rows, np.int64)}, self.device)
+        sampled = self.newest[kv_batch.tail_slots[: sum(not span.token_ids for span in batch.spans)]]
+        ids = torch.cat([sampled, sent["known"]])
+        hidden = self.model(ids, kv_batch.positions, partial(self._attend, kv_batch))
         self.store.seal(kv_batch)
         for fork in batch.forks:
             self.store.fork(fork.source_block, fork.source_slot, fork.block, fork.slot)
         if self.graphs:
             self.graphs.forget([*(span.slot for span in batch.spans), *(fork.slot for fork in batch.forks)])
         prompt_scores = self._score_prompts(batch, hidden)
-        ends = list(accumulate(span.length for span in batch.spans))
-        rows = [ends[sample.span] - 1 for sample in batch.samples]
-        logits = self.model.logits(hidden if rows == list(range(len(hidden))) else hidden[rows])
+        logits = self.model.logits(hidden if rows == list(range(len(hidden))) else hidden[sent["rows"]])
         return self._sample(batch, logits, None, allowed, prompt_scores)
 
     def _sample(
@@ -145,15 +155,19 @@ class Runner:
     ) -> Handle:
         """Choose the tokens of a step; `greedy` are the likeliest ones, where a graph has found them."""
         fault = self.store.take_fault()
-        if not batch.samples:
-            return Handle(batch, torch.empty(0, dtype=torch.int64), fault, None, prompt_scores)
+        token_ids = fault[:0]
         if greedy is not None and all(is_greedy(sample) for sample in batch.samples):
-            token_ids = greedy.clone()
-        else:
-            mask = None if allowed is None else torch.from_numpy(allowed).to(self.device)
-            token_ids = sample(logits, batch.samples, self.model_config.eos_token_ids, mask)
-            self.newest[[sample.slot for sample in batch.samples]] = token_ids.clamp(min=0)
-        return Handle(batch, token_ids, fault, _score_samples(batch, logits, token_ids), prompt_scores)
+            token_ids = greedy
+        elif batch.samples:
+            token_ids = self.sampler.sample(logits, batch.samples, allowed)
+        scores = _score_samples(batch, logits, token_ids)
+        return Handle(
+            batch,
+            outcome=_to_host(torch.cat([token_ids, fault])),
+            scores=scores and scores.to_host(),
+            prompt_scores=[piece.to_host() for piece in prompt_scores],
+            ready=torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None,
+        )
 
     def collect(self, handle: Handle) -> StepResult:
         """What a launched step yielded.
@@ -161,15 +175,18 @@ class Runner:
         Raises:
             UnsupportedError: the cache's format cannot hold what the model made of these tokens.
         """
+        if handle.ready:
+            handle.ready.synchronize()
         batch = handle.batch
-        check_fits(not handle.fault.item())
+        *token_ids, fault = handle.outcome.tolist()
+        check_fits(not fault)
         num_top = [sample.params.logprobs for sample in batch.samples]
         scores = iter(handle.scores.rows([k for k in num_top if k is not None]) if handle.scores else ())
         logprobs = [None if k is None else next(scores) for k in num_top]
         per_target = (span.num_top for span in batch.spans for _ in span.targets)
         prompt = (row for piece in handle.prompt_scores for row in piece.rows(list(islice(per_target, len(piece)))))
         prompt_logprobs = [list(islice(prompt, len(span.targets))) for span in batch.spans]
-        return StepResult(handle.token_ids.tolist(), logprobs, prompt_logprobs)
+        return StepResult(token_ids, logprobs, prompt_logprobs)
 
     def _move(self, batch: ScheduledBatch) -> None:
         """What must happen to the memory of sequences before the step runs."""
@@ -197,27 +214,71 @@ class Runner:
             for i in range(0, len(rows), SCORED_ROWS)
         ]
 
-    @torch.inference_mode()
-    def _capture(self) -> DecodeGraphs:
-        """Capture decode steps of all sizes."""
+    def _hold(self, layout: KVLayout, num_blocks: int, config: EngineConfig) -> None:
+        """Give the model a store, and what runs on it."""
+        self.store = allocate(layout, num_blocks, config.max_num_seqs, self.dtype, self.device)
+        self.attention = PagedAttention(self.store, attention_layers(self.model_config), config.attention_backend)
+        self.graphs = self._graphs() if config.cuda_graph and self.attention.is_capturable else None
+
+    def _graphs(self) -> DecodeGraphs:
+        """Graphs of decode steps, yet to be captured."""
 
         def step(ids: Tensor, kv_batch: KVBatch) -> Tensor:
             return self.model.logits(self.model(ids, kv_batch.positions, partial(self._attend, kv_batch)))
 
         fmt = self.store.format
-        graphs = DecodeGraphs(step, fmt, self.newest, max(1, fmt.num_blocks(self.max_model_len)))
-        graphs.capture()
-        return graphs
+        return DecodeGraphs(step, fmt, self.newest, max(1, fmt.num_blocks(self.max_model_len)))
 
-    def _input_ids(self, batch: ScheduledBatch, kv_batch: KVBatch) -> Tensor:
-        """Ids of a step's tokens: first the decodes', from what was sampled last, then those that the host knows."""
-        num_decodes = sum(not span.token_ids for span in batch.spans)
-        sampled = self.newest[kv_batch.tail_slots[:num_decodes]]
-        known = [token for span in batch.spans[num_decodes:] for token in span.token_ids]
-        return torch.cat([sampled, torch.tensor(known, device=self.device)]) if known else sampled
+    def _measure(self, config: EngineConfig, layout: KVLayout) -> DeviceMemory:
+        """Run the largest prompt step, draw for all sequences and capture the largest decode step, on a small store.
+
+        Raises:
+            CapacityError: the GPU has too little for that.
+        """
+        _, total = torch.cuda.mem_get_info(self.device)
+        weights = torch.cuda.memory_allocated(self.device)
+        length = min(config.max_num_batched_tokens, self.max_model_len)
+        try:
+            self._hold(layout, layout.format.num_blocks(length) + 1, config)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.collect(self.launch(_largest_batch(layout.format, length, config.max_num_seqs)))
+            if self.graphs:
+                self.graphs.capture(SIZES[-1:])
+            torch.cuda.synchronize(self.device)
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                f"{self.device} has no room for a step of {length} tokens beside {size(weights)} of weights; "
+                "lower --max-num-batched-tokens or --max-num-seqs"
+            ) from error
+        workspace = torch.cuda.max_memory_reserved(self.device) - weights - self.store.nbytes
+        free, _ = torch.cuda.mem_get_info(self.device)
+        others = total - free - torch.cuda.memory_reserved(self.device)
+        del self.store, self.attention, self.graphs
+        torch.cuda.empty_cache()
+        self.newest.zero_()
+        return DeviceMemory(int(total * config.gpu_memory_utilization), others, weights, workspace)
 
     def _attend(self, batch: KVBatch, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self.attention(layer, q, key, value, batch)
+
+
+def _largest_batch(fmt: KVFormat, length: int, num_samples: int) -> ScheduledBatch:
+    """A prompt of `length` tokens, and as many draws as there can be."""
+    blocks = list(range(fmt.num_blocks(length)))
+    span = ScheduledSpan(id="", slot=0, start=0, end=length, token_ids=[0] * length, blocks=blocks)
+    params = SamplingParams(temperature=1, top_p=0.9, repetition_penalty=1.1)
+    samples = [
+        Sample(id="", span=0, slot=slot, position=length, params=params, seed=0, num_generated=0, history=[0])
+        for slot in range(num_samples)
+    ]
+    return ScheduledBatch(spans=[span], samples=samples)
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """`x` on the host; what comes from a GPU is on its way there, behind all that was launched before."""
+    if x.device.type == "cpu":
+        return x
+    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
 
 
 def _score_samples(batch: ScheduledBatch, logits: Tensor, token_ids: Tensor) -> Scores | None:
@@ -259,60 +320,3 @@ def attention_layers(model: ModelConfig) -> list[AttentionLayer]:
         AttentionLayer(model.num_heads, model.num_kv_heads, model.head_dim, model.softmax_scale, window)
         for window in model.sliding_window
     ]
-
-
-def _kv_cache_memory(config: EngineConfig, device: torch.device) -> int:
-    if config.kv_cache_memory is not None:
-        return config.kv_cache_memory
-    if device.type == "cpu":
-        return CPU_KV_CACHE_MEMORY
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free * 0.8)
-
-
-def _capacity(config: EngineConfig, model: ModelConfig, layout: KVLayout, memory: int) -> tuple[int, int]:
-    """Blocks that fit in `memory` beside the tails, and the longest request that may run.
-
-    Raises:
-        CapacityError: not even one request fits.
-        ConfigError: --max-model-len is beyond the model.
-    """
-    longest = config.max_model_len or model.max_position
-    if longest > model.max_position:
-        raise ConfigError(f"--max-model-len {longest}: the model's context is {model.max_position} tokens")
-    fmt, tails = layout.format, config.max_num_seqs * layout.tail_bytes
-    num_blocks = layout.num_blocks_within(memory, config.max_num_seqs)
-    asked = f"--kv-cache-memory {_size(memory)}"
-    if num_blocks < 1:
-        raise CapacityError(
-            f"{asked} is too small: {config.max_num_seqs} tails take {_size(tails)} and a block "
-            f"{_size(layout.block_bytes)}; raise it or lower --max-num-seqs"
-        )
-    held = num_blocks * fmt.block_size + fmt.tail_tokens
-    if config.max_model_len and held < longest:
-        needed = tails + fmt.num_blocks(longest) * layout.block_bytes
-        raise CapacityError(
-            f"{asked} holds {held} tokens, fewer than one request of --max-model-len {longest}; "
-            f"raise it to {_size(needed)} or lower --max-model-len"
-        )
-    return num_blocks, min(longest, held)
-
-
-def allocate(
-    layout: KVLayout, num_blocks: int, num_tail_slots: int, dtype: torch.dtype, device: torch.device
-) -> KVStore:
-    try:
-        return KVStore(layout, num_blocks, num_tail_slots, dtype, device)
-    except RuntimeError as error:  # torch's word for a failed allocation
-        nbytes = num_blocks * layout.block_bytes + num_tail_slots * layout.tail_bytes
-        raise CapacityError(
-            f"{device} has no {_size(nbytes)} for the KV cache; ask for less with --kv-cache-memory"
-        ) from error
-
-
-def _size(nbytes: int) -> str:
-    """`nbytes` as a size that --kv-cache-memory takes, rounded up."""
-    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if nbytes >= 1 << shift:
-            return f"{-(-nbytes * 10 >> shift) / 10:g}{unit}"
-    return str(nbytes)

@@ -1,11 +1,18 @@
 """From logits to token ids, on the device, each row by its own parameters."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from kvtool.kernels import takes
 from kvtool.request import Sample
 
 COLDEST = 1e-5  # a lower temperature is greedy in all but name
@@ -24,91 +31,249 @@ def is_greedy(sample: Sample) -> bool:
     return params.temperature < COLDEST and not adjusted
 
 
-def sample(
-    logits: Tensor, samples: Sequence[Sample], eos_token_ids: Sequence[int] = (), allowed: Tensor | None = None
-) -> Tensor:
-    """One token id for each row of `logits` [N, V], as [N] int64; -1 for a row that is not finite.
+class Row(NamedTuple):
+    """What the device is told of one sample; temperature 0 is greedy. The rest is as in `SamplingParams`."""
 
-    The logits are adjusted first; temperatures below `COLDEST` then take the largest, others draw.
+    slot: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    looks_back: bool
+    uniform: float
+
+    @classmethod
+    def of(cls, sample: Sample) -> "Row":
+        params = sample.params
+        return cls(
+            sample.slot,
+            params.temperature if params.temperature >= COLDEST else 0.0,
+            params.top_k,
+            params.top_p,
+            params.min_p,
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+            params.looks_back,
+            uniform(sample.seed, sample.position),
+        )
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How the tokens of a step are chosen, on the device; all in float64, as one transfer brings them.
+
+    Attributes:
+        rows: [N, len(Row._fields)], a `Row` for each sample.
+        bias_ends: [N + 1], where each row's biases end, after a 0.
+        bias_ids, biases: [E], what is added to the logits of which ids.
+        new_slots: of samples that bring their history.
+        history: [H, 3], slot, id and count of what they have seen.
+    """
+
+    rows: Tensor
+    bias_ends: Tensor
+    bias_ids: Tensor
+    biases: Tensor
+    new_slots: Tensor
+    history: Tensor
+
+    @classmethod
+    def send(cls, samples: Sequence[Sample], device: torch.device) -> "Choices":
+        biases = [sample.params.logit_bias for sample in samples]
+        new = [sample for sample in samples if sample.history]
+        parts: list[list[float]] = [
+            [value for sample in samples for value in Row.of(sample)],
+            list(accumulate(map(len, biases), initial=0)),
+            [token_id for bias in biases for token_id in bias],
+            [value for bias in biases for value in bias.values()],
+            [sample.slot for sample in new],
+            [
+                value
+                for sample in new
+                for token_id, n in _counts(sample).items()
+                for value in (sample.slot, token_id, n)
+            ],
+        ]
+        flat = torch.tensor([value for part in parts for value in part], dtype=torch.float64)
+        if device.type == "cuda":
+            flat = flat.pin_memory().to(device, non_blocking=True)
+        rows, bias_ends, bias_ids, values, new_slots, history = flat.split(list(map(len, parts)))
+        return cls(rows.view(len(samples), -1), bias_ends, bias_ids, values, new_slots, history.view(-1, 3))
+
+    def column(self, name: str) -> Tensor:
+        """[N, 1] of a field of `Row`."""
+        at = Row._fields.index(name)
+        return self.rows[:, at : at + 1]
+
+
+def _counts(sample: Sample) -> Counter[int]:
+    """Twice how often the answer holds each token, and 1 more for those of the prompt."""
+    start = len(sample.history) - sample.num_generated
+    counts = Counter({token_id: 2 * n for token_id, n in Counter(sample.history[start:]).items()})
+    counts.update(set(sample.history[:start]))
+    return counts
+
+
+class Sampler:
+    """Chooses the tokens of a step where the logits are, and waits for none of them.
+
+    What sequences that look back have seen stays on the device, by slot: a sequence brings its history when it is first
+    sampled in its slot, and from then on its own tokens are counted as they are chosen. The memory, 4 bytes for each
+    slot and token of the vocabulary, is taken when the first of them comes.
 
     Args:
-        logits: as the model gives them; left as they are.
-        samples: how each row is chosen from.
+        newest: [slots] int64, where what was chosen last goes.
         eos_token_ids: ids that end an answer, held back by min_tokens.
-        allowed: [N, ceil(V / 32)] int32, bit i % 32 of word i // 32 being set where token i may follow.
+    """
+
+    def __init__(self, newest: Tensor, eos_token_ids: Iterable[int] = ()) -> None:
+        self._newest, self._eos_token_ids = newest, frozenset(eos_token_ids)
+        self._counts: Tensor | None = None  # [slots, V] int32, as `_counts` gives them
+
+    def sample(self, logits: Tensor, samples: Sequence[Sample], allowed: NDArray[np.int32] | None = None) -> Tensor:
+        """One token id for each row of `logits` [N, V], as [N] int64; -1 for a row that is not finite.
+
+        The logits are adjusted first; greedy rows then take the largest, others draw.
+
+        Args:
+            logits: as the model gives them; left as they are.
+            samples: how each row is chosen from; no two of one slot.
+            allowed: [N, ceil(V / 32)], bit i % 32 of word i // 32 being set where token i may follow.
+        """
+        choices, mask, counts = self.prepare(samples, logits, allowed)
+        if takes(logits):
+            from kvtool.kernels import sampling
+
+            c = choices
+            return sampling.choose(logits, c.rows, c.bias_ends, c.bias_ids, c.biases, mask, counts, self._newest)
+        token_ids = choose(logits, choices, mask, counts)
+        slots = choices.column("slot")[:, 0].long()
+        self._newest[slots] = token_ids.clamp(min=0)
+        if counts is not None:
+            counted = (choices.column("looks_back")[:, 0] > 0) & (token_ids >= 0)
+            counts[slots[counted], token_ids[counted]] += 2
+        return token_ids
+
+    def prepare(
+        self, samples: Sequence[Sample], logits: Tensor, allowed: NDArray[np.int32] | None = None
+    ) -> tuple[Choices, Tensor | None, Tensor | None]:
+        """What `choose` needs beside the logits: choices, mask, and counts up to date."""
+        choices = Choices.send(samples, logits.device)
+        counts = self._remember(choices, logits) if any(sample.params.looks_back for sample in samples) else None
+        words = _may_follow(samples, logits.shape[1], self._eos_token_ids, allowed)
+        if words is None:
+            return choices, None, counts
+        mask = torch.from_numpy(words)
+        if logits.is_cuda:
+            mask = mask.pin_memory().to(logits.device, non_blocking=True)
+        return choices, mask, counts
+
+    def _remember(self, choices: Choices, logits: Tensor) -> Tensor:
+        """Counts by slot, with the histories that this step brings."""
+        if self._counts is None:
+            shape = (len(self._newest), logits.shape[1])
+            self._counts = torch.zeros(shape, dtype=torch.int32, device=logits.device)
+        if len(choices.new_slots):
+            slots, ids, counts = choices.history.long().unbind(1)
+            self._counts.index_fill_(0, choices.new_slots.long(), 0)
+            self._counts[slots, ids] = counts.int()
+        return self._counts
+
+
+def _may_follow(
+    samples: Sequence[Sample], vocab_size: int, eos_token_ids: frozenset[int], allowed: NDArray[np.int32] | None
+) -> NDArray[np.int32] | None:
+    """`allowed` less what min_tokens holds back, None where all may follow.
+
+    Where the grammar allows nothing but what min_tokens holds back, the grammar has the last word.
+    """
+    held_back = {
+        row: eos_token_ids.union(sample.params.stop_token_ids)
+        for row, sample in enumerate(samples)
+        if sample.num_generated < sample.params.min_tokens
+    }
+    if not any(held_back.values()):
+        return allowed
+    words = np.full((len(samples), -(-vocab_size // 32)), -1, np.int32) if allowed is None else allowed.copy()
+    ids = np.arange(vocab_size)
+    for row, held in held_back.items():
+        others = words[row].copy()
+        for token_id in held:
+            others.view(np.uint32)[token_id // 32] &= ~np.uint32(1 << token_id % 32)
+        if (others[ids // 32] >> (ids % 32) & 1).any():
+            words[row] = others
+    return words
+
+
+def choose(logits: Tensor, choices: Choices, mask: Tensor | None, counts: Tensor | None) -> Tensor:
+    """What `Sampler.sample` answers, in float64.
+
+    Args:
+        mask: [N, ceil(V / 32)] int32, which tokens may follow; None: all.
+        counts: [slots, V], as `_counts` gives them; None: no row looks back.
     """
     finite = logits.isfinite().all(-1)
-    logits = adjust(logits, samples, eos_token_ids, allowed)
-    token_ids = logits.argmax(-1)
-    if any(s.params.temperature >= COLDEST for s in samples):
-        warm = torch.tensor([s.params.temperature >= COLDEST for s in samples], device=logits.device)
-        token_ids = torch.where(warm, _draw(logits, samples), token_ids)
+    logits = adjust(logits, choices, mask, counts)
+    token_ids, warm = logits.argmax(-1), choices.column("temperature")[:, 0] > 0
+    if warm.any():
+        token_ids = torch.where(warm, _draw(logits, choices), token_ids)
     return torch.where(finite, token_ids, -1)
 
 
-def adjust(
-    logits: Tensor, samples: Sequence[Sample], eos_token_ids: Sequence[int] = (), allowed: Tensor | None = None
-) -> Tensor:
-    """`logits` [N, V] after grammar, min_tokens, logit_bias and penalties, in this order, as in vLLM.
+def adjust(logits: Tensor, choices: Choices, mask: Tensor | None, counts: Tensor | None) -> Tensor:
+    """`logits` [N, V] after grammar and min_tokens, logit_bias and penalties, in this order, as in vLLM.
 
-    Where the grammar allows nothing but what min_tokens holds back, the grammar has the last word. A row that asks for
-    nothing keeps its values; if none asks, the answer is `logits` itself.
+    A row that asks for nothing keeps its values; if none asks, the answer is `logits` itself.
     """
-    if allowed is not None:
+    if mask is not None:
         bits = torch.arange(32, dtype=torch.int32, device=logits.device)
-        may_follow = (allowed[:, :, None] >> bits & 1).flatten(1)[:, : logits.shape[1]] > 0
+        may_follow = (mask[:, :, None] >> bits & 1).flatten(1)[:, : logits.shape[1]] > 0
         logits = logits.masked_fill(~may_follow, -torch.inf)
-    held_back = [
-        {*eos_token_ids, *s.params.stop_token_ids} if s.num_generated < s.params.min_tokens else () for s in samples
-    ]
-    if any(held_back):
-        others = logits.index_put(_at(held_back, logits), logits.new_tensor(-torch.inf))
-        logits = torch.where((others > -torch.inf).any(-1, keepdim=True), others, logits)
-    biases = [s.params.logit_bias for s in samples]
-    if any(biases):
-        values = [value for bias in biases for value in bias.values()]
-        logits = logits.double()
-        logits = logits.index_put(_at(biases, logits), logits.new_tensor(values), accumulate=True)
-    rows = [row for row, s in enumerate(samples) if s.params.looks_back]
-    if rows:
-        penalised = _penalise(logits[rows].double(), [samples[row] for row in rows])
-        logits = logits.double().index_copy(0, torch.tensor(rows, device=logits.device), penalised)
+    if len(choices.biases):
+        ends = choices.bias_ends.long()
+        rows = torch.arange(len(logits), device=logits.device).repeat_interleave(ends.diff())
+        logits = logits.double().index_put((rows, choices.bias_ids.long()), choices.biases, accumulate=True)
+    if counts is not None:
+        penalised = _penalise(logits.double(), choices, counts)
+        logits = torch.where(choices.column("looks_back") > 0, penalised, logits.double())
     return logits
 
 
-def _penalise(logits: Tensor, samples: Sequence[Sample]) -> Tensor:
+def _penalise(logits: Tensor, choices: Choices, counts: Tensor) -> Tensor:
     """Repetition penalty (Keskar et al., 2019) over prompt and answer, presence and frequency over the answer alone."""
-    params = [s.params for s in samples]
-    one = logits.new_ones(())
-    answered = torch.zeros_like(logits).index_put_(_at([s.answer for s in samples], logits), one, accumulate=True)
-    seen = answered.index_put(_at([s.prompt for s in samples], logits), one, accumulate=True) > 0
-    repetition = _column([p.repetition_penalty for p in params], logits)
-    logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
-    presence = _column([p.presence_penalty for p in params], logits)
-    frequency = _column([p.frequency_penalty for p in params], logits)
+    repetition = choices.column("repetition_penalty")
+    presence, frequency = choices.column("presence_penalty"), choices.column("frequency_penalty")
+    seen = counts[choices.column("slot")[:, 0].long()]
+    answered = seen >> 1
+    logits = torch.where(seen > 0, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
     return logits - presence * (answered > 0) - frequency * answered
 
 
-def _draw(logits: Tensor, samples: Sequence[Sample]) -> Tensor:
+def _draw(logits: Tensor, choices: Choices) -> Tensor:
     """One id for each row [N] of adjusted logits [N, V], by inverse transform of the row's own uniform number.
 
-    After the temperature min_p, top_k and top_p, in this order, keep the most likely tokens, always at least one.
+    After the temperature min_p, top_k and top_p, in this order, keep the most likely tokens, always at least one; among
+    equals the first ids. Probabilities are then summed up in order of ids.
     """
-    params = [s.params for s in samples]
-    temperature = _column([max(p.temperature, COLDEST) for p in params], logits)
-    min_p, top_p = _column([p.min_p for p in params], logits), _column([p.top_p for p in params], logits)
-    top_k = _column([p.top_k or logits.shape[-1] for p in params], logits)
-    # Stable: among equals, which is kept must not depend on the batch.
-    probs, ids = (logits.double() / temperature).softmax(-1).sort(stable=True, dim=-1, descending=True)
-    probs[probs < min_p * probs[:, :1]] = 0
-    probs[torch.arange(probs.shape[-1], device=logits.device) >= top_k] = 0
-    before = probs.cumsum(-1) - probs
-    probs[before >= top_p * probs.sum(-1, keepdim=True)] = 0
-    cumulative = probs.cumsum(-1)
-    uniforms = _column([uniform(s.seed, s.position) for s in samples], logits)
-    drawn = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
-    kept = (probs > 0).sum(-1, keepdim=True).clamp_(min=1)
-    return ids.gather(-1, drawn.minimum(kept - 1))[:, 0]
+    temperature, top_k = choices.column("temperature"), choices.column("top_k")
+    min_p, top_p = choices.column("min_p"), choices.column("top_p")
+    kept = (logits.double() / temperature.clamp(min=COLDEST)).softmax(-1)
+    if ((top_k > 0) | (top_p < 1) | (min_p > 0)).any():
+        probs, ids = kept.sort(stable=True, dim=-1, descending=True)
+        probs[probs < min_p * probs[:, :1]] = 0
+        rank = torch.arange(probs.shape[-1], device=logits.device)
+        probs[(rank >= top_k) & (top_k > 0)] = 0
+        before = probs.cumsum(-1) - probs
+        probs[before >= top_p * probs.sum(-1, keepdim=True)] = 0
+        kept = torch.zeros_like(probs).scatter(-1, ids, probs)
+    cumulative = kept.cumsum(-1)
+    drawn = torch.searchsorted(cumulative, choices.column("uniform") * cumulative[:, -1:], right=True)[:, 0]
+    last = kept.shape[-1] - 1 - (kept > 0).flip(-1).int().argmax(-1)
+    return drawn.minimum(last)
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,14 +288,3 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Ten
     top_ids = logits.scatter(-1, greedy, torch.inf).topk(num_top).indices
     chosen = logits.gather(-1, token_ids[:, None]) - normaliser
     return chosen[:, 0], top_ids, logits.gather(-1, top_ids) - normaliser
-
-
-def _at(ids: Sequence[Iterable[int]], logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Where in `logits` the ids of each row are, as an index."""
-    pairs = [(row, token_id) for row, row_ids in enumerate(ids) for token_id in row_ids]
-    rows, columns = torch.tensor(pairs, dtype=torch.int64, device=logits.device).reshape(-1, 2).unbind(1)
-    return rows, columns
-
-
-def _column(values: Sequence[float], logits: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]

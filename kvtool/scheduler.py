@@ -6,6 +6,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from itertools import takewhile
 from math import inf
+from typing import NamedTuple
 
 from kvtool.errors import RequestError
 from kvtool.kv.blocks import BlockPool, SlotPool, block_digest
@@ -40,15 +41,20 @@ class Sequence:
         seed: the request's, or the engine's choice.
         root: digest that stands before its first block's.
         num_known_tokens: how many there were when it was admitted; later ones the runner has sampled itself.
-        num_computed_tokens: how many have, or in the step under way get, their keys and values in the store.
+        num_computed_tokens: how many have, or in the steps under way get, their keys and values in the store.
+        num_pending: tokens that steps under way will yield; they come after `tokens`.
         num_cached_tokens: of the prompt, found in the prefix cache at its first admission; -1 before that.
         blocks: packed blocks it owns or shares, in order of position.
+        num_held_tokens: how many tokens they and the tail have room for.
         num_sealed: how many of them, from the first, are known by their digests.
         digests: of its first complete blocks, as far as they were needed.
         slot: its tail slot and its row in the runner's memory of newest tokens; -1 while it waits.
         units: of the swap space, which hold its computed blocks and its tail while it waits.
         prompt_logprobs: as far as they have been computed.
+        is_counted: the runner knows what it has seen, by its slot, if it looks back.
         alone: until its next token it is computed in steps of its own; one that failed may have been its fault.
+        ended: nothing more is said of it. It keeps its memory until the step under way, which writes there, is done.
+        unfit: what it stored may not be finite.
     """
 
     request: Request
@@ -58,14 +64,19 @@ class Sequence:
     root: bytes
     num_known_tokens: int = 0
     num_computed_tokens: int = 0
+    num_pending: int = 0
     num_cached_tokens: int = -1
     blocks: list[int] = field(default_factory=list)
+    num_held_tokens: int = 0
     num_sealed: int = 0
     digests: list[bytes] = field(default_factory=list)
     slot: int = -1
     units: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    is_counted: bool = False
     alone: bool = False
+    ended: bool = False
+    unfit: bool = False
 
     @property
     def id(self) -> str:
@@ -76,12 +87,29 @@ class Sequence:
         return self.request.params
 
     @property
+    def length(self) -> int:
+        """Tokens, those on their way among them."""
+        return len(self.tokens) + self.num_pending
+
+    @property
     def num_generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
     def is_prefilling(self) -> bool:
-        return self.num_computed_tokens < self.num_known_tokens
+        return self.num_computed_tokens < self.num_known_tokens and not self.ended
+
+    @property
+    def is_decoding(self) -> bool:
+        """It can compute its newest token, which may be on its way, to get one more."""
+        return self.num_known_tokens <= self.num_computed_tokens < self.length < self.max_length and not self.ended
+
+
+class UnderWay(NamedTuple):
+    """A step that has been scheduled and whose outcome is not known: who computes in it, and who takes its samples."""
+
+    computing: list[Sequence]
+    takers: list[Sequence]
 
 
 class Scheduler:
@@ -92,6 +120,9 @@ class Scheduler:
     the pool is short, the youngest running sequence moves to the swap space and waits, first in line; where that is
     full too, it gives its memory up to be computed again. What it will see is the same either way, because visibility
     depends on the position alone. The oldest can always go on: `add` refuses what the empty pool could not hold.
+
+    Steps may be scheduled before the outcome of those before them is known: `update` is called once for each, in their
+    order. Whoever makes room does so only when all is known.
 
     Args:
         fmt: of the KV store.
@@ -123,6 +154,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # like `waiting`, and before it: by arrival
         self.totals: Counter[str] = Counter()  # of EngineStats
+        self._under_way: deque[UnderWay] = deque()
         self._swap_outs: list[Swap] = []
         self._swap_ins: list[Swap] = []
         self._wipes: list[Memory] = []
@@ -130,7 +162,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self._under_way)
 
     def add(self, request: Request, seed: int) -> None:
         """Queue a request.
@@ -166,11 +198,13 @@ class Scheduler:
         self.waiting.append(Sequence(request, list(request.prompt), max_length, seed, self._root(request)))
 
     def schedule(self) -> ScheduledBatch:
-        """The spans of the next step, with memory for each; never empty while there is work."""
+        """The spans of the next step, with memory for each. Without spans: what is under way must be known before."""
+        if self._under_way and not self._can_all_grow():
+            return ScheduledBatch(spans=[], samples=[])
         budget = self.max_num_batched_tokens
-        work: list[tuple[ScheduledSpan, list[Sequence]]] = []  # and who takes a token from each
+        work: list[tuple[ScheduledSpan, Sequence, list[Sequence]]] = []  # and who takes a token from each
         suspect = self._suspect()
-        for sequence in [s for s in self.running if not s.is_prefilling and suspect is None]:
+        for sequence in [s for s in self.running if s.is_decoding and suspect is None]:
             if sequence.slot < 0 or budget == 0:  # preempted a moment ago, or no room in this step
                 continue
             while not self._grow(sequence):
@@ -189,55 +223,57 @@ class Scheduler:
             work.append(self._compute(self.waiting.popleft(), budget))
             budget -= work[-1][0].length
         work.sort(key=lambda item: (bool(item[0].token_ids), item[0].length > 1))
-        batch = ScheduledBatch(
-            spans=[span for span, _ in work],
-            samples=[self._sample(taker, index) for index, (_, takers) in enumerate(work) for taker in takers],
-            swap_outs=self._swap_outs,
-            wipes=self._wipes,
-            swap_ins=self._swap_ins,
-            forks=self._forks,
-        )
-        self._swap_outs, self._wipes, self._swap_ins, self._forks = [], [], [], []
-        return batch
+        return self._batch(work) if work else ScheduledBatch(spans=[], samples=[])
 
     def update(self, batch: ScheduledBatch, result: StepResult) -> list[Tokens]:
-        """Take in what a step yielded: seal, append, finish and free what has ended.
+        """Take in what the oldest step under way, `batch`, yielded: seal, append, finish and free what has ended.
 
         A token of -1 says that the model's logits were not finite.
         """
-        news, running = [], {sequence.id: sequence for sequence in self.running}
-        failed = {s.id for s, token in zip(batch.samples, result.token_ids, strict=True) if token < 0}
-        for span, scores in zip(batch.spans, result.prompt_logprobs, strict=True):
-            sequence = running.get(span.id)
-            if sequence and span.id not in failed:  # None: aborted since it was scheduled
+        computing, takers = self._under_way.popleft()
+        news = []
+        for taker, token in zip(takers, result.token_ids, strict=True):
+            taker.num_pending -= 1
+            taker.unfit |= token < 0
+        for sequence, scores in zip(computing, result.prompt_logprobs, strict=True):
+            if not sequence.unfit:
                 sequence.prompt_logprobs.extend(scores)
-        for sample, token, logprobs in zip(batch.samples, result.token_ids, result.logprobs, strict=True):
-            sequence = running.get(sample.id)
-            if sequence is None:
+        for taker, token, logprobs in zip(takers, result.token_ids, result.logprobs, strict=True):
+            if taker.ended:
+                self._end(taker)
                 continue
-            if token < 0:
-                self._end(sequence, wipe=True)
-                news.append(Tokens(sample.id, [], error=NOT_FINITE))
+            if taker.unfit:
+                self._end(taker)
+                news.append(Tokens(taker.id, [], error=NOT_FINITE))
                 continue
-            sequence.tokens.append(token)
-            sequence.alone = False
-            self._seal(sequence)
-            news.append(self._news(sequence, logprobs))
+            taker.tokens.append(token)
+            taker.alone = False
+            self._seal(taker)
+            news.append(self._news(taker, logprobs))
             if news[-1].finish_reason:
-                self._end(sequence)
+                self._end(taker)
         return news
 
-    def fail(self, batch: ScheduledBatch, error: str) -> list[Tokens]:
-        """After a step that could not be computed: end its sequence with the error. If it had several, all are computed
-        again, each in steps of its own, so that the one whose fault it was takes no other along."""
-        ids = {span.id for span in batch.spans} | {sample.id for sample in batch.samples}
-        sequences = [sequence for sequence in self.running if sequence.id in ids]
+    def fail(self, error: str) -> list[Tokens]:
+        """The oldest step under way could not be computed: end its sequence with the error. If it had several, all are
+        computed again, each in steps of its own, so that the one whose fault it was takes no other along. What later
+        steps under way yield is not wanted any more; their sequences, too, are computed again."""
+        failed = {id(sequence) for sequence in (*self._under_way[0].computing, *self._under_way[0].takers)}
+        later = {id(sequence) for step in self._under_way for sequence in (*step.computing, *step.takers)}
+        self._under_way.clear()
+        sequences = [sequence for sequence in self.running if id(sequence) in failed | later]
+        errors = []
         for sequence in reversed(sequences):
-            self._end(sequence, wipe=True)
-            if len(sequences) > 1:
-                sequence.alone = True
-                self._compute_again(sequence)
-        return [Tokens(sequences[0].id, [], error=error)] if len(sequences) == 1 else []
+            sequence.num_pending, sequence.unfit = 0, True
+            self._release(sequence)
+            if sequence.ended:
+                continue
+            if failed == {id(sequence)}:
+                errors.append(Tokens(sequence.id, [], error=error))
+                continue
+            sequence.unfit, sequence.alone = False, True
+            self._compute_again(sequence)
+        return errors
 
     def abort(self, request_id: str) -> None:
         """Drop a request in whatever state it is; one that has ended meanwhile is no error."""
@@ -247,7 +283,7 @@ class Scheduler:
                 self._free_units(sequence)
                 return
         for sequence in self.running:
-            if sequence.id == request_id:
+            if sequence.id == request_id and not sequence.ended:
                 self._end(sequence)
                 return
 
@@ -271,17 +307,32 @@ class Scheduler:
             **self.totals,
         )
 
-    def _compute(self, sequence: Sequence, budget: int) -> tuple[ScheduledSpan, list[Sequence]]:
+    def _batch(self, work: Items[tuple[ScheduledSpan, Sequence, list[Sequence]]]) -> ScheduledBatch:
+        """The step that does `work`, and what must happen to memory around it."""
+        takers = [(taker, index) for index, (_, _, takers) in enumerate(work) for taker in takers]
+        batch = ScheduledBatch(
+            spans=[span for span, _, _ in work],
+            samples=[self._sample(taker, index) for taker, index in takers],
+            swap_outs=self._swap_outs,
+            wipes=self._wipes,
+            swap_ins=self._swap_ins,
+            forks=self._forks,
+        )
+        self._swap_outs, self._wipes, self._swap_ins, self._forks = [], [], [], []
+        self._under_way.append(UnderWay([sequence for _, sequence, _ in work], [taker for taker, _ in takers]))
+        return batch
+
+    def _compute(self, sequence: Sequence, budget: int) -> tuple[ScheduledSpan, Sequence, list[Sequence]]:
         """The next tokens of `sequence`, at most `budget`, and who takes a token from them: its forks, too."""
         span = self._span(sequence, budget)
         if sequence.is_prefilling:
-            return span, []
-        return span, [sequence, *(self._fork(sequence) if span.token_ids else ())]
+            return span, sequence, []
+        return span, sequence, [sequence, *(self._fork(sequence) if span.token_ids else ())]
 
     def _span(self, sequence: Sequence, budget: int) -> ScheduledSpan:
         """Schedule the next tokens of `sequence`, at most `budget`."""
         start = sequence.num_computed_tokens
-        end = min(len(sequence.tokens), start + budget)
+        end = min(sequence.length, start + budget)
         scored = sequence.params.prompt_logprobs is not None and sequence.num_generated == 0
         span = ScheduledSpan(
             id=sequence.id,
@@ -289,7 +340,7 @@ class Scheduler:
             start=start,
             end=end,
             token_ids=sequence.tokens[start:end] if sequence.is_prefilling else [],
-            blocks=sequence.blocks.copy(),
+            blocks=sequence.blocks,
             targets=sequence.request.prompt[start + 1 : end + 1] if scored else [],
             num_top=sequence.params.prompt_logprobs or 0,
         )
@@ -298,17 +349,19 @@ class Scheduler:
 
     def _sample(self, sequence: Sequence, span: int) -> Sample:
         """The token that `sequence` takes from the span of this index."""
-        params, prompt = sequence.params, sequence.request.prompt
+        params, position = sequence.params, sequence.length
+        is_new = params.looks_back and not sequence.is_counted
+        history, sequence.is_counted = sequence.tokens.copy() if is_new else [], True
+        sequence.num_pending += 1
         return Sample(
             id=sequence.id,
             span=span,
             slot=sequence.slot,
-            position=len(sequence.tokens),
+            position=position,
             params=params,
             seed=sequence.seed,
-            num_generated=sequence.num_generated,
-            prompt=prompt if params.looks_back else [],
-            answer=sequence.tokens[len(prompt) :] if params.looks_back else [],
+            num_generated=position - len(sequence.request.prompt),
+            history=history,
         )
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -326,8 +379,8 @@ class Scheduler:
         for block in found:
             self.blocks.share(block)
         sequence.slot, sequence.num_known_tokens = self.slots.allocate(), len(sequence.tokens)
-        sequence.blocks = found + [self.blocks.allocate() for _ in range(needed)]
-        sequence.num_sealed = len(found)
+        sequence.blocks, sequence.num_sealed = found.copy(), len(found)
+        self._own(sequence, needed)
         if sequence.units:
             self._swap_in(sequence)
         else:
@@ -337,24 +390,41 @@ class Scheduler:
         self.running.append(sequence)
         return True
 
+    def _can_all_grow(self) -> bool:
+        """Nobody need make room for the next tokens of those that decode."""
+        full = sum(s.num_computed_tokens == s.num_held_tokens and s.is_decoding for s in self.running)
+        return full <= self.blocks.num_free
+
     def _grow(self, sequence: Sequence) -> bool:
         """Give a decoding sequence the block that its next token needs, if it needs one and there is one."""
-        missing = self.format.num_blocks(sequence.num_computed_tokens + 1) - len(sequence.blocks)
-        if missing > self.blocks.num_free:
+        if sequence.num_computed_tokens < sequence.num_held_tokens:
+            return True
+        if self.blocks.num_free == 0:
             return False
-        sequence.blocks.extend(self.blocks.allocate() for _ in range(missing))
+        self._own(sequence, 1)
         return True
 
-    def _end(self, sequence: Sequence, *, wipe: bool = False) -> None:
-        """Stop running a sequence and take its memory back; `wipe`: what it alone wrote may be unfit for others."""
+    def _own(self, sequence: Sequence, num_blocks: int) -> None:
+        """Give a sequence so many blocks more."""
+        sequence.blocks.extend(self.blocks.allocate() for _ in range(num_blocks))
+        sequence.num_held_tokens = self.format.tokens_within(len(sequence.blocks))
+
+    def _end(self, sequence: Sequence) -> None:
+        """Say nothing more of a sequence, and take its memory back once no step under way yields a token of it."""
+        sequence.ended = True
+        if sequence.num_pending == 0:
+            self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Stop running a sequence and take its memory back."""
         self.running.remove(sequence)
-        if wipe or sequence.num_generated == 0:  # before its first token nobody has looked whether all is finite
+        if sequence.unfit or sequence.num_generated == 0:  # before its first token nobody has looked
             own = [block for block in sequence.blocks[sequence.num_sealed :] if self.blocks.owners(block) == 1]
             self._wipes.append(Memory(own, sequence.slot))
         for block in reversed(sequence.blocks):  # the end of a prefix is of no use without its beginning
             self.blocks.free(block)
         self.slots.free(sequence.slot)
-        sequence.blocks, sequence.slot = [], -1
+        sequence.blocks, sequence.slot, sequence.is_counted = [], -1, False
 
     def _news(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> Tokens:
         """What is said of a sequence's newest token."""
@@ -385,7 +455,7 @@ class Scheduler:
         computed = sequence.blocks[: self.format.num_blocks(sequence.num_computed_tokens)]
         memory, num_units = Memory(computed, sequence.slot), len(computed) + self.tail_units
         self.totals["preemptions_total"] += 1
-        self._end(sequence)
+        self._release(sequence)
         if num_units <= self.swap.num_free:
             sequence.units = [self.swap.allocate() for _ in range(num_units)]
             self._swap_outs.append(Swap(memory, sequence.units))
@@ -453,10 +523,11 @@ class Scheduler:
 
     def _seal(self, sequence: Sequence) -> None:
         """Make complete blocks known by what they hold, now that a token has shown that it is fit for others."""
-        if not sequence.root:
+        computed = len(sequence.tokens) - 1  # and known to be finite
+        if not sequence.root or computed <= self.format.tokens_within(sequence.num_sealed):
             return
         size = self.format.block_size
-        for index in range(sequence.num_sealed, self.format.packed_tokens(sequence.num_computed_tokens) // size):
+        for index in range(sequence.num_sealed, self.format.packed_tokens(computed) // size):
             self.blocks.seal(sequence.blocks[index], self._digest(sequence, index))
             sequence.num_sealed = index + 1
 
@@ -510,7 +581,8 @@ class Scheduler:
             child.prompt_logprobs = parent.prompt_logprobs  # shared: this step extends it for all
             for block in parent.blocks[:full]:
                 self.blocks.share(block)
-            child.blocks = parent.blocks[:full] + [self.blocks.allocate() for _ in partial]
+            child.blocks = parent.blocks[:full]
+            self._own(child, len(partial))
             last = (partial[0], child.blocks[-1]) if partial else (-1, -1)
             self._forks.append(Fork(parent.slot, last[0], child.slot, last[1]))
             self.running.append(child)

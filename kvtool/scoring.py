@@ -19,8 +19,9 @@ from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.plan import BITS
+from kvtool.memory import allocate
 from kvtool.models import load_config, load_model, resolve_model
-from kvtool.runner import allocate, attention_layers, choose_device, choose_dtype, kv_spec
+from kvtool.runner import attention_layers, choose_device, choose_dtype, kv_spec
 
 SCORED_ROWS = 128  # of logits at a time
 SIXTEEN_BITS = KVOptions()

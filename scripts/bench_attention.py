@@ -1,9 +1,12 @@
-"""Decode attention on a GPU by workload and KV bits, beside flash-attn where it is installed.
+"""Attention on a GPU by workload and KV bits, beside flash-attn where it is installed.
 
     python scripts/bench_attention.py --num-q-heads 28 --num-kv-heads 4
+    python scripts/bench_attention.py --phase prefill --num-q-heads 28 --num-kv-heads 4
 
-Each figure is the mean of a CUDA graph that runs as many layers as fill 4 GiB, so that no cache helps, one behind the
-other. Bytes are those that must be read: sealed blocks below v(t) with their scales, and the tail from v(t) to t.
+Each figure is the mean of a CUDA graph that runs layers one behind the other: for decode as many as fill 4 GiB, so that
+no cache helps. Its bytes are those that must be read: sealed blocks below v(t) with their scales, and the tail from
+v(t) to t. Prefill is one prompt from its first token on, beside torch written out ("naive") and its
+scaled_dot_product_attention; workspace is what a call allocates besides its result.
 """
 
 import argparse
@@ -13,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from kvtool.attention.layer import AttentionLayer
-from kvtool.attention.triton_backend import TritonDecode
+from kvtool.attention.triton_backend import TritonDecode, TritonPrefill
 from kvtool.config import KVOptions
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.format import resolve
@@ -22,6 +25,8 @@ from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.store import KVStore
 
 WORKLOADS = ((16, 32_000), (64, 4_096), (256, 1_024), (1, 131_072))  # sequences, tokens of each
+PROMPTS = (128, 256, 512, 1_024, 2_048, 4_096, 8_192)  # tokens
+PROMPT_LAYERS = 8
 FOOTPRINT = 4 << 30
 PAGE = 256  # tokens, the least that flash-attn takes
 
@@ -32,19 +37,100 @@ def main() -> None:
     parser.add_argument("--num-kv-heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--nbits", default="16,8,4,2", help="of the default recipes, or fp8")
+    parser.add_argument("--phase", choices=("decode", "prefill"), default="decode")
     args = parser.parse_args()
     layer = AttentionLayer(args.num_q_heads, args.num_kv_heads, args.head_dim, args.head_dim**-0.5)
+    (decode_table if args.phase == "decode" else prefill_table)(layer, args.nbits.split(","))
+
+
+def decode_table(layer: AttentionLayer, formats: list[str]) -> None:
     bandwidth = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}, {layer.describe()}, read {bandwidth / 1e12:.2f} TB/s")
     print(f"{'workload':>12} {'KV':>10} {'µs':>8} {'GB/s':>7} {'share':>6} {'× flash-attn':>12}")
     for num_seqs, length in WORKLOADS:
         peer = flash_attention_seconds(layer, num_seqs, length)
         if peer is not None:
-            nbytes = num_seqs * length * 4 * args.num_kv_heads * args.head_dim
+            nbytes = num_seqs * length * 4 * layer.num_kv_heads * layer.head_dim
             show(num_seqs, length, "flash-attn", peer, nbytes, bandwidth, peer)
-        for nbits in args.nbits.split(","):
+        for nbits in formats:
             seconds, nbytes = decode_seconds(layer, nbits, num_seqs, length)
             show(num_seqs, length, nbits, seconds, nbytes, bandwidth, peer)
+
+
+def prefill_table(layer: AttentionLayer, formats: list[str]) -> None:
+    print(f"{torch.cuda.get_device_name()}, {layer.describe()}, one prompt")
+    print(f"{'tokens':>12} {'attention':>10} {'µs':>8} {'TFLOP/s':>8} {'workspace MiB':>13} {'× flash-attn':>12}")
+    for length in PROMPTS:
+        calls = other_prefills(layer, length)
+        calls |= {nbits: triton_prefill(layer, nbits, length) for nbits in formats}
+        flops = 2 * layer.num_heads * layer.head_dim * length * (length + 1)
+        peer = None
+        for name, call in calls.items():
+            workspace = workspace_bytes(call, 2 * length * layer.num_heads * layer.head_dim)
+            seconds = graph_seconds(call, PROMPT_LAYERS)
+            peer = seconds if name == "flash-attn" else peer
+            ratio = "" if peer is None else f"{peer / seconds:.2f}"
+            rate = flops / seconds / 1e12
+            print(f"{length:>12} {name:>10} {seconds * 1e6:8.1f} {rate:8.0f} {workspace / 2**20:13.1f} {ratio:>12}")
+
+
+def other_prefills(layer: AttentionLayer, length: int) -> dict[str, Callable[[int], object]]:
+    """Causal attention of `length` tokens without a store, by name."""
+    heads = (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads)
+    q, key, value = (torch.randn(length, n, layer.head_dim, dtype=torch.bfloat16, device="cuda") for n in heads)
+    by_head = [x.transpose(0, 1)[None] for x in (q, key, value)]
+    group_heads = layer.num_heads // layer.num_kv_heads
+
+    def naive(_: int) -> object:
+        keys, values = (x.repeat_interleave(group_heads, dim=1) for x in by_head[1:])
+        scores = by_head[0] @ keys.transpose(-1, -2) * layer.scale
+        future = torch.ones(length, length, dtype=torch.bool, device="cuda").triu_(1)
+        return scores.masked_fill_(future, -math.inf).softmax(-1) @ values
+
+    def sdpa(_: int) -> object:
+        return torch.nn.functional.scaled_dot_product_attention(*by_head, is_causal=True, enable_gqa=True)
+
+    calls: dict[str, Callable[[int], object]] = {"naive": naive, "torch SDPA": sdpa}
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return calls
+    cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device="cuda")
+    calls["flash-attn"] = lambda _: flash_attn_varlen_func(
+        q, key, value, cu_seqlens, cu_seqlens, length, length, causal=True
+    )
+    return calls
+
+
+def triton_prefill(layer: AttentionLayer, nbits: str, length: int) -> Callable[[int], object]:
+    """The kernels on a prompt of `length` tokens that layer after layer has written to a store."""
+    stream = StreamSpec(layer.num_kv_heads, layer.head_dim)
+    spec = KVSpec(PROMPT_LAYERS, stream, stream, 2)
+    layout = KVLayout(spec, resolve(KVOptions(nbits=nbits), spec))  # type: ignore[arg-type]
+    num_blocks = layout.format.num_blocks(length)
+    store = KVStore(layout, num_blocks + 1, 1, torch.bfloat16, "cuda")
+    batch = KVBatch.build(layout.format, [Span(0, length, torch.randperm(num_blocks).tolist(), 0)], "cuda")
+    q = torch.randn(length, layer.num_heads, layer.head_dim, dtype=torch.bfloat16, device="cuda")
+    new = torch.randn(PROMPT_LAYERS, 2, length, stream.heads, stream.dim, dtype=torch.bfloat16, device="cuda")
+    nears = [kv.write(key, value, batch) for kv, (key, value) in zip(store.layers, new, strict=True)]
+    backend = TritonPrefill()
+
+    def call(index: int) -> object:
+        out = torch.empty_like(q)
+        backend.prefill(q, nears[index], store.layers[index], batch, layer, out)
+        return out
+
+    return call
+
+
+def workspace_bytes(call: Callable[[int], object], result: int) -> int:
+    """Bytes that a call holds at its peak, but for the `result` bytes that it returns."""
+    call(0)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call(0)
+    return torch.cuda.max_memory_allocated() - before - result
 
 
 def show(

@@ -91,7 +91,7 @@ def test_graphs_and_kernels_are_as_exact_as_torch_in_the_same_dtype(kv):
 def test_more_sequences_than_a_graph_holds_run_without_one():
     kv = KVOptions(nbits="4")
     tested = engine(kv, max_num_seqs=300, kv_cache_memory=512 * MIB)
-    assert tested.runner.graphs and tested.runner.graphs.sizes[-1] == 256
+    assert tested.runner.graphs
     params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
     asked = [Request(str(i), [5 + i] * 9, params) for i in range(280)]
     asked += [Request("longer", [9] * 9, SamplingParams(temperature=0, max_tokens=90, ignore_eos=True))]

@@ -51,7 +51,7 @@ def test_tokens_are_the_same_alone_among_others_and_in_any_chunking(kv):
     assert len({tuple(answer) for answer in alone}) == 3, "the prompts must tell the answers apart"
     assert answers(tested, asked)[:3] == alone
     for chunk in (1, 7, 64):
-        assert answers(engine(kv, max_num_batched_tokens=chunk), asked[:3]) == alone
+        assert answers(engine(kv, max_num_batched_tokens=chunk, run_ahead=chunk > 1), asked[:3]) == alone
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -80,13 +80,14 @@ def test_greedy_tokens_are_those_of_transformers(model_type, tmp_path):
 
 
 @pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())
-@pytest.mark.parametrize("swap_space", [64 * MIB, 0])
-def test_tokens_are_the_same_when_sequences_make_room(kv, swap_space):
+@pytest.mark.parametrize(("swap_space", "run_ahead"), [(64 * MIB, False), (64 * MIB, True), (0, True)])
+def test_tokens_are_the_same_when_sequences_make_room(kv, swap_space, run_ahead):
     asked, params = prompts(6, 100), SamplingParams(temperature=0, max_tokens=140, ignore_eos=True)
     roomy = engine(kv, prefix_caching=False)
     layout = roomy.runner.store.layout
     memory = (layout.format.num_blocks(240) + 4) * layout.block_bytes + 6 * layout.tail_bytes
-    tight = engine(kv, kv_cache_memory=memory, max_num_seqs=6, swap_space=swap_space, prefix_caching=False)
+    settings = {"kv_cache_memory": memory, "swap_space": swap_space, "run_ahead": run_ahead}
+    tight = engine(kv, max_num_seqs=6, prefix_caching=False, **settings)
     assert answers(tight, asked, params) == answers(roomy, asked, params)
     stats = tight.stats()
     assert stats.preemptions_total > 0
@@ -116,7 +117,8 @@ def test_forks_answer_as_requests_of_their_own_would(kv):
     ]
     alone = [answers(engine(kv, prefix_caching=False), [prompt], request.params)[0] for request in requests]
     assert len(set(map(tuple, alone))) == 6
-    tested = engine(kv, max_num_seqs=4, prefix_caching=False)  # two of them find no room beside the others
+    # two of them find no room beside the others
+    tested = engine(kv, max_num_seqs=4, prefix_caching=False, run_ahead=True)
     for request in requests:
         tested.submit(request)
     together = run(tested)
@@ -273,7 +275,7 @@ def test_keys_that_no_format_can_hold_end_the_request_and_not_the_engine(tmp_pat
         ({"device": "meta"}, ConfigError, "--device meta: .*; choose auto, cpu, cuda"),
         ({"model": "a" * 300}, KVToolError, "no such folder"),
         ({"model": "~nobody-at-all/x"}, KVToolError, "no such folder"),
-        ({"attention_backend": "magic"}, KVToolError, "must be one of auto, triton, torch"),
+        ({"attention_backend": "magic"}, KVToolError, "must be one of auto, flash-attn, triton, torch"),
         ({"model": "no/such/folder"}, KVToolError, "no/such/folder"),
     ],
 )
@@ -291,8 +293,9 @@ def test_without_max_model_len_a_small_cache_shortens_the_context_and_what_fits_
     assert len(answers(tested, [[5] * 10], params)[0]) == limit - 10
 
 
-def test_answers_follow_their_grammars_alone_and_beside_free_ones():
-    tested = engine(KVOptions(nbits="4"))
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_answers_follow_their_grammars_alone_and_beside_free_ones(run_ahead):
+    tested = engine(KVOptions(nbits="4"), run_ahead=run_ahead)
     tokenizer = Tokenizer.load(tested.runner.path, tested.info.vocab_size)
     grammars = {
         "schema": Grammar("json_schema", SCHEMA),
@@ -359,8 +362,9 @@ def test_stop_ids_end_an_answer_and_min_tokens_puts_that_off():
     assert len(later) >= first + 4 or later[-1] != free[6]
 
 
+@pytest.mark.parametrize("run_ahead", [False, True])
 @pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())
-def test_a_request_whose_keys_cannot_be_kept_takes_no_other_along(kv, tmp_path):
+def test_a_request_whose_keys_cannot_be_kept_takes_no_other_along(kv, run_ahead, tmp_path):
     """It computes its prompt in chunks beside a short and a long answer whose tables are padded with its memory."""
     make_checkpoint("qwen2", tmp_path, vocab_size=4096)
 
@@ -372,7 +376,7 @@ def test_a_request_whose_keys_cannot_be_kept_takes_no_other_along(kv, tmp_path):
 
     others = {"short": [5] * 20, "long": [6, 7, 8] * 50, "after": [9] * 100}
     alone = {name: answers(tested(), [prompt])[0] for name, prompt in others.items()}
-    together = tested(max_num_batched_tokens=64)
+    together = tested(max_num_batched_tokens=64, run_ahead=run_ahead)
     together.submit(Request("first", [7] * 20, SamplingParams(max_tokens=8, ignore_eos=True)))
     for name in ("short", "long"):
         together.submit(Request(name, others[name], GREEDY))

@@ -19,7 +19,7 @@ ROWS = [
     {"client", "engine", "engine_process"},
     {"scheduler"},
     {"scoring"},
-    {"runner", "cuda_graph", "sampler", "grammar", "tokenizer", "chat_template"},
+    {"runner", "memory", "cuda_graph", "sampler", "grammar", "tokenizer", "chat_template"},
     {"models"},
     {"layers"},
     {"attention"},

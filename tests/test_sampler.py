@@ -3,15 +3,17 @@
 import math
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 
 from kvtool.request import Sample, SamplingParams
-from kvtool.sampler import adjust, sample, token_logprobs, uniform
+from kvtool.sampler import Sampler, adjust, token_logprobs, uniform
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.5, -1.0, -3.0], dtype=torch.float64)
 VOCAB = len(LOGITS)
@@ -33,19 +35,37 @@ def row(
         position=position,
         params=SamplingParams(**params),
         seed=seed,
-        num_generated=num_generated,
-        prompt=list(prompt),
-        answer=list(answer),
+        num_generated=len(answer) if prompt or answer else num_generated,
+        history=[*prompt, *answer],
     )
 
 
-def bitmask(allowed: list[set[int]], vocab: int = VOCAB) -> torch.Tensor:
+def in_slots(samples: list[Sample]) -> list[Sample]:
+    """Each in a slot of its own."""
+    return [msgspec.structs.replace(s, slot=slot) for slot, s in enumerate(samples)]
+
+
+def sample(
+    logits: torch.Tensor, samples: list[Sample], eos: list[int] | None = None, allowed: NDArray[np.int32] | None = None
+) -> torch.Tensor:
+    sampler = Sampler(torch.zeros(len(samples), dtype=torch.int64), eos or [])
+    return sampler.sample(logits, in_slots(samples), allowed)
+
+
+def adjusted_logits(
+    logits: torch.Tensor, samples: list[Sample], eos: list[int] | None = None, allowed: NDArray[np.int32] | None = None
+) -> torch.Tensor:
+    sampler = Sampler(torch.zeros(len(samples), dtype=torch.int64), eos or [])
+    return adjust(logits, *sampler.prepare(in_slots(samples), logits, allowed))
+
+
+def bitmask(allowed: list[set[int]], vocab: int = VOCAB) -> NDArray[np.int32]:
     """The definition: bit i % 32 of word i // 32."""
     words = np.zeros((len(allowed), -(-vocab // 32)), dtype=np.uint32)
     for mask, ids in zip(words, allowed, strict=True):
         for i in ids:
             mask[i // 32] |= np.uint32(1) << np.uint32(i % 32)
-    return torch.from_numpy(words.view(np.int32))
+    return words.view(np.int32)
 
 
 def adjusted(s: Sample, allowed: set[int] | None = None) -> list[float]:
@@ -59,10 +79,11 @@ def adjusted(s: Sample, allowed: set[int] | None = None) -> list[float]:
             logits[i] = -math.inf
             continue
         logits[i] += params.logit_bias.get(i, 0)
-        if i in s.prompt or i in s.answer:
+        answer = s.history[len(s.history) - s.num_generated :] if s.history else []
+        if i in s.history:
             logits[i] *= 1 / params.repetition_penalty if logits[i] > 0 else params.repetition_penalty
-        if i in s.answer:
-            logits[i] -= params.presence_penalty + params.frequency_penalty * s.answer.count(i)
+        if i in answer:
+            logits[i] -= params.presence_penalty + params.frequency_penalty * answer.count(i)
     return logits
 
 
@@ -175,14 +196,14 @@ def test_a_row_is_sampled_as_if_it_were_alone(rows: list[tuple[Sample, set[int] 
 @given(st.lists(st.tuples(ROWS, ALLOWED), min_size=1, max_size=5))
 def test_logits_are_adjusted_by_the_definition(rows: list[tuple[Sample, set[int] | None]]) -> None:
     masks = bitmask([set(range(32)) if allowed is None else allowed for _, allowed in rows])
-    got = adjust(LOGITS.expand(len(rows), -1), [s for s, _ in rows], EOS, masks)
+    got = adjusted_logits(LOGITS.expand(len(rows), -1), [s for s, _ in rows], EOS, masks)
     expected = torch.tensor([adjusted(s, allowed) for s, allowed in rows], dtype=torch.float64)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_logits_that_nobody_adjusts_are_not_copied() -> None:
     logits = LOGITS.repeat(2, 1)
-    assert adjust(logits, [row(), row(temperature=0)], EOS) is logits
+    assert adjusted_logits(logits, [row(), row(temperature=0)], EOS) is logits
 
 
 @settings(deadline=None)
@@ -190,8 +211,34 @@ def test_logits_that_nobody_adjusts_are_not_copied() -> None:
 def test_the_repetition_penalty_is_that_of_transformers(seen: tuple[int, ...], penalty: float) -> None:
     theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([seen]), LOGITS[None].clone())
     for prompt, answer in ((seen, ()), ((), seen), (seen[:1], seen[1:])):
-        ours = adjust(LOGITS[None], [row(repetition_penalty=penalty, prompt=prompt, answer=answer)])
+        ours = adjusted_logits(LOGITS[None], [row(repetition_penalty=penalty, prompt=prompt, answer=answer)])
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_history_is_told_once_for_each_sequence_of_a_slot() -> None:
+    """What follows counts as if all of it had been told again; another sequence's slot is left alone."""
+    n, vocab, rng = 3, 50, np.random.default_rng(3)
+    sampler = Sampler(torch.zeros(2 * n, dtype=torch.int64))
+    params = {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "temperature": 0.9}
+    told = [row(seed=i, prompt=tuple(rng.integers(0, vocab, 9).tolist()), **params) for i in range(n)]
+    tokens, slots = [list(s.history) for s in told], [4, 0, 3]
+    for step in range(30):
+        if step == 20:  # another takes the second slot
+            told[1] = row(seed=77, prompt=(5, 6, 5), **params)
+            tokens[1] = [5, 6, 5]
+        whole = [
+            msgspec.structs.replace(
+                s, slot=slot, position=len(seen), num_generated=len(seen) - len(s.history), history=seen
+            )
+            for s, seen, slot in zip(told, tokens, slots, strict=True)
+        ]
+        is_new = [step == 0 or (step == 20 and i == 1) for i in range(n)]
+        now = [s if new else msgspec.structs.replace(s, history=[]) for s, new in zip(whole, is_new, strict=True)]
+        logits = torch.from_numpy(rng.standard_normal((n, vocab)))
+        drawn = sampler.sample(logits, now).tolist()
+        assert drawn == sample(logits, whole).tolist()
+        for seen, token in zip(tokens, drawn, strict=True):
+            seen.append(token)
 
 
 @pytest.mark.parametrize("min_p", [0.01, 0.1, 0.3, 0.9])

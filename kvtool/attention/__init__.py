@@ -7,11 +7,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvtool.attention.flash_backend import PAGE, FlashAttention
 from kvtool.attention.layer import AttentionLayer
 from kvtool.attention.torch_backend import TorchAttention
-from kvtool.attention.triton_backend import TritonDecode
+from kvtool.attention.triton_backend import TritonDecode, TritonPrefill
 from kvtool.errors import UnsupportedError
 from kvtool.kv.batch import KVBatch
+from kvtool.kv.format import BLOCK_SIZE
 from kvtool.kv.hadamard import hadamard
 from kvtool.kv.store import KVStore, LayerKV, Near
 
@@ -22,45 +24,66 @@ class Prefill(Protocol):
     def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
         """Why this cannot run `layer` on `kv`, or None if it can."""
 
-    def prefill(self, q: Tensor, near: list[Near], kv: LayerKV, batch: KVBatch, layer: AttentionLayer) -> Tensor:
-        """Attention of `q` [T, Hq, D], the queries behind the decodes, over what `kv.write` has stored; same shape."""
+    def prefill(
+        self, q: Tensor, near: Near | None, kv: LayerKV, batch: KVBatch, layer: AttentionLayer, out: Tensor
+    ) -> None:
+        """Attention of `q` [T, Hq, D], the queries behind the decodes, over what `kv.write` has stored, into `out`."""
 
 
 class Decode(Protocol):
-    """Attention of the single queries of all sequences."""
+    """Attention of the single queries of all sequences.
+
+    Attributes:
+        is_capturable: it looks at no value on the host, so that a CUDA graph can hold it.
+    """
+
+    is_capturable: bool
 
     def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
         """Why this cannot run `layer` on `kv`, or None if it can."""
 
-    def decode(self, q: Tensor, kv: LayerKV, batch: KVBatch, layer: AttentionLayer) -> Tensor:
-        """Attention of `q` [batch.num_decodes, Hq, D] over what `kv.write` has stored; same shape."""
+    def decode(self, q: Tensor, kv: LayerKV, batch: KVBatch, layer: AttentionLayer, out: Tensor) -> None:
+        """Attention of `q` [batch.num_decodes, Hq, D] over what `kv.write` has stored, into `out`."""
 
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """One way to compute attention over the store, composed of two."""
+    """One way to compute attention over the store, composed of two.
+
+    Attributes:
+        name: as in --attention-backend.
+        block_size: tokens that it wants in a block of 16-bit KV.
+    """
 
     name: str
     prefill: Prefill
     decode: Decode
+    block_size: int = BLOCK_SIZE
 
     def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
         """Why this backend cannot run `layer` on `kv`, or None if it can."""
         return self.decode.refuses(layer, kv) or self.prefill.refuses(layer, kv)
 
-    def forward(self, q: Tensor, near: list[Near], kv: LayerKV, batch: KVBatch, layer: AttentionLayer) -> Tensor:
+    def forward(self, q: Tensor, near: Near | None, kv: LayerKV, batch: KVBatch, layer: AttentionLayer) -> Tensor:
         """Attention of `q` [T, Hq, D] over what `kv.write` has stored, as [T, Hq, D]."""
-        n = batch.num_decodes
-        if n == len(q):
-            return self.decode.decode(q, kv, batch, layer)
-        longer = self.prefill.prefill(q[n:], near, kv, batch, layer)
-        return torch.cat([self.decode.decode(q[:n], kv, batch, layer), longer]) if n else longer
+        n, out = batch.num_decodes, torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if n:
+            self.decode.decode(q[:n], kv, batch, layer, out[:n])
+        if n < len(q):
+            self.prefill.prefill(q[n:], near, kv, batch, layer, out[n:])
+        return out
 
 
 BACKENDS = (  # best first
-    AttentionBackend("triton", prefill=TorchAttention(), decode=TritonDecode()),
+    AttentionBackend("flash-attn", prefill=FlashAttention(), decode=FlashAttention(), block_size=PAGE),
+    AttentionBackend("triton", prefill=TritonPrefill(), decode=TritonDecode()),
     AttentionBackend("torch", prefill=TorchAttention(), decode=TorchAttention()),
 )
+
+
+def block_size(asked: str) -> int:
+    """Tokens of a 16-bit block for the backend `asked` for; `resolve` takes it."""
+    return next((backend.block_size for backend in BACKENDS if backend.name == asked), BLOCK_SIZE)
 
 
 def select(layer: AttentionLayer, kv: LayerKV, asked: str = "auto") -> AttentionBackend:
@@ -79,7 +102,8 @@ def select(layer: AttentionLayer, kv: LayerKV, asked: str = "auto") -> Attention
     if not refusals:
         known = ", ".join(["auto", *(backend.name for backend in BACKENDS)])
         raise UnsupportedError(f"--attention-backend {asked}: must be one of {known}")
-    raise UnsupportedError(f"no attention backend for {layer.describe()}: {refusals}")
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+    raise UnsupportedError(f"no attention backend for {layer.describe()}: {reasons}")
 
 
 class PagedAttention:
@@ -92,7 +116,7 @@ class PagedAttention:
     @property
     def is_capturable(self) -> bool:
         """Decode steps look at no value on the host, so that a CUDA graph can hold them."""
-        return all(backend.name == "triton" for backend in self.backends) and all(kv.writer for kv in self.store.layers)
+        return all(b.decode.is_capturable for b in self.backends) and all(kv.writer for kv in self.store.layers)
 
     def __call__(self, index: int, q: Tensor, key: Tensor, value: Tensor, batch: KVBatch) -> Tensor:
         """Store this step's `key` and `value` [T, Hkv, D] and attend with `q` [T, Hq, D]; returns [T, Hq, D].

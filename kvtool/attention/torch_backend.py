@@ -12,22 +12,28 @@ from kvtool.kv.store import LayerKV, Near, Stream
 class TorchAttention:
     """Decodes what a step reads and leaves the rest to torch; the single queries of all sequences go together."""
 
+    is_capturable = False
+
     def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
         return None
 
-    def prefill(self, q: Tensor, near: list[Near], kv: LayerKV, batch: KVBatch, layer: AttentionLayer) -> Tensor:
-        outs, n = [], batch.num_decodes
-        visible = batch.visible[n:].split([span.length for span in batch.spans[n:]])
-        chunks = q.split([span.length for span in batch.spans[n:]])
-        for index, (span, chunk) in enumerate(zip(batch.spans[n:], chunks, strict=True)):
-            blocks = batch.block_table[n + index]
-            if near:
-                outs.append(_chunk(chunk, near[index], kv, blocks, visible[index], span, layer))
+    def prefill(
+        self, q: Tensor, near: Near | None, kv: LayerKV, batch: KVBatch, layer: AttentionLayer, out: Tensor
+    ) -> None:
+        assert batch.prompts
+        n = batch.num_decodes
+        spans = zip(batch.spans[n:], batch.block_table[n:], batch.prompts.spans.tolist(), strict=True)
+        for span, blocks, (token, _, _, first_near, row) in spans:
+            chunk = slice(token - n, token - n + span.length)
+            if near is None:
+                out[chunk] = _packed_chunk(q[chunk], kv, blocks, span, layer)
             else:
-                outs.append(_packed_chunk(chunk, kv, blocks, span, layer))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+                rows = slice(row, row + span.end - first_near)
+                visible = None if kv.is_exact else batch.visible[token : token + span.length]
+                own = Near(near.key[rows], near.value[rows])
+                out[chunk] = _chunk(q[chunk], own, first_near, kv, blocks, visible, span, layer)
 
-    def decode(self, q: Tensor, kv: LayerKV, batch: KVBatch, layer: AttentionLayer) -> Tensor:
+    def decode(self, q: Tensor, kv: LayerKV, batch: KVBatch, layer: AttentionLayer, out: Tensor) -> None:
         n = q.shape[0]
         blocks, at = batch.decode_columns
         window = layer.sliding_window
@@ -41,24 +47,35 @@ class TorchAttention:
 
         # A KV head's queries stand where sdpa expects positions: they read the same keys under the same mask.
         heads = q.reshape(n, layer.num_kv_heads, -1, q.shape[-1])
-        out = F.scaled_dot_product_attention(
+        attended = F.scaled_dot_product_attention(
             heads, columns(kv.key), columns(kv.value), attn_mask=(at >= first)[:, None, None], scale=layer.scale
         )
-        return out.reshape(n, layer.num_heads, -1)
+        out.copy_(attended.reshape(n, layer.num_heads, -1))
 
 
 def _chunk(
-    q: Tensor, near: Near, kv: LayerKV, blocks: Tensor, visible: Tensor, span: Span, layer: AttentionLayer
+    q: Tensor,
+    near: Near,
+    first_near: int,
+    kv: LayerKV,
+    blocks: Tensor,
+    visible: Tensor | None,
+    span: Span,
+    layer: AttentionLayer,
 ) -> Tensor:
-    """Queries `q` [n, Hq, D] of one span: each reads blocks below its own v(t), and full precision from there on."""
-    width = kv.format.visible(span.end - 1)
+    """Queries `q` [n, Hq, D] of one span: each reads blocks below its own v(t), and full precision from there on.
+
+    `visible` [n] is None where blocks and full precision are the same: then blocks are read below the first near token.
+    """
+    width = first_near if visible is None else kv.format.visible(span.end - 1)
     far_key, far_value = _read_span(kv, blocks, width, q.dtype)
     position = torch.arange(span.start, span.end, device=q.device)[:, None]
-    far_at, near_at = torch.arange(width, device=q.device), torch.arange(near.first, span.end, device=q.device)
-    first_near = visible[:, None]
-    mask = torch.cat([far_at < first_near, (near_at >= first_near) & (near_at <= position)], dim=1)
+    far_at, near_at = torch.arange(width, device=q.device), torch.arange(first_near, span.end, device=q.device)
+    from_near = torch.full_like(position, first_near) if visible is None else visible[:, None]
+    mask = torch.cat([far_at < from_near, (near_at >= from_near) & (near_at <= position)], dim=1)
     mask &= _in_window(torch.cat([far_at, near_at]), position, layer)
-    key, value = torch.cat([far_key, near.key], dim=1), torch.cat([far_value, near.value], dim=1)
+    key = torch.cat([far_key, near.key.transpose(0, 1)], dim=1)
+    value = torch.cat([far_value, near.value.transpose(0, 1)], dim=1)
     return _attend(q, key, value, mask, layer)
 
 

@@ -1,32 +1,56 @@
-"""Attention over the KV store in Triton: single queries straight from packed codes."""
+"""Attention over the KV store in Triton: single queries straight from packed codes, prompts over decoded blocks."""
 
 from torch import Tensor
 
 from kvtool.attention.layer import AttentionLayer
 from kvtool.kv.batch import KVBatch
-from kvtool.kv.store import LayerKV, Stream
+from kvtool.kv.store import LayerKV, Near, Stream
 
 try:
-    from kvtool.kernels import decode as kernels
+    from kvtool.kernels import decode, prefill
 except ModuleNotFoundError:  # torch for CPU comes without triton
-    kernels = None  # type: ignore[assignment]
+    decode = prefill = None  # type: ignore[assignment]
+
+
+class TritonPrefill:
+    """The queries of all spans in one launch, behind one that decodes the blocks they read."""
+
+    def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
+        return _not_here(kv) or prefill.refuses(_packed(kv.key), _packed(kv.value), layer.num_heads)
+
+    def prefill(
+        self, q: Tensor, near: Near | None, kv: LayerKV, batch: KVBatch, layer: AttentionLayer, out: Tensor
+    ) -> None:
+        prompts = batch.prompts
+        assert prompts
+        prefill.paged_prefill(
+            q,
+            near.key if near else None,
+            near.value if near else None,
+            _packed(kv.key),
+            _packed(kv.value),
+            batch.block_table[batch.num_decodes :] if kv.is_exact else prompts.far_table,
+            None if kv.is_exact else prompts.far_blocks,
+            prompts.tiles,
+            batch.visible,
+            num_decodes=batch.num_decodes,
+            scale=layer.scale,
+            sliding_window=layer.sliding_window,
+            out=out,
+        )
 
 
 class TritonDecode:
     """The single queries of all sequences in one launch and a merge, whatever their lengths."""
 
-    def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
-        if kernels is None:
-            return "triton is not installed"
-        device = kv.key.tail.device.type
-        if device != "cuda" and not kernels.INTERPRETED.value:
-            return f"it needs an NVIDIA GPU, not {device}"
-        reason: str | None = kernels.refuses(_packed(kv.key), _packed(kv.value), layer.num_heads)
-        return reason
+    is_capturable = True
 
-    def decode(self, q: Tensor, kv: LayerKV, batch: KVBatch, layer: AttentionLayer) -> Tensor:
+    def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
+        return _not_here(kv) or decode.refuses(_packed(kv.key), _packed(kv.value), layer.num_heads)
+
+    def decode(self, q: Tensor, kv: LayerKV, batch: KVBatch, layer: AttentionLayer, out: Tensor) -> None:
         n = batch.num_decodes
-        out: Tensor = kernels.paged_decode(
+        decode.paged_decode(
             q,
             _packed(kv.key),
             _packed(kv.value),
@@ -36,12 +60,19 @@ class TritonDecode:
             batch.tail_slots[:n],
             scale=layer.scale,
             sliding_window=layer.sliding_window,
+            out=out,
         )
-        return out
 
 
-def _packed(stream: Stream) -> "kernels.PackedStream":
+def _not_here(kv: LayerKV) -> str | None:
+    if decode is None:
+        return "triton is not installed"
+    device = kv.key.tail.device.type
+    return None if device == "cuda" or decode.INTERPRETED.value else f"it needs an NVIDIA GPU, not {device}"
+
+
+def _packed(stream: Stream) -> "decode.PackedStream":
     fmt, arrays = stream.format, stream.arrays
-    return kernels.PackedStream(
+    return decode.PackedStream(
         fmt.bits, fmt.axis, fmt.group, arrays["codes"], arrays.get("scale"), arrays.get("zero"), stream.tail
     )

@@ -1,1 +1,9 @@
 """Triton kernels, each beside the plain torch function that defines it. Importing one needs triton."""
+
+import torch
+from torch import Tensor
+
+
+def takes(x: Tensor) -> bool:
+    """Whether kernels compute with `x`; elsewhere than on a GPU, and in float64, torch does."""
+    return x.is_cuda and x.dtype != torch.float64

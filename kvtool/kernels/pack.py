@@ -103,14 +103,40 @@ class LayerWriter:
 
     def write_tokens(self, key: Tensor, value: Tensor, blocks: Tensor, rows: Tensor) -> None:
         """Pack tokens for good: key and value [T, heads, D], each in its block and row."""
-        self._write(key, value, self.blocks, blocks, rows, self.key, self.value)
+        self._write(key, value, self.blocks, None, blocks, rows, self.key, self.value)
 
-    def write_tails(self, key: Tensor, value: Tensor, slots: Tensor, rows: Tensor) -> None:
-        """Keep tokens as they are: key and value [T, heads, D], each in its tail slot and row."""
-        self._write(key, value, self.tails.view(torch.uint8), slots, rows, self.tail_key, self.tail_value)
+    def write_tails(self, key: Tensor, value: Tensor, tokens: Tensor | None, slots: Tensor, rows: Tensor) -> None:
+        """Keep `tokens` [n] (None: all) of key and value [T, heads, D] as they are, each in its tail slot and row."""
+        self._write(key, value, self.tails.view(torch.uint8), tokens, slots, rows, self.tail_key, self.tail_value)
 
-    def write_blocks(self, key: Tensor, value: Tensor, blocks: Tensor) -> None:
-        """Pack whole blocks: key and value [heads, n * B, D], n blocks behind each other."""
+    def read_near(self, key: Tensor, value: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens out of key and value [T, heads, D] and out of tails, as `sources` [n] of `Prompts` say.
+
+        Returns:
+            [n, heads, D] of keys, and of values.
+        """
+        assert key.stride(-1) == value.stride(-1) == 1
+        near_key, near_value = (x.new_empty(len(sources), *x.shape[1:]) for x in (key, value))
+        _read_near[(len(sources), 2)](
+            key,
+            value,
+            key.stride(0),
+            key.stride(1),
+            value.stride(0),
+            value.stride(1),
+            sources,
+            self.tails,
+            self.tails.stride(0),
+            near_key,
+            near_value,
+            KEY=self.tail_key,
+            VALUE=self.tail_value,
+            num_warps=max(p.warps(p.head_rows) for p in (self.tail_key, self.tail_value)),
+        )
+        return near_key, near_value
+
+    def write_blocks(self, key: Tensor, value: Tensor, rows: Tensor, blocks: Tensor) -> None:
+        """Pack whole blocks: the B tokens of key and value [T, heads, D] from each of `rows` [n] on."""
         assert key.stride(-1) == value.stride(-1) == 1
         grid = (len(blocks), self.key.heads + self.value.heads)
         _write_blocks[grid](
@@ -120,6 +146,7 @@ class LayerWriter:
             key.stride(1),
             value.stride(0),
             value.stride(1),
+            rows,
             blocks,
             self.blocks,
             self.blocks.stride(0),
@@ -134,19 +161,21 @@ class LayerWriter:
         key: Tensor,
         value: Tensor,
         memory: Tensor,
+        tokens: Tensor | None,
         owners: Tensor,
         rows: Tensor,
         key_packing: Packing,
         value_packing: Packing,
     ) -> None:
         assert key.stride(-1) == value.stride(-1) == 1
-        _write_tokens[(len(key), 2)](
+        _write_tokens[(len(rows), 2)](
             key,
             value,
             key.stride(0),
             key.stride(1),
             value.stride(0),
             value.stride(1),
+            tokens,
             owners,
             rows,
             memory,
@@ -217,6 +246,7 @@ def _write_tokens(
     key_head_stride,
     value_token_stride,
     value_head_stride,
+    tokens,
     owners,
     rows,
     memory,
@@ -226,9 +256,10 @@ def _write_tokens(
     VALUE: tl.constexpr,
 ):
     """Program (token, stream)."""
-    token = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows + token)
-    block = memory + tl.load(owners + token).to(tl.int64) * owner_bytes
+    index = tl.program_id(0).to(tl.int64)
+    token = index if tokens is None else tl.load(tokens + index).to(tl.int64)
+    row = tl.load(rows + index)
+    block = memory + tl.load(owners + index).to(tl.int64) * owner_bytes
     if tl.program_id(1) == 0:
         _write_token(key + token * key_token_stride, key_head_stride, block, row, faults, KEY)
     else:
@@ -243,13 +274,57 @@ def _write_token(x, head_stride, block, row, faults, packing: tl.constexpr):
 
 
 @triton.jit
+def _read_near(
+    key,
+    value,
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    sources,
+    tails,
+    slot_elements,
+    near_key,
+    near_value,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+):
+    """Program (near token, stream)."""
+    index = tl.program_id(0).to(tl.int64)
+    source = tl.load(sources + index).to(tl.int64)
+    tail = tails + (-1 - source) // KEY.tokens * slot_elements
+    row = (-1 - source) % KEY.tokens
+    if tl.program_id(1) == 0:
+        new = key + source * key_token_stride
+        _copy_token(source >= 0, new, key_head_stride, tail, row, near_key + index * (KEY.heads * KEY.dim), KEY)
+    else:
+        new, to = value + source * value_token_stride, near_value + index * (VALUE.heads * VALUE.dim)
+        tail += KEY.heads * KEY.tokens * KEY.dim
+        _copy_token(source >= 0, new, value_head_stride, tail, row, to, VALUE)
+
+
+@triton.jit
+def _copy_token(is_new, new, head_stride, tail, row, to, packing: tl.constexpr):
+    """All heads of one token, out of new ones or a tail."""
+    head = tl.arange(0, packing.head_rows)[:, None]
+    channel = tl.arange(0, packing.width)[None, :]
+    mask = (head < packing.heads) & (channel < packing.dim)
+    if is_new:
+        x = tl.load(new + head * head_stride + channel, mask=mask)
+    else:
+        x = tl.load(tail + (head * packing.tokens + row) * packing.dim + channel, mask=mask)
+    tl.store(to + head * packing.dim + channel, x, mask=mask)
+
+
+@triton.jit
 def _write_blocks(
     key,
     value,
-    key_head_stride,
     key_token_stride,
-    value_head_stride,
+    key_head_stride,
     value_token_stride,
+    value_head_stride,
+    rows,
     blocks,
     memory,
     block_bytes,
@@ -258,15 +333,16 @@ def _write_blocks(
     VALUE: tl.constexpr,
 ):
     """Program (block, head of either stream)."""
-    index = tl.program_id(0).to(tl.int64)
+    index = tl.program_id(0)
+    row = tl.load(rows + index).to(tl.int64)
     block = memory + tl.load(blocks + index).to(tl.int64) * block_bytes
     head = tl.program_id(1)
     if head < KEY.heads:
-        x = key + head * key_head_stride + index * KEY.tokens * key_token_stride
+        x = key + head * key_head_stride + row * key_token_stride
         _write_head(x, key_token_stride, block, head, faults, KEY)
     else:
         head -= KEY.heads
-        x = value + head * value_head_stride + index * VALUE.tokens * value_token_stride
+        x = value + head * value_head_stride + row * value_token_stride
         _write_head(x, value_token_stride, block, head, faults, VALUE)
 
 

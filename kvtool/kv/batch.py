@@ -1,13 +1,20 @@
 """Where one step's tokens stand in the store."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtool.kv.format import KVFormat
+
+Integers = NDArray[np.int64]
+KEPT = ("kept_tokens", "kept_slots", "kept_rows")
+ALIGNED = 2  # int64 of 16 bytes: where every array starts, or kernels are compiled again for those that do not
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,60 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Prompts:
+    """What the P spans behind the decodes need beside `KVBatch`, whose tokens are counted here as there.
+
+    A span's *near* tokens are those that it computes and, where the format has a tail, the older ones from the first
+    that any of its queries reads at full precision. The near tokens of all spans lie behind each other.
+
+    Attributes:
+        spans: [P, 5] on the host: first token in the batch, start, end, first near position, its row among all near
+            tokens.
+        near_sources: [n] int64, where each is found: token i of the batch as i, row r of tail slot s as
+            -1 - (s * tail_tokens + r); empty where the near tokens are the spans' own.
+        sealed_blocks, sealed_rows: [n] int64, blocks that the spans complete, and the near row each one starts in.
+        kept_tokens, kept_slots, kept_rows: [n] int64, tokens of the whole batch that are written to a tail, and where.
+        far_blocks: [F] int64, the blocks that the spans read, each once.
+        far_table: [P, N] int64, each span's blocks as indices into `far_blocks`.
+    """
+
+    spans: Integers
+    near_sources: Tensor
+    sealed_blocks: Tensor
+    sealed_rows: Tensor
+    kept_tokens: Tensor
+    kept_slots: Tensor
+    kept_rows: Tensor
+    far_blocks: Tensor
+    far_table: Tensor
+    _tiles: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def cu_seqlens(self) -> tuple[Tensor, Tensor]:
+        """[P + 1] int32: sums of the spans' queries before each, and of their sequences' tokens up to `end`."""
+        _, start, end = self.spans.T[:3]
+        sums = np.zeros((2, len(start) + 1), np.int32)
+        sums[:, 1:] = np.cumsum([end - start, end], axis=1)
+        both = torch.from_numpy(sums).to(self.far_table.device)
+        return both[0], both[1]
+
+    def tiles(self, num_tokens: int) -> Tensor:
+        """The spans cut into tiles of up to `num_tokens` queries, those that read most first.
+
+        Returns:
+            [n, 7] int64: span, the tile's first position, then the span's row of `spans`. The same tensor each time.
+        """
+        if num_tokens not in self._tiles:
+            _, start, end = self.spans.T[:3]
+            span, index = each(np.zeros_like(start), -(-(end - start) // num_tokens))
+            position = start[span] + num_tokens * index
+            order = np.argsort(-position, kind="stable")
+            tiles = np.concatenate([np.stack([span, position], 1), self.spans[span]], 1)[order]
+            self._tiles[num_tokens] = on_device({"tiles": tiles}, self.far_table.device)["tiles"]
+        return self._tiles[num_tokens]
+
+
+@dataclass(frozen=True)
 class KVBatch:
     """One step's spans as tensors. Tokens are flat, in the spans' order; spans of one token come first ("decodes").
 
@@ -43,6 +104,7 @@ class KVBatch:
         token_blocks: [T] int64, the block of each token; empty where it is written to the tail.
         tail_slots: [S] int64.
         visible: [T] int64, the first position that each token reads at full precision.
+        prompts: of the spans behind the decodes; None where there are none.
     """
 
     format: KVFormat
@@ -54,38 +116,44 @@ class KVBatch:
     token_blocks: Tensor
     tail_slots: Tensor
     visible: Tensor
+    prompts: Prompts | None = None
 
     @classmethod
     def build(cls, fmt: KVFormat, spans: Sequence[Span], device: torch.device | str = "cpu") -> "KVBatch":
-        """Lay out `spans`, of which those of one token must come first."""
-        num_decodes = sum(span.length == 1 for span in spans)
-        assert all(span.length == 1 for span in spans[:num_decodes]), "spans of one token come first"
-        width = max(1, *(len(span.blocks) for span in spans))
-        table = [
-            [*span.blocks, *[span.blocks[-1] if span.blocks else 0] * (width - len(span.blocks))] for span in spans
-        ]
-        positions = [position for span in spans for position in range(span.start, span.end)]
+        """Lay out `spans`, of which those of one token must come first; one transfer to a GPU."""
+        starts = integers((span.start for span in spans), len(spans))
+        ends = integers((span.end for span in spans), len(spans))
+        slots = integers((span.tail_slot for span in spans), len(spans))
+        is_decode = ends - starts == 1
+        num_decodes = int(is_decode.sum())
+        assert is_decode[:num_decodes].all(), "spans of one token come first"
+        (owners, positions), table = each(starts, ends), _block_table(spans)
         size = fmt.block_size if fmt.packs_on_write else fmt.tail_tokens
-        token_blocks = (
-            [span.blocks[p // size] for span in spans for p in range(span.start, span.end)]
-            if fmt.packs_on_write
-            else []
-        )
+        token_blocks = table[owners, positions // size] if fmt.packs_on_write else positions[:0]
+        arrays = {
+            "positions": positions,
+            "block_table": table,
+            "rows": positions % size,
+            "token_blocks": token_blocks,
+            "tail_slots": slots,
+            "visible": fmt.visible(positions),
+        }
+        if num_decodes == len(spans):
+            return cls(fmt, tuple(spans), num_decodes, prompts=None, **on_device(arrays, torch.device(device)))
+        near, of_prompts = _prompts(fmt, starts, ends, slots, table, num_decodes)
+        tensors = on_device(arrays | of_prompts, torch.device(device))
+        prompts = Prompts(near, **{name: tensors.pop(name) for name in of_prompts})
+        return cls(fmt, tuple(spans), num_decodes, prompts=prompts, **tensors)
 
-        def tensor(values: object) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
+    @cached_property
+    def pages(self) -> Tensor:
+        """`block_table` as int32."""
+        return self.block_table.int()
 
-        return cls(
-            format=fmt,
-            spans=tuple(spans),
-            num_decodes=num_decodes,
-            positions=tensor(positions),
-            block_table=tensor(table),
-            rows=tensor([position % size for position in positions]),
-            token_blocks=tensor(token_blocks),
-            tail_slots=tensor([span.tail_slot for span in spans]),
-            visible=tensor([fmt.visible(position) for position in positions]),
-        )
+    @cached_property
+    def decode_lengths(self) -> Tensor:
+        """[num_decodes] int32, tokens of each sequence, the new one included."""
+        return (self.positions[: self.num_decodes] + 1).int()
 
     @cached_property
     def decode_columns(self) -> tuple[Tensor, Tensor]:
@@ -103,3 +171,88 @@ class KVBatch:
             near = position - (position - rows) % fmt.tail_tokens  # the newest position that each row can hold
             columns.append(near.masked_fill(near < first_near, -1))
         return self.block_table[:n, :width], torch.cat(columns, dim=1)
+
+
+def _prompts(
+    fmt: KVFormat, starts: Integers, ends: Integers, slots: Integers, table: Integers, num_decodes: int
+) -> tuple[Integers, dict[str, Integers]]:
+    """`Prompts` of the spans behind the decodes: its `spans`, and all else by name."""
+    tokens, (start, end) = exclusive_sums(ends - starts), (starts[num_decodes:], ends[num_decodes:])
+    if fmt.packs_on_write:
+        first_near, num_far = start, -(-end // fmt.block_size)
+        writes = dict.fromkeys(("near_sources", "sealed_blocks", "sealed_rows", *KEPT), starts[:0])
+    else:
+        first_near, num_far = fmt.visible(start), fmt.visible(end - 1) // fmt.block_size
+        writes = _kept(fmt, starts, ends, slots, tokens, num_decodes)
+        writes |= _near_sources(fmt, start, end, slots[num_decodes:], tokens[num_decodes:])
+        writes |= _sealed(fmt, start, end, table[num_decodes:])
+    spans = np.stack([tokens[num_decodes:], start, end, first_near, exclusive_sums(end - first_near)], 1)
+    far_table = np.zeros_like(table[num_decodes:])
+    read = np.arange(far_table.shape[1]) < num_far[:, None]
+    far_blocks, far_table[read] = np.unique(table[num_decodes:][read], return_inverse=True)
+    return spans, writes | {"far_blocks": far_blocks, "far_table": far_table}
+
+
+def _near_sources(
+    fmt: KVFormat, start: Integers, end: Integers, slot: Integers, token: Integers
+) -> dict[str, Integers]:
+    first_near = fmt.visible(start)
+    if (first_near == start).all():
+        return {"near_sources": start[:0]}
+    span, position = each(first_near, end)
+    old = -1 - (slot[span] * fmt.tail_tokens + position % fmt.tail_tokens)
+    return {"near_sources": np.where(position < start[span], old, (token - start)[span] + position)}
+
+
+def _sealed(fmt: KVFormat, start: Integers, end: Integers, table: Integers) -> dict[str, Integers]:
+    size, first_near = fmt.block_size, fmt.visible(start)
+    span, column = each(first_near // size, fmt.visible(end) // size)
+    first_row = exclusive_sums(end - first_near) - first_near
+    return {"sealed_blocks": table[span, column], "sealed_rows": first_row[span] + column * size}
+
+
+def _kept(
+    fmt: KVFormat, starts: Integers, ends: Integers, slots: Integers, tokens: Integers, num_decodes: int
+) -> dict[str, Integers]:
+    first_kept = np.maximum(starts, fmt.visible(ends))
+    first_kept[:num_decodes] = starts[:num_decodes]  # a block that a decode completes is sealed from the tail
+    span, position = each(first_kept, ends)
+    return dict(zip(KEPT, ((tokens - starts)[span] + position, slots[span], position % fmt.tail_tokens), strict=True))
+
+
+def _block_table(spans: Sequence[Span]) -> Integers:
+    counts = integers((len(span.blocks) for span in spans), len(spans))
+    table = np.zeros((len(spans), max(1, counts.max(initial=0))), np.int64)
+    held = np.arange(table.shape[1]) < counts[:, None]
+    table[held] = integers(chain.from_iterable(span.blocks for span in spans), int(counts.sum()))
+    last = np.take_along_axis(table, np.maximum(counts - 1, 0)[:, None], 1)
+    return np.where(held, table, last)
+
+
+def integers(values: Iterable[int], count: int) -> Integers:
+    return np.fromiter(values, np.int64, count)
+
+
+def exclusive_sums(counts: Integers) -> Integers:
+    """The sum of all before each."""
+    sums: Integers = counts.cumsum()
+    return sums - counts
+
+
+def each(firsts: Integers, ends: Integers) -> tuple[Integers, Integers]:
+    """All integers from `firsts[i]` to `ends[i]`, one i behind the other: i, and the integer."""
+    counts = ends - firsts
+    owners = np.arange(len(counts)).repeat(counts)
+    return owners, np.arange(len(owners)) + (firsts - exclusive_sums(counts))[owners]
+
+
+def on_device(arrays: dict[str, Integers], device: torch.device) -> dict[str, Tensor]:
+    """`arrays` as tensors on `device`, in one transfer that the host does not wait for."""
+    padding = [np.empty(-array.size % ALIGNED, np.int64) for array in arrays.values()]
+    pieces = [piece for pair in zip(arrays.values(), padding, strict=True) for piece in pair]
+    memory = torch.from_numpy(np.concatenate([piece.ravel() for piece in pieces]))
+    if device.type == "cuda":
+        memory = memory.pin_memory().to(device, non_blocking=True)
+    tensors = memory.split([piece.size for piece in pieces])[::2]
+    named = zip(arrays.items(), tensors, strict=True)
+    return {name: tensor if array.ndim == 1 else tensor.view(array.shape) for (name, array), tensor in named}

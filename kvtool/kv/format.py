@@ -8,7 +8,7 @@ from kvtool.config import Axis, Bits, KVOptions
 from kvtool.errors import ConfigError, UnsupportedError
 from kvtool.kv.plan import BITS, load_plan
 from kvtool.kv.spec import KVSpec, StreamSpec
-from kvtool.kv.visibility import visible
+from kvtool.kv.visibility import Position, visible
 
 GROUP_SIZES = (32, 64, 128)
 BLOCK_SIZE = 64
@@ -81,7 +81,7 @@ class KVFormat:
         """Tokens that a sequence's private tail holds; its position p stands in row p mod tail_tokens."""
         return 0 if self.packs_on_write else self.residual + self.block_size
 
-    def visible(self, position: int) -> int:
+    def visible(self, position: Position) -> Position:
         """First position that a query at `position` reads at full precision; `position + 1` where none is."""
         return position + 1 if self.packs_on_write else visible(position, self.block_size, self.residual)
 
@@ -92,6 +92,10 @@ class KVFormat:
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that a sequence of `num_tokens` computed tokens owns or shares."""
         return -(-self.packed_tokens(num_tokens) // self.block_size)
+
+    def tokens_within(self, num_blocks: int) -> int:
+        """Most computed tokens of a sequence that needs no more than `num_blocks` blocks."""
+        return num_blocks * self.block_size + max(0, self.tail_tokens - 1)
 
     def describe(self) -> str:
         """One line for people."""
@@ -110,8 +114,11 @@ class KVFormat:
         return f"K {key.kind}{key.grouping}; V {value.kind}{value.grouping}"
 
 
-def resolve(options: KVOptions, spec: KVSpec) -> KVFormat:
+def resolve(options: KVOptions, spec: KVSpec, block_size: int = BLOCK_SIZE) -> KVFormat:
     """The format that `options` ask for on a model of `spec`.
+
+    Args:
+        block_size: tokens of a block where no scale spans them.
 
     Raises:
         ConfigError: options that contradict each other, or a plan that does not fit the model.
@@ -127,7 +134,8 @@ def resolve(options: KVOptions, spec: KVSpec) -> KVFormat:
         for key_bits, value_bits in bits
     )
     spans_tokens = any(stream.axis == "channel" for layer in layers for stream in (layer.key, layer.value))
-    block_size = (options.q_group_size or BLOCK_SIZE) if spans_tokens else BLOCK_SIZE
+    if spans_tokens:
+        block_size = options.q_group_size or BLOCK_SIZE
     residual = -(-(options.residual_length or 0) // block_size) * block_size
     return KVFormat(layers, block_size, residual)
 

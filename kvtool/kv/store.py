@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvtool.kv.batch import KVBatch, Span
+from kvtool.kv.batch import KVBatch
 from kvtool.kv.codecs import CODECS, Arrays
 from kvtool.kv.format import KVFormat, StreamFormat
 from kvtool.kv.layout import Field, KVLayout
@@ -203,23 +203,11 @@ class Stream:
         }
         return CODECS[self.format.bits].decode(gathered, self.format, dtype).flatten(2, 3)
 
-    def read_tail(self, slot: int, first: int, end: int) -> Tensor:
-        """Positions `first` to `end` of the tail in `slot`, [heads, n, D]."""
-        return self.tail[slot][:, self._rows(first, end)]
-
-    def write_tail(self, x: Tensor, slot: int, first: int) -> None:
-        """Keep `x` [heads, n, D], whose first token stands at position `first`."""
-        self.tail[slot][:, self._rows(first, first + x.shape[1])] = x
-
-    def _rows(self, first: int, end: int) -> Tensor:
-        return torch.arange(first, end, device=self.tail.device) % self.tail.shape[2]
-
 
 @dataclass(frozen=True)
 class Near:
-    """A span's keys and values at full precision: positions `first` to its end, [heads, n, D]."""
+    """What the spans behind the decodes read at full precision, [n, heads, D]: see `Prompts`."""
 
-    first: int
     key: Tensor
     value: Tensor
 
@@ -237,38 +225,51 @@ class LayerKV:
     value: Stream
     writer: "LayerWriter | None" = None
 
-    def write(self, key: Tensor, value: Tensor, batch: KVBatch) -> list[Near]:
+    @property
+    def is_exact(self) -> bool:
+        """Blocks give back what was written."""
+        return self.format.packs_on_write and self.key.format.bits == self.value.format.bits == "16"
+
+    def write(self, key: Tensor, value: Tensor, batch: KVBatch) -> Near | None:
         """Store this step's keys [T, heads, D] and values, so that each token reads all up to itself.
 
         Returns:
-            For each span behind the decodes, what its queries read at full precision (a decode reads its tail);
-            nothing where the format packs on write.
+            What the queries of the spans behind the decodes read at full precision, while a decode reads its tail;
+            None where there are no such spans, or blocks hold it all.
         """
+        n, prompts = batch.num_decodes, batch.prompts
         if self.format.packs_on_write:
             self._write_tokens(key, value, batch.token_blocks, batch.rows)
-            return []
-        n = batch.num_decodes
-        if n:
-            self._write_tails(key[:n], value[:n], batch.tail_slots[:n], batch.rows[:n])
-        near = []
-        for span, blocks in zip(batch.spans[n:], batch.block_table[n:], strict=True):
-            near.append(self._write_span(key[n : n + span.length], value[n : n + span.length], span, blocks))
-            n += span.length
+            return Near(key[n:], value[n:]) if prompts and self.is_exact else None
+        if prompts is None:
+            self._write_tails(key, value, None, batch.tail_slots[:n], batch.rows[:n])
+            return None
+        near = self._read_near(key, value, batch)
+        if len(prompts.sealed_blocks):
+            self._write_blocks(near, prompts.sealed_rows, prompts.sealed_blocks)
+        self._write_tails(key, value, prompts.kept_tokens, prompts.kept_slots, prompts.kept_rows)
         return near
 
-    def _write_span(self, key: Tensor, value: Tensor, span: Span, blocks: Tensor) -> Near:
-        """Pack every block that the span completes, and keep what it leaves over in its tail."""
-        size, first, packed = self.format.block_size, self.format.visible(span.start), self.format.visible(span.end)
-        new = key.transpose(0, 1), value.transpose(0, 1)
-        old = (stream.read_tail(span.tail_slot, first, span.start) for stream in (self.key, self.value))
-        near = Near(first, *(torch.cat(parts, dim=1) for parts in zip(old, new, strict=True)))
-        if packed > first:
-            completed = slice(packed - first)
-            self._write_blocks(near.key[:, completed], near.value[:, completed], blocks[first // size : packed // size])
-        kept = max(packed, span.start)
-        for stream, x in zip((self.key, self.value), new, strict=True):
-            stream.write_tail(x[:, kept - span.start :], span.tail_slot, kept)
-        return near
+    def _read_near(self, key: Tensor, value: Tensor, batch: KVBatch) -> Near:
+        prompts = batch.prompts
+        assert prompts
+        sources = prompts.near_sources
+        if not len(sources):
+            return Near(key[batch.num_decodes :], value[batch.num_decodes :])
+        if self.writer:
+            return Near(*self.writer.read_near(key, value, sources))
+        is_old, slots, rows = (
+            sources < 0,
+            (-1 - sources) // self.format.tail_tokens,
+            (-1 - sources) % self.format.tail_tokens,
+        )
+
+        def read(stream: Stream, x: Tensor) -> Tensor:
+            near = x[sources.clamp(min=0)]
+            near[is_old] = stream.tail[slots[is_old], :, rows[is_old]]
+            return near
+
+        return Near(read(self.key, key), read(self.value, value))
 
     def _write_tokens(self, key: Tensor, value: Tensor, blocks: Tensor, rows: Tensor) -> None:
         if self.writer:
@@ -277,20 +278,22 @@ class LayerKV:
             self.key.write_tokens(key, blocks, rows)
             self.value.write_tokens(value, blocks, rows)
 
-    def _write_tails(self, key: Tensor, value: Tensor, slots: Tensor, rows: Tensor) -> None:
+    def _write_tails(self, key: Tensor, value: Tensor, tokens: Tensor | None, slots: Tensor, rows: Tensor) -> None:
+        """Keep `tokens` of key and value [T, heads, D]; None: all."""
         if self.writer:
-            self.writer.write_tails(key, value, slots, rows)
+            self.writer.write_tails(key, value, tokens, slots, rows)
         else:
-            self.key.tail[slots, :, rows] = key
-            self.value.tail[slots, :, rows] = value
+            self.key.tail[slots, :, rows] = key if tokens is None else key[tokens]
+            self.value.tail[slots, :, rows] = value if tokens is None else value[tokens]
 
-    def _write_blocks(self, key: Tensor, value: Tensor, blocks: Tensor) -> None:
-        """Pack whole blocks behind each other, [heads, n * B, D]."""
+    def _write_blocks(self, near: Near, rows: Tensor, blocks: Tensor) -> None:
+        """Pack whole blocks: the B near tokens from each of `rows` on."""
         if self.writer:
-            self.writer.write_blocks(key, value, blocks)
+            self.writer.write_blocks(near.key, near.value, rows, blocks)
         else:
-            for stream, x in ((self.key, key), (self.value, value)):
-                stream.write_blocks(x.unflatten(1, (-1, self.format.block_size)).transpose(0, 1), blocks)
+            tokens = rows[:, None] + torch.arange(self.format.block_size, device=rows.device)
+            for stream, x in ((self.key, near.key), (self.value, near.value)):
+                stream.write_blocks(x[tokens].transpose(1, 2), blocks)
 
 
 def runs_kernels(device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,8 +1,15 @@
 """Which keys and values a query reads packed, and which at full precision."""
 
+from typing import TypeVar
 
-def visible(position: int, block_size: int, residual: int) -> int:
-    """First position that a query at `position` reads at full precision.
+import numpy as np
+from numpy.typing import NDArray
+
+Position = TypeVar("Position", int, NDArray[np.int64])
+
+
+def visible(position: Position, block_size: int, residual: int) -> Position:
+    """First position that a query at `position` (or at each of them) reads at full precision.
 
     Everything below it is read from packed blocks. It depends on the position alone, never on how
     a prompt was cut into chunks, so prefill, decode, prefix hits, preemption and scoring agree.
@@ -12,4 +19,4 @@ def visible(position: int, block_size: int, residual: int) -> int:
         block_size: tokens per packed block, B.
         residual: tokens kept at full precision at least, a multiple of B (KIVI's R).
     """
-    return max(0, position - residual) // block_size * block_size
+    return (position > residual) * ((position - residual) // block_size * block_size)

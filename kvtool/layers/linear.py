@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvtool.kernels import takes
+
 
 def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     """Uninitialised weights, to be filled from a checkpoint or at random.
@@ -21,9 +23,33 @@ def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn
     return nn.Parameter(weights, requires_grad=False)
 
 
-class Linear(nn.Module):
-    """y = x Wᵀ + b, x [..., in_features] → [..., out_features]."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b: x [T, K], weight [N, K] → [T, N]."""
+    if takes(x):
+        from kvtool.kernels.gemv import gemv, tile_for
 
+        if tile := tile_for(x, weight):
+            return gemv(x, weight, bias, tile)
+    return F.linear(x, weight, bias)
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """silu(x Gᵀ + b) · (x Uᵀ + c), the gates G being the first half of the weight: x [T, K], [N, K] → [T, N / 2]."""
+    if takes(x):
+        from kvtool.kernels.activation import silu_mul
+        from kvtool.kernels.gemv import gemv, tile_for
+
+        if tile := tile_for(x, weight, gated=True):
+            return gemv(x, weight, bias, tile, gated=True)
+        return silu_mul(F.linear(x, weight, bias))
+    gate, up = F.linear(x, weight, bias).chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ + b, x [T, in_features] → [T, out_features]."""
+
+    gated = False
     weight: Tensor
     bias: Tensor | None
 
@@ -35,7 +61,7 @@ class Linear(nn.Module):
         self.bias = empty_parameter(out_features, dtype=dtype, device=device) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint names of this layer's tensors, the layer's own name being `path`, and where each one goes."""
@@ -74,3 +100,12 @@ class MergedLinear(Linear):
         for kind, merged in super().slots(""):
             for part, rows in zip(self.parts, merged.split(list(self.parts.values())), strict=True):
                 yield f"{parent}.{part}{kind}", rows
+
+
+class GatedLinear(MergedLinear):
+    """silu(gate(x)) · up(x), the gated half of SwiGLU (Shazeer, 2020); its parts are gate and up."""
+
+    gated = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gated_linear(x, self.weight, self.bias)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvtool.layers.linear import empty_parameter
+from kvtool.kernels import takes
+from kvtool.layers.linear import Linear, empty_parameter
 
 
 class RMSNorm(nn.Module):
@@ -29,8 +30,24 @@ class RMSNorm(nn.Module):
         Returns:
             The normalised stream and the stream itself.
         """
+        if takes(x):
+            from kvtool.kernels.norm import add_rms_norm
+
+            return add_rms_norm(x, residual, self.weight, self.eps)
         residual = x if residual is None else residual.add_(x)
         return F.rms_norm(residual, self.weight.shape, self.weight, self.eps), residual
+
+    def into(self, product: Linear, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`product` of the normalised stream, and the stream itself; for a few rows in one kernel."""
+        if takes(x):
+            from kvtool.kernels.gemv import Prologue, norm_gemv, tile_for
+
+            tile = tile_for(x, product.weight, gated=product.gated)
+            if tile and not tile.dot:
+                prologue = Prologue(residual, self.weight, self.eps)
+                return norm_gemv(x, prologue, product.weight, product.bias, tile, gated=product.gated)
+        x, residual = self(x, residual)
+        return product(x), residual
 
     def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint name of the weight, and where it goes."""

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kvtool.kernels import takes
+from kvtool.layers.norm import QKNorm
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -128,6 +131,26 @@ class Rotary(nn.Module):
         """cos and signed sin [T, 1, 2, dim / 2] of positions [T] int64, to be used by all layers of a step."""
         table = self.table[positions][:, None]
         return table[:, :, :2], table[:, :, 2:]
+
+
+def queries_and_keys(
+    heads: Tensor, num_heads: int, cos: Tensor, sin: Tensor, norm: QKNorm | None
+) -> tuple[Tensor, Tensor]:
+    """Queries [T, Hq, D] and keys [T, Hkv, D], normalised where the model does that, and rotated.
+
+    Args:
+        heads: [T, Hq + 2 · Hkv, D]: queries, keys and values.
+        num_heads: Hq.
+        cos, sin: as `Rotary` gives them.
+    """
+    if takes(heads):
+        from kvtool.kernels.rope import norm_rotate
+
+        return norm_rotate(heads, num_heads, cos, sin, norm.weight if norm else None, norm.eps if norm else 0.0)
+    num_kv_heads = (heads.shape[1] - num_heads) // 2
+    x = heads[:, :-num_kv_heads]
+    x = rotate(norm(x) if norm else x, cos, sin)
+    return x[:, :num_heads], x[:, num_heads:]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

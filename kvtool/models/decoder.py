@@ -3,13 +3,12 @@
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.layers.embedding import Embedding
-from kvtool.layers.linear import Linear, MergedLinear
+from kvtool.layers.linear import GatedLinear, Linear, MergedLinear, linear
 from kvtool.layers.norm import QKNorm, RMSNorm
-from kvtool.layers.rotary import Rotary, rotate
+from kvtool.layers.rotary import Rotary, queries_and_keys
 from kvtool.models.architectures import ARCHITECTURES
 from kvtool.models.config import ModelConfig
 
@@ -19,7 +18,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Attention(nn.Module):
-    """Queries, keys and values of a layer: x [T, hidden_size] → [T, hidden_size]."""
+    """Queries, keys and values of a layer, behind its norm: x and residual stream [T, hidden_size] → the same."""
 
     def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -45,23 +44,21 @@ class Attention(nn.Module):
         )
         self.o_proj = Linear(q_size, config.hidden_size, bias=config.o_bias, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        heads = self.qkv_proj(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-        qk, v = heads[:, : -self.num_kv_heads], heads[:, -self.num_kv_heads :]
-        if self.qk_norm is not None:
-            qk = self.qk_norm(qk)
-        qk = rotate(qk, cos, sin)
-        q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
-        out: Tensor = self.o_proj(attend(self.layer, q, k, v).flatten(1))
-        return out
+    def forward(
+        self, norm: RMSNorm, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        qkv, residual = norm.into(self.qkv_proj, x, residual)
+        heads = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+        q, k = queries_and_keys(heads, self.num_heads, cos, sin, self.qk_norm)
+        return self.o_proj(attend(self.layer, q, k, heads[:, -self.num_kv_heads :]).flatten(1)), residual
 
 
 class MLP(nn.Module):
-    """Down(silu(gate(x)) · up(x)), SwiGLU (Shazeer, 2020): x [T, hidden_size] → [T, hidden_size]."""
+    """Down(silu(gate(x)) · up(x)), behind its norm: x and residual stream [T, hidden_size] → the same."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.gate_up_proj = MergedLinear(
+        self.gate_up_proj = GatedLinear(
             config.hidden_size,
             {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
             bias=config.mlp_bias,
@@ -73,10 +70,9 @@ class MLP(nn.Module):
             config.intermediate_size, config.hidden_size, bias=config.mlp_bias, dtype=dtype, device=device
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(F.silu(gate).mul_(up))
-        return out
+    def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        inner, residual = norm.into(self.gate_up_proj, x, residual)
+        return self.down_proj(inner), residual
 
 
 class DecoderLayer(nn.Module):
@@ -92,10 +88,9 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor]:
-        x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, cos, sin, attend)
-        x, residual = self.post_attention_layernorm(x, residual)
-        return self.mlp(x), residual
+        x, residual = self.self_attn(self.input_layernorm, x, residual, cos, sin, attend)
+        x, residual = self.mlp(self.post_attention_layernorm, x, residual)
+        return x, residual
 
 
 class Decoder(nn.Module):
@@ -142,7 +137,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: hidden [N, hidden_size] → [N, vocab_size], in the model's dtype."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight)
+        return linear(hidden, head.weight)
 
     def slots(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that a checkpoint must hold, and where it goes. Leave out the "model." that files prepend."""

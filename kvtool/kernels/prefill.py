@@ -1,0 +1,432 @@
+"""Prefill attention of all spans of a step in one launch: packed blocks below v(t), full precision from there to t.
+
+Codes that many queries read are decoded once, into a workspace that the attention kernel reads like any other memory:
+blocks that a table finds. A tile's rows are queries of one KV head, the heads that share it side by side, so that a
+tile spans few positions and a key is loaded for all of them. Softmax as in FlashAttention-2 (arXiv:2307.08691).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvtool.kernels.decode import HEAD_DIMS, PackedStream, _capability, _next_power_of_2, _num_sms, _or
+
+WORKSPACE = 128 << 20  # bytes of decoded blocks at a time, or those of one KV head where they alone are more
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries times heads, and keys, that a program multiplies at a time; its warps and pipeline stages."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+# By (compute capability, head_dim padded to a power of 2): for steps that fill the device, and for those that do not.
+# sm_89 was never timed: its rows are those that compile without spills.
+TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
+    (8, 64): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+    (8, 128): (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)),
+    (8, 256): (Tile(64, 16, 8, 2), Tile(64, 16, 8, 2)),
+    (9, 64): (Tile(128, 128, 8, 3), Tile(64, 64, 4, 3)),
+    (9, 128): (Tile(128, 128, 8, 2), Tile(64, 64, 4, 3)),
+    (9, 256): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+}
+
+
+def refuses(key: PackedStream, value: PackedStream, num_heads: int) -> str | None:
+    """Why `paged_prefill` cannot read these streams, or None if it can: it takes every format."""
+    head_dim, group_heads = key.tail.shape[-1], num_heads // key.tail.shape[1]
+    if key.tail.dtype not in (torch.bfloat16, torch.float16):
+        return f"it runs in bfloat16 or float16, not {str(key.tail.dtype).removeprefix('torch.')}"
+    if head_dim not in HEAD_DIMS or value.tail.shape[-1] != head_dim:
+        return f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, the same for K and V"
+    most = min(tile.rows for tiles in TILES.values() for tile in tiles)
+    return f"{group_heads} query heads share a KV head; it takes up to {most}" if group_heads > most else None
+
+
+def paged_prefill(
+    q: Tensor,
+    near_key: Tensor | None,
+    near_value: Tensor | None,
+    key: PackedStream,
+    value: PackedStream,
+    table: Tensor,
+    far_blocks: Tensor | None,
+    tiles: Callable[[int], Tensor],
+    visible: Tensor,
+    *,
+    num_decodes: int,
+    scale: float,
+    sliding_window: int | None = None,
+    out: Tensor,
+) -> None:
+    """Attention of the spans behind the decodes over what the store holds of them.
+
+    Three kinds of store: 16 bits, where blocks are read as they are below a span's first token, and its own keys from
+    there on (`far_blocks` is None); formats with a tail; and those that pack on write, where blocks hold everything
+    (`near_key` and `near_value` are None). Agrees with `TorchAttention` in float64 to a relative error of 5e-3 in bf16.
+
+    Args:
+        q: [T, Hq, D] bf16 or fp16, of the tokens behind the decodes.
+        near_key, near_value: [n, Hkv, D] of q's dtype, as in `kvtool.kv.store.Near`.
+        table: [P, N] integers, blocks of each span: ids, or where `far_blocks` [F] is given indices into that.
+        tiles: `Prompts.tiles`.
+        visible: [num_decodes + T] integers, v(t) of each token of the batch.
+        scale: multiplies q·k before the softmax.
+        sliding_window: a query sees this many newest positions, itself included; None sees all.
+        out: [T, Hq, D], contiguous, where the result goes.
+    """
+    _, num_heads, head_dim = q.shape
+    _, kv_heads, block_size, _ = key.codes.shape
+    q = q if q.stride(1) == head_dim and q.stride(2) == 1 else q.contiguous()
+    group_heads = num_heads // kv_heads
+    tile, cut = _choose(tiles, q.device, head_dim, group_heads, kv_heads)
+    heads = kv_heads if far_blocks is None else _heads_at_once(len(far_blocks) * block_size * head_dim, kv_heads)
+    for first_head in range(0, kv_heads, heads):
+        heads = min(heads, kv_heads - first_head)
+        if far_blocks is None:
+            far_key, far_value, far_head = key.codes, value.codes, first_head
+        else:
+            far_key, far_value = unpack(key, value, far_blocks, first_head, heads, q.dtype)
+            far_head = 0
+        nears = (q, q) if near_key is None or near_value is None else (near_key, near_value)
+        assert nears[0].stride(-1) == nears[1].stride(-1) == 1
+        _prefill_kernel[(len(cut) * heads,)](
+            q,
+            out,
+            *nears,
+            far_key,
+            far_value,
+            table,
+            cut,
+            visible,
+            scale * 1.4426950408889634,  # exp2 is what the hardware has
+            num_decodes,
+            q.stride(0),
+            out.stride(0),
+            *nears[0].stride()[:2],
+            *nears[1].stride()[:2],
+            far_key.stride(0),
+            far_value.stride(0),
+            table.stride(0),
+            sliding_window or 0,
+            first_head,
+            far_head,
+            heads,
+            M=tile.rows,
+            N=tile.keys,
+            FAR_N=min(tile.keys, block_size),
+            D=head_dim,
+            GROUP_HEADS=group_heads,
+            BLOCK=block_size,
+            EXACT=far_blocks is None,
+            NEAR=near_key is not None,
+            K_CODED=far_blocks is not None and key.bits != "16",
+            WINDOWED=sliding_window is not None,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+
+def unpack(
+    key: PackedStream, value: PackedStream, blocks: Tensor, first_head: int, heads: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Blocks [F] decoded, of `heads` heads from `first_head` on.
+
+    Returns:
+        [F, heads, B, D] of keys and of values, in `dtype` where they are of 16 bits, else in fp16: it holds all that
+        can be packed, with three bits more than bf16.
+    """
+    _, _, block_size, _ = key.codes.shape
+    head_dim = key.tail.shape[-1]
+    outs = [
+        torch.empty(
+            (len(blocks), heads, block_size, head_dim),
+            dtype=dtype if stream.bits == "16" else torch.float16,
+            device=blocks.device,
+        )
+        for stream in (key, value)
+    ]
+    if len(blocks):
+        _unpack_kernel[(len(blocks), heads, 2)](
+            *(key.codes, _or(key.scale, key.codes), _or(key.zero, key.codes), outs[0]),
+            *(value.codes, _or(value.scale, value.codes), _or(value.zero, value.codes), outs[1]),
+            blocks,
+            key.codes.stride(0) * key.codes.itemsize // 16,
+            first_head,
+            heads,
+            D=head_dim,
+            BLOCK=block_size,
+            K_BITS=key.bits,
+            K_CHANNEL=key.axis == "channel",
+            K_GROUP=key.group or head_dim,
+            K_ZERO=key.zero is not None,
+            V_BITS=value.bits,
+            V_CHANNEL=value.axis == "channel",
+            V_GROUP=value.group or head_dim,
+            V_ZERO=value.zero is not None,
+        )
+    return outs[0], outs[1]
+
+
+def _choose(
+    tiles: Callable[[int], Tensor], device: torch.device, head_dim: int, group_heads: int, kv_heads: int
+) -> tuple[Tile, Tensor]:
+    """The tile for these spans, and the spans cut into it."""
+    large, small = TILES[_capability(device), triton.next_power_of_2(head_dim)]
+    cut = tiles(large.rows // group_heads)
+    if len(cut) * kv_heads >= _num_sms(device) or large == small:
+        return large, cut
+    return small, tiles(small.rows // group_heads)
+
+
+def _heads_at_once(elements: int, kv_heads: int) -> int:
+    """KV heads whose decoded keys and values, `elements` of each, fit in the workspace."""
+    return min(kv_heads, max(1, WORKSPACE // max(1, 4 * elements)))
+
+
+@triton.jit(
+    do_not_specialize=["num_decodes", "table_stride", "window", "first_head", "far_head", "heads"],
+    do_not_specialize_on_alignment=["table_ptr", "visible_ptr"],
+)
+def _prefill_kernel(
+    q_ptr,
+    out_ptr,
+    near_k,
+    near_v,
+    far_k,
+    far_v,
+    table_ptr,
+    tiles_ptr,
+    visible_ptr,
+    scale,
+    num_decodes,
+    q_stride,
+    out_stride,
+    near_k_stride,
+    near_k_head_stride,
+    near_v_stride,
+    near_v_head_stride,
+    far_k_stride,
+    far_v_stride,
+    table_stride,
+    window,
+    first_head,
+    far_head,
+    heads,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    FAR_N: tl.constexpr,
+    D: tl.constexpr,
+    GROUP_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EXACT: tl.constexpr,
+    NEAR: tl.constexpr,
+    K_CODED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):
+    PAD: tl.constexpr = _next_power_of_2(D)
+    TOKENS: tl.constexpr = M // GROUP_HEADS
+    head = tl.program_id(0) % heads
+    tile = tiles_ptr + tl.program_id(0) // heads * 7
+    span = tl.load(tile)
+    t_first = tl.load(tile + 1).to(tl.int32)
+    start = tl.load(tile + 3).to(tl.int32)
+    token = tl.load(tile + 2) - start  # of position 0
+    t_last = tl.minimum(t_first + TOKENS, tl.load(tile + 4).to(tl.int32)) - 1
+    near_first = tl.load(tile + 5).to(tl.int32)
+    near_row = tl.load(tile + 6) - near_first  # likewise
+    table_ptr += span * table_stride
+    far_k += (far_head + head) * (BLOCK * D)
+    far_v += (far_head + head) * (BLOCK * D)
+    near_k += (first_head + head) * near_k_head_stride
+    near_v += (first_head + head) * near_v_head_stride
+
+    # Rows past the last query repeat it, and are not stored.
+    row = tl.arange(0, M)
+    position = tl.minimum(t_first + row // GROUP_HEADS, t_last)
+    channel = tl.arange(0, PAD)
+    at = (token - num_decodes + position) * q_stride + ((first_head + head) * GROUP_HEADS + row % GROUP_HEADS) * D
+    q = tl.load(q_ptr + at[:, None] + channel[None, :], mask=(channel < D)[None, :], other=0)
+
+    # Positions below v_first are read from blocks by all rows, those from v_last on by none.
+    if EXACT:
+        v_first, v_last = near_first, near_first
+        v = tl.full([M], 0, tl.int32) + near_first
+    elif NEAR:
+        v_first = tl.load(visible_ptr + token + t_first).to(tl.int32)
+        v_last = tl.load(visible_ptr + token + t_last).to(tl.int32)
+        v = tl.load(visible_ptr + token + position).to(tl.int32)
+    else:
+        v_first, v_last, v = t_first + 1, t_last + 1, position + 1
+    first = tl.full([M], 0, tl.int32)
+    begin = 0
+    if WINDOWED:
+        first = position + 1 - window
+        begin = tl.maximum(0, t_first + 1 - window)
+
+    m = tl.full([M], -1e30, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, PAD], tl.float32)
+    to_log2 = tl.full([M], 1, tl.float32) * scale
+    far_q = q
+    far_to_log2 = to_log2
+    if K_CODED:  # within fp16, whatever q's size
+        q_max = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-20)
+        far_q = (q.to(tl.float32) / q_max[:, None]).to(tl.float16)
+        far_to_log2 = q_max * scale
+    far_begin = begin // FAR_N * FAR_N
+    far_full = tl.maximum(far_begin, v_first // FAR_N * FAR_N)
+    for key in range(far_begin, far_full, FAR_N):
+        block = tl.load(table_ptr + key // BLOCK)
+        k = _keys(far_k + block * far_k_stride + key % BLOCK * D, D, 0, FAR_N, D, False)
+        v_tile = _keys(far_v + block * far_v_stride + key % BLOCK * D, D, 0, FAR_N, D, False)
+        keep = (key + tl.arange(0, FAR_N))[None, :] >= first[:, None]
+        acc, m, total = _attend(acc, m, total, far_q, k, v_tile, far_to_log2, keep, WINDOWED)
+    for key in range(far_full, v_last, FAR_N):
+        block = tl.load(table_ptr + key // BLOCK)
+        k = _keys(far_k + block * far_k_stride + key % BLOCK * D, D, v_last - key, FAR_N, D, True)
+        v_tile = _keys(far_v + block * far_v_stride + key % BLOCK * D, D, v_last - key, FAR_N, D, True)
+        s_at = (key + tl.arange(0, FAR_N))[None, :]
+        keep = (s_at < v[:, None]) & (s_at >= first[:, None])
+        acc, m, total = _attend(acc, m, total, far_q, k, v_tile, far_to_log2, keep, True)
+    if NEAR:
+        near_begin = tl.maximum(begin, v_first)
+        near_full = near_begin
+        if EXACT:
+            near_full += tl.maximum(t_first + 1 - near_begin, 0) // N * N
+            for key in range(near_begin, near_full, N):
+                k = _keys(near_k + (near_row + key) * near_k_stride, near_k_stride, 0, N, D, False)
+                v_tile = _keys(near_v + (near_row + key) * near_v_stride, near_v_stride, 0, N, D, False)
+                keep = (key + tl.arange(0, N))[None, :] >= first[:, None]
+                acc, m, total = _attend(acc, m, total, q, k, v_tile, to_log2, keep, WINDOWED)
+        for key in range(near_full, t_last + 1, N):
+            k = _keys(near_k + (near_row + key) * near_k_stride, near_k_stride, t_last + 1 - key, N, D, True)
+            v_tile = _keys(near_v + (near_row + key) * near_v_stride, near_v_stride, t_last + 1 - key, N, D, True)
+            s_at = (key + tl.arange(0, N))[None, :]
+            keep = (s_at >= v[:, None]) & (s_at <= position[:, None]) & (s_at >= first[:, None])
+            acc, m, total = _attend(acc, m, total, q, k, v_tile, to_log2, keep, True)
+
+    is_query = (row < TOKENS * GROUP_HEADS) & (t_first + row // GROUP_HEADS <= t_last)
+    at = (token - num_decodes + position) * out_stride
+    at += ((first_head + head) * GROUP_HEADS + row % GROUP_HEADS) * D
+    result = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at[:, None] + channel[None, :], result, mask=is_query[:, None] & (channel < D)[None, :])
+
+
+@triton.jit
+def _keys(ptr, stride, count, N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """[N, D padded] of keys or values, zeros in the padding and, if MASKED, from `count` on."""
+    PAD: tl.constexpr = _next_power_of_2(D)
+    key = tl.arange(0, N)[:, None]
+    channel = tl.arange(0, PAD)[None, :]
+    if MASKED:  # what lies there may be NaN, and 0 x NaN is NaN
+        return tl.load(ptr + key * stride + channel, mask=(key < count) & (channel < D), other=0)
+    elif PAD != D:
+        return tl.load(ptr + key * stride + channel, mask=channel < D, other=0)
+    else:
+        return tl.load(ptr + key * stride + channel)
+
+
+@triton.jit
+def _attend(acc, m, total, q, k, v, to_log2, keep, MASKED: tl.constexpr):
+    """One step of softmax(q kᵀ) v: maxima `m` in units of log2, sums `total`, both [M], and `acc` [M, D]."""
+    s = tl.dot(q, tl.trans(k))
+    if MASKED:
+        s = tl.where(keep, s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1) * to_log2)
+    p = tl.exp2(s * to_log2[:, None] - m_new[:, None])
+    alpha = tl.exp2(m - m_new)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+    return acc, m_new, total * alpha + tl.sum(p, 1)
+
+
+@triton.jit(do_not_specialize=["first_head", "heads"])
+def _unpack_kernel(
+    k_codes,
+    k_scale,
+    k_zero,
+    k_out,
+    v_codes,
+    v_scale,
+    v_zero,
+    v_out,
+    blocks_ptr,
+    block_stride,  # of 16 bytes: so the compiler knows how pointers are aligned
+    first_head,
+    heads,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    K_BITS: tl.constexpr,
+    K_CHANNEL: tl.constexpr,
+    K_GROUP: tl.constexpr,
+    K_ZERO: tl.constexpr,
+    V_BITS: tl.constexpr,
+    V_CHANNEL: tl.constexpr,
+    V_GROUP: tl.constexpr,
+    V_ZERO: tl.constexpr,
+):
+    """Program (block, head, stream)."""
+    index = tl.program_id(0).to(tl.int64)
+    block = tl.load(blocks_ptr + index).to(tl.int64) * block_stride
+    head = first_head + tl.program_id(1)
+    to = (index * heads + tl.program_id(1)) * (BLOCK * D)
+    if tl.program_id(2) == 0:
+        _unpack(k_codes, k_scale, k_zero, k_out + to, block, head, D, BLOCK, K_BITS, K_CHANNEL, K_GROUP, K_ZERO)
+    else:
+        _unpack(v_codes, v_scale, v_zero, v_out + to, block, head, D, BLOCK, V_BITS, V_CHANNEL, V_GROUP, V_ZERO)
+
+
+@triton.jit
+def _unpack(
+    codes,
+    scale,
+    zero,
+    out,
+    block,
+    head,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO: tl.constexpr,
+):
+    """One head of one block, `kvtool.kv.codecs` in float32."""
+    WIDTH: tl.constexpr = 8 if BITS == "8" or BITS == "fp8" or BITS == "16" else (4 if BITS == "4" else 2)
+    RUN: tl.constexpr = D * WIDTH // 8
+    row = tl.arange(0, BLOCK)[:, None]
+    byte = tl.arange(0, _next_power_of_2(RUN))[None, :]
+    inside = (byte < RUN) & (row < BLOCK)
+    if BITS == "16":
+        x = tl.load(codes + block * 8 + (head * BLOCK + row) * D + byte, mask=inside)
+        tl.store(out + row * D + byte, x, mask=inside)
+    else:
+        packed = tl.load(codes + block * 16 + (head * BLOCK + row) * RUN + byte, mask=inside, other=0)
+        for part in tl.static_range(8 // WIDTH):
+            channel = part * RUN + byte
+            if BITS == "fp8":  # an e4m3 byte moved into fp16's exponent is its value / 256
+                half = ((packed.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -0x4001).to(tl.float16, bitcast=True)
+                x = half.to(tl.float32) * 256
+            else:
+                x = ((packed >> (part * WIDTH)) & (2**WIDTH - 1)).to(tl.float32)
+                if not ZERO:  # symmetric
+                    x -= 2 ** (WIDTH - 1) - 1
+            if CHANNEL:
+                at = head * D + channel
+                mask = byte < RUN
+            else:
+                at = (head * BLOCK + row) * (D // GROUP) + channel // GROUP
+                mask = inside
+            x *= tl.load(scale + block * 8 + at, mask=mask, other=0).to(tl.float32)
+            if ZERO:
+                x += tl.load(zero + block * 8 + at, mask=mask, other=0).to(tl.float32)
+            x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)  # a scale rounded up can lead beyond
+            tl.store(out + row * D + channel, x.to(tl.float16), mask=inside)

@@ -1,0 +1,114 @@
+"""How a device's memory is shared out: weights, what a step needs beside them, and the KV cache."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvtool.config import EngineConfig
+from kvtool.errors import CapacityError, ConfigError
+from kvtool.kv.layout import KVLayout
+from kvtool.kv.store import KVStore
+from kvtool.models.config import ModelConfig
+
+CPU_KV_CACHE_MEMORY = 1 << 30
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What a GPU's memory is needed for beside the KV cache, in bytes, as measured by running the largest step.
+
+    Attributes:
+        usable: of the whole GPU, what --gpu-memory-utilization allows.
+        others: of other processes, CUDA itself and the kernels' code.
+        weights: of the model.
+        workspace: of a step, and of the CUDA graphs.
+    """
+
+    usable: int
+    others: int
+    weights: int
+    workspace: int
+
+    @property
+    def for_cache(self) -> int:
+        return self.usable - self.others - self.weights - self.workspace
+
+    def __str__(self) -> str:
+        parts = f"others {size(self.others)}, weights {size(self.weights)}, workspace {size(self.workspace)}"
+        return f"{size(self.usable)} may be used: {parts}, which leaves {size(max(0, self.for_cache))}"
+
+
+def cache_memory(config: EngineConfig, layout: KVLayout, device: DeviceMemory | None) -> int:
+    """Bytes of KV cache; `device` is None on CPU.
+
+    Raises:
+        CapacityError: the GPU has less than what was asked for.
+    """
+    asked = config.kv_cache_memory
+    if device is None:
+        return CPU_KV_CACHE_MEMORY if asked is None else asked
+    if asked is None and device.for_cache <= 0:
+        raise CapacityError(f"no room for a KV cache: {device}; raise --gpu-memory-utilization or lower --max-num-seqs")
+    if asked is not None and asked > device.for_cache:
+        fits = max(0, layout.num_blocks_within(device.for_cache, config.max_num_seqs)) * layout.format.block_size
+        raise CapacityError(
+            f"--kv-cache-memory {size(asked)}: {device} ({fits:,} tokens in this format); "
+            "lower it, raise --gpu-memory-utilization or use fewer --nbits"
+        )
+    return device.for_cache if asked is None else asked
+
+
+def capacity(config: EngineConfig, model: ModelConfig, layout: KVLayout, memory: int) -> tuple[int, int]:
+    """Blocks that fit in `memory` beside the tails, and the longest request that may run.
+
+    Raises:
+        CapacityError: not even one request fits.
+    """
+    longest = config.max_model_len or model.max_position
+    fmt, tails = layout.format, config.max_num_seqs * layout.tail_bytes
+    num_blocks = layout.num_blocks_within(memory, config.max_num_seqs)
+    asked = f"--kv-cache-memory {size(memory)}"
+    if num_blocks < 1:
+        raise CapacityError(
+            f"{asked} is too small: {config.max_num_seqs} tails take {size(tails)} and a block "
+            f"{size(layout.block_bytes)}; raise it or lower --max-num-seqs"
+        )
+    held = num_blocks * fmt.block_size + fmt.tail_tokens
+    if config.max_model_len and held < longest:
+        needed = tails + fmt.num_blocks(longest) * layout.block_bytes
+        raise CapacityError(
+            f"{asked} holds {held} tokens, fewer than one request of --max-model-len {longest}; "
+            f"raise it to {size(needed)} or lower --max-model-len"
+        )
+    return num_blocks, min(longest, held)
+
+
+def check_context(config: EngineConfig, model: ModelConfig) -> None:
+    """Raises ConfigError where --max-model-len is beyond the model."""
+    if config.max_model_len and config.max_model_len > model.max_position:
+        raise ConfigError(f"--max-model-len {config.max_model_len}: the model's context is {model.max_position} tokens")
+
+
+def allocate(
+    layout: KVLayout, num_blocks: int, num_tail_slots: int, dtype: torch.dtype, device: torch.device
+) -> KVStore:
+    """The store.
+
+    Raises:
+        CapacityError: the device has not so much.
+    """
+    try:
+        return KVStore(layout, num_blocks, num_tail_slots, dtype, device)
+    except RuntimeError as error:  # torch's word for a failed allocation
+        nbytes = num_blocks * layout.block_bytes + num_tail_slots * layout.tail_bytes
+        raise CapacityError(
+            f"{device} has no {size(nbytes)} for the KV cache; ask for less with --kv-cache-memory"
+        ) from error
+
+
+def size(nbytes: int) -> str:
+    """`nbytes` as a size that --kv-cache-memory takes, rounded up."""
+    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if nbytes >= 1 << shift:
+            return f"{-(-nbytes * 10 >> shift) / 10:g}{unit}"
+    return str(nbytes)
