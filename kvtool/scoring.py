@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from kvtool.attention import PagedAttention
+from kvtool.attention import PagedAttention, block_size
 from kvtool.config import Bits, EngineConfig, KVOptions
 from kvtool.errors import ConfigError
 from kvtool.kv.batch import KVBatch, Span
@@ -96,7 +96,7 @@ class ScoringModel:
             UnsupportedError: a head_dim that the bits cannot pack.
         """
         spec = kv_spec(self.model_config, self.dtype)
-        return KVLayout(spec, resolve(kv, spec))
+        return KVLayout(spec, resolve(kv, spec, block_size(self.config.attention_backend)))
 
     def fingerprint(self) -> str:
         """Names the weights, by some thousand elements of each tensor: training again changes nearly all of them."""
