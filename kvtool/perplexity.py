@@ -463,7 +463,7 @@ def _unweighted(windows: list[Window], num_tokens: int, window: int) -> Task:
 
 def _too_short(num_tokens: int, needed: int) -> ConfigError:
     return ConfigError(
-        f"--data: {num_tokens} tokens are too short for one window of {needed}; give more text or --window less"
+        f"--data: {num_tokens} tokens are too short for one window of {needed}; give more text or a smaller --window"
     )
 
 
