@@ -463,7 +463,7 @@ def _unweighted(windows: list[Window], num_tokens: int, window: int) -> Task:
 
 def _too_short(num_tokens: int, needed: int) -> ConfigError:
     return ConfigError(
-        f"--data: {num_tokens} tokens are too short for one window of {needed}; give more text or --window less"
+        f"--data: {num_tokens} tokens are too short for one window of {needed}; give more text or a smaller --window"
     )
 
 
@@ -512,6 +512,6 @@ def _text_of(row: Mapping[str, Any], field: str, where: str) -> str:
             f"{where} has no field {field!r}, but {', '.join(map(repr, row)) or 'none'}; choose by --field"
         )
     text = row[field]
-    if not isinstance(text, str):
+    if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):  # lone surrogates, which JSON can spell
         raise ConfigError(f"{where}: {field!r} is no text; choose another by --field")
     return text

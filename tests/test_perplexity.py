@@ -370,6 +370,8 @@ def test_bits_given_as_for_serving_are_set_beside_16(
         (["--data", "FOLDER/bad.jsonl"], "bad.jsonl: line 2 is no JSON"),
         (["--data", "FOLDER/good.jsonl", "--field", "body"], "line 1 has no field 'body', but 'text'"),
         (["--data", "FOLDER/number.jsonl"], "line 1: 'text' is no text"),
+        (["--data", "FOLDER/half.jsonl"], "line 1: 'text' is no text"),
+        (["--data", "FOLDER/deep.jsonl"], "line 1 is no JSON"),
         (["--data", "FOLDER/short.parquet"], "no parquet file"),
         (["--window", "4096"], "--window 4096: the model's context is 2048"),
         (["--window", "3"], "--window"),
@@ -399,6 +401,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
         "latin.txt": "caf\xe9",
         "bad.jsonl": '{"text": "a"}\n{"text": \n',
         "good.jsonl": '{"text": "a"}\n',
+        "half.jsonl": '{"text": "\\ud800"}',
+        "deep.jsonl": "[" * 100_000,
         "number.jsonl": '{"text": 1}\n',
         "short.parquet": "PAR1",
     }
