@@ -448,7 +448,7 @@ def test_a_plan_sets_the_bits_of_each_layer(tmp_path):
     assert {layer.key.axis for layer in fmt.layers[:4]} == {"channel"}
     assert "1×K8V8 1×K4V2 1×K8V4 1×K2V2 1×Kfp8V16" in fmt.describe()
     token = resolve(KVOptions(plan=path, axis_key="token", residual_length=32, symmetric=True), spec(5))
-    assert {layer.key.axis for layer in token.layers} == {"token"} and token.residual == 32
+    assert {layer.key.axis for layer in token.layers} == {"token"} and token.residual == 64
     assert KVLayout(spec(5), fmt).block_bytes == sum(
         KVLayout(spec(5), fmt).layer_block_bytes(layer) for layer in range(5)
     )

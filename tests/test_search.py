@@ -151,6 +151,12 @@ def test_impossible_searches_are_refused(tmp_path, budget, kv, said):
         found(tmp_path / "plan.yaml", budget, kv)
 
 
+@pytest.mark.parametrize("name", [".", "none/plan.yaml"])
+def test_a_plan_needs_a_place_before_the_search_begins(tmp_path, name):
+    with pytest.raises(ConfigError, match=r"--save-plan .*: is a folder, or lies in none"):
+        found(tmp_path / name, Budget(bits=4.0))
+
+
 def test_a_text_for_less_than_two_windows_is_refused(tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("It was a dark night. " * 20)
@@ -182,7 +188,7 @@ def test_bad_options_are_one_line(arguments, said):
 
 def test_a_sidecar_completes_what_is_not_given(tmp_path):
     path = tmp_path / "plan.yaml"
-    write_plan(path, [("4", "2")] * 4, Sidecar(KVOptions(axis_key="token", residual_length=32), {}, {}))
+    write_plan(path, [("4", "2")] * 4, Sidecar(KVOptions("8", axis_key="token", residual_length=32), {}, {}))
     assert resolve(KVOptions(plan=str(path)), SPEC) == resolve(
         KVOptions(nbits_key="4", nbits_value="2", axis_key="token", residual_length=32), SPEC
     )

@@ -7,17 +7,16 @@ from itertools import groupby
 
 from kvtool.config import Axis, Bits, KVOptions
 from kvtool.errors import ConfigError, UnsupportedError
-from kvtool.kv.plan import BITS, completed, load_plan
+from kvtool.kv.plan import BIT_OPTIONS, BITS, completed, load_plan
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.visibility import Position, visible
 
 GROUP_SIZES = (32, 64, 128)
 INTEGERS = ("8", "4", "2")
 BLOCK_SIZE, SMALL_BLOCK_SIZE = 64, 32
-TWO_BIT_RESIDUAL = 32  # a model leans on its newest tokens; without it 2 bits lose more than twice as much
+TWO_BIT_RESIDUAL = 32  # a model leans on its newest tokens; 2 bits without it lose more than twice as much
 KEY_AXIS: Axis = "channel"  # keys have a few channels of huge outliers, values have not
 VALUE_AXIS: Axis = "token"
-BIT_OPTIONS = ("nbits", "nbits_key", "nbits_value", "plan", "layer_bits")
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,13 @@ def resolve(options: KVOptions, spec: KVSpec, block_size: int = BLOCK_SIZE) -> K
     bits = _layer_bits(options, spec.num_layers)
     _check(options, bits)
     axes = options.axis_key or KEY_AXIS, options.axis_value or VALUE_AXIS
-    block_size, residual = _block_size_and_residual(options, bits, axes, block_size)
+    residual = options.residual_length or 0
+    if any(axis == "channel" and b in INTEGERS for pair in bits for axis, b in zip(axes, pair, strict=True)):
+        if options.residual_length is None and options.q_group_size is None and set(bits) == {("2", "2")}:
+            residual = TWO_BIT_RESIDUAL
+        # A window that fits in a small block has one: the tail, a window and a block, is then half as long.
+        small = 0 < residual <= SMALL_BLOCK_SIZE
+        block_size = options.q_group_size or (SMALL_BLOCK_SIZE if small else BLOCK_SIZE)
     layers = tuple(
         LayerFormat(
             _stream_format(options, key_bits, axes[0], block_size, spec.key),
@@ -141,23 +146,7 @@ def resolve(options: KVOptions, spec: KVSpec, block_size: int = BLOCK_SIZE) -> K
         )
         for key_bits, value_bits in bits
     )
-    return KVFormat(layers, block_size, residual)
-
-
-def _block_size_and_residual(
-    options: KVOptions, bits: Sequence[tuple[Bits, Bits]], axes: tuple[Axis, Axis], block_size: int
-) -> tuple[int, int]:
-    """Tokens per block, and tokens kept at full precision behind every query, in whole blocks."""
-    spans_tokens = any(a == "channel" and b in INTEGERS for pair in bits for a, b in zip(axes, pair, strict=True))
-    size = options.q_group_size if spans_tokens else None
-    residual = options.residual_length
-    if residual is None:
-        two_bits = all(pair == ("2", "2") for pair in bits)
-        residual = TWO_BIT_RESIDUAL if two_bits and spans_tokens and size is None else 0
-    if size is None:
-        usual = BLOCK_SIZE if spans_tokens else block_size
-        size = SMALL_BLOCK_SIZE if 0 < residual <= SMALL_BLOCK_SIZE else usual  # its tail is half as long
-    return size, -(-residual // size) * size
+    return KVFormat(layers, block_size, -(-residual // block_size) * block_size)
 
 
 def _layer_bits(options: KVOptions, num_layers: int) -> Sequence[tuple[Bits, Bits]]:

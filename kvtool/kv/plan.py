@@ -1,5 +1,6 @@
 """Plan files: the bits of each layer's keys and values, in KVTuner's YAML (arXiv:2502.04420), the rest in a sidecar."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from kvtool.config import Bits, KVOptions
 from kvtool.errors import ConfigError
 
 BITS = ("16", "8", "4", "2", "fp8")
+BIT_OPTIONS = ("nbits", "nbits_key", "nbits_value", "plan", "layer_bits")  # of KVOptions; a sidecar has no say in them
 MAX_SIDECAR_BYTES = 1 << 20
 
 
@@ -33,7 +35,7 @@ class Sidecar:
 
 def sidecar_of(path: Path) -> Path:
     """Where the sidecar of a plan lies, if there is one."""
-    return path.with_suffix(".kvtool.json")
+    return path.parent / f"{path.stem}.kvtool.json"
 
 
 def completed(options: KVOptions) -> KVOptions:
@@ -45,18 +47,18 @@ def completed(options: KVOptions) -> KVOptions:
     if options.plan is None:
         return options
     file = sidecar_of(Path(options.plan))
+    if not os.path.isfile(file):  # which says no to whatever is no path; reading the plan will say why
+        return options
     try:
         content = file.read_bytes() if file.stat().st_size <= MAX_SIDECAR_BYTES else b""
         found = msgspec.json.decode(content, type=Sidecar).format
-    except FileNotFoundError:
-        return options
     except OSError as error:
         raise ConfigError(f"--kv-plan {options.plan}: {file.name}: {error.strerror}") from error
     except (msgspec.DecodeError, RecursionError) as error:
         raise ConfigError(
             f"--kv-plan {options.plan}: {file.name} is no sidecar of a plan ({error}); remove it"
         ) from error
-    given = {name: value for name, value in vars(options).items() if value is not None}
+    given = {name: value for name, value in vars(options).items() if value is not None or name in BIT_OPTIONS}
     return KVOptions(**(vars(found) | given))
 
 

@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -119,17 +118,11 @@ class SearchResult:
     uniform: tuple[FormatScore, ...]
     found: FormatScore
 
-    @cached_property
-    def line(self) -> tuple[float, float]:
-        """Intercept and slope of the logarithm of the uniform formats' divergence over their bits, by least squares."""
+    def expected_kld(self, bits: float) -> float:
+        """What the uniform formats come to at these honest bits: their logarithms' line over bits, by least squares."""
         x = torch.tensor([[1.0, score.bits_per_element] for score in self.uniform], dtype=torch.float64)
         y = torch.tensor([[score.kld_mean] for score in self.uniform], dtype=torch.float64).log()
         intercept, slope = torch.linalg.lstsq(x, y).solution[:, 0].tolist()
-        return intercept, slope
-
-    def expected_kld(self, bits: float) -> float:
-        """What uniform formats would have at these honest bits."""
-        intercept, slope = self.line
         return math.exp(intercept + slope * bits)
 
 
@@ -195,8 +188,10 @@ def find_plan(
     Raises:
         ConfigError: what `search` raises, a text too short for two windows, or a path that cannot be written.
     """
-    if not {config.kv.nbits, config.kv.nbits_key, config.kv.nbits_value, config.kv.plan} == {None}:
+    if {config.kv.nbits, config.kv.nbits_key, config.kv.nbits_value, config.kv.plan} != {None}:
         raise ConfigError("--search finds the bits; leave out --nbits and --kv-plan")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"--save-plan {path}: is a folder, or lies in none; name a file")
     model = ScoringModel(config)
     tokenizer = Tokenizer.load(model.path, model.model_config.vocab_size)
     documents = read_documents(Path(exam.data) if exam.data else SAMPLE, exam.field)
