@@ -3,18 +3,29 @@
 import os
 import sys
 import traceback
-from typing import Annotated, NoReturn
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from kvtool.errors import KVToolError
 
-from .options import Command, shared
+from .bench import bench_options
+from .bench_results import result_options
+from .bench_throughput import bench_throughput
+from .bench_ttft import bench_ttft
+from .options import Command, engine_config, output_options, shared
 from .perplexity import perplexity
 from .quantize_kv import quantize_kv
 from .serve import serve
 
-COMMANDS = (serve, quantize_kv, perplexity)
+COMMANDS = (serve, bench_ttft, bench_throughput, quantize_kv, perplexity)
+BUNDLES: dict[str, Callable[..., Any]] = {
+    "engine": engine_config,
+    "bench": bench_options,
+    "results": result_options,
+    "output": output_options,
+}
 
 EPILOG = "Any option can also come from KVTOOL_<OPTION> or from --config; the command line goes first, then those."
 
@@ -26,7 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for function in COMMANDS:
-    app.command(cls=Command, epilog=EPILOG)(shared(function))
+    app.command(cls=Command, epilog=EPILOG)(shared(function, BUNDLES))
 
 
 def show_version(asked: bool) -> None:

@@ -2,9 +2,8 @@
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial, wraps
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -268,6 +267,7 @@ def read_config(context: typer.Context, path: str | None) -> None:
     parameters = [p for p in context.command.params if p.name != "config"]
     names = {name: (p.name, True) for p in parameters for name in p.opts}
     names |= {name: (p.name, False) for p in parameters for name in p.secondary_opts}
+    repeated = {p.name for p in parameters if getattr(p, "multiple", False)}
     context.default_map = {}
     for key, value in values.items():
         name = canonical(f"--{key}".replace("_", "-"))
@@ -280,7 +280,7 @@ def read_config(context: typer.Context, path: str | None) -> None:
             value = ",".join(map(str, value))
         elif value is not None:
             value = str(value)  # as if typed: YAML's 4 is the option's "4"
-        context.default_map[parameter] = value
+        context.default_map[parameter] = [value] if parameter in repeated else value
 
 
 def canonical(name: str) -> str:
@@ -316,8 +316,10 @@ class Command(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Under their headings, and with whole names, which Typer's own tables cut to fit a terminal of 80 columns."""
-        parameters: list[Any] = self.get_params(ctx)
-        for panel, options in groupby(parameters, lambda option: option.rich_help_panel or COMMON_PANEL):
+        panels: dict[str, list[Any]] = {}
+        for option in self.get_params(ctx):
+            panels.setdefault(getattr(option, "rich_help_panel", None) or COMMON_PANEL, []).append(option)
+        for panel, options in panels.items():
             with formatter.section(panel):
                 formatter.write_dl([record for option in options if (record := option.get_help_record(ctx))])
 
@@ -336,26 +338,26 @@ COMMON = (
 )
 
 
-# What a command may take, by the name of its parameter, and the options that make it.
-BUNDLES: dict[str, Callable[..., Any]] = {"engine": engine_config, "output": output_options}
+def shared(command: Callable[..., None], bundles: Mapping[str, Callable[..., Any]]) -> Callable[..., None]:
+    """Give a command --config and --debug, and the options of what it takes as a whole.
 
-
-def shared(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command --config and --debug, and the options of each of the BUNDLES that it takes a parameter for."""
+    Args:
+        bundles: what makes it, by the name of the command's parameter; its signature is the list of the options.
+    """
     signature = inspect.signature(command).parameters
-    bundles = {name: inspect.signature(make).parameters for name, make in BUNDLES.items() if name in signature}
+    taken = {name: inspect.signature(make).parameters for name, make in bundles.items() if name in signature}
 
     @wraps(command)
     def run(*, config: str | None, debug: bool, **values: Any) -> None:  # these two have done their work
         made = {
-            bundle: BUNDLES[bundle](**{name: values.pop(name) for name in options})
-            for bundle, options in bundles.items()
+            bundle: bundles[bundle](**{name: values.pop(name) for name in options}) for bundle, options in taken.items()
         }
         command(**values, **made)
 
-    own = [parameter for name, parameter in signature.items() if name not in bundles]
-    engine, output = (bundles.get(name, {}).values() for name in BUNDLES)
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*engine, *own, *output, *COMMON)]
+    own = [parameter for name, parameter in signature.items() if name not in taken]
+    output = taken.get("output", {}).values()  # is said last
+    before = [parameter for name, options in taken.items() if name != "output" for parameter in options.values()]
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*before, *own, *output, *COMMON)]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run

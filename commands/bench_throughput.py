@@ -1,0 +1,347 @@
+"""`kvtool bench-throughput`: how much a target does at once, and how long each request takes then."""
+
+import math
+from collections.abc import Generator
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from kvtool.config import EngineConfig
+from kvtool.errors import ConfigError
+
+from .bench import (
+    BenchOptions,
+    Form,
+    Rows,
+    config_of,
+    drive,
+    finish,
+    instead,
+    int_list,
+    load_option,
+    measured,
+    workloads,
+)
+from .bench_charts import throughput_charts
+from .bench_results import ResultOptions, check_comparable
+from .output import Column, OutputOptions, Report, Table, show
+
+if TYPE_CHECKING:
+    from kvtool.bench.arrivals import Arrivals
+    from kvtool.bench.measure import Bench, How, Point
+    from kvtool.bench.workloads import Workload
+
+    Steps = Generator[tuple[Point, How], dict[str, Any], None]
+
+PROMPTS, OUTPUTS = "128", "64"
+CONCURRENCY, BATCH_SIZES = "1,2,4,8", "1,4,8,16,32,64,128"
+LONG, ABLATED = "512", "4"  # tokens of a prompt, and requests at once, where a knob is turned
+TRIALS = 3  # the fewest that tell what is noise
+FEWEST, ROUNDS = 8, 4  # requests of a row, and of each of those that run at once
+UNBOUNDED = 64  # requests of a row that come at times of their own
+MOST_STREAMS = 65_536
+
+LOAD = (
+    Column("prompt", "prompt_tokens", ",d"),
+    Column("output", "output_tokens", ",d"),
+    Column("at once", "concurrency", ",d"),
+    Column("rate", "rate"),
+)
+COLUMNS = (
+    *LOAD,
+    Column("requests", "requests", ",d"),
+    Column("requests/s", "requests_per_s", ",.2f"),
+    Column("input tok/s", "input_tok_s", ",.0f"),
+    Column("output tok/s", "output_tok_s", ",.0f"),
+    Column("total tok/s", "total_tok_s", ",.0f"),
+    Column("success", "success_rate", ".1%"),
+    Column("goodput/s", "goodput", ",.2f"),
+    Column("SLO kept", "attainment.all", ".1%"),
+    *(Column(f"{name.upper()} kept", f"attainment.{name}", ".1%") for name in ("ttft", "tpot", "itl", "e2e")),
+    Column("KV peak", "kv_usage_peak", ".1%"),
+    Column("GPU MiB", "gpu_peak_mib", ",.0f"),
+    Column("J/token", "joules_per_token", ".3g"),
+    Column("", "state"),
+)
+OFFLINE = (
+    Column("", "engine"),
+    *LOAD[:2],
+    Column("batch", "batch_size", ",d"),
+    Column("output tok/s", "output_tok_s", ",.1f"),
+    Column("× transformers", "ratio", ".2f"),
+    Column("total tok/s", "total_tok_s", ",.1f"),
+    Column("TPOT ms", "tpot_ms.p50", ",.2f"),
+    Column("floor", "floor_ms", ",.2f"),
+    Column("share", "floor_share", ".0%"),
+    Column("memory MiB", "memory_mib", ",.0f"),
+    Column("", "state"),
+)
+LATENCIES = (
+    *LOAD,
+    *(
+        Column(f"{name.upper()} {figure}", f"{name}_ms.{figure}", ",.2f")
+        for name in ("ttft", "tpot", "itl", "e2e")
+        for figure in ("p50", "p90", "p99")
+    ),
+    Column("TPOT floor", "floor_ms", ",.2f"),
+    Column("share", "floor_share", ".0%"),
+)
+
+ABLATION = (
+    Column("TTFT p50, ms", "ttft_ms.p50", ",.1f"),
+    Column("×", "ratio.ttft", ".2f"),
+    Column("TPOT p50, ms", "tpot_ms.p50", ",.2f"),
+    Column("×", "ratio.tpot", ".2f"),
+    Column("total tok/s", "total_tok_s", ",.0f"),
+    Column("×", "ratio.total_tok_s", ".2f"),
+    Column("hit rate", "hit_rate", ".0%"),
+    Column("KV B/token", "kv_bytes_per_token", ",.0f"),
+    Column("tokens that fit", "kv_tokens", ",d"),
+    Column("memory, MiB", "memory_mib", ",.0f"),
+    Column("GPU use", "gpu_utilization", ".0%"),
+    Column("ΔPPL", "perplexity_change", "+.3%"),
+    Column("KLD", "kld_mean", ".2e"),
+    Column("", "state"),
+)
+ALLOCATION = (
+    Column("allocation", "variant"),
+    Column("tokens stored", "stored", ",d"),
+    Column("slots reserved", "reserved", ",d"),
+    Column("in use", "utilization", ".1%"),
+)
+Knob = Literal[
+    "nbits",
+    "axis",
+    "symmetry",
+    "residual",
+    "group",
+    "block-size",
+    "chunk-size",
+    "prefix-cache",
+    "cuda-graph",
+    "attention-backend",
+    "kv-allocation",
+    "stack",
+]
+
+
+def bench_throughput(
+    engine: EngineConfig,
+    bench: BenchOptions,
+    results: ResultOptions,
+    output: OutputOptions,
+    concurrency: Annotated[
+        str | None,
+        load_option("--concurrency", metavar="LIST", help=f"Requests at once, a row each (default: {CONCURRENCY})."),
+    ] = None,
+    request_rate: Annotated[
+        str | None,
+        load_option(
+            "--request-rate", metavar="LIST", help="Or: requests/s, whatever the answers do: 2,8,inf or 1-10:60s."
+        ),
+    ] = None,
+    burstiness: Annotated[
+        float, load_option("--burstiness", min=0.0, help="Of --request-rate: 1 is Poisson, less bursty, inf even.")
+    ] = 1.0,
+    find_max_rate: Annotated[
+        bool, load_option("--find-max-rate", help="Search the highest rate at which --slo is kept.")
+    ] = False,
+    offline: Annotated[
+        bool, load_option("--offline", help="Give our engine everything at once: a row for each of --batch-sizes.")
+    ] = False,
+    batch_sizes: Annotated[
+        str | None, load_option("--batch-sizes", metavar="LIST", help=f"Of --offline (default: {BATCH_SIZES}).")
+    ] = None,
+    baseline: Annotated[
+        Literal["transformers"] | None,
+        load_option("--baseline", help="Of --offline: the same batches through transformers' generate, beside."),
+    ] = None,
+    ablate: Annotated[
+        Knob | None,
+        load_option(
+            "--ablate", help="Turn one knob of our engine, a row for each setting; stack: one on top of the other."
+        ),
+    ] = None,
+) -> None:
+    """Throughput and latency under load: of our own engine, or of any server by --url.
+
+    Example: kvtool bench-throughput --url http://127.0.0.1:8000 --concurrency 1,8,32 --prompt-tokens 1024
+    """
+    if instead(FORM, bench, results, output):
+        return
+    bench = replace(bench, how=replace(bench.how, trials=bench.trials or TRIALS))
+    asked = workloads(bench, engine.seed, PROMPTS, OUTPUTS)
+    config = config_of(engine, bench, asked)
+    check_comparable(results, FORM.command, config)
+    if offline:
+        if bench.where.url or concurrency or request_rate:
+            raise ConfigError(
+                "--offline is our own engine with all at once; leave out --url, --concurrency and --request-rate"
+            )
+        sizes = int_list("--batch-sizes", batch_sizes or BATCH_SIZES, MOST_STREAMS)
+        offline_throughput(engine, bench, results, output, config, asked, sizes, baseline is not None)
+        return
+    if ablate:
+        if bench.where.url or request_rate or offline:
+            raise ConfigError("--ablate is about our own engine; leave out --url, --request-rate and --offline")
+        ablation(ablate, engine, bench, results, output, config, int_list("--concurrency", concurrency or ABLATED)[0])
+        return
+    if batch_sizes or baseline:
+        raise ConfigError("--batch-sizes and --baseline belong to --offline; add it")
+    if find_max_rate:
+        request_rate = check_search(bench, request_rate)
+    loads = loads_of(concurrency, request_rate, burstiness, engine.seed, timed=bench.workload.timed)
+    notes: list[str] = []
+
+    def how(most: int | None) -> "How":
+        requests = bench.how.requests
+        if requests is None and bench.how.duration is None and not bench.workload.timed:
+            requests = max(FEWEST, ROUNDS * most) if most else UNBOUNDED
+        return replace(bench.how, floor="tpot", requests=requests)
+
+    def plan(target: "Bench") -> "Steps":
+        from kvtool.bench.measure import point_of
+
+        for workload in asked:
+            for most, arrivals in loads:
+                if find_max_rate and arrivals:
+                    notes.append((yield from search(target, bench, workload, most, arrivals, how(most))))
+                else:
+                    yield point_of(target, workload, concurrency=most, arrivals=arrivals), how(most)
+
+    streams = max((most or UNBOUNDED for most, _ in loads), default=1)
+    result = measured(engine, bench, results, streams, plan)
+    finish(FORM, config, bench, results, output, result, notes)
+
+
+def check_search(bench: BenchOptions, request_rate: str | None) -> str:
+    """Where to begin.
+
+    Raises:
+        ConfigError: there is nothing to keep, or nothing to vary.
+    """
+    from kvtool.bench.arrivals import Arrivals
+
+    if bench.how.slo is None:
+        raise ConfigError("--find-max-rate: says nothing without --slo, as ttft:200ms,tpot:20ms or default")
+    if bench.workload.timed:
+        raise ConfigError("--find-max-rate: a trace has times of its own; try --trace-speed, or another --dataset")
+    start = Arrivals.parse(request_rate or "1")
+    if start.rate == math.inf or start.final_rate is not None:
+        raise ConfigError(f"--request-rate {request_rate}: the search begins at one rate; write a number")
+    return request_rate or "1"
+
+
+def search(
+    target: "Bench", bench: BenchOptions, workload: "Workload", most: int | None, arrivals: "Arrivals", how: "How"
+) -> "Generator[tuple[Point, How], dict[str, Any], str]":
+    """Points of rising and falling rates, each chosen by what the last came to; returns what was found, in words."""
+    from kvtool.bench.measure import point_of
+    from kvtool.bench.slo import max_rate
+
+    rates = max_rate(arrivals.rate)
+    rate = next(rates)
+    while True:
+        row = yield point_of(target, workload, concurrency=most, arrivals=replace(arrivals, rate=rate)), how
+        row["kept"] = not row["failed"] and row["attainment"]["all"] >= bench.min_attainment
+        try:
+            rate = rates.send(row["kept"])
+        except StopIteration as end:
+            found = "none that was tried" if end.value is None else f"{end.value:.3g} requests/s"
+            return f"Highest rate at which {bench.min_attainment:.0%} of the requests keep {how.slo}: {found}."
+
+
+def offline_throughput(
+    engine: EngineConfig,
+    bench: BenchOptions,
+    results: ResultOptions,
+    output: OutputOptions,
+    config: dict[str, Any],
+    asked: "list[Workload]",
+    sizes: list[int],
+    baseline: bool,
+) -> None:
+    from kvtool.bench.offline import measure_offline
+
+    if len(asked) > 1:
+        raise ConfigError("--offline: its grid is --batch-sizes; give one length of prompts and one of answers")
+    how = replace(bench.how, floor="tpot")
+    result = drive(
+        bench, results, partial(measure_offline, bench.where, engine, asked[0], sizes, how, baseline=baseline)
+    )
+    form = Form(FORM.command, OFFLINE, lambda rows: (), lambda results: [])
+    finish(form, config, bench, results, output, result)
+
+
+def ablation(
+    knob: str,
+    engine: EngineConfig,
+    bench: BenchOptions,
+    results: ResultOptions,
+    output: OutputOptions,
+    config: dict[str, Any],
+    concurrency: int,
+) -> None:
+    """One table of the settings of a knob, held against the first."""
+    from kvtool.bench.ablate import FORMATS, KNOBS, format_scores, measure_variants, stack
+
+    (workload, *more) = workloads(bench, engine.seed, LONG, OUTPUTS)
+    if more:
+        raise ConfigError("--ablate: its grid is the knob's settings; give one length of prompts and one of answers")
+    if knob == "kv-allocation":
+        allocation(engine, bench, output, config, workload)
+        return
+    if knob in ("prefix-cache", "stack") and workload.dataset == "random" and not workload.shared_prefix:
+        workload = workload.with_prefix_hit(0.5)  # without anything to share there is nothing to see
+    variants = stack(engine) if knob == "stack" else KNOBS[knob](engine)
+    where = replace(bench.where, floor=False)
+    how = replace(bench.how, requests=bench.how.requests or max(FEWEST, ROUNDS * concurrency))
+    measure = partial(measure_variants, where, variants, workload, concurrency, how, baseline=knob == "stack")
+    result = drive(bench, results, measure)
+    if knob in FORMATS and not result.stopped:
+        scores = format_scores(
+            {name: variants[name] for name in variants if any(name == r["variant"] for r in result.rows)}
+        )
+        result = replace(result, rows=[row | scores[row["variant"]] for row in result.rows])
+    form = Form(FORM.command, (Column(knob, "variant"), *ABLATION), lambda rows: (), lambda results: [])
+    notes = [f"left out: {reason}" for reason in result.target.get("refused", ())]
+    finish(form, config | {"workload": [workload.describe()], "ablate": knob}, bench, results, output, result, notes)
+
+
+def allocation(
+    engine: EngineConfig, bench: BenchOptions, output: OutputOptions, config: dict[str, Any], workload: "Workload"
+) -> None:
+    """What three layouts of the cache would reserve for the workload; nothing is run."""
+    from kvtool.bench.ablate import kv_allocation
+    from kvtool.bench.measure import prompt_ids
+
+    items = islice(workload.items(prompt_ids(None)), bench.how.requests or (None if workload.timed else 1000))
+    rows = kv_allocation(items, engine.kv.q_group_size or 64, engine.max_model_len)
+    notes = ["Tokens stored over slots reserved, summed over all steps of all requests; nothing was run."]
+    show(Report(FORM.command, config | {"ablate": "kv-allocation"}, rows, ALLOCATION, notes=notes), output)
+
+
+def loads_of(
+    concurrency: str | None, request_rate: str | None, burstiness: float, seed: int, timed: bool
+) -> "list[tuple[int | None, Arrivals | None]]":
+    """Requests at once, and when they come: one pair for each row."""
+    from kvtool.bench.arrivals import Arrivals
+
+    if request_rate is None and not timed:
+        return [(most, None) for most in int_list("--concurrency", concurrency or CONCURRENCY, MOST_STREAMS)]
+    if timed and request_rate:
+        raise ConfigError("--request-rate: a trace has times of its own; scale them with --trace-speed")
+    at_most = int_list("--concurrency", concurrency, MOST_STREAMS) if concurrency else [None]
+    if len(at_most) > 1:
+        raise ConfigError("--concurrency: where requests have times it is the most at once; give one number")
+    if request_rate is None:
+        return [(at_most[0], None)]
+    return [(at_most[0], Arrivals.parse(rate, burstiness, seed)) for rate in request_rate.split(",")]
+
+
+def tables(rows: Rows) -> list[Table]:
+    return [Table("Latency, ms", LATENCIES, rows)]
+
+
+FORM = Form("bench-throughput", COLUMNS, tables, throughput_charts)

@@ -1,0 +1,316 @@
+"""What no implementation can beat on a machine: bytes that must be read, FLOPs that must be done, at its rates.
+
+The floor of a figure uses rates measured on the machine. Whether a figure is possible at all is judged apart, on the
+machine's datasheet and with its last-level cache given away for free, so that nothing true is refused.
+"""
+
+import asyncio
+import contextlib
+import os
+import re
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from kvtool.bench.metrics import Figures
+from kvtool.errors import ConfigError
+from kvtool.request import EngineInfo
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvtool.models.config import ModelConfig
+
+# Memory bytes/s, dense tensor FLOP/s on 16-bit and on 8-bit operands, last-level cache: NVIDIA's datasheets.
+GPUS: dict[str, tuple[float, float, float, int]] = {
+    "B200": (8.0e12, 2.25e15, 4.5e15, 126 << 20),
+    "H200": (4.8e12, 989e12, 1979e12, 50 << 20),
+    "H100": (3.35e12, 989e12, 1979e12, 50 << 20),
+    "A100": (2.04e12, 312e12, 624e12, 40 << 20),
+    "L40S": (864e9, 366e12, 733e12, 96 << 20),
+    "L4": (300e9, 121e12, 242e12, 48 << 20),
+    "RTX 5090": (1.79e12, 419e12, 838e12, 96 << 20),
+    "RTX 4090": (1.01e12, 330e12, 661e12, 72 << 20),
+    "RTX 3090": (936e9, 142e12, 284e12, 6 << 20),
+    "RTX A6000": (768e9, 155e12, 310e12, 6 << 20),
+}
+# More than any CPU does: clock; bytes loaded from the first cache and FLOPs a core and cycle (two FMA units of 512
+# bits; for 16-bit operands an AMX unit).
+CPU_HZ, CPU_LOAD_BYTES = 6e9, 128
+CPU_FLOPS = {"float64": 32, "float32": 64, "bfloat16": 2048, "float16": 2048}
+TIMES = 7  # the best of so many is a rate
+
+
+class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model must read and compute.
+
+    Attributes:
+        weight_bytes: read for every step.
+        flops_per_token: of its projections.
+        flops_per_sample: of the output projection, once for each token that is chosen.
+        flops_per_pair: of attention, for a query and a key.
+        kv_token_bytes: of a cached token.
+        window: most tokens that a query reads, averaged over layers; None: all.
+    """
+
+    weight_bytes: int
+    flops_per_token: int
+    flops_per_sample: int
+    flops_per_pair: int
+    kv_token_bytes: float
+    window: float | None = None
+
+    def prefill_flops(self, tokens: int, cached: int = 0) -> float:
+        """FLOPs to the first token of a prompt of `tokens`, `cached` of which need no work."""
+        new = tokens - cached
+        read = self._read((cached + 1 + tokens) / 2)
+        return new * (self.flops_per_token + read * self.flops_per_pair) + self.flops_per_sample
+
+    def decode_flops(self, context: float) -> float:
+        """FLOPs of one more token behind `context`."""
+        return self.flops_per_token + self.flops_per_sample + self._read(context) * self.flops_per_pair
+
+    def decode_bytes(self, context: float, sequences: int) -> float:
+        """Bytes of one step of so many sequences."""
+        return self.weight_bytes + sequences * self._read(context) * self.kv_token_bytes
+
+    def _read(self, tokens: float) -> float:
+        return tokens if self.window is None else min(tokens, self.window)
+
+
+class Rates(msgspec.Struct, frozen=True):
+    """How fast a machine is.
+
+    Attributes:
+        source: where the numbers come from.
+        cache_bytes: that may never leave its last-level cache.
+    """
+
+    source: str
+    bytes_per_s: float
+    flops_per_s: float
+    cache_bytes: int = 0
+
+    def seconds(self, nbytes: float, flops: float) -> float:
+        """What these take at least."""
+        return max(max(0.0, nbytes - self.cache_bytes) / self.bytes_per_s, flops / self.flops_per_s)
+
+
+class Floors(msgspec.Struct, frozen=True, kw_only=True):
+    """Floors of one model on one machine.
+
+    Attributes:
+        rates: that floors are computed with.
+        peak: that figures are judged by; None: they are not.
+        steps: the target computes one token of a sequence in a step, which reads all weights. One that speculates does
+            not, so that of a foreign server only prompts and the sum of its work are judged.
+        max_num_seqs: sequences in a step at most.
+    """
+
+    model: ModelCost
+    rates: Rates
+    peak: Rates | None
+    steps: bool
+    max_num_seqs: int
+
+    def ttft_ms(self, prompt_tokens: int, cached_tokens: int = 0) -> float:
+        return self.rates.seconds(self.model.weight_bytes, self.model.prefill_flops(prompt_tokens, cached_tokens)) * 1e3
+
+    def tpot_ms(self, context: float, sequences: int) -> float:
+        """Of a step of so many sequences with `context` tokens each."""
+        count = min(sequences, self.max_num_seqs)
+        flops = count * self.model.decode_flops(context)
+        return self.rates.seconds(self.model.decode_bytes(context, count), flops) * 1e3
+
+    def impossible(self, figures: Figures, sequences: int) -> list[str]:
+        """What of `figures` of so many requests at once no such machine can do, in words."""
+        peak, model = self.peak, self.model
+        if peak is None or not figures.ttft.count:
+            return []
+        count, prompt = figures.ttft.count, figures.least_prompt
+        cached = min(figures.most_cached, prompt - 1)
+        ttft = peak.seconds(model.weight_bytes, model.prefill_flops(prompt, cached)) * 1e3
+        flops = float((figures.prompt_tokens - figures.cached_tokens) * model.flops_per_token)
+        flops += (figures.output_tokens - count) * model.decode_flops(prompt)
+        bounds = [("TTFT", "ms", figures.ttft.least, ttft), ("run", "s", figures.seconds, flops / peak.flops_per_s)]
+        if self.steps:
+            step = peak.seconds(model.decode_bytes(prompt, 1), model.decode_flops(prompt))
+            steps = figures.output_tokens / min(sequences, self.max_num_seqs)
+            bounds.append(("run", "s", figures.seconds, steps * step))
+            bounds += [("TPOT", "ms", figures.tpot.least, step * 1e3)] if figures.tpot.count else []
+        return [
+            f"a {what} of {measured:.3g} {unit} is faster than {peak.source} can be, {least:.3g} {unit}"
+            for what, unit, measured, least in bounds
+            if measured < least
+        ]
+
+
+# --- our own engine, on this machine ---------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def floor_probe() -> AsyncIterator[Callable[[EngineInfo], Awaitable[Floors]]]:
+    """What measures the floors of an engine that runs on this machine and has nothing to do just then.
+
+    A process of its own, which leaves no memory of torch's and none of a GPU behind. It starts with the block, so that
+    importing torch goes on while the engine does the same.
+    """
+    code = "import sys; sys.path[0] = sys.argv[1]; from kvtool.bench.floors import main; main()"
+    command = [sys.executable, "-c", code, str(Path(__file__).parents[2])]
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
+    )
+
+    async def measure(info: EngineInfo) -> Floors:
+        answer, complaint = await process.communicate(msgspec.json.encode(info))
+        if process.returncode:
+            reason = complaint.decode(errors="replace").strip().rpartition("\n")[2]
+            raise ConfigError(f"the rates of this machine cannot be measured: {reason}; leave them out with --no-floor")
+        return msgspec.json.decode(answer, type=Floors)
+
+    try:
+        yield measure
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def main() -> None:
+    """The process: read what an engine says of itself, print its floors."""
+    import torch
+
+    from kvtool.engine_process import cpu_threads
+    from kvtool.models import load_config
+
+    info = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineInfo)
+    torch.set_num_threads(cpu_threads())
+    dtype = getattr(torch, info.dtype)
+    model = cost(load_config(Path(info.path)), dtype.itemsize, info.block_bytes / info.block_size)
+    floors = Floors(
+        model=model,
+        rates=measure_rates(dtype, torch.device(info.device), model.weight_bytes),
+        peak=peak_of(info.device, info.dtype),
+        steps=True,
+        max_num_seqs=info.max_num_seqs,
+    )
+    sys.stdout.buffer.write(msgspec.json.encode(floors))
+
+
+def cost(config: "ModelConfig", element_size: int, kv_token_bytes: float) -> ModelCost:
+    """What a dense decoder costs, its weights and the two products of attention; norms and such are left out."""
+    hidden, heads = config.hidden_size, config.num_heads * config.head_dim
+    projections = (
+        hidden * (2 * heads + 2 * config.num_kv_heads * config.head_dim) + 3 * hidden * config.intermediate_size
+    )
+    output = hidden * config.vocab_size
+    windows = [min(window or config.max_position, config.max_position) for window in config.sliding_window]
+    return ModelCost(
+        weight_bytes=(config.num_layers * projections + output) * element_size,
+        flops_per_token=2 * config.num_layers * projections,
+        flops_per_sample=2 * output,
+        flops_per_pair=4 * config.num_layers * heads,
+        kv_token_bytes=kv_token_bytes,
+        window=sum(windows) / len(windows) if any(config.sliding_window) else None,
+    )
+
+
+def measure_rates(dtype: "torch.dtype", device: "torch.device", nbytes: int) -> Rates:
+    """Rates of this machine: reading a memory of `nbytes` over and over, so that what fits a cache comes from there as
+    a model's weights do, and multiplying square matrices."""
+    import torch
+
+    gpu = device.type == "cuda"
+    width, most = (8192, 2 << 30) if gpu else (1024, 1 << 30)
+    rows = max(1, min(nbytes, most) // (width * dtype.itemsize))
+    weights = torch.ones(rows, width, dtype=dtype, device=device)
+    vector = torch.ones(width, dtype=dtype, device=device)
+    square = torch.ones(width, width, dtype=dtype, device=device)
+    streamed = best_seconds(lambda: torch.mv(weights, vector), device)
+    multiplied = best_seconds(lambda: torch.mm(square, square), device)
+    name = torch.cuda.get_device_name(device) if gpu else cpu_name()
+    read = weights.numel() * dtype.itemsize
+    return Rates(f"measured on {name}", read / streamed, 2 * width**3 / multiplied)
+
+
+def best_seconds(work: Callable[[], object], device: "torch.device") -> float:
+    """Least time that `work` took, of a few times."""
+    import torch
+
+    def timed() -> float:
+        start = perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return perf_counter() - start
+
+    return min(timed() for _ in range(TIMES + 1))
+
+
+def peak_of(device: str, dtype: str) -> Rates | None:
+    """What the datasheet of this machine's device promises; None for a GPU that is not known."""
+    import torch
+
+    if device != "cpu":
+        return datasheet(torch.cuda.get_device_name(device), eight_bit=False)
+    cores = os.cpu_count() or 1
+    source = f"any CPU of {cores} cores"
+    return Rates(source, cores * CPU_HZ * CPU_LOAD_BYTES, cores * CPU_HZ * CPU_FLOPS[dtype], last_level_cache())
+
+
+def last_level_cache() -> int:
+    """Bytes of the CPU's caches that are shared last, all of them together."""
+    sizes = {}
+    for cpu in Path("/sys/devices/system/cpu").glob("cpu[0-9]*"):
+        levels = sorted(cpu.glob("cache/index[0-9]*"))
+        if levels:
+            shared = (levels[-1] / "shared_cpu_list").read_text()
+            sizes[shared] = int((levels[-1] / "size").read_text().strip().removesuffix("K")) << 10
+    return sum(sizes.values())
+
+
+def cpu_name() -> str:
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = re.search(r"model name\s*: (.*)", text)
+    return found[1] if found else "this CPU"
+
+
+# --- a server elsewhere ----------------------------------------------------------------------------------------------
+
+
+def foreign_floors(config: Path, gpu: str) -> Floors:
+    """Floors of a server of which only the user knows what it runs, and on what: both by the datasheet.
+
+    Args:
+        config: the model's folder or its config.json.
+        gpu: a name from `GPUS`, or `NAME:COUNT`.
+
+    Raises:
+        ConfigError: the GPU is not known.
+        ModelError: the config cannot be read.
+    """
+    from kvtool.models import load_config
+
+    name, _, count = gpu.partition(":")
+    peak = datasheet(name, eight_bit=True)
+    if peak is None or (count and not (count.isdecimal() and int(count) > 0)):
+        raise ConfigError(f"--gpu {gpu}: write NAME or NAME:COUNT, with a NAME of {', '.join(GPUS)}")
+    gpus = int(count or 1)
+    model = load_config(config if config.is_dir() else config.parent)
+    kv_token_bytes = 2 * 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    rates = Rates(f"{gpus} × {peak.source}", gpus * peak.bytes_per_s, gpus * peak.flops_per_s, gpus * peak.cache_bytes)
+    return Floors(model=cost(model, 2, kv_token_bytes), rates=rates, peak=rates, steps=False, max_num_seqs=1 << 30)
+
+
+def datasheet(name: str, eight_bit: bool) -> Rates | None:
+    """Peaks of a GPU by its name as NVIDIA writes it, or part of that; None where it is not known."""
+    words = name.lower().replace("-", " ").replace("_", " ")
+    for known, (bytes_per_s, flops16, flops8, cache) in GPUS.items():
+        if re.search(rf"\b{known.lower()}\b", words):
+            return Rates(f"the datasheet of {known}", bytes_per_s, flops8 if eight_bit else flops16, cache)
+    return None
