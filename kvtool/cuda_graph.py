@@ -12,6 +12,7 @@ from torch import Tensor
 from kvtool.kv.batch import KVBatch, Span, on_device
 from kvtool.kv.format import KVFormat
 from kvtool.request import ScheduledBatch, ScheduledSpan
+from kvtool.sampler import greedy
 
 SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 
@@ -176,9 +177,7 @@ class DecodeGraphs:
         if len(self._logits) < size:
             self._logits = torch.empty_like(computed)
         logits = self._logits[:size].copy_(computed)
-        greedy = torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
-        self._newest.index_put_((inputs.targets,), greedy.clamp(min=0))
-        return batch, logits, greedy
+        return batch, logits, greedy(logits, self._newest, inputs.targets)
 
 
 def as_kv_span(span: ScheduledSpan) -> Span:

@@ -31,6 +31,20 @@ def is_greedy(sample: Sample) -> bool:
     return params.temperature < COLDEST and not adjusted
 
 
+def greedy(logits: Tensor, newest: Tensor, slots: Tensor) -> Tensor:
+    """Ids of the largest logits [N, V], the first of equals, as [N] int64; -1 for a row that is not finite.
+
+    They also go to `newest` at `slots` [N], 0 for a row that is not finite.
+    """
+    if takes(logits):
+        from kvtool.kernels import sampling
+
+        return sampling.greedy(logits, newest, slots)
+    token_ids = torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
+    newest.index_put_((slots,), token_ids.clamp(min=0))
+    return token_ids
+
+
 class Row(NamedTuple):
     """What the device is told of one sample; temperature 0 is greedy. The rest is as in `SamplingParams`."""
 

@@ -157,8 +157,8 @@ def decode_seconds(layer: AttentionLayer, nbits: str, num_seqs: int, length: int
     spans = [Span(length - 1, length, ids[i * per_seq : (i + 1) * per_seq], i) for i in range(num_seqs)]
     batch = KVBatch.build(layout.format, spans, "cuda")
     q = torch.randn(num_seqs, layer.num_heads, layer.head_dim, dtype=torch.bfloat16, device="cuda")
-    backend = TritonDecode()
-    seconds = graph_seconds(lambda index: backend.decode(q, store.layers[index], batch, layer), spec.num_layers)
+    out, backend = torch.empty_like(q), TritonDecode()
+    seconds = graph_seconds(lambda index: backend.decode(q, store.layers[index], batch, layer, out), spec.num_layers)
     far = min(layout.format.visible(length - 1), length)
     near = (length - far) * 2 * stream.elements * spec.element_size
     return seconds, num_seqs * (far * layout.layer_block_bytes(0) // layout.format.block_size + near)

@@ -19,6 +19,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from kvtool.kernels import gemv as products
 from kvtool.kernels.activation import silu_mul
 from kvtool.kernels.gemv import Prologue, Tile, gemv, norm_gemv
 from kvtool.kernels.norm import add_rms_norm
@@ -48,7 +49,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="1,2,4,8,16")
     parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--prefetch", type=int, default=products.PREFETCHED >> 20, help="MiB of a matrix, at most")
     args = parser.parse_args()
+    products.PREFETCHED = args.prefetch << 20
     rows = [int(n) for n in args.rows.split(",")]
     matrices = {
         f"{model} {name}": matrix
@@ -88,14 +91,22 @@ def candidates(rows: int, gated: bool) -> Iterator[Tile]:
     if rows <= 8:
         for outputs, depth, warps in product((1, 2, 4, 8), (512, 1024, 2048), (2, 4, 8)):
             tile = Tile(outputs, depth, warps)
-            if tile.fits(rows, gated) and (rows > 1 or outputs * depth // warps >= 512):
+            if fits(tile, rows, gated) and (rows > 1 or outputs * depth // warps >= 512):
                 yield tile
     if rows > 1:
         for outputs, depth, stages in product((16, 32, 64), (128, 256, 512), (3, 4, 6)):
             for warps in {max(1, outputs // 32), outputs // 16}:
                 tile = Tile(outputs, depth, warps, stages, dot=True)
-                if tile.fits(rows, gated) and outputs * depth * stages >= 12288:
+                if fits(tile, rows, gated) and outputs * depth * stages >= 12288:
                     yield tile
+
+
+def fits(tile: Tile, rows: int, gated: bool) -> bool:
+    """Whether sums stay in registers, or what is under way in shared memory."""
+    if tile.dot:
+        return tile.stages * tile.depth * (2 * tile.outputs * (1 + gated) + 2 * max(8, rows)) <= 99 << 10
+    elements = tile.outputs * (1 + gated) * tile.depth // (32 * tile.warps)
+    return elements >= 8 and elements * (rows + 1) <= 136
 
 
 def timed(rows: int, weights: Tensor, matrix: Matrix) -> tuple[float, float, list[tuple[float, Tile]]]:

@@ -57,7 +57,7 @@ def measure(layout: KVLayout, num_seqs: int) -> Iterator[tuple[str, float, int]]
 
     bytes_written = layout.block_bytes // size if fmt.packs_on_write else full // size
     yield "append", seconds_of(append), num_seqs * (full // size + bytes_written)
-    prompt = torch.randn(spec.key.heads, PROMPT, spec.key.dim, dtype=DTYPE, device="cuda")
+    prompt = torch.randn(PROMPT, spec.key.heads, spec.key.dim, dtype=DTYPE, device="cuda")
     if store.sealer is None or store.layers[0].writer is None:
         return
     sealer, write_blocks = store.sealer, store.layers[0].writer.write_blocks
@@ -73,8 +73,9 @@ def measure(layout: KVLayout, num_seqs: int) -> Iterator[tuple[str, float, int]]
         seconds_of(lambda: sealer.seal(few, batch.tail_slots, batch.block_table)),
         -(-num_seqs // 64) * sealed,
     )
-    blocks = torch.arange(PROMPT // size, device="cuda") + num_seqs
-    packed = seconds_of(lambda: write_blocks(prompt, prompt, blocks))
+    blocks = torch.arange(PROMPT // size, device="cuda")
+    rows, to = blocks * size, blocks + num_seqs
+    packed = seconds_of(lambda: write_blocks(prompt, prompt, rows, to))
     yield "prefill", packed, sealed * (PROMPT // size) // spec.num_layers
 
 

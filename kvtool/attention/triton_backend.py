@@ -4,7 +4,7 @@ from torch import Tensor
 
 from kvtool.attention.layer import AttentionLayer
 from kvtool.kv.batch import KVBatch
-from kvtool.kv.store import LayerKV, Near, Stream
+from kvtool.kv.store import LayerKV, Near
 
 try:
     from kvtool.kernels import decode, prefill
@@ -16,7 +16,7 @@ class TritonPrefill:
     """The queries of all spans in one launch, behind one that decodes the blocks they read."""
 
     def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
-        return _not_here(kv) or prefill.refuses(_packed(kv.key), _packed(kv.value), layer.num_heads)
+        return _not_here(kv) or prefill.refuses(kv.key.packed, kv.value.packed, layer.num_heads)
 
     def prefill(
         self, q: Tensor, near: Near | None, kv: LayerKV, batch: KVBatch, layer: AttentionLayer, out: Tensor
@@ -27,8 +27,8 @@ class TritonPrefill:
             q,
             near.key if near else None,
             near.value if near else None,
-            _packed(kv.key),
-            _packed(kv.value),
+            kv.key.packed,
+            kv.value.packed,
             batch.block_table[batch.num_decodes :] if kv.is_exact else prompts.far_table,
             None if kv.is_exact else prompts.far_blocks,
             prompts.tiles,
@@ -46,14 +46,14 @@ class TritonDecode:
     is_capturable = True
 
     def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
-        return _not_here(kv) or decode.refuses(_packed(kv.key), _packed(kv.value), layer.num_heads)
+        return _not_here(kv) or decode.refuses(kv.key.packed, kv.value.packed, layer.num_heads)
 
     def decode(self, q: Tensor, kv: LayerKV, batch: KVBatch, layer: AttentionLayer, out: Tensor) -> None:
         n = batch.num_decodes
         decode.paged_decode(
             q,
-            _packed(kv.key),
-            _packed(kv.value),
+            kv.key.packed,
+            kv.value.packed,
             batch.block_table[:n],
             batch.positions[:n],
             batch.visible[:n],
@@ -69,10 +69,3 @@ def _not_here(kv: LayerKV) -> str | None:
         return "triton is not installed"
     device = kv.key.tail.device.type
     return None if device == "cuda" or decode.INTERPRETED.value else f"it needs an NVIDIA GPU, not {device}"
-
-
-def _packed(stream: Stream) -> "decode.PackedStream":
-    fmt, arrays = stream.format, stream.arrays
-    return decode.PackedStream(
-        fmt.bits, fmt.axis, fmt.group, arrays["codes"], arrays.get("scale"), arrays.get("zero"), stream.tail
-    )

@@ -236,7 +236,7 @@ def format_scores(variants: Variants) -> dict[str, Row]:
     task = make_task("gptq", documents, tokenizer, model.max_model_len, max_tokens=SCORED_TOKENS)
     scores = score_formats(model, task, {name: engine.kv for name, engine in variants.items()})
     return {
-        score.format["name"]: {"perplexity_change": score.perplexity_change, "kld_mean": score.kld_mean}
+        score.format.name: {"perplexity_change": score.perplexity_change, "kld_mean": score.kld_mean}
         for score in scores
     }
 

@@ -15,12 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvtool.kernels.launch import await_inputs, capability, chained, start_next
+
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_GROUP_HEADS = 16
 # What the kernel reads, as (bits, axis); a key and a value of it go together as they please. Integers are asymmetric.
 KEYS = (("16", "token"), ("fp8", "token"), ("8", "channel"), ("4", "channel"), ("2", "channel"))
 KEYS += (("8", "token"), ("4", "token"))
 VALUES = (("16", "token"), ("fp8", "token"), ("8", "token"), ("4", "token"), ("2", "token"))
+SHORT_READ = tl.constexpr(8192)  # tokens of a step
 MERGED = 32  # channels of a head that one program merges
 MIN_PIECE = 16  # channels: the shortest inner dimension of a tensor-core product
 
@@ -127,10 +130,10 @@ def paged_decode(
     bits = max((key.bits, value.bits), key=lambda bits: 8 if bits == "fp8" else int(bits))
     group_heads = num_heads // kv_heads
     columns = max(8, triton.next_power_of_2(group_heads))
-    capability = _capability(q.device)
-    num_warps, num_stages, per_sm, registers = TILES[capability, bits]
+    compute = capability(q.device)
+    num_warps, num_stages, per_sm, registers = TILES[compute, bits]
     elements = triton.next_power_of_2(head_dim) * columns  # of the accumulator
-    num_warps = _fitting_warps(num_warps, elements, columns, capability)
+    num_warps = _fitting_warps(num_warps, elements, columns, compute)
     splits = _num_splits(n * kv_heads, block_table.shape[1], bool(tail_tokens), per_sm * _num_sms(q.device))
     partial = torch.empty(n, num_heads, splits, head_dim, dtype=torch.float32, device=q.device) if splits > 1 else out
     lse = torch.empty(n, num_heads, splits, dtype=torch.float32, device=q.device) if splits > 1 else out
@@ -169,11 +172,20 @@ def paged_decode(
         num_warps=num_warps,
         num_stages=num_stages,
         maxnreg=registers if elements <= 1024 else None,
+        **chained(q.device),
     )
     if splits > 1:
         step = min(128, triton.next_power_of_2(splits))
         _merge_kernel[n * num_heads, triton.cdiv(head_dim, MERGED)](
-            partial, lse, out, splits, D=head_dim, CHANNELS=MERGED, STEP=step, num_warps=max(1, step // 32)
+            partial,
+            lse,
+            out,
+            splits,
+            D=head_dim,
+            CHANNELS=MERGED,
+            STEP=step,
+            num_warps=max(1, step // 32),
+            **chained(q.device),
         )
     return out
 
@@ -254,11 +266,6 @@ def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-@cache
-def _capability(device: torch.device) -> int:
-    return min(9, torch.cuda.get_device_capability(device)[0]) if device.type == "cuda" else 8
-
-
 @triton.jit(do_not_specialize=["table_stride", "kv_heads", "group_heads", "tail_tokens", "window"])
 def _decode_kernel(
     q_ptr,
@@ -298,9 +305,14 @@ def _decode_kernel(
     V_PIECE: tl.constexpr,
     V_GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    await_inputs(CHAINED, START_NEXT=False)
     seq, head, split = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     position = tl.load(positions_ptr + seq).to(tl.int32)
+    # A product that comes soon fetches its weights to L2 as it starts: a long read would drive them out again.
+    if tl.num_programs(0) // kv_heads * position < SHORT_READ:
+        start_next(CHAINED)
     near = tl.load(visible_ptr + seq).to(tl.int32)
     far = tl.minimum(near, position + 1)
     first = tl.maximum(0, position + 1 - window)
@@ -458,7 +470,17 @@ def _decode_kernel(
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _merge_kernel(partial_ptr, lse_ptr, out_ptr, splits, D: tl.constexpr, CHANNELS: tl.constexpr, STEP: tl.constexpr):
+def _merge_kernel(
+    partial_ptr,
+    lse_ptr,
+    out_ptr,
+    splits,
+    D: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STEP: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    await_inputs(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     m = -1e30

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvtool.kernels.activation import silu
-from kvtool.kernels.launch import await_inputs, capability, chained
+from kvtool.kernels.launch import await_inputs, capability, chained, prefetch
 
 MAX_ROWS = 16
 
@@ -34,36 +34,49 @@ class Tile:
     stages: int = 1
     dot: bool = False
 
-    def fits(self, rows: int, gated: bool) -> bool:
-        """Whether accumulators stay in registers, or what is under way in shared memory."""
-        if self.dot:
-            return self.stages * self.depth * (2 * self.outputs * (1 + gated) + 2 * max(8, rows)) <= 99 << 10
-        elements = self.outputs * (1 + gated) * self.depth // (32 * self.warps)
-        return elements >= 8 and elements * (rows + 1) <= 136
 
+PREFETCHED = 32 << 20  # bytes of a matrix that is fetched to L2 while the kernels before still run
 
-# By (compute capability, rows rounded up to a power of 2, gated).
-TILES: dict[tuple[int, int, bool], Tile] = {
-    (8, 1, False): Tile(4, 512, 2),
-    (8, 1, True): Tile(2, 512, 2),
-    (8, 2, False): Tile(2, 512, 2),
-    (8, 2, True): Tile(1, 512, 2),
-    (8, 4, False): Tile(2, 512, 2),
-    (8, 4, True): Tile(1, 512, 2),
-    (9, 1, False): Tile(4, 512, 2),
-    (9, 1, True): Tile(2, 512, 2),
-    (9, 2, False): Tile(2, 512, 2),
-    (9, 2, True): Tile(1, 512, 2),
-    (9, 4, False): Tile(2, 512, 2),
-    (9, 4, True): Tile(1, 512, 2),
+# By compute capability and rows, rounded up to a power of 2: the first entry of which a matrix has at least so many
+# outputs and columns. Timed on an H200; sm_89 was never timed.
+TILES: dict[tuple[int, int], tuple[tuple[int, int, Tile], ...]] = {
+    (8, 1): ((0, 0, Tile(4, 512, 2)),),
+    (8, 2): ((0, 0, Tile(2, 512, 2)),),
+    (8, 4): ((0, 0, Tile(16, 256, 1, 4, dot=True)),),
+    (8, 8): ((0, 0, Tile(16, 256, 1, 4, dot=True)),),
+    (9, 1): (
+        (16384, 0, Tile(4, 512, 2)),
+        (2560, 8192, Tile(4, 1024, 4)),
+        (4096, 0, Tile(4, 512, 4)),
+        (2560, 0, Tile(8, 512, 8)),
+        (0, 0, Tile(2, 2048, 8)),
+    ),
+    (9, 2): (
+        (65536, 0, Tile(64, 128, 2, 4, dot=True)),
+        (16384, 0, Tile(64, 64, 4, 3, dot=True)),
+        (4096, 0, Tile(16, 256, 1, 4, dot=True)),
+        (0, 0, Tile(4, 512, 2)),
+    ),
+    (9, 4): (
+        (65536, 0, Tile(32, 256, 1, 4, dot=True)),
+        (16384, 0, Tile(64, 64, 4, 3, dot=True)),
+        (2560, 0, Tile(32, 256, 1, 4, dot=True)),
+        (0, 0, Tile(16, 256, 1, 4, dot=True)),
+    ),
+    (9, 8): (
+        (65536, 0, Tile(32, 128, 1, 4, dot=True)),
+        (0, 0, Tile(16, 256, 1, 4, dot=True)),
+    ),
 }
 
 
-def tile_for(x: Tensor, weight: Tensor, *, gated: bool = False) -> Tile | None:
-    """The tile with which `gemv` is faster than the vendor's product, or None where it is not."""
+def tile_for(x: Tensor, weight: Tensor) -> Tile | None:
+    """The tile for `gemv`, or None where the vendor's product is faster."""
     if len(x) > MAX_ROWS or x.dtype.itemsize != 2:
         return None
-    return TILES.get((capability(x.device), triton.next_power_of_2(len(x)), gated))
+    entries = TILES.get((capability(x.device), triton.next_power_of_2(len(x))), ())
+    outputs, depth = weight.shape
+    return next((tile for least, columns, tile in entries if outputs >= least and depth >= columns), None)
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,7 @@ def norm_gemv(
 ) -> tuple[Tensor, Tensor]:
     """`gemv` of the normalised stream x + residual, and that stream [T, K].
 
-    Every program adds up the squares of the rows it reads anyway, and divides by the norm in the end.
+    Every program sums the squares of all rows, which it has just read, and divides by the norm in the end.
     """
     assert not tile.dot and x.is_contiguous()
     stream = x if prologue.residual is None else torch.empty_like(x)
@@ -129,6 +142,7 @@ def _launch(
         "EVEN": depth % tile.depth == 0 and outputs % tile.outputs == 0,
         "BIAS": bias is not None,
         "GATED": gated,
+        "PREFETCH": weight.nbytes <= PREFETCHED and depth % 8 == 0,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         **chained(x.device),
@@ -171,6 +185,7 @@ def _multiply_kernel(
     EVEN: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
+    PREFETCH: tl.constexpr,
     NORM: tl.constexpr,
     ADD: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -179,16 +194,16 @@ def _multiply_kernel(
     at = tl.arange(0, DEPTH)
     lines = weight + tl.minimum(output, outputs - 1).to(tl.int64)[:, None] * depth
     up_lines = lines + outputs.to(tl.int64) * depth
+    if CHAINED and PREFETCH:
+        _prefetch_rows(weight, outputs, depth, OUTPUTS, GATED)
     w = _piece(lines, at, depth, EVEN)
     up = _piece(up_lines, at, depth, EVEN) if GATED else w
     await_inputs(CHAINED)
     sums = ()
     up_sums = ()
-    squares = ()
     for _ in tl.static_range(ROWS):
         sums += (tl.zeros([OUTPUTS, DEPTH], tl.float32),)
         up_sums += (tl.zeros([OUTPUTS, DEPTH], tl.float32) if GATED else 0,)
-        squares += (tl.zeros([DEPTH], tl.float32) if NORM else 0,)
     for start in range(0, depth, DEPTH):
         next_w = _piece(lines, start + DEPTH + at, depth, False)
         next_up = _piece(up_lines, start + DEPTH + at, depth, False) if GATED else next_w
@@ -196,29 +211,29 @@ def _multiply_kernel(
         up32 = up.to(tl.float32)
         new_sums = ()
         new_up_sums = ()
-        new_squares = ()
         if NORM:
             gains = tl.load(gain + start + at, mask=start + at < depth, other=0).to(tl.float32)
         for row in tl.static_range(ROWS):
-            inside = (start + at < depth) & (row < rows)
-            piece = tl.load(x + row * depth + start + at, mask=inside, other=0)
-            if ADD:
-                before = tl.load(residual + row * depth + start + at, mask=inside, other=0)
-                piece = (piece.to(tl.float32) + before.to(tl.float32)).to(piece.dtype)
-                tl.store(stream + row * depth + start + at, piece, mask=inside & (tl.program_id(0) == 0))
-            piece = piece.to(tl.float32)
-            new_squares += (squares[row] + piece * piece if NORM else 0,)
+            piece = _stream_piece(x, residual, row, start + at, rows, depth, ADD).to(tl.float32)
             if NORM:
                 piece *= gains
             new_sums += (sums[row] + w32 * piece[None, :],)
             new_up_sums += (up_sums[row] + up32 * piece[None, :] if GATED else 0,)
         sums = new_sums
         up_sums = new_up_sums
-        squares = new_squares
         w = next_w
         up = next_up
     for row in tl.static_range(ROWS):
-        scale = tl.rsqrt(tl.sum(squares[row], 0) / depth + eps) if NORM else 1.0
+        scale = 1.0
+        if NORM:
+            squares = tl.zeros([DEPTH], tl.float32)
+            for start in range(0, depth, DEPTH):
+                piece = _stream_piece(x, residual, row, start + at, rows, depth, ADD)
+                squares += piece.to(tl.float32) * piece.to(tl.float32)
+                if ADD:
+                    inside = (start + at < depth) & (row < rows) & (tl.program_id(0) == 0)
+                    tl.store(stream + row * depth + start + at, piece, mask=inside)
+            scale = tl.rsqrt(tl.sum(squares, 0) / depth + eps)
         value = tl.sum(sums[row], 1) * scale
         if BIAS:
             value += tl.load(bias + output, mask=output < outputs, other=0).to(tl.float32)
@@ -228,6 +243,27 @@ def _multiply_kernel(
                 up_value += tl.load(bias + outputs + output, mask=output < outputs, other=0).to(tl.float32)
             value = silu(value) * up_value
         tl.store(out + row * outputs + output, value.to(out.dtype.element_ty), mask=(output < outputs) & (row < rows))
+
+
+@triton.jit
+def _stream_piece(x, residual, row, at, rows, depth, ADD: tl.constexpr):
+    """[DEPTH] of a row, in its dtype."""
+    inside = (at < depth) & (row < rows)
+    piece = tl.load(x + row * depth + at, mask=inside, other=0)
+    if ADD:
+        before = tl.load(residual + row * depth + at, mask=inside, other=0)
+        piece = (piece.to(tl.float32) + before.to(tl.float32)).to(piece.dtype)
+    return piece
+
+
+@triton.jit
+def _prefetch_rows(weight, outputs, depth, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
+    """Ask for all that this program reads of the matrix."""
+    first = tl.program_id(0) * OUTPUTS
+    nbytes = tl.minimum(outputs - first, OUTPUTS) * depth * 2
+    prefetch(weight + first.to(tl.int64) * depth, nbytes)
+    if GATED:
+        prefetch(weight + (outputs + first).to(tl.int64) * depth, nbytes)
 
 
 @triton.jit
@@ -253,6 +289,7 @@ def _dot_kernel(
     EVEN: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
+    PREFETCH: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -261,6 +298,8 @@ def _dot_kernel(
     lines = weight + tl.minimum(output, outputs - 1).to(tl.int64)[:, None] * depth
     up_lines = lines + outputs.to(tl.int64) * depth
     columns = x + tl.minimum(row, rows - 1) * depth
+    if CHAINED and PREFETCH:
+        _prefetch_rows(weight, outputs, depth, OUTPUTS, GATED)
     await_inputs(CHAINED)
     sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
     up_sums = tl.zeros([OUTPUTS, ROWS], tl.float32)

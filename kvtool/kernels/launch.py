@@ -22,8 +22,30 @@ def chained(device: torch.device) -> dict[str, bool]:
 
 
 @triton.jit
-def await_inputs(CHAINED: tl.constexpr):
-    """Let the next kernel start, and wait until those before have written all."""
+def await_inputs(CHAINED: tl.constexpr, START_NEXT: tl.constexpr = True):
+    """Wait until the kernels before have written all; the next one may start meanwhile."""
+    if CHAINED:
+        if START_NEXT:
+            start_next(CHAINED)
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def start_next(CHAINED: tl.constexpr):
+    """Let the next kernel start as soon as all programs have said so, or ended."""
     if CHAINED:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch(pointer, nbytes):
+    """Ask for so much memory, whole 16 bytes, to come to the L2 cache. From sm_90 on."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [pointer.to(tl.int64), nbytes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

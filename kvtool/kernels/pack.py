@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvtool.kernels.launch import await_inputs, chained
+
 ELEMENTS_PER_WARP = 4096  # as few warps as registers allow: reductions across warps cost most
 
 
@@ -184,6 +186,7 @@ class LayerWriter:
             KEY=key_packing,
             VALUE=value_packing,
             num_warps=max(p.warps(p.head_rows) for p in (key_packing, value_packing)),
+            **chained(memory.device),
         )
 
 
@@ -254,8 +257,10 @@ def _write_tokens(
     faults,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Program (token, stream)."""
+    await_inputs(CHAINED)
     index = tl.program_id(0).to(tl.int64)
     token = index if tokens is None else tl.load(tokens + index).to(tl.int64)
     row = tl.load(rows + index)

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.decode import HEAD_DIMS, PackedStream, _capability, _next_power_of_2, _num_sms, _or
+from kvtool.kernels.decode import HEAD_DIMS, PackedStream, _next_power_of_2, _num_sms, _or
+from kvtool.kernels.launch import capability
 
 WORKSPACE = 128 << 20  # bytes of decoded blocks at a time, or those of one KV head where they alone are more
 
@@ -180,7 +181,7 @@ def _choose(
     tiles: Callable[[int], Tensor], device: torch.device, head_dim: int, group_heads: int, kv_heads: int
 ) -> tuple[Tile, Tensor]:
     """The tile for these spans, and the spans cut into it."""
-    large, small = TILES[_capability(device), triton.next_power_of_2(head_dim)]
+    large, small = TILES[capability(device), triton.next_power_of_2(head_dim)]
     cut = tiles(large.rows // group_heads)
     if len(cut) * kv_heads >= _num_sms(device) or large == small:
         return large, cut
@@ -284,41 +285,84 @@ def _prefill_kernel(
         far_to_log2 = q_max * scale
     far_begin = begin // FAR_N * FAR_N
     far_full = tl.maximum(far_begin, v_first // FAR_N * FAR_N)
-    for key in range(far_begin, far_full, FAR_N):
-        block = tl.load(table_ptr + key // BLOCK)
-        k = _keys(far_k + block * far_k_stride + key % BLOCK * D, D, 0, FAR_N, D, False)
-        v_tile = _keys(far_v + block * far_v_stride + key % BLOCK * D, D, 0, FAR_N, D, False)
-        keep = (key + tl.arange(0, FAR_N))[None, :] >= first[:, None]
-        acc, m, total = _attend(acc, m, total, far_q, k, v_tile, far_to_log2, keep, WINDOWED)
-    for key in range(far_full, v_last, FAR_N):
-        block = tl.load(table_ptr + key // BLOCK)
-        k = _keys(far_k + block * far_k_stride + key % BLOCK * D, D, v_last - key, FAR_N, D, True)
-        v_tile = _keys(far_v + block * far_v_stride + key % BLOCK * D, D, v_last - key, FAR_N, D, True)
-        s_at = (key + tl.arange(0, FAR_N))[None, :]
-        keep = (s_at < v[:, None]) & (s_at >= first[:, None])
-        acc, m, total = _attend(acc, m, total, far_q, k, v_tile, far_to_log2, keep, True)
+    state = (acc, m, total)
+    far = (far_k, far_v, far_k_stride, far_v_stride, table_ptr)
+    state = _read_far(state, far_q, far_to_log2, far, far_begin, far_full, v, first, FAR_N, D, BLOCK, WINDOWED)
+    state = _read_far(state, far_q, far_to_log2, far, far_full, v_last, v, first, FAR_N, D, BLOCK, True)
     if NEAR:
+        near = (near_k, near_v, near_k_stride, near_v_stride, near_row)
         near_begin = tl.maximum(begin, v_first)
         near_full = near_begin
         if EXACT:
             near_full += tl.maximum(t_first + 1 - near_begin, 0) // N * N
-            for key in range(near_begin, near_full, N):
-                k = _keys(near_k + (near_row + key) * near_k_stride, near_k_stride, 0, N, D, False)
-                v_tile = _keys(near_v + (near_row + key) * near_v_stride, near_v_stride, 0, N, D, False)
-                keep = (key + tl.arange(0, N))[None, :] >= first[:, None]
-                acc, m, total = _attend(acc, m, total, q, k, v_tile, to_log2, keep, WINDOWED)
-        for key in range(near_full, t_last + 1, N):
-            k = _keys(near_k + (near_row + key) * near_k_stride, near_k_stride, t_last + 1 - key, N, D, True)
-            v_tile = _keys(near_v + (near_row + key) * near_v_stride, near_v_stride, t_last + 1 - key, N, D, True)
-            s_at = (key + tl.arange(0, N))[None, :]
-            keep = (s_at >= v[:, None]) & (s_at <= position[:, None]) & (s_at >= first[:, None])
-            acc, m, total = _attend(acc, m, total, q, k, v_tile, to_log2, keep, True)
+            state = _read_near(state, q, to_log2, near, near_begin, near_full, v, first, position, N, D, WINDOWED)
+        state = _read_near(state, q, to_log2, near, near_full, t_last + 1, v, first, position, N, D, True)
+    acc, m, total = state
 
     is_query = (row < TOKENS * GROUP_HEADS) & (t_first + row // GROUP_HEADS <= t_last)
     at = (token - num_decodes + position) * out_stride
     at += ((first_head + head) * GROUP_HEADS + row % GROUP_HEADS) * D
     result = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at[:, None] + channel[None, :], result, mask=is_query[:, None] & (channel < D)[None, :])
+
+
+@triton.jit
+def _read_far(
+    state,
+    q,
+    to_log2,
+    far,
+    begin,
+    end,
+    v,
+    first,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Positions `begin`, a multiple of N, to `end` out of blocks; MASKED: each row those from `first` to below `v`."""
+    acc, m, total = state
+    k_ptr, v_ptr, k_stride, v_stride, table_ptr = far
+    last = tl.maximum(end - 1, 0)
+    block = tl.load(table_ptr + tl.minimum(begin, last) // BLOCK)
+    for key in range(begin, end, N):
+        next_block = tl.load(table_ptr + tl.minimum(key + N, last) // BLOCK)  # none waits for its block's id
+        offset = key % BLOCK * D
+        keys = _keys(k_ptr + block * k_stride + offset, D, end - key, N, D, MASKED)
+        values = _keys(v_ptr + block * v_stride + offset, D, end - key, N, D, MASKED)
+        at = (key + tl.arange(0, N))[None, :]
+        keep = (at < v[:, None]) & (at >= first[:, None])
+        acc, m, total = _attend(acc, m, total, q, keys, values, to_log2, keep, MASKED)
+        block = next_block
+    return acc, m, total
+
+
+@triton.jit
+def _read_near(
+    state,
+    q,
+    to_log2,
+    near,
+    begin,
+    end,
+    v,
+    first,
+    position,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Positions `begin` to `end` at full precision; MASKED: each row those from `v` and `first` to its own."""
+    acc, m, total = state
+    k_ptr, v_ptr, k_stride, v_stride, row = near
+    for key in range(begin, end, N):
+        keys = _keys(k_ptr + (row + key) * k_stride, k_stride, end - key, N, D, MASKED)
+        values = _keys(v_ptr + (row + key) * v_stride, v_stride, end - key, N, D, MASKED)
+        at = (key + tl.arange(0, N))[None, :]
+        keep = (at >= v[:, None]) & (at >= first[:, None]) & (at <= position[:, None])
+        acc, m, total = _attend(acc, m, total, q, keys, values, to_log2, keep, MASKED)
+    return acc, m, total
 
 
 @triton.jit

@@ -9,7 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvtool.kernels.launch import await_inputs, chained
+
 CHUNK = 1024
+GREEDY_CHUNK = 4096
 GROUP = 4  # chunks that are read at a time
 COLUMNS = 10  # of parameters
 
@@ -60,6 +63,48 @@ def choose(
     _survey[(rows, chunks)](*inputs, stats, WIDTH=width, **kinds, num_warps=4)
     _choose[(rows,)](*inputs, stats, scratch, newest, token_ids, chunks, WIDTH=width, GROUP=GROUP, **kinds, num_warps=8)
     return token_ids
+
+
+def greedy(logits: Tensor, newest: Tensor, slots: Tensor) -> Tensor:
+    """What `kvtool.sampler.greedy` defines, in two launches."""
+    rows, vocab = logits.shape
+    assert logits.stride(1) == 1
+    chunks = triton.cdiv(vocab, GREEDY_CHUNK)
+    width = triton.next_power_of_2(chunks)
+    largest = torch.empty(rows, width, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(rows, width, dtype=torch.int32, device=logits.device)
+    token_ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    options = {"WIDTH": width, "num_warps": 4, **chained(logits.device)}
+    _largest[(rows, chunks)](logits, logits.stride(0), vocab, largest, ids, CHUNK=GREEDY_CHUNK, **options)
+    _first_largest[(rows,)](largest, ids, chunks, slots, newest, token_ids, **options)
+    return token_ids
+
+
+@triton.jit
+def _largest(logits, row_stride, vocab, largest, ids, CHUNK: tl.constexpr, WIDTH: tl.constexpr, CHAINED: tl.constexpr):
+    """Program (row, chunk): the largest logit, NaN where one is not finite, and the first id that has it."""
+    await_inputs(CHAINED)
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    at = chunk * CHUNK + tl.arange(0, CHUNK)
+    z = tl.load(logits + row * row_stride + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
+    is_finite = tl.min(((tl.abs(z) < float("inf")) | (at >= vocab)).to(tl.int32), 0) == 1
+    tl.store(largest + row * WIDTH + chunk, tl.where(is_finite, tl.max(z, 0), float("nan")))
+    tl.store(ids + row * WIDTH + chunk, chunk * CHUNK + tl.argmax(z, 0).to(tl.int32))
+
+
+@triton.jit
+def _first_largest(largest, ids, chunks, slots, newest, token_ids, WIDTH: tl.constexpr, CHAINED: tl.constexpr):
+    await_inputs(CHAINED)
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.arange(0, WIDTH)
+    z = tl.load(largest + row * WIDTH + chunk, mask=chunk < chunks, other=float("-inf"))
+    is_finite = tl.max((z != z).to(tl.int32), 0) == 0
+    top = tl.max(tl.where(z != z, float("-inf"), z), 0)
+    first = tl.min(tl.where(z == top, chunk, WIDTH - 1), 0)
+    token = tl.where(is_finite, tl.load(ids + row * WIDTH + first), -1).to(tl.int64)
+    tl.store(token_ids + row, token)
+    tl.store(newest + tl.load(slots + row), tl.maximum(token, 0))
 
 
 UNALIGNED = ["parameters", "bias_ends", "bias_ids", "biases"]  # they lie behind each other

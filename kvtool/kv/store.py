@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from kvtool.kv.layout import Field, KVLayout
 from kvtool.kv.spec import StreamSpec
 
 if TYPE_CHECKING:
+    from kvtool.kernels.decode import PackedStream
     from kvtool.kernels.pack import LayerWriter, Packing, Sealer
 
 
@@ -182,6 +184,14 @@ class Stream:
     format: StreamFormat
     arrays: Arrays
     tail: Tensor
+
+    @cached_property
+    def packed(self) -> "PackedStream":
+        """As kernels read it."""
+        from kvtool.kernels.decode import PackedStream
+
+        fmt, scale, zero = self.format, self.arrays.get("scale"), self.arrays.get("zero")
+        return PackedStream(fmt.bits, fmt.axis, fmt.group, self.arrays["codes"], scale, zero, self.tail)
 
     def write_tokens(self, x: Tensor, blocks: Tensor, rows: Tensor) -> None:
         """Pack tokens `x` [T, heads, D] for good, each in its block and row."""

@@ -39,7 +39,7 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         from kvtool.kernels.activation import silu_mul
         from kvtool.kernels.gemv import gemv, tile_for
 
-        if tile := tile_for(x, weight, gated=True):
+        if tile := tile_for(x, weight):
             return gemv(x, weight, bias, tile, gated=True)
         return silu_mul(F.linear(x, weight, bias))
     gate, up = F.linear(x, weight, bias).chunk(2, dim=-1)

@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
         if takes(x):
             from kvtool.kernels.gemv import Prologue, norm_gemv, tile_for
 
-            tile = tile_for(x, product.weight, gated=product.gated)
+            tile = tile_for(x, product.weight)
             if tile and not tile.dot:
                 prologue = Prologue(residual, self.weight, self.eps)
                 return norm_gemv(x, prologue, product.weight, product.bias, tile, gated=product.gated)
