@@ -214,7 +214,9 @@ def quantize_kv(
             journal.unlink(missing_ok=True)
         return
     if task is None and engine.model == "tiny":
-        task, questions = RETRIEVAL, RETRIEVAL_QUESTIONS if questions is None else questions
+        task = RETRIEVAL
+    if task == RETRIEVAL and questions is None:
+        questions = RETRIEVAL_QUESTIONS
     if task is None and (questions or show_answers):
         raise ConfigError("--questions and --show-answers: this model is asked nothing yet; give a --task")
     exam = Exam(data, field, window, max_tokens, batch, context, task, questions, answer_tokens)
@@ -257,7 +259,8 @@ def format_report(engine: EngineConfig, exam: "Exam", num_shown: int) -> Report:
         "from what 16 bits predict.",
         "Errors: norm of the difference over that of the exact, of packed keys and values, and of the attention's "
         "output, alone or with all layers before packed too. Outlier: largest channel over the median one.",
-        "bits, memory: scales, zeros, padding and window included, of a model that is served in 16 bits.",
+        "bits: codes, scales, zeros and padding of a packed element; memory holds windows too. Both of a model that is "
+        "served in 16 bits.",
     ]
     if packs_nothing(packed):
         notes.append("These windows are too short for any token to be packed: choose a longer --window.")
@@ -275,7 +278,7 @@ def ablation_report(engine: EngineConfig, exam: "Exam", asked: str, journal: Pat
     try:
         rows = ablate(engine, asked, exam, journal, progress)
     except KeyboardInterrupt:
-        if journal:
+        if journal and journal.exists():
             print(f"stopped; the same command goes on from {journal}", file=sys.stderr)
         raise
     tables = [

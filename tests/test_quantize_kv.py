@@ -22,6 +22,7 @@ from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.perplexity import SAMPLE, make_task, score_formats
 from kvtool.quantize.ablate import ABLATIONS, ablate, variants
 from kvtool.quantize.cache_file import read_cache
+from kvtool.quantize.decode_speed import step_bytes
 from kvtool.quantize.journal import Journal
 from kvtool.quantize.memory import Memory, layer_memory, nominal_saved
 from kvtool.quantize.report import Exam, examine
@@ -108,6 +109,31 @@ def test_a_format_costs_what_the_scorer_and_the_layout_say():
     assert all(0.05 < layer.key.error < layer.value.error < 0.6 for layer in packed.layers)
     assert all(0 < layer.output_error <= 1.1 * layer.propagated_error for layer in packed.layers)
     assert packed.task is None and packed.decode is None, "nobody asked, and there is no GPU"
+
+
+@settings(deadline=None)
+@given(OPTIONS, st.integers(1, 2000))
+def test_a_step_reads_every_position_once(kv, context):
+    """Packed below v(t), in 16 bits from there on; a position's share of its block counts."""
+    spec = KVSpec(3, StreamSpec(2, 64), StreamSpec(3, 80), 2)
+    layout = KVLayout(spec, resolve(kv, spec))
+    packed = [position < layout.format.visible(context - 1) for position in range(context)]
+    share = layout.block_bytes / layout.format.block_size
+    expected = sum(share if far else 2 * spec.elements for far in packed)
+    assert step_bytes(layout, context) == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_decode_time_on_a_gpu():
+    """Fewer bits take fewer bytes; nobody reads faster than memory and what its last-level cache may hold."""
+    exam = replace(SMALL, num_seqs=16, context=8192)
+    exact, packed = examine(EngineConfig(kv=KVOptions(nbits="4")), exam, quiet)
+    assert exact.decode is not None and packed.decode is not None
+    assert packed.decode.nbytes < 0.35 * exact.decode.nbytes
+    for speed in (exact.decode, packed.decode):
+        assert 0 < speed.nbytes / speed.seconds < 1.5 * speed.bandwidth
+    fast = exact.row()["decode"]
+    assert fast["bytes_per_second"] == fast["nbytes"] / fast["seconds"]
 
 
 def test_one_format_as_json(command, tmp_path):

@@ -148,8 +148,8 @@ def _variant(ablation: str, name: str, kv: KVOptions, spec: KVSpec) -> Variant:
     cut = {stream.group for stream in streams if stream.bits in ("8", "4", "2")} - {kv.q_group_size}
     if ablation == "group" and cut:
         return Variant(ablation, name, kv, None, f"head_dim {spec.value.dim} holds no groups of {name}")
-    if ablation == "residual" and fmt.residual != kv.residual_length:
-        name = f"{name} → {fmt.residual}"
+    if kv.residual_length is not None and fmt.residual != kv.residual_length:  # in whole blocks
+        name += f" → {fmt.residual}" if ablation == "residual" else f", window {fmt.residual}"
     return Variant(ablation, name, kv, fmt)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from kvtool.attention import PagedAttention
@@ -100,11 +100,11 @@ def write_cache(path: Path, cached: CachedPrompt) -> None:
     }
     part = path.with_name(f".{path.name}.part")
     try:
-        save_file(cached.tensors(), part, {METADATA: json.dumps(about)})
+        part.write_bytes(save(cached.tensors(), {METADATA: json.dumps(about)}))
         part.replace(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         part.unlink(missing_ok=True)
-        raise ConfigError(f"--dump {path}: cannot be written ({error}); choose another file") from error
+        raise ConfigError(f"--dump {path}: cannot be written ({error.strerror}); choose another file") from error
 
 
 def read_cache(path: Path) -> CachedPrompt:

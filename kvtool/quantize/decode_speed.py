@@ -64,14 +64,18 @@ def decode_speed(layer: AttentionLayer, spec: KVSpec, fmt: KVFormat, num_seqs: i
         raise CapacityError(
             f"the GPU cannot hold {num_seqs} sequences of {context} tokens; lower --batch or --context"
         ) from error
-    far = min(fmt.visible(context - 1), context)
-    near = (context - far) * (spec.key.elements + spec.value.elements) * DTYPE.itemsize
-    nbytes = [far * layout.layer_block_bytes(i) // fmt.block_size + near for i in range(len(kinds))]
     return DecodeSpeed(
         seconds=sum(per_kind[kinds.index(kind)] for kind in fmt.layers),
-        nbytes=num_seqs * sum(nbytes[kinds.index(kind)] for kind in fmt.layers),
+        nbytes=num_seqs * step_bytes(_layout(spec, fmt, fmt.layers), context),
         bandwidth=bandwidth,
     )
+
+
+def step_bytes(layout: KVLayout, context: int) -> int:
+    """Bytes that the query at the last of `context` positions must read, in all layers."""
+    fmt, spec = layout.format, layout.spec
+    far = min(fmt.visible(context - 1), context)
+    return far * layout.block_bytes // fmt.block_size + (context - far) * spec.elements * spec.element_size
 
 
 def graph_seconds(run: Callable[[int], object], indices: range) -> float:
