@@ -114,9 +114,12 @@ def test_cached_prompts_that_should_be_new_are_no_result(url: str, rows: Rows) -
 def test_all_apis_stream_without_fault(url: str, rows: Rows, bench: Bench) -> None:
     for api in ("completions", "chat", "generate"):
         assert "No fault found." in bench("bench-ttft", "--url", url, "--api", api, "--lint-stream")[0]
-    load = ("--concurrency", "2", "--output-tokens", "3", "--seed", "5")
-    (row,) = rows("bench-throughput", "--url", url, "--api", "generate", *load, "--no-floor")
-    assert row["failed"] == 0
+    load = ("--concurrency", "2", "--prompt-tokens", "90", "--output-tokens", "3", "--seed", "5", "--no-floor")
+    for api in ("chat", "generate"):
+        (row,) = rows("bench-throughput", "--url", url, "--api", api, *load, "--trials", "1")
+        assert (row["failed"], row["prompt_tokens_total"]) == (0, 90 * row["requests"])
+    _, stderr = bench("bench-ttft", "--url", url, "--api", "chat", "--prompt-tokens", "9", "--no-floor", expected=2)
+    assert "--prompt-tokens 9: the server's chat template alone takes 11" in stderr
 
 
 def test_a_server_faster_than_its_card_is_invalid_and_one_with_odd_streams_is_told(tmp_path: Path, rows: Rows) -> None:
@@ -174,7 +177,7 @@ def wait_for(condition: Any, process: "subprocess.Popen[str]") -> None:
 
 def test_batches_beside_transformers(rows: Rows) -> None:
     lengths = ("--prompt-tokens", "8", "--output-tokens", "4", "--batch-sizes", "1,3", "--kv-cache-memory", "16MiB")
-    found = rows("bench-throughput", "--offline", *lengths, "--baseline", "transformers", "--no-floor")
+    found = rows("bench-throughput", "--offline", *lengths, "--baseline", "transformers", "--no-floor", "--trials", "1")
     assert [(row["engine"], row["batch_size"]) for row in found] == [
         ("kvtool", 1), ("kvtool", 3), ("transformers", 1), ("transformers", 3),
     ]  # fmt: skip

@@ -29,6 +29,14 @@ PATHS: dict[API, str] = {"completions": "/v1/completions", "chat": "/v1/chat/com
 MAX_ERROR_BYTES = 64 << 10  # kept of a body that is no stream
 MAX_EVENT_BYTES = 64 << 20  # SGLang's carry the whole answer so far
 
+# One token each, with the space before, wherever English was among the texts.
+COMMON_WORDS = (
+    "the of and to in that was he it his is with as had you not be her on at by which have from this him but all she "
+    "they were are my one so there been their we who an when no would them will or if what said up out into man do "
+    "time could now then some more like"
+)
+WORDS = COMMON_WORDS.split()
+
 Prompt = list[int] | str | list[Message]
 
 
@@ -42,7 +50,11 @@ class RequestFailed(Exception):
 
 @dataclass
 class Answer:
-    """One response as it comes in. Times are of `perf_counter`; the attributes are `RequestRecord`'s."""
+    """One response as it comes in. Times are of `perf_counter`; most attributes are `RequestRecord`'s.
+
+    Attributes:
+        template_tokens: of the prompt, that the server's chat template puts around every question.
+    """
 
     sent: float = 0.0
     first_byte: float | None = None
@@ -55,6 +67,7 @@ class Answer:
     output_tokens: int | None = None
     queue_seconds: float | None = None
     finish_reason: str | None = None
+    template_tokens: int = 0
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
 
@@ -132,6 +145,7 @@ class HttpTarget:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=30, trust_env=False)
         self._pool = Pool(urlsplit(self.url), headers)
+        self._template_tokens: int | None = None  # of a chat; asked for when the first prompt of ids comes
 
     async def open(self, model: str | None = None) -> None:
         """See what is there.
@@ -171,6 +185,8 @@ class HttpTarget:
         await self._http.aclose()
 
     async def send(self, prompt: Prompt, item: WorkItem, answer: Answer) -> None:
+        if self.api == "chat" and (ids := [token for token in prompt if isinstance(token, int)]):
+            prompt = await self._question(ids, answer)
         reader = StreamReader(answer)
         body = msgspec.json.encode(self.body(prompt, item) | self._extra_body)
         answer.sent = perf_counter()
@@ -202,6 +218,35 @@ class HttpTarget:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+
+    async def _question(self, ids: list[int], answer: Answer) -> str:
+        """A question that the server will see as so many tokens as there are `ids`, by the words that these choose.
+
+        Raises:
+            ConfigError: there can be none.
+        """
+        if self._template_tokens is None:
+            self._template_tokens = await self._measure_template()
+        answer.template_tokens = self._template_tokens
+        if len(ids) <= self._template_tokens:
+            raise ConfigError(
+                f"--prompt-tokens {len(ids)}: the server's chat template alone takes {self._template_tokens}; ask for "
+                "more, or choose --api completions"
+            )
+        return " ".join(WORDS[token % len(WORDS)] for token in ids[self._template_tokens :])
+
+    async def _measure_template(self) -> int:
+        """Tokens of a chat beside its words, by what the server says of two chats."""
+        counts = []
+        for words in (WORDS[:8], WORDS):
+            answer, question = Answer(), " ".join(words)
+            await self.send(question, WorkItem(id=0, prompt=question, output_tokens=1), answer)
+            counts.append((answer.prompt_tokens or 0) - len(words))
+        if counts[0] != counts[1] or counts[0] < 0:
+            raise ConfigError(
+                "--api chat: the server splits words so that no exact length can be asked for; choose --api completions"
+            )
+        return counts[0]
 
     async def flush_cache(self) -> None:
         try:
@@ -250,15 +295,9 @@ def base_url(url: str) -> str:
 
 
 def as_messages(prompt: Prompt) -> list[Message]:
-    """The messages of a chat; a text is what the user says.
-
-    Raises:
-        ConfigError: a chat takes no ids.
-    """
+    """The messages of a chat; a text is what the user says."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
-    if not all(isinstance(message, dict) for message in prompt):
-        raise ConfigError("--api chat: it takes texts, not token ids; choose --api completions or another workload")
     return prompt  # type: ignore[return-value]
 
 

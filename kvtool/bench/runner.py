@@ -211,7 +211,7 @@ def check(item: WorkItem, prompt: Prompt, answer: Answer) -> None:
     is_ids = not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt[:1])
     if is_ids and answer.prompt_tokens not in (None, len(prompt)):
         raise RequestFailed("wrong_length", f"the server saw {answer.prompt_tokens} prompt tokens, not {len(prompt)}")
-    if item.unique and item.turn == 0 and answer.cached_tokens:
+    if item.unique and item.turn == 0 and (answer.cached_tokens or 0) > answer.template_tokens:
         raise RequestFailed(
             "cached",
             f"{answer.cached_tokens} tokens of a new prompt were in the cache; add --flush-cache or change --seed",
