@@ -4,6 +4,7 @@ import math
 from collections.abc import Generator
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from kvtool.config import EngineConfig
@@ -24,7 +25,7 @@ from .bench import (
 )
 from .bench_charts import throughput_charts
 from .bench_results import ResultOptions, check_comparable
-from .output import Column, OutputOptions, Table
+from .output import Column, OutputOptions, Report, Table, show
 
 if TYPE_CHECKING:
     from kvtool.bench.arrivals import Arrivals
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 PROMPTS, OUTPUTS = "128", "64"
 CONCURRENCY, BATCH_SIZES = "1,2,4,8", "1,4,8,16,32,64,128"
+LONG, ABLATED = "512", "4"  # tokens of a prompt, and requests at once, where a knob is turned
 TRIALS = 3  # the fewest that tell what is noise
 FEWEST, ROUNDS = 8, 4  # requests of a row, and of each of those that run at once
 UNBOUNDED = 64  # requests of a row that come at times of their own
@@ -86,6 +88,43 @@ LATENCIES = (
     Column("share", "floor_share", ".0%"),
 )
 
+ABLATION = (
+    Column("TTFT p50, ms", "ttft_ms.p50", ",.1f"),
+    Column("×", "ratio.ttft", ".2f"),
+    Column("TPOT p50, ms", "tpot_ms.p50", ",.2f"),
+    Column("×", "ratio.tpot", ".2f"),
+    Column("total tok/s", "total_tok_s", ",.0f"),
+    Column("×", "ratio.total_tok_s", ".2f"),
+    Column("hit rate", "hit_rate", ".0%"),
+    Column("KV B/token", "kv_bytes_per_token", ",.0f"),
+    Column("tokens that fit", "kv_tokens", ",d"),
+    Column("memory, MiB", "memory_mib", ",.0f"),
+    Column("GPU use", "gpu_utilization", ".0%"),
+    Column("ΔPPL", "perplexity_change", "+.3%"),
+    Column("KLD", "kld_mean", ".2e"),
+    Column("", "state"),
+)
+ALLOCATION = (
+    Column("allocation", "variant"),
+    Column("tokens stored", "stored", ",d"),
+    Column("slots reserved", "reserved", ",d"),
+    Column("in use", "utilization", ".1%"),
+)
+Knob = Literal[
+    "nbits",
+    "axis",
+    "symmetry",
+    "residual",
+    "group",
+    "block-size",
+    "chunk-size",
+    "prefix-cache",
+    "cuda-graph",
+    "attention-backend",
+    "kv-allocation",
+    "stack",
+]
+
 
 def bench_throughput(
     engine: EngineConfig,
@@ -118,6 +157,12 @@ def bench_throughput(
         Literal["transformers"] | None,
         load_option("--baseline", help="Of --offline: the same batches through transformers' generate, beside."),
     ] = None,
+    ablate: Annotated[
+        Knob | None,
+        load_option(
+            "--ablate", help="Turn one knob of our engine, a row for each setting; stack: one on top of the other."
+        ),
+    ] = None,
 ) -> None:
     """Throughput and latency under load: of our own engine, or of any server by --url.
 
@@ -136,6 +181,11 @@ def bench_throughput(
             )
         sizes = int_list("--batch-sizes", batch_sizes or BATCH_SIZES, MOST_STREAMS)
         offline_throughput(engine, bench, results, output, config, asked, sizes, baseline is not None)
+        return
+    if ablate:
+        if bench.where.url or request_rate or offline:
+            raise ConfigError("--ablate is about our own engine; leave out --url, --request-rate and --offline")
+        ablation(ablate, engine, bench, results, output, config, int_list("--concurrency", concurrency or ABLATED)[0])
         return
     if batch_sizes or baseline:
         raise ConfigError("--batch-sizes and --baseline belong to --offline; add it")
@@ -222,6 +272,54 @@ def offline_throughput(
     )
     form = Form(FORM.command, OFFLINE, lambda rows: (), lambda results: [])
     finish(form, config, bench, results, output, result)
+
+
+def ablation(
+    knob: str,
+    engine: EngineConfig,
+    bench: BenchOptions,
+    results: ResultOptions,
+    output: OutputOptions,
+    config: dict[str, Any],
+    concurrency: int,
+) -> None:
+    """One table of the settings of a knob, held against the first."""
+    from kvtool.bench.ablate import FORMATS, KNOBS, format_scores, measure_variants, stack
+
+    (workload, *more) = workloads(bench, engine.seed, LONG, OUTPUTS)
+    if more:
+        raise ConfigError("--ablate: its grid is the knob's settings; give one length of prompts and one of answers")
+    if knob == "kv-allocation":
+        allocation(engine, bench, output, config, workload)
+        return
+    if knob in ("prefix-cache", "stack") and workload.dataset == "random" and not workload.shared_prefix:
+        workload = workload.with_prefix_hit(0.5)  # without anything to share there is nothing to see
+    variants = stack(engine) if knob == "stack" else KNOBS[knob](engine)
+    where = replace(bench.where, floor=False)
+    how = replace(bench.how, requests=bench.how.requests or max(FEWEST, ROUNDS * concurrency))
+    measure = partial(measure_variants, where, variants, workload, concurrency, how, baseline=knob == "stack")
+    result = drive(bench, results, measure)
+    if knob in FORMATS and not result.stopped:
+        scores = format_scores(
+            {name: variants[name] for name in variants if any(name == r["variant"] for r in result.rows)}
+        )
+        result = replace(result, rows=[row | scores[row["variant"]] for row in result.rows])
+    form = Form(FORM.command, (Column(knob, "variant"), *ABLATION), lambda rows: (), lambda results: [])
+    notes = [f"left out: {reason}" for reason in result.target.get("refused", ())]
+    finish(form, config | {"workload": [workload.describe()], "ablate": knob}, bench, results, output, result, notes)
+
+
+def allocation(
+    engine: EngineConfig, bench: BenchOptions, output: OutputOptions, config: dict[str, Any], workload: "Workload"
+) -> None:
+    """What three layouts of the cache would reserve for the workload; nothing is run."""
+    from kvtool.bench.ablate import kv_allocation
+    from kvtool.bench.measure import prompt_ids
+
+    items = islice(workload.items(prompt_ids(None)), bench.how.requests or (None if workload.timed else 1000))
+    rows = kv_allocation(items, engine.kv.q_group_size or 64, engine.max_model_len)
+    notes = ["Tokens stored over slots reserved, summed over all steps of all requests; nothing was run."]
+    show(Report(FORM.command, config | {"ablate": "kv-allocation"}, rows, ALLOCATION, notes=notes), output)
 
 
 def loads_of(

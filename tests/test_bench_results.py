@@ -1,12 +1,22 @@
 """Results of the bench commands in use: compared with another day's, kept in a bundle, drawn, held to an SLO."""
 
 import json
+import math
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ServerProcess, kvtool
+from hypothesis import given
+from hypothesis import strategies as st
+
+from commands import app
+from kvtool.bench.bundle import repeat_script, repeatable
+from kvtool.bench.events import RequestRecord
+from kvtool.bench.timeline import Timeline
+from kvtool.errors import ConfigError
 
 LOAD = ("--prompt-tokens", "20", "--output-tokens", "4", "--requests", "4", "--concurrency", "2")
 GATES = ("--fail-on", "ttft_ms.p50:10%", "--fail-on", "output_tok_s:-5%")
@@ -60,22 +70,62 @@ def test_a_regression_exits_1_and_an_improvement_0(server: ServerProcess, bundle
         assert word in done.stdout
 
 
-def test_unlike_results_are_refused_before_anything_is_measured(bundle: Path, server: ServerProcess) -> None:
-    base = str(bundle / "result.json")
-    for options, word in (
-        (("--compare", base, "--prompt-tokens", "21"), "workload.0.prompt: 20, now 21"),
-        (("--compare", base, "--trials", "1", "--fail-on", "output_tok_s:-5%"), "--trials 3"),
-        (("--compare", base, "--fail-on", "ttfft:10%"), "ttfft"),
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--compare", "BASE", "--prompt-tokens", "21"), r"workload\.0\.prompt: 20, now 21"),
+        (("--compare", "BASE", "--requests", "5"), "requests: 4, now 5"),
+        (("--compare", "BASE", "--trials", "1", "--fail-on", "output_tok_s:-5%"), "--trials 3"),
+        (("--compare", "BASE", "--fail-on", "ttfft:10%"), "ttfft"),
         (("--fail-on", "ttft_ms.p50:10%"), "add that"),
-        (("--bundle", str(bundle)), "is not empty"),
-        ((base,), "--plot"),
+        (("--bundle", "."), "is not empty"),
+        (("BASE",), "--plot"),
+        (("--plot",), "name the result files"),
         (("--find-max-rate",), "--slo"),
+        (("--find-max-rate", "--slo", "default", "--request-rate", "inf"), "begins at one rate"),
         (("--dataset", "gsm8k"), "--dataset-path"),
-    ):
-        done = throughput(server, *options)
-        assert (done.returncode, done.stdout) == (2, ""), options
-        assert word in done.stderr
-        assert done.stderr.count("\n") == 1
+        (("--slo", "ttft:20"), "--slo"),
+        (("--ablate", "nbits"), "leave out --url"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_measured(bundle: Path, options: Any, word: str) -> None:
+    words = [word.replace("BASE", str(bundle / "result.json")) for word in options]
+    with pytest.raises(ConfigError, match=word):
+        app(["bench-throughput", "--url", "http://127.0.0.1:9", *LOAD, *words], standalone_mode=False)
+
+
+def test_a_command_is_repeated_without_what_belongs_to_one_run() -> None:
+    words = ["bench-ttft", "--api-key=k", "--output", "x.json", "--json", "--requests", "3", "--kv-plan", "p.yaml"]
+    assert repeatable(words) == ["bench-ttft", "--requests", "3", "--kv-plan", str(Path("p.yaml").resolve())]
+    script = repeat_script(["bench-ttft", "--slo", "a b"], {"KVTOOL_NBITS": "4; echo"})
+    assert "export KVTOOL_NBITS='4; echo'\n" in script
+    assert "kvtool bench-ttft --slo 'a b' --compare" in script
+
+
+@given(st.lists(st.tuples(st.floats(0, 2000), st.floats(0.001, 5)), min_size=1, max_size=60))
+def test_gaps_over_time_are_kept_in_few_buckets(gaps: list[tuple[float, float]]) -> None:
+    timeline = Timeline(width=0.05)
+    for start, gap in gaps:
+        timeline.add(
+            RequestRecord(
+                run=0,
+                id=0,
+                asked_tokens=2,
+                scheduled=0.0,
+                sent=0.0,
+                chunk_times=[start, start + gap],
+                chunk_kinds="tt",
+                chunk_tokens=[1, 1],
+                ended=start + gap,
+            )
+        )
+    row = timeline.row()
+    assert len(row["seconds"]) <= 512
+    assert row["seconds"] == sorted(set(row["seconds"]))
+    assert max(row["max_ms"]) == pytest.approx(1e3 * max(gap for _, gap in gaps))
+    longest = max(gaps, key=lambda pair: pair[1])
+    width = min((b - a for a, b in pairwise(row["seconds"])), default=math.inf)
+    assert min(abs(second - sum(longest)) for second in row["seconds"]) <= width
 
 
 def test_results_are_drawn_over_each_other(bundle: Path, tmp_path: Path) -> None:

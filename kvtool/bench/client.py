@@ -679,8 +679,8 @@ class EngineTarget:
         self.count_tokens: Callable[[str], int] | None = token_counter(info)
 
     async def send(self, prompt: Prompt, item: WorkItem, answer: Answer) -> None:
-        self._count += 1
         token_ids = await self._ids(prompt)
+        self._count += 1
         params = SamplingParams(temperature=0, max_tokens=item.output_tokens, ignore_eos=not item.stops)
         answer.sent = perf_counter()
         try:

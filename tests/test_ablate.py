@@ -1,0 +1,84 @@
+"""Knobs that are turned: every setting is one the engine takes, and the arithmetic beside them."""
+
+import json
+from itertools import pairwise
+
+import pytest
+from conftest import kvtool
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtool.bench.ablate import FORMATS, KNOBS, _against, kv_allocation, stack
+from kvtool.bench.events import WorkItem
+from kvtool.config import EngineConfig, KVOptions
+from kvtool.errors import ConfigError
+from kvtool.kv.format import resolve
+from kvtool.kv.spec import KVSpec, StreamSpec
+
+SPEC = KVSpec(2, StreamSpec(2, 128), StreamSpec(2, 128), 2)
+requests = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 50)), min_size=1, max_size=5)
+
+
+@given(requests, st.sampled_from([16, 64]), st.sampled_from([None, 400, 1000]))
+def test_allocation_is_counted_step_by_step(lengths: list[tuple[int, int]], block: int, context: int | None) -> None:
+    items = [WorkItem(id=n, prompt=[1] * prompt, output_tokens=output) for n, (prompt, output) in enumerate(lengths)]
+    longest = max(prompt + output for prompt, output in lengths)
+    stored = contiguous = growing = paged = 0
+    for prompt, output in lengths:
+        capacity = 1
+        for held in range(prompt, prompt + output + 1):
+            while capacity < held:
+                capacity *= 2
+            stored += held
+            contiguous += context or longest
+            growing += capacity
+            paged += block * len(range(0, held, block))
+    rows = {row["variant"]: row for row in kv_allocation(items, block, context)}
+    assert {row["stored"] for row in rows.values()} == {stored}
+    reserved = {name: row["reserved"] for name, row in rows.items()}
+    assert reserved == {"contiguous": contiguous, "growing": growing, "paged": paged}
+
+
+def test_allocation_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no requests"):
+        kv_allocation([], 64)
+
+
+@pytest.mark.parametrize("knob", FORMATS)
+def test_the_settings_of_a_format_knob_differ_and_can_be_stored(knob: str) -> None:
+    user = KVOptions(nbits_key="8", nbits_value="2") if knob == "nbits" else KVOptions()
+    variants = KNOBS[knob](EngineConfig(kv=user))
+    resolved = [resolve(engine.kv, SPEC) for engine in variants.values()]
+    assert len(resolved) == len(set(map(repr, resolved))) >= 2
+
+
+@pytest.mark.parametrize("knob", sorted(KNOBS.keys() - FORMATS))
+def test_the_first_setting_of_another_knob_is_the_default(knob: str) -> None:
+    first, *others = KNOBS[knob](EngineConfig()).values()
+    assert first == EngineConfig()
+    assert EngineConfig() not in others
+
+
+def test_each_step_of_the_stack_changes_one_thing() -> None:
+    steps = list(stack(EngineConfig(max_num_batched_tokens=512)).values())
+    for before, after in pairwise(steps):
+        assert sum(value != vars(after)[name] for name, value in vars(before).items()) == 1
+    assert steps[-1].kv.nbits == "4"
+
+
+def test_rows_are_held_against_the_first() -> None:
+    first = {"ttft_ms": {"p50": 10.0}, "tpot_ms": None, "total_tok_s": 50.0}
+    row = {"ttft_ms": {"p50": 5.0}, "tpot_ms": {"p50": 1.0}, "total_tok_s": 75.0}
+    assert _against(first)(row)["ratio"] == {"ttft": 0.5, "tpot": None, "total_tok_s": 1.5}
+
+
+def test_a_prefix_cache_is_seen_to_hit() -> None:
+    load = ("--prompt-tokens", "300", "--output-tokens", "2", "--requests", "2", "--trials", "1", "--concurrency", "1")
+    process = kvtool("bench-throughput", "--ablate", "prefix-cache", *load, "--kv-cache-memory", "32MiB", "--json")
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    on, off = json.loads(stdout)["rows"]
+    assert (on["variant"], off["variant"]) == ("on", "off")
+    assert on["hit_rate"] == pytest.approx(128 / 300)  # two blocks of the 150 tokens that are shared
+    assert off["hit_rate"] == 0
+    assert on["ratio"]["ttft"] == 1.0
