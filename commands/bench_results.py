@@ -129,6 +129,9 @@ def compared(report: Report, results: ResultOptions) -> tuple[Report, bool]:
         *report.notes,
         f"Regression against {name}: {'; '.join(broken)}." if broken else f"No regression against {name}.",
     ]
+    busy, cores = os.getloadavg()[0], environment()["cores"]
+    if busy > 2 * cores:
+        notes.append(f"This machine has other work to do (load {busy:.1f} on {cores} cores): that changes figures too.")
     if any(delta.verdict == "noise" for delta in deltas):
         notes.append("Noise: beyond the limit, but equal runs differ as much; more --trials can tell.")
     return replace(report, rows=rows, tables=[*report.tables, table], notes=notes), bool(broken)

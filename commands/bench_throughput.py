@@ -4,7 +4,6 @@ import math
 from collections.abc import Generator
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from kvtool.config import EngineConfig
@@ -23,9 +22,10 @@ from .bench import (
     measured,
     workloads,
 )
+from .bench_ablate import Knob, ablation
 from .bench_charts import throughput_charts
 from .bench_results import ResultOptions, check_comparable
-from .output import Column, OutputOptions, Report, Table, show
+from .output import Column, OutputOptions, Table
 
 if TYPE_CHECKING:
     from kvtool.bench.arrivals import Arrivals
@@ -88,43 +88,6 @@ LATENCIES = (
     Column("share", "floor_share", ".0%"),
 )
 
-ABLATION = (
-    Column("TTFT p50, ms", "ttft_ms.p50", ",.1f"),
-    Column("×", "ratio.ttft", ".2f"),
-    Column("TPOT p50, ms", "tpot_ms.p50", ",.2f"),
-    Column("×", "ratio.tpot", ".2f"),
-    Column("total tok/s", "total_tok_s", ",.0f"),
-    Column("×", "ratio.total_tok_s", ".2f"),
-    Column("hit rate", "hit_rate", ".0%"),
-    Column("KV B/token", "kv_bytes_per_token", ",.0f"),
-    Column("tokens that fit", "kv_tokens", ",d"),
-    Column("memory, MiB", "memory_mib", ",.0f"),
-    Column("GPU use", "gpu_utilization", ".0%"),
-    Column("ΔPPL", "perplexity_change", "+.3%"),
-    Column("KLD", "kld_mean", ".2e"),
-    Column("", "state"),
-)
-ALLOCATION = (
-    Column("allocation", "variant"),
-    Column("tokens stored", "stored", ",d"),
-    Column("slots reserved", "reserved", ",d"),
-    Column("in use", "utilization", ".1%"),
-)
-Knob = Literal[
-    "nbits",
-    "axis",
-    "symmetry",
-    "residual",
-    "group",
-    "block-size",
-    "chunk-size",
-    "prefix-cache",
-    "cuda-graph",
-    "attention-backend",
-    "kv-allocation",
-    "stack",
-]
-
 
 def bench_throughput(
     engine: EngineConfig,
@@ -174,6 +137,13 @@ def bench_throughput(
     asked = workloads(bench, engine.seed, PROMPTS, OUTPUTS)
     config = config_of(engine, bench, asked)
     check_comparable(results, FORM.command, config)
+
+    def how(most: int | None) -> "How":
+        requests = bench.how.requests
+        if requests is None and bench.how.duration is None and not bench.workload.timed:
+            requests = max(FEWEST, ROUNDS * most) if most else UNBOUNDED
+        return replace(bench.how, floor="tpot", requests=requests)
+
     if offline:
         if bench.where.url or concurrency or request_rate:
             raise ConfigError(
@@ -183,9 +153,13 @@ def bench_throughput(
         offline_throughput(engine, bench, results, output, config, asked, sizes, baseline is not None)
         return
     if ablate:
-        if bench.where.url or request_rate or offline:
-            raise ConfigError("--ablate is about our own engine; leave out --url, --request-rate and --offline")
-        ablation(ablate, engine, bench, results, output, config, int_list("--concurrency", concurrency or ABLATED)[0])
+        if bench.where.url or request_rate:
+            raise ConfigError("--ablate is about our own engine, in a closed loop; leave out --url and --request-rate")
+        workload, *grid = workloads(bench, engine.seed, LONG, OUTPUTS)
+        most, *more = int_list("--concurrency", concurrency or ABLATED)
+        if grid or more:
+            raise ConfigError("--ablate: its rows are the knob's settings; give one length of each and one concurrency")
+        ablation(FORM.command, ablate, engine, replace(bench, how=how(most)), results, output, config, workload, most)
         return
     if batch_sizes or baseline:
         raise ConfigError("--batch-sizes and --baseline belong to --offline; add it")
@@ -193,12 +167,6 @@ def bench_throughput(
         request_rate = check_search(bench, request_rate)
     loads = loads_of(concurrency, request_rate, burstiness, engine.seed, timed=bench.workload.timed)
     notes: list[str] = []
-
-    def how(most: int | None) -> "How":
-        requests = bench.how.requests
-        if requests is None and bench.how.duration is None and not bench.workload.timed:
-            requests = max(FEWEST, ROUNDS * most) if most else UNBOUNDED
-        return replace(bench.how, floor="tpot", requests=requests)
 
     def plan(target: "Bench") -> "Steps":
         from kvtool.bench.measure import point_of
@@ -272,54 +240,6 @@ def offline_throughput(
     )
     form = Form(FORM.command, OFFLINE, lambda rows: (), lambda results: [])
     finish(form, config, bench, results, output, result)
-
-
-def ablation(
-    knob: str,
-    engine: EngineConfig,
-    bench: BenchOptions,
-    results: ResultOptions,
-    output: OutputOptions,
-    config: dict[str, Any],
-    concurrency: int,
-) -> None:
-    """One table of the settings of a knob, held against the first."""
-    from kvtool.bench.ablate import FORMATS, KNOBS, format_scores, measure_variants, stack
-
-    (workload, *more) = workloads(bench, engine.seed, LONG, OUTPUTS)
-    if more:
-        raise ConfigError("--ablate: its grid is the knob's settings; give one length of prompts and one of answers")
-    if knob == "kv-allocation":
-        allocation(engine, bench, output, config, workload)
-        return
-    if knob in ("prefix-cache", "stack") and workload.dataset == "random" and not workload.shared_prefix:
-        workload = workload.with_prefix_hit(0.5)  # without anything to share there is nothing to see
-    variants = stack(engine) if knob == "stack" else KNOBS[knob](engine)
-    where = replace(bench.where, floor=False)
-    how = replace(bench.how, requests=bench.how.requests or max(FEWEST, ROUNDS * concurrency))
-    measure = partial(measure_variants, where, variants, workload, concurrency, how, baseline=knob == "stack")
-    result = drive(bench, results, measure)
-    if knob in FORMATS and not result.stopped:
-        scores = format_scores(
-            {name: variants[name] for name in variants if any(name == r["variant"] for r in result.rows)}
-        )
-        result = replace(result, rows=[row | scores[row["variant"]] for row in result.rows])
-    form = Form(FORM.command, (Column(knob, "variant"), *ABLATION), lambda rows: (), lambda results: [])
-    notes = [f"left out: {reason}" for reason in result.target.get("refused", ())]
-    finish(form, config | {"workload": [workload.describe()], "ablate": knob}, bench, results, output, result, notes)
-
-
-def allocation(
-    engine: EngineConfig, bench: BenchOptions, output: OutputOptions, config: dict[str, Any], workload: "Workload"
-) -> None:
-    """What three layouts of the cache would reserve for the workload; nothing is run."""
-    from kvtool.bench.ablate import kv_allocation
-    from kvtool.bench.measure import prompt_ids
-
-    items = islice(workload.items(prompt_ids(None)), bench.how.requests or (None if workload.timed else 1000))
-    rows = kv_allocation(items, engine.kv.q_group_size or 64, engine.max_model_len)
-    notes = ["Tokens stored over slots reserved, summed over all steps of all requests; nothing was run."]
-    show(Report(FORM.command, config | {"ablate": "kv-allocation"}, rows, ALLOCATION, notes=notes), output)
 
 
 def loads_of(

@@ -25,7 +25,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "kvtool/assets/tiny"
-TOLERANCE = 1e-3
+TOLERANCE, AGREEMENT = 1e-3, 0.05
 SECONDS, STREAMS, OUTPUT_TOKENS = 20, 4, 32
 QUESTION = "Remember this: The code of the red door is 4821. What is the code of the red door?"
 TASKS: dict[str, dict[str, Any]] = {  # one of each kind that lm_eval has
@@ -74,16 +74,21 @@ class Check:
 def main() -> None:
     console = Console(markup=False)
     checks: dict[str, list[Check]] = {}
-    clients = {"lm_eval": check_lm_eval, "guidellm": check_guidellm, "langchain-openai": check_langchain}
+    clients = {
+        "lm_eval": [check_lm_eval],
+        "guidellm": [check_guidellm, check_agreement],
+        "langchain-openai": [check_langchain],
+    }
     with TemporaryDirectory() as name, serving() as url:
         folder = Path(name)
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "huggingface")}  # fetch nothing, leave nothing
         card = model_card(url)
-        for client, check in clients.items():
+        for client, of_client in clients.items():
             checks[client] = []
             with console.status(f"{client} ..."):
                 try:
-                    checks[client].extend(check(url, card, folder))
+                    for check in of_client:
+                        checks[client].extend(check(url, card, folder))
                 except Exception as error:  # whatever one client trips over, the others still get their turn
                     checks[client].append(Check("runs to its end", str(error), "no error", False))
     console.print(table(checks))
@@ -219,6 +224,61 @@ def check_guidellm(url: str, card: dict[str, str], folder: Path) -> Iterator[Che
     sane = min(ttft, itl) > 0 and math.isclose(1000 * latency, ttft + (OUTPUT_TOKENS - 1) * itl, rel_tol=0.05)
     parts = f"TTFT {ttft:.0f} ms + {OUTPUT_TOKENS - 1} × ITL {itl:.1f} ms"
     yield Check("time of an answer", f"{1000 * latency:.0f} ms", parts, sane)
+
+
+def check_agreement(url: str, card: dict[str, str], folder: Path) -> Iterator[Check]:
+    """guidellm beside `kvtool bench-throughput` under its definitions, on a server whose times are known.
+
+    It computes nothing, so that neither of them takes the other's processor from under the server.
+    """
+    report, events = folder / "agreement.json", folder / "ours.json"
+    with null_server() as null:
+        run(
+            *("guidellm", "run", "--disable-console", "--backend"),
+            f"kind=openai_http,target={null},request_format=/v1/completions,validate_backend=false,model=nothing",
+            *(
+                "--profile",
+                f"kind=concurrent,streams={STREAMS}",
+                "--constraint",
+                f"kind=max_duration,seconds={SECONDS}",
+            ),
+            *("--tokenizer", f"kind=huggingface_auto,model={card['root']}"),
+            *("--data", f"kind=synthetic_text,prompt_tokens=128,output_tokens={OUTPUT_TOKENS}"),
+            *("--output", f"kind=json,path={report}"),
+        )
+        load = ["--concurrency", str(STREAMS), "--duration", str(SECONDS), "--output-tokens", str(OUTPUT_TOKENS)]
+        ours = [
+            ROOT / "scripts/kvtool",
+            "bench-throughput",
+            "--url",
+            null,
+            "--metric-defs",
+            "guidellm",
+            "--trials",
+            "1",
+        ]
+        subprocess.run([*ours, *load, "--output", events], check=True, stdout=subprocess.DEVNULL)
+    (benchmark,) = json.loads(report.read_text())["benchmarks"]
+    (row,) = json.loads(events.read_text())["rows"]
+    names = {
+        "time_to_first_token_ms": "ttft_ms",
+        "inter_token_latency_ms": "itl_ms",
+        "time_per_output_token_ms": "tpot_ms",
+    }
+    for theirs, name in names.items():
+        figure, expected = row[name]["mean"], benchmark["metrics"][theirs]["successful"]["mean"]
+        close = math.isclose(figure, expected, rel_tol=AGREEMENT)
+        yield Check(f"{name} of kvtool bench-throughput", f"{figure:.2f}", f"{expected:.2f} ± {AGREEMENT:.0%}", close)
+
+
+@contextmanager
+def null_server() -> Iterator[str]:
+    """Address of a server that answers after 0.2 s, and then every 30 ms."""
+    command = [ROOT / ".venv/bin/python", "-m", "kvtool.bench.null_server", "0.2", "0.03"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        process.kill()
 
 
 # --- LangChain -------------------------------------------------------------------------------------------------------

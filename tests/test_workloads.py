@@ -315,6 +315,8 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
             path.write_bytes(content)
         with pytest.raises(ConfigError, match=reason):
             take(Workload(dataset="jsonl", path=str(path)), 1)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Workload(dataset="jsonl", path=str(tmp_path / "none")).describe()
     with pytest.raises(ConfigError, match="--dataset-path"):
         Workload(dataset="gsm8k")
 

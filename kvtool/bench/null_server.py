@@ -54,6 +54,8 @@ class NullConnection(asyncio.Protocol):
         first = loop.time() + self._delay
 
         def token(index: int) -> None:
+            if self._transport.is_closing():
+                return
             last = index == asked.max_tokens - 1
             text = b" x" if index else b"%.7f" % (perf_counter() - arrived)
             head = b"" if index else HEAD
@@ -88,7 +90,7 @@ def null_server(delay: float, gap: float) -> Iterator[str]:
 
 
 def main(delay: str, gap: str) -> None:
-    """The process: print the port, and serve until the parent is gone."""
+    """The process: print the port, and serve until stdin ends."""
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()
@@ -96,8 +98,12 @@ def main(delay: str, gap: str) -> None:
             lambda: NullConnection(float(delay), float(gap)), "127.0.0.1", 0, backlog=1024
         )
         print(server.sockets[0].getsockname()[1], flush=True)
-        parent_gone = asyncio.Event()
-        loop.add_reader(sys.stdin.fileno(), parent_gone.set)
-        await parent_gone.wait()
+        gone = asyncio.Event()
+        loop.add_reader(sys.stdin.fileno(), gone.set)
+        await gone.wait()
 
     asyncio.run(serve())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -204,13 +204,17 @@ class Workload:
         return replace(self, prompt=Lengths("fixed", total - shared), shared_prefix=shared)
 
     def describe(self) -> dict[str, Any]:
-        """The options that reproduce its prompts; of a file its hash, since the same one may lie elsewhere."""
+        """The options that reproduce its prompts; of a file its hash, since the same one may lie elsewhere.
+
+        Raises:
+            ConfigError: there is no such file.
+        """
         options = {
             name: str(value) if isinstance(value, Lengths) else value
             for name, value in vars(self).items()
             if name != "path"
         }
-        return options | {"data_sha256": sha256(Path(self.path).read_bytes()).hexdigest()} if self.path else options
+        return options | {"data_sha256": _digest(Path(self.path))} if self.path else options
 
 
 class Hashed:
@@ -456,6 +460,17 @@ def _opened(path: Path) -> Iterator[TextIO]:
         raise ConfigError(f"--dataset-path {path}: cannot be read: {error.strerror}; correct it") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--dataset-path {path}: is no UTF-8 text ({error.reason}); convert it") from error
+
+
+def _digest(path: Path) -> str:
+    digest = sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise ConfigError(f"--dataset-path {path}: cannot be read: {error.strerror}; correct it") from error
+    return digest.hexdigest()
 
 
 def _again(read: Callable[[], Iterator[T]], path: Path, what: str) -> Iterator[T]:
