@@ -32,8 +32,8 @@ from kvtool.quantize.layer_errors import LayerActivations, attend_packed, calibr
 from kvtool.scoring import ScoringModel
 from kvtool.tokenizer import Tokenizer
 
-# Of what attention adds to the residual stream, its mean aside. On tiny's twins 0.2 stands for 2 % of perplexity, 0.3 for
-# 4 %, 0.6 for 28 % and 1.4 for 220 % (scripts/choose_recipes.py).
+# Of what attention adds to the residual stream, its mean aside. On tiny's twins 0.2 stands for 2 % of perplexity, 0.3
+# for 4 %, 0.6 for 28 % and 1.4 for 220 % (scripts/choose_recipes.py).
 LIMIT = 0.3
 OUTLIER = 8.0  # a channel this many times the median one explains a collapse; without outliers it is 2 to 4
 UNHELD = 1e9  # the error of a format whose fp16 scales cannot hold the numbers
