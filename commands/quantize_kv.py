@@ -307,8 +307,6 @@ def check_search(
             raise ConfigError(f"--{name} is for formats that are given; leave out --search")
     if (bits is None) == (memory is None):
         raise ConfigError("--search needs a budget: --budget-bits 4.0, or --budget-memory 6GiB and --tokens 200000")
-    if bits is not None and not bits > 0:  # NaN, too
-        raise ConfigError(f"--budget-bits {bits:g}: must be more than 0 bits an element")
     if (memory is None) != (tokens is None):
         raise ConfigError("--budget-memory and --tokens go together: so many bytes must hold so many tokens")
 

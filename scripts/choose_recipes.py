@@ -124,7 +124,9 @@ def print_random_layers() -> None:
     for name, kv in FORMATS.items():
         errors = layer_errors(layers, resolve(kv, spec))
         rows.append((name, *(f"{getattr(max(errors, key=by), field):.1%}" for field, by in WORST.items())))
-    print_table("Random layers like Qwen2.5-7B's, worst of 4", ("format", "keys", "values", "output"), rows)
+    print_table(
+        f"Random layers like Qwen2.5-7B's, worst of {QWEN_LAYERS}", ("format", "keys", "values", "output"), rows
+    )
 
 
 WORST = {

@@ -149,6 +149,7 @@ def test_a_search_that_was_stopped_goes_on(result, path, tmp_path):
 def test_impossible_searches_are_refused(tmp_path, budget, kv, said):
     with pytest.raises(ConfigError, match=said):
         found(tmp_path / "plan.yaml", budget, kv)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", [".", "none/plan.yaml"])
@@ -169,7 +170,7 @@ def test_a_text_for_less_than_two_windows_is_refused(tmp_path):
     [
         (["--search"], "--search needs a budget"),
         (["--search", "--budget-bits", "4", "--budget-memory", "1GiB", "--tokens", "9"], "--search needs a budget"),
-        (["--search", "--budget-bits", "nan"], "--budget-bits nan"),
+        (["--search", "--budget-bits", "nan"], "--budget-bits"),
         (["--search", "--budget-memory", "6GiB"], "go together"),
         (["--search", "--budget-bits", "4", "--tokens", "9"], "go together"),
         (["--search", "--budget-bits", "4", "--ablate", "bits"], "--ablate"),

@@ -24,7 +24,7 @@ from kvtool.config import Bits, EngineConfig, KVOptions
 from kvtool.errors import UnsupportedError
 from kvtool.kv.format import KVFormat, StreamFormat, resolve
 from kvtool.kv.layout import KVLayout
-from kvtool.kv.plan import sidecar_of
+from kvtool.kv.plan import completed, sidecar_of
 from kvtool.kv.spec import KVSpec
 from kvtool.models import Decoder, resolve_model
 from kvtool.models.resolve import EMBEDDED
@@ -32,8 +32,8 @@ from kvtool.quantize.layer_errors import LayerActivations, attend_packed, calibr
 from kvtool.scoring import ScoringModel
 from kvtool.tokenizer import Tokenizer
 
-# Of what attention adds to the residual stream, its mean aside. Where 2 bits lose 1 % of perplexity no layer is off by
-# more than 0.2; formats that lose a tenth and more are off by 0.3 to 3 (scripts/choose_recipes.py).
+# Of what attention adds to the residual stream, its mean aside. On tiny's twins 0.2 stands for 2 % of perplexity, 0.3
+# for 4 %, 0.6 for 28 % and 1.4 for 220 % (scripts/choose_recipes.py).
 LIMIT = 0.3
 OUTLIER = 8.0  # a channel this many times the median one explains a collapse; without outliers it is 2 to 4
 UNHELD = 1e9  # the error of a format whose fp16 scales cannot hold the numbers
@@ -219,7 +219,7 @@ def _with_more_bits(kv: KVOptions, probes: Sequence[_Probe], spec: KVSpec) -> KV
             bits[layer] = next(more[layer])
         if set(bits) == {("16", "16")}:
             return KVOptions()
-        options = replace(kv, plan=None, layer_bits=tuple(bits))
+        options = replace(completed(kv), plan=None, layer_bits=tuple(bits))
     return options
 
 

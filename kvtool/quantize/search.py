@@ -137,7 +137,7 @@ def search(
     num_trials: int,
     on_progress: OnProgress = lambda done, total: None,
 ) -> SearchResult:
-    """The plan of least divergence within `budget`.
+    """The plan of least divergence within `budget`, which `check_budget` has passed.
 
     Each layer's sensitivity to nine pairs of bits leaves it the pairs on its front; layers with like fronts are given
     the same; NSGA-II (Deb et al. 2002) looks for plans that are good in bits and divergence from 16 bits both.
@@ -151,14 +151,9 @@ def search(
         on_progress: told of trials.
 
     Raises:
-        ConfigError: options that do not fit the model, or a budget below the smallest plan.
         UnsupportedError: activations that are not finite or do not fit a format.
     """
     spec = kv_spec(model.model_config, torch.bfloat16)
-    smallest = _plan_options(base, _windows(base, spec)[0], [("2", "2")] * spec.num_layers)
-    least = budget.cost(KVLayout(spec, resolve(smallest, spec)))
-    if least > budget.limit:
-        raise budget.refusal(least)
     sensitivity = sensitivities(model, calibration, base, spec)
     groups = cluster(sensitivity)
     trials = _Trials(model, calibration.windows, spec, base, budget, groups, journal)
@@ -177,6 +172,19 @@ def search(
     )
 
 
+def check_budget(model: ScoringModel, base: KVOptions, budget: Budget) -> None:
+    """Refuse what not even the smallest plan fits in.
+
+    Raises:
+        ConfigError: that, or options that do not fit the model.
+    """
+    spec = kv_spec(model.model_config, torch.bfloat16)
+    smallest = _plan_options(base, _windows(base, spec)[0], [("2", "2")] * spec.num_layers)
+    least = budget.cost(KVLayout(spec, resolve(smallest, spec)))
+    if least > budget.limit:
+        raise budget.refusal(least)
+
+
 def find_plan(
     config: EngineConfig, exam: Exam, budget: Budget, path: Path, *, num_trials: int, progress: Progress
 ) -> SearchResult:
@@ -186,13 +194,15 @@ def find_plan(
     `<path>.part` until the plan is written, and a search that was stopped goes on from there.
 
     Raises:
-        ConfigError: what `search` raises, a text too short for two windows, or a path that cannot be written.
+        ConfigError: options that do not fit the model, a budget below the smallest plan, a text too short for two
+            windows, or a path that cannot be written.
     """
     if {config.kv.nbits, config.kv.nbits_key, config.kv.nbits_value, config.kv.plan} != {None}:
         raise ConfigError("--search finds the bits; leave out --nbits and --kv-plan")
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"--save-plan {path}: is a folder, or lies in none; name a file")
     model = ScoringModel(config)
+    check_budget(model, config.kv, budget)
     tokenizer = Tokenizer.load(model.path, model.model_config.vocab_size)
     documents = read_documents(Path(exam.data) if exam.data else SAMPLE, exam.field)
     task = make_task("gptq", documents, tokenizer, model.model_config.max_position, window=exam.window)
