@@ -3,8 +3,7 @@
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -14,18 +13,13 @@ from .bench import bench_options
 from .bench_results import result_options
 from .bench_throughput import bench_throughput
 from .bench_ttft import bench_ttft
-from .options import Command, engine_config, output_options, shared
+from .options import BUNDLES, Command, shared
 from .perplexity import perplexity
 from .quantize_kv import quantize_kv
 from .serve import serve
 
 COMMANDS = (serve, bench_ttft, bench_throughput, quantize_kv, perplexity)
-BUNDLES: dict[str, Callable[..., Any]] = {
-    "engine": engine_config,
-    "bench": bench_options,
-    "results": result_options,
-    "output": output_options,
-}
+ALL_BUNDLES = BUNDLES | {"bench": bench_options, "results": result_options}
 
 EPILOG = "Any option can also come from KVTOOL_<OPTION> or from --config; the command line goes first, then those."
 
@@ -37,7 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for function in COMMANDS:
-    app.command(cls=Command, epilog=EPILOG)(shared(function, BUNDLES))
+    app.command(cls=Command, epilog=EPILOG)(shared(function, ALL_BUNDLES))
 
 
 def show_version(asked: bool) -> None:

@@ -338,11 +338,15 @@ COMMON = (
 )
 
 
-def shared(command: Callable[..., None], bundles: Mapping[str, Callable[..., Any]]) -> Callable[..., None]:
+# What most commands take as a whole: what makes it, by the name of the command's parameter.
+BUNDLES: dict[str, Callable[..., Any]] = {"engine": engine_config, "output": output_options}
+
+
+def shared(command: Callable[..., None], bundles: Mapping[str, Callable[..., Any]] = BUNDLES) -> Callable[..., None]:
     """Give a command --config and --debug, and the options of what it takes as a whole.
 
     Args:
-        bundles: what makes it, by the name of the command's parameter; its signature is the list of the options.
+        bundles: makers of such wholes; a maker's signature is the list of its options.
     """
     signature = inspect.signature(command).parameters
     taken = {name: inspect.signature(make).parameters for name, make in bundles.items() if name in signature}

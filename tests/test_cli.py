@@ -11,7 +11,7 @@ import pytest
 import typer
 from conftest import REPOSITORY, kvtool
 
-from commands import BUNDLES, COMMANDS, app
+from commands import COMMANDS, app
 from commands.options import Command, memory_size, shared
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.errors import ConfigError
@@ -31,7 +31,7 @@ def parse(*arguments: str) -> EngineConfig:
         given.append(engine)
 
     probing = typer.Typer()
-    probing.command(cls=Command)(shared(probe, BUNDLES))
+    probing.command(cls=Command)(shared(probe))
     probing(list(arguments), standalone_mode=False)
     return given[0]
 

@@ -16,7 +16,6 @@ import pytest
 import typer
 from conftest import REPOSITORY
 
-from commands import BUNDLES
 from commands.options import Command, shared
 from commands.output import Chart, Column, OutputOptions, Report, Series, Table, check_output, show
 from kvtool.errors import ConfigError
@@ -145,7 +144,7 @@ def test_a_command_that_takes_output_gets_its_options(tmp_path: Path) -> None:
         given.append(output)
 
     probing = typer.Typer()
-    probing.command(cls=Command)(shared(probe, BUNDLES))
+    probing.command(cls=Command)(shared(probe))
     file = str(tmp_path / "result.json")
     probing(["--markdown", "--output", file], standalone_mode=False)
     assert given == [OutputOptions(markdown=True, output=file)]
