@@ -15,6 +15,8 @@ import httpx
 import pytest
 from conftest import ServerProcess, children, kvtool, serving
 
+from kvtool.server.lifecycle import bind
+
 PROMPT = "Once upon a time"
 LOADING = "loading tiny ...\n"
 FINISHING = "finishing {}, for 30 s at most; stop again to end at once\n"
@@ -189,3 +191,10 @@ def test_a_card_that_nobody_reads_ends_no_server() -> None:
     _, stderr = process.communicate(timeout=60)
     warning = "warning: who reaches 0.0.0.0 can use this server; set --api-key\n"
     assert (process.returncode, stderr) == (0, warning + LOADING)
+
+
+def test_answers_on_a_kept_connection_do_not_wait_for_acknowledgements() -> None:
+    with bind("127.0.0.1", 0) as listener:
+        listener.listen()
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
