@@ -261,9 +261,9 @@ def test_odd_models_are_an_error_or_none(body: bytes) -> None:
 
 def test_models_without_end_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvtool.bench.client.MAX_SHORT_BYTES", 1 << 16)
-    with scripted(b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 99_999, then=30, braces=False) as url:
-        with pytest.raises(ConfigError, match="cannot be reached .*/v1/models has over"):
-            asyncio.run(HttpTarget(url).open())
+    endless = scripted(b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 99_999, then=30, braces=False)
+    with endless as url, pytest.raises(ConfigError, match=r"cannot be reached .*/v1/models has over"):
+        asyncio.run(HttpTarget(url).open())
 
 
 def test_a_url_with_half_an_address_is_an_error() -> None:
