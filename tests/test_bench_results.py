@@ -130,11 +130,11 @@ def test_gaps_over_time_are_kept_in_few_buckets(gaps: list[tuple[float, float]])
 
 def test_results_are_drawn_over_each_other(bundle: Path, tmp_path: Path) -> None:
     base, page = str(bundle / "result.json"), tmp_path / "page.html"
-    process = kvtool(
-        "bench-throughput", "--plot", base, scaled(bundle, tmp_path / "b.json", 2.0), "--output", str(page)
-    )
+    namesake = scaled(bundle, tmp_path / "result.json", 2.0)
+    process = kvtool("bench-throughput", "--plot", base, namesake, "--output", str(page))
     assert process.wait(timeout=60) == 0
     text = page.read_text()
+    assert f"{base} TTFT p50" in text and f"{namesake} TTFT p50" in text
     assert text.count("<svg") >= 3
     assert "src=" not in text
     assert "Longest gap between tokens" in text
