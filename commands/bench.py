@@ -339,7 +339,8 @@ def instead(form: Form, options: BenchOptions, results: ResultOptions, output: O
         drawn = results_to_plot(form.command, results)
         rows = [{"result": name, **row} for name, result in drawn.items() for row in result]
         columns = (Column("result", "result"), *form.columns)
-        charts = form.charts([(Path(name).stem, result) for name, result in drawn.items()])
+        stems = [Path(name).stem for name in drawn]
+        charts = form.charts(list(zip(stems if len({*stems}) == len(stems) else drawn, drawn.values(), strict=True)))
         show(report(form.command, {"plot": list(drawn)}, rows, columns, (), charts, ()), output)
     return bool(options.events or options.lint_stream or results.plot)
 

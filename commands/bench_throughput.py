@@ -39,6 +39,7 @@ CONCURRENCY, BATCH_SIZES = "1,2,4,8", "1,4,8,16,32,64,128"
 LONG, ABLATED = "512", "4"  # tokens of a prompt, and requests at once, where a knob is turned
 TRIALS = 3  # the fewest that tell what is noise
 FEWEST, ROUNDS = 8, 4  # requests of a row, and of each of those that run at once
+KEEPS_UP = 0.75  # of the rate asked for; less is served by one that falls behind, or asked too short a time to tell
 UNBOUNDED = 64  # requests of a row that come at times of their own
 MOST_STREAMS = 65_536
 
@@ -212,12 +213,19 @@ def search(
     rate = next(rates)
     while True:
         row = yield point_of(target, workload, concurrency=most, arrivals=replace(arrivals, rate=rate)), how
-        row["kept"] = not row["failed"] and row["attainment"]["all"] >= bench.min_attainment
+        row["kept"] = (
+            not row["failed"]
+            and row["attainment"]["all"] >= bench.min_attainment
+            and row["requests_per_s"] >= KEEPS_UP * rate
+        )
         try:
             rate = rates.send(row["kept"])
         except StopIteration as end:
             found = "none that was tried" if end.value is None else f"{end.value:.3g} requests/s"
-            return f"Highest rate at which {bench.min_attainment:.0%} of the requests keep {how.slo}: {found}."
+            return (
+                f"Highest rate at which {bench.min_attainment:.0%} of the requests keep {how.slo} and at least "
+                f"{KEEPS_UP:.0%} of the rate is served, to the last answer: {found}. More --requests tell more."
+            )
 
 
 def offline_throughput(

@@ -1,6 +1,7 @@
 """What a command found, shown: a table, JSON, Markdown or CSV on stdout, and a file in the format of its suffix."""
 
 import csv
+import errno
 import io
 import json
 import math
@@ -8,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -162,8 +164,13 @@ def check_output(options: OutputOptions) -> OutputOptions:
         raise ConfigError(f"--output {path}: the format follows the suffix; choose {', '.join(WRITERS)}")
     if not path.parent.is_dir():
         raise ConfigError(f"--output {path}: there is no folder {path.parent}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"--output {path}: cannot be written")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):  # root may write anywhere, but not to every file system
+            pass
+    except OSError as error:
+        raise ConfigError(f"--output {path}: cannot be written: {error.strerror}; choose another file") from error
     return options
 
 

@@ -20,6 +20,7 @@ from kvtool.bench.client import (
     API,
     Answer,
     ChunkedBody,
+    Connection,
     HttpTarget,
     RequestFailed,
     StreamReader,
@@ -29,6 +30,7 @@ from kvtool.bench.client import (
 from kvtool.bench.events import WorkItem
 from kvtool.bench.runner import check
 from kvtool.config import EngineConfig, KVOptions
+from kvtool.errors import ConfigError
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"  # up to the connection's end
 
@@ -54,8 +56,9 @@ DONE = b"data: [DONE]\n\n"
 
 
 @contextmanager
-def scripted(*pieces: bytes, then: float = 0.0) -> Iterator[str]:
-    """URL of a server that answers each request with `pieces`, a moment apart, waits and hangs up."""
+def scripted(*pieces: bytes, then: float = 0.0, braces: bool = True) -> Iterator[str]:
+    """URL of a server that answers each request (with `braces` once its JSON is there) with `pieces`, a moment apart,
+    waits and hangs up."""
 
     def serve() -> None:
         with suppress(OSError):
@@ -63,7 +66,7 @@ def scripted(*pieces: bytes, then: float = 0.0) -> Iterator[str]:
                 connection, _ = listener.accept()
                 with connection, suppress(OSError):
                     received = b""
-                    while b"\r\n\r\n" not in received or b"}" not in received:
+                    while b"\r\n\r\n" not in received or (braces and b"}" not in received):
                         received += connection.recv(1 << 16)
                     for piece in pieces:
                         connection.sendall(piece)
@@ -189,6 +192,83 @@ def test_failures_are_classed(failure: str, message: str, pieces: list[bytes], i
     with scripted(*pieces) as url, pytest.raises(RequestFailed, match=message) as failed:
         ask(url, **item)
     assert failed.value.failure == failure
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+ENDLESS: list[tuple[str, str, bytes, bytes]] = [
+    ("connect", "its head", b"HTTP/1.1 200 OK\r\n", b"x: y\r\n" * 9999),
+    ("mid_stream", "size line", CHUNKED, b"1" * 99_999),
+    ("mid_stream", "trailers", CHUNKED + b"0\r\n", b"x: y\r\n" * 9999),
+    ("mid_stream", "no HTTP: a chunk of", CHUNKED + b"fffffffffff\r\n", b"x" * 9999),
+    ("mid_stream", "an event has over", HEAD, b"data: x\n" * 99_999),
+    ("mid_stream", "an event has over", HEAD + b"data: ", b"x" * 999_999),
+    ("mid_stream", "no end", HEAD, text("") * 9999),
+    ("mid_stream", "not what", HEAD, b'data: {"error":' + b"[" * 99_999 + b"\n\n"),
+]
+
+
+@pytest.mark.parametrize("failure, message, begin, more", ENDLESS)
+def test_what_has_no_end_is_cut_off(
+    failure: str, message: str, begin: bytes, more: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvtool.bench.client.MAX_EVENT_BYTES", 1 << 20)
+    monkeypatch.setattr("kvtool.bench.client.MAX_CHUNKS", 1 << 14)
+
+    async def fed() -> None:
+        connection, reader = Connection(), StreamReader(Answer())
+        connection.connection_made(Unplugged())
+        exchange = asyncio.ensure_future(connection.exchange(b"", reader))
+        await asyncio.sleep(0)
+        connection.data_received(begin)
+        for _ in range(64):
+            connection.data_received(more)
+        with pytest.raises((ConnectionError, RequestFailed), match=message):
+            await asyncio.wait_for(exchange, 5)
+        assert (reader.status is None) == (failure == "connect")
+
+    asyncio.run(fed())
+
+
+class Unplugged(asyncio.Transport):
+    """Takes what is sent, and is nowhere."""
+
+    def write(self, data: object) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("body", [b'{"data": 3}', b'{"data": ' + b"[" * 99_999, b"<h1>"])
+def test_odd_models_are_an_error_or_none(body: bytes) -> None:
+    head = b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n"
+
+    async def look(url: str) -> str:
+        target = HttpTarget(url)
+        try:
+            await target.open()
+        finally:
+            await target.close()
+        return target.name
+
+    with scripted(head + body, braces=False) as url:
+        if b"3" in body:
+            with pytest.raises(ConfigError, match="not OpenAI's"):
+                asyncio.run(look(url))
+        else:
+            assert asyncio.run(look(url)) == ""
+
+
+def test_models_without_end_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvtool.bench.client.MAX_SHORT_BYTES", 1 << 16)
+    endless = scripted(b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 99_999, then=30, braces=False)
+    with endless as url, pytest.raises(ConfigError, match=r"cannot be reached .*/v1/models has over"):
+        asyncio.run(HttpTarget(url).open())
+
+
+def test_a_url_with_half_an_address_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="is no address"):
+        HttpTarget("http://[::1")
 
 
 def test_what_is_allowed_is_no_failure() -> None:

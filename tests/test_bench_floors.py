@@ -71,7 +71,8 @@ def test_rates_give_the_cache_away() -> None:
 @pytest.mark.parametrize(
     "name, bytes_per_s",
     [("NVIDIA GeForce RTX 4090", 1.01e12), ("NVIDIA H200", 4.8e12), ("NVIDIA L40S", 864e9), ("NVIDIA L4", 300e9),
-     ("NVIDIA A100-SXM4-80GB", 2.04e12), ("h200", 4.8e12)],
+     ("NVIDIA A100-SXM4-80GB", 2.04e12), ("h200", 4.8e12), ("NVIDIA H100 NVL", 3.94e12),
+     ("NVIDIA H100 80GB HBM3", 3.35e12), ("NVIDIA GeForce RTX 3090 Ti", 1.008e12)],
 )  # fmt: skip
 def test_datasheets_are_found_by_the_drivers_names(name: str, bytes_per_s: float) -> None:
     found = datasheet(name, eight_bit=False)
@@ -119,10 +120,16 @@ def test_what_they_can_do_is_valid(on_two_4090s: Floors) -> None:
     assert on_two_4090s.impossible(measured(1.01 * floor / 1e3, 0.008, 10, 20), sequences=4) == []
 
 
+def test_a_server_of_8_bit_weights_is_believed(on_two_4090s: Floors) -> None:
+    ttft = 0.55 * on_two_4090s.ttft_ms(100) / 1e3  # half the bytes of the 16-bit floor
+    assert on_two_4090s.impossible(measured(ttft, 0.008, 10, 20), sequences=4) == []
+
+
 def test_our_engine_reads_all_weights_for_each_token(on_two_4090s: Floors) -> None:
     ours = Floors(
-        model=on_two_4090s.model, rates=on_two_4090s.rates, peak=on_two_4090s.peak, steps=True, max_num_seqs=4
-    )
+        model=on_two_4090s.model, rates=on_two_4090s.rates, peak=on_two_4090s.peak, steps=True, max_num_seqs=4,
+        least_weight_bytes=on_two_4090s.model.weight_bytes,
+    )  # fmt: skip
     assert any("TPOT" in fault for fault in ours.impossible(measured(0.02, 0.003, 10, 20), sequences=4))
     assert on_two_4090s.impossible(measured(0.02, 0.003, 10, 20), sequences=4) == []  # it may speculate
 

@@ -130,11 +130,11 @@ def test_gaps_over_time_are_kept_in_few_buckets(gaps: list[tuple[float, float]])
 
 def test_results_are_drawn_over_each_other(bundle: Path, tmp_path: Path) -> None:
     base, page = str(bundle / "result.json"), tmp_path / "page.html"
-    process = kvtool(
-        "bench-throughput", "--plot", base, scaled(bundle, tmp_path / "b.json", 2.0), "--output", str(page)
-    )
+    namesake = scaled(bundle, tmp_path / "result.json", 2.0)
+    process = kvtool("bench-throughput", "--plot", base, namesake, "--output", str(page))
     assert process.wait(timeout=60) == 0
     text = page.read_text()
+    assert f"{base} TTFT p50" in text and f"{namesake} TTFT p50" in text
     assert text.count("<svg") >= 3
     assert "src=" not in text
     assert "Longest gap between tokens" in text
@@ -149,4 +149,16 @@ def test_the_highest_rate_is_one_that_was_kept(server: ServerProcess) -> None:
     missed = [float(row["rate"]) for row in rows if not row["kept"]]
     assert (done.returncode == 0) == bool(kept)
     assert max(kept, default=0.0) < min(missed, default=1e9)
-    assert all(row["kept"] == (row["attainment"]["ttft"] >= 0.9) for row in rows)
+    for row in rows:
+        keeps_up = row["requests_per_s"] >= 0.75 * float(row["rate"])
+        assert row["kept"] == (row["attainment"]["ttft"] >= 0.9 and keeps_up)
+
+
+def test_no_rate_is_found_that_was_not_served(server: ServerProcess) -> None:
+    """A few requests at once keep a loose SLO at any rate, which would then go up without end."""
+    load = ("--prompt-tokens", "20", "--output-tokens", "2", "--requests", "4", "--trials", "1")
+    search = ("--find-max-rate", "--slo", "e2e:60s", "--request-rate", "1", "--json")
+    done = throughput(server, *search, load=load)
+    rows = json.loads(done.stdout)["rows"]
+    assert any(not row["kept"] for row in rows)
+    assert all(row["requests_per_s"] >= 0.75 * float(row["rate"]) for row in rows if row["kept"])

@@ -9,7 +9,7 @@ import pytest
 
 from kvtool.bench.client import HttpTarget
 from kvtool.bench.events import EventLog, RequestRecord, Run, WorkItem, read_events
-from kvtool.bench.measure import recompute
+from kvtool.bench.measure import How, Seen, recompute
 from kvtool.bench.metrics import Figures
 from kvtool.bench.null_server import null_server
 from kvtool.bench.runner import LOST_AFTER, Progress, run
@@ -37,6 +37,22 @@ def send(url: str, asked: list[WorkItem], **options: object) -> tuple[list[Reque
         return records, progress
 
     return asyncio.run(main())
+
+
+def test_cache_hits_that_only_counters_tell_of_are_a_fault(url: str) -> None:
+    """vLLM says nothing of cached tokens in its answers, unless it was started to."""
+    counted = {"vllm:prefix_cache_hits_total": 48.0}
+
+    def found(asked: list[WorkItem], counted: dict[str, float]) -> list[str]:
+        seen = Seen(How())
+        for record in send(url, list(seen.ask(asked)))[0]:
+            seen.add(record)
+        return seen.hidden_hits(counted)
+
+    (fault,) = found(items(2), counted)
+    assert "48 tokens of new prompts" in fault
+    assert found(items(2), {"vllm:prefix_cache_hits_total": 0.0}) == found(items(2), {}) == []
+    assert found([*items(1), *items(1, unique=False)], counted) == []
 
 
 def test_no_time_is_shorter_than_it_was(url: str) -> None:

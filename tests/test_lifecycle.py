@@ -1,5 +1,6 @@
 """How a server starts and ends, as processes and signals see it."""
 
+import asyncio
 import json
 import os
 import signal
@@ -171,6 +172,24 @@ def test_a_signal_ends_all_processes_also_while_loading(number: signal.Signals, 
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (status, "")
     assert ended(engine)
+
+
+def test_what_is_sent_does_not_wait_for_acknowledgements() -> None:
+    """Nagle's algorithm would hold a first token back until the client has acknowledged the response's head."""
+
+    async def no_delay() -> int:
+        accepted = asyncio.get_running_loop().create_future()
+        with bind("127.0.0.1", 0) as listener:
+            server = await asyncio.start_server(lambda reader, writer: accepted.set_result(writer), sock=listener)
+            _, client = await asyncio.open_connection(*listener.getsockname())
+            writer = await accepted
+            option = writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            client.close()
+            writer.close()
+            server.close()
+            return int(option)
+
+    assert asyncio.run(no_delay())
 
 
 def test_a_card_that_nobody_reads_ends_no_server() -> None:

@@ -132,6 +132,11 @@ def test_a_target_is_refused_before_the_run(tmp_path: Path, name: str, said: str
         check_output(OutputOptions(output=str(tmp_path / name)))
 
 
+def test_a_file_system_that_takes_no_file_is_refused_also_for_root() -> None:
+    with pytest.raises(ConfigError, match=r"^--output /proc/self/result\.json: cannot be written: "):
+        check_output(OutputOptions(output="/proc/self/result.json"))
+
+
 def test_stdout_takes_one_format() -> None:
     with pytest.raises(ConfigError, match="--json"):
         check_output(OutputOptions(json=True, csv=True))

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 API = Literal["completions", "chat", "generate"]
 PATHS: dict[API, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions", "generate": "/generate"}
 MAX_ERROR_BYTES = 64 << 10  # kept of a body that is no stream
+MAX_HEAD_BYTES = 64 << 10  # of a response, of a chunk's size line and of trailers
 MAX_EVENT_BYTES = 64 << 20  # SGLang's carry the whole answer so far
+MAX_CHUNKS = 1 << 20  # of an answer
+MAX_SHORT_BYTES, SHORT_SECONDS = 16 << 20, 30.0  # of what is no stream: models, metrics
 
 # One token each, with the space before, wherever English was among the texts.
 COMMON_WORDS = (
@@ -157,22 +160,25 @@ class HttpTarget:
             ConfigError: nobody answers there, or not for this model.
         """
         try:
-            response = await self._http.get("/v1/models")
+            status, models = await self._ask("/v1/models")
+            if status in (401, 403):
+                raise ConfigError(f"--url {self.url}: the server wants a key; give it with --api-key or KVTOOL_API_KEY")
+            about = _json(*await self._ask("/get_model_info"))
+            self.info = _json(*await self._ask("/get_server_info"))
         except httpx.HTTPError as error:
             why = str(error) or type(error).__name__
             raise ConfigError(
                 f"--url {self.url}: cannot be reached ({why}); start the server, or correct it"
             ) from error
-        if response.status_code in (401, 403):
-            raise ConfigError(f"--url {self.url}: the server wants a key; give it with --api-key or KVTOOL_API_KEY")
-        cards = msgspec.convert(_json(response), Models).data
+        try:
+            cards = msgspec.convert(_json(status, models), Models).data
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"--url {self.url}: its /v1/models is not OpenAI's: {error}; correct it") from error
         names = [card.id for card in cards]
         if model is not None and names and model not in names:
             raise ConfigError(f"--model {model}: the server at {self.url} has {', '.join(names)}; choose one of these")
         self.name = model or next(iter(names), "")
         card = next((card for card in cards if card.id == self.name), ModelCard(self.name))
-        about = _json(await self._http.get("/get_model_info"))
-        self.info = _json(await self._http.get("/get_server_info"))
         vocab_size = about.get("vocab_size")
         self.vocab_size = vocab_size if isinstance(vocab_size, int) else None
         self.max_model_len = card.max_model_len
@@ -183,6 +189,27 @@ class HttpTarget:
     async def close(self) -> None:
         self._pool.close()
         await self._http.aclose()
+
+    async def _ask(self, route: str, method: str = "GET") -> tuple[int, bytes]:
+        """Status and body of what is no stream.
+
+        Raises:
+            httpx.HTTPError: nothing came, or too much, or for too long.
+        """
+
+        async def read() -> tuple[int, bytes]:
+            async with self._http.stream(method, route) as response:
+                body = bytearray()
+                async for part in response.aiter_bytes():
+                    body += part
+                    if len(body) > MAX_SHORT_BYTES:
+                        raise httpx.ReadError(f"{route} has over {MAX_SHORT_BYTES >> 20} MiB")
+                return response.status_code, bytes(body)
+
+        try:
+            return await asyncio.wait_for(read(), SHORT_SECONDS)
+        except asyncio.TimeoutError:
+            raise httpx.ReadTimeout(f"{route} has no end after {SHORT_SECONDS:g} s") from None
 
     async def send(self, prompt: Prompt, item: WorkItem, answer: Answer) -> None:
         if self.api == "chat" and (ids := [token for token in prompt if isinstance(token, int)]):
@@ -251,18 +278,18 @@ class HttpTarget:
     async def flush_cache(self) -> None:
         try:
             for route in ("/flush_cache", "/reset_prefix_cache"):  # ours and SGLang's, vLLM's
-                if (await self._http.post(route)).status_code == 200:
+                if (await self._ask(route, "POST"))[0] == 200:
                     return
-        except httpx.TransportError:
+        except httpx.HTTPError:
             return  # a server that has gone; the requests that follow will tell
         raise ConfigError(f"--flush-cache: {self.url} has neither /flush_cache nor /reset_prefix_cache; leave it out")
 
     async def metrics(self) -> dict[str, float]:
         try:
-            response = await self._http.get("/metrics")
+            status, exposition = await self._ask("/metrics")
         except httpx.HTTPError:
             return {}
-        return samples(response.text) if response.status_code == 200 else {}
+        return samples(exposition.decode(errors="replace")) if status == 200 else {}
 
     def describe(self) -> dict[str, Any]:
         return {"url": self.url, "api": self.api, "model": self.name, "server": self.info}
@@ -285,8 +312,8 @@ def base_url(url: str) -> str:
     Raises:
         ConfigError: it is none.
     """
-    parts = urlsplit(url if "//" in url else f"http://{url}")
     try:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
             raise ValueError("no address")
     except ValueError as error:
@@ -315,13 +342,13 @@ def samples(exposition: str) -> dict[str, float]:
     return values
 
 
-def _json(response: httpx.Response) -> dict[str, Any]:
+def _json(status: int, body: bytes) -> dict[str, Any]:
     """A JSON object, empty where there is none."""
     try:
-        body = response.json() if response.status_code == 200 else {}
-    except ValueError:
-        body = {}
-    return body if isinstance(body, dict) else {}
+        value = msgspec.json.decode(body) if status == 200 else {}
+    except (msgspec.DecodeError, RecursionError):
+        value = {}
+    return value if isinstance(value, dict) else {}
 
 
 class Pool:
@@ -418,6 +445,8 @@ class Connection(asyncio.Protocol):
                 self._head += data
                 head, end, data = self._head.partition(b"\r\n\r\n")
                 if not end:
+                    if len(self._head) > MAX_HEAD_BYTES:
+                        raise ValueError(f"its head has over {MAX_HEAD_BYTES >> 10} KiB")
                     return
                 self._body = self._begin(self._reader, head.decode("latin-1"), now)
             if content := self._body.take(data):
@@ -494,6 +523,8 @@ class ChunkedBody:
             parts.append(rest[start:end])
             at = end + 2
         self._rest = rest[at:]
+        if (self.ended or line_end < 0 or size == 0) and len(self._rest) > MAX_HEAD_BYTES:
+            raise ValueError(f"a size line or trailers of over {MAX_HEAD_BYTES >> 10} KiB")
         return b"".join(parts)
 
 
@@ -525,6 +556,7 @@ class StreamReader:
     def __init__(self, answer: Answer) -> None:
         self.status: int | None = None
         self._answer, self._rest, self._data, self._done = answer, b"", list[bytes](), False
+        self._data_bytes = 0
 
     def begin(self, status: int, now: float) -> None:
         self.status, self._answer.first_byte = status, now
@@ -538,11 +570,15 @@ class StreamReader:
         for line in lines:
             if line.startswith(b"data:"):
                 self._data.append(line[5:].strip())
+                self._data_bytes += len(line)
             elif not line.strip() and self._data:
                 self._event(b"\n".join(self._data), now)
                 self._data.clear()
-        if len(self._rest) > MAX_EVENT_BYTES:
+                self._data_bytes = 0
+        if self._data_bytes + len(self._rest) > MAX_EVENT_BYTES:
             raise RequestFailed("mid_stream", f"an event has over {MAX_EVENT_BYTES >> 20} MiB")
+        if len(self._answer.chunk_times) > MAX_CHUNKS or len(self._answer.text) > MAX_EVENT_BYTES:
+            raise RequestFailed("mid_stream", "the answer has no end")
 
     def finish(self) -> None:
         """The body is complete.
@@ -561,7 +597,7 @@ class StreamReader:
             return
         try:
             chunk = DECODER.decode(data)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise RequestFailed("mid_stream", f"an event is not what it should be: {error}") from error
         if chunk.error is not None:
             raise RequestFailed("mid_stream", _message(data))
@@ -660,7 +696,7 @@ def _message(body: bytes) -> str:
     """What an error says, in OpenAI's form or any."""
     try:
         return msgspec.json.decode(body, type=ErrorBody).error.message
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return body.decode(errors="replace")
 
 

@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 GPUS: dict[str, tuple[float, float, float, int]] = {
     "B200": (8.0e12, 2.25e15, 4.5e15, 126 << 20),
     "H200": (4.8e12, 989e12, 1979e12, 50 << 20),
+    "H100 NVL": (3.94e12, 989e12, 1979e12, 50 << 20),  # one with its name in another's stands before that
     "H100": (3.35e12, 989e12, 1979e12, 50 << 20),
     "A100": (2.04e12, 312e12, 624e12, 40 << 20),
     "L40S": (864e9, 366e12, 733e12, 96 << 20),
     "L4": (300e9, 121e12, 242e12, 48 << 20),
-    "RTX 5090": (1.79e12, 419e12, 838e12, 96 << 20),
+    "RTX 5090": (1.792e12, 419e12, 838e12, 96 << 20),
     "RTX 4090": (1.01e12, 330e12, 661e12, 72 << 20),
+    "RTX 3090 Ti": (1.008e12, 160e12, 320e12, 6 << 20),
     "RTX 3090": (936e9, 142e12, 284e12, 6 << 20),
     "RTX A6000": (768e9, 155e12, 310e12, 6 << 20),
 }
@@ -109,6 +111,7 @@ class Floors(msgspec.Struct, frozen=True, kw_only=True):
         steps: the target computes one token of a sequence in a step, which reads all weights. One that speculates does
             not, so that of a foreign server only prompts and the sum of its work are judged.
         max_num_seqs: sequences in a step at most.
+        least_weight_bytes: that figures are judged by: a foreign server may have quantised what `model` counts.
     """
 
     model: ModelCost
@@ -116,6 +119,7 @@ class Floors(msgspec.Struct, frozen=True, kw_only=True):
     peak: Rates | None
     steps: bool
     max_num_seqs: int
+    least_weight_bytes: int
 
     def ttft_ms(self, prompt_tokens: int, cached_tokens: int = 0) -> float:
         return self.rates.seconds(self.model.weight_bytes, self.model.prefill_flops(prompt_tokens, cached_tokens)) * 1e3
@@ -133,7 +137,7 @@ class Floors(msgspec.Struct, frozen=True, kw_only=True):
             return []
         count, prompt = figures.ttft.count, figures.least_prompt
         cached = min(figures.most_cached, prompt - 1)
-        ttft = peak.seconds(model.weight_bytes, model.prefill_flops(prompt, cached)) * 1e3
+        ttft = peak.seconds(self.least_weight_bytes, model.prefill_flops(prompt, cached)) * 1e3
         flops = float((figures.prompt_tokens - figures.cached_tokens) * model.flops_per_token)
         flops += (figures.output_tokens - count) * model.decode_flops(prompt)
         bounds = [("TTFT", "ms", figures.ttft.least, ttft), ("run", "s", figures.seconds, flops / peak.flops_per_s)]
@@ -198,6 +202,7 @@ def main() -> None:
         peak=peak_of(info.device, info.dtype),
         steps=True,
         max_num_seqs=info.max_num_seqs,
+        least_weight_bytes=model.weight_bytes,
     )
     sys.stdout.buffer.write(msgspec.json.encode(floors))
 
@@ -286,6 +291,8 @@ def cpu_name() -> str:
 def foreign_floors(config: Path, gpu: str) -> Floors:
     """Floors of a server of which only the user knows what it runs, and on what: both by the datasheet.
 
+    The floor is that of 16-bit weights; a figure is judged by 8-bit ones and 8-bit FLOPs.
+
     Args:
         config: the model's folder or its config.json.
         gpu: a name from `GPUS`, or `NAME:COUNT`.
@@ -304,7 +311,14 @@ def foreign_floors(config: Path, gpu: str) -> Floors:
     model = load_config(config if config.is_dir() else config.parent)
     kv_token_bytes = 2 * 2 * model.num_layers * model.num_kv_heads * model.head_dim
     rates = Rates(f"{gpus} × {peak.source}", gpus * peak.bytes_per_s, gpus * peak.flops_per_s, gpus * peak.cache_bytes)
-    return Floors(model=cost(model, 2, kv_token_bytes), rates=rates, peak=rates, steps=False, max_num_seqs=1 << 30)
+    return Floors(
+        model=cost(model, 2, kv_token_bytes),
+        rates=rates,
+        peak=rates,
+        steps=False,
+        max_num_seqs=1 << 30,
+        least_weight_bytes=cost(model, 1, kv_token_bytes).weight_bytes,
+    )
 
 
 def datasheet(name: str, eight_bit: bool) -> Rates | None:

@@ -31,6 +31,8 @@ T = TypeVar("T")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 TICK = 0.25  # seconds between news of progress
 MOST_STREAMS = 256  # of the calibration
+# Counters of prompt tokens that were found in a cache, vLLM's (older name last) and SGLang's.
+HITS = ("vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total", "sglang:cached_tokens_total")
 COMMON_IDS = range(1000, 30_000)  # every vocabulary in use has these
 
 
@@ -122,12 +124,26 @@ class Seen:
     def __init__(self, how: How) -> None:
         self._goodput = Goodput(how.slo) if how.slo else None
         self._timeline, self._left_out = Timeline(), 0
-        self.asked = Hashed()
+        self.asked, self._all_unique, self._tells_cached = Hashed(), True, False
+
+    def ask(self, items: Iterable[WorkItem]) -> Iterator[WorkItem]:
+        """Pass requests on that are to be asked."""
+        for item in self.asked(items):
+            self._all_unique &= item.unique and item.turn == 0
+            yield item
 
     def add(self, record: RequestRecord) -> None:
         self._timeline.add(record)
+        self._tells_cached |= record.cached_tokens is not None
         if self._goodput:
             self._goodput.add(record)
+
+    def hidden_hits(self, counted: dict[str, float]) -> list[str]:
+        """What a server's counters say of prompts that were to be new, where its answers say nothing of a cache."""
+        hits = next((counted[name] for name in HITS if counted.get(name, 0.0) > 0), 0.0)
+        if self._tells_cached or not self._all_unique or not hits:
+            return []
+        return [f"{hits:,.0f} tokens of new prompts were in the server's cache; add --flush-cache or change --seed"]
 
     def leave_out(self) -> None:
         self._left_out += 1
@@ -150,6 +166,7 @@ class Bench:
         floors: None where they are not known.
         calibration: of the client; None where no HTTP is in between.
         log: where events go.
+        chat: all prompts begin with the target's chat template, which a cache may well hold.
         stopped: why no more is measured: the user or the target's end.
     """
 
@@ -159,6 +176,7 @@ class Bench:
     calibration: Calibration | None = None
     log: EventLog | None = None
     on_progress: OnProgress = lambda point, how, progress: None
+    chat: bool = False
     stopped: Literal["interrupted", "lost"] | None = None
 
     def __post_init__(self) -> None:
@@ -188,6 +206,9 @@ class Bench:
         row = point.label | lengths(point, total) | total.row()
         row |= readings.row(total.output_tokens) | self._judge(how, total, client.most_running)
         row |= seen.row(total.seconds)
+        if not self.chat:
+            row["invalid"] = [*row["invalid"], *seen.hidden_hits(row["server_metrics"])]
+            row["valid"] = not row["invalid"]
         row["client"] = client_row(client, cpu, self.calibration)
         row["client_limits"] = limits(client, cpu, self.calibration, total.ttft)
         row["partial"] = self.stopped is not None
@@ -215,7 +236,7 @@ class Bench:
         progress = Progress()
         ticker = asyncio.create_task(self._tick(point, how, progress))
         try:
-            items = seen.asked(islice(point.items(repeat, seen.leave_out), how.requests))
+            items = seen.ask(islice(point.items(repeat, seen.leave_out), how.requests))
             options = {"run_id": run_id, "concurrency": point.concurrency, "duration": how.duration}
             await run(self.target, items, record, progress=progress, **options)  # type: ignore[arg-type]
         finally:
@@ -286,7 +307,7 @@ async def opened(where: Where, engine: EngineConfig, streams: int) -> AsyncItera
             async with floor_probe() as probe:
                 floors = await probe(server.engine)
         calibration = await calibrate(min(max(1, streams), MOST_STREAMS))
-        yield Bench(server, local, floors, calibration)
+        yield Bench(server, local, floors, calibration, chat=where.api == "chat")
     finally:
         await server.close()
 

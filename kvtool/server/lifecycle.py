@@ -62,8 +62,10 @@ def run(engine: EngineConfig, config: ServerConfig, on_ready: OnReady) -> None:
 def bind(host: str, port: int) -> socket.socket:
     """A socket that holds the address, so that a port in use shows before a model is loaded."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # asyncio turns Nagle's algorithm off only on sockets that name their protocol; with it, a first token waits for
+        # the client's delayed acknowledgement of the response's head, 40 ms.
+        listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # What it accepts inherits this. asyncio sets it only where a socket names its protocol, and without it a
         # response's body waits 40 ms for the client to acknowledge its head.
