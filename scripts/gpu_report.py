@@ -32,7 +32,6 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from kvtool.bench.floors import ModelCost, Rates, cost, measure_rates
-
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
 from kvtool.errors import KVToolError
