@@ -261,18 +261,18 @@ class Runner:
         """
         _, total = torch.cuda.mem_get_info(self.device)
         weights = torch.cuda.memory_allocated(self.device)
-        length = min(config.max_num_batched_tokens, self.max_model_len)
+        largest = largest_step(config, layout.format, self.max_model_len)
         try:
-            self._hold(layout, layout.format.num_blocks(length) + 1, config)
+            self._hold(layout, sum(len(span.blocks) for span in largest.spans) + 1, config)
             torch.cuda.reset_peak_memory_stats(self.device)
-            self.collect(self.launch(_largest_batch(layout.format, length, config.max_num_seqs)))
+            self.collect(self.launch(largest))
             if self.graphs:
                 self.graphs.capture(SIZES[-1:])
             torch.cuda.synchronize(self.device)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, CapacityError) as error:
             raise CapacityError(
-                f"{self.device} has no room for a step of {length} tokens beside {size(weights)} of weights; "
-                "lower --max-num-batched-tokens or --max-num-seqs"
+                f"{self.device} has no room for a step of {config.max_num_batched_tokens} tokens beside "
+                f"{size(weights)} of weights; lower --max-num-batched-tokens or --max-num-seqs"
             ) from error
         workspace = torch.cuda.max_memory_reserved(self.device) - weights - self.store.nbytes
         free, _ = torch.cuda.mem_get_info(self.device)
@@ -286,16 +286,23 @@ class Runner:
         return self.attention(layer, q, key, value, batch)
 
 
-def _largest_batch(fmt: KVFormat, length: int, num_samples: int) -> ScheduledBatch:
-    """A prompt of `length` tokens, and as many draws as there can be."""
-    blocks = list(range(fmt.num_blocks(length)))
-    span = ScheduledSpan(id="", slot=0, start=0, end=length, token_ids=[0] * length, blocks=blocks)
+def largest_step(config: EngineConfig, fmt: KVFormat, max_model_len: int) -> ScheduledBatch:
+    """Prompts of as many tokens as a step may have, none longer than `max_model_len`, and as many draws."""
+    total = min(config.max_num_batched_tokens, config.max_num_seqs * max_model_len)
+    ends = sorted(min(max_model_len, total - first) for first in range(0, total, max_model_len))
+    lasts = list(accumulate(map(fmt.num_blocks, ends), initial=0))
+    spans = [
+        ScheduledSpan(
+            id="", slot=slot, start=0, end=end, token_ids=[0] * end, blocks=list(range(lasts[slot], lasts[slot + 1]))
+        )
+        for slot, end in enumerate(ends)
+    ]
     params = SamplingParams(temperature=1, top_p=0.9, repetition_penalty=1.1)
     samples = [
-        Sample(id="", span=0, slot=slot, position=length, params=params, seed=0, num_generated=0, history=[0])
-        for slot in range(num_samples)
+        Sample(id="", span=0, slot=slot, position=ends[0], params=params, seed=0, num_generated=0, history=[0])
+        for slot in range(config.max_num_seqs)
     ]
-    return ScheduledBatch(spans=[span], samples=samples)
+    return ScheduledBatch(spans=spans, samples=samples)
 
 
 def _to_host(x: Tensor) -> Tensor:
@@ -323,9 +330,9 @@ def choose_device(asked: str) -> torch.device:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("no model runs there")
+        torch.empty(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0].partition(":")[0]
         raise ConfigError(f"--device {asked}: {reason}; choose auto, cpu, cuda or cuda:N") from error
