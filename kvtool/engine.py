@@ -39,7 +39,6 @@ class Completion:
 class Launched(NamedTuple):
     """A step under way: what came of its launch, and requests whose grammar has failed."""
 
-    batch: ScheduledBatch
     outcome: Handle | UnsupportedError | CapacityError
     faults: dict[str, str]
 
@@ -173,16 +172,16 @@ class Engine:
             outcome: Handle | UnsupportedError | CapacityError = self.runner.launch(batch, allowed)
         except (UnsupportedError, CapacityError) as error:
             outcome = error
-        self._under_way.append(Launched(batch, outcome, faults))
+        self._under_way.append(Launched(outcome, faults))
         return True
 
     def _collect(self) -> list[Tokens]:
         """Wait for the oldest step under way and take in what it yielded."""
-        batch, outcome, faults = self._under_way.popleft()
+        outcome, faults = self._under_way.popleft()
         try:
             if not isinstance(outcome, Handle):
                 raise outcome
-            news = self.scheduler.update(batch, self.runner.collect(outcome))
+            news = self.scheduler.update(self.runner.collect(outcome))
         except (UnsupportedError, CapacityError) as error:
             self._under_way.clear()
             news = self.scheduler.fail(str(error))
