@@ -104,10 +104,11 @@ class DecodeGraphs:
             self._lengths[slot] = -1
 
     def holds(self, batch: ScheduledBatch) -> bool:
-        """It is not too much, and what runs of prompts needs no more than their rows."""
+        """Graphs have been captured, it is not too much, and what runs of prompts needs no more than their rows."""
         fmt, prompts = self._format, [span for span in batch.spans if span.token_ids]
         return (
-            sum(span.length for span in batch.spans) <= SIZES[-1]
+            bool(self._captured)
+            and sum(span.length for span in batch.spans) <= SIZES[-1]
             and sum(span.length * span.end for span in prompts) <= MOST_READ
             and not batch.forks
             and not any(span.targets for span in prompts)

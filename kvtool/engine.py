@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtool.config import EngineConfig
-from kvtool.errors import KVToolError, RequestError, UnsupportedError
+from kvtool.errors import CapacityError, KVToolError, RequestError, UnsupportedError
 from kvtool.grammar import GrammarCompiler, Matcher
 from kvtool.request import EngineInfo, EngineStats, FinishReason, Request, SamplingParams, ScheduledBatch, Tokens
 from kvtool.runner import Handle, Runner
@@ -39,8 +39,7 @@ class Completion:
 class Launched(NamedTuple):
     """A step under way: what came of its launch, and requests whose grammar has failed."""
 
-    batch: ScheduledBatch
-    outcome: Handle | UnsupportedError
+    outcome: Handle | UnsupportedError | CapacityError
     faults: dict[str, str]
 
 
@@ -146,7 +145,8 @@ class Engine:
         """Take in a step of the model over what the scheduler chooses, its successor being under way; the new tokens.
 
         Where the cache's format cannot hold what the model makes of them, the request whose fault it is ends with that
-        error. For requests of `submit`; `generate` and `stream` step by themselves.
+        error; likewise one that even alone finds too little memory on the GPU. For requests of `submit`; `generate` and
+        `stream` step by themselves.
         """
         assert self.has_work, "a step needs requests: submit one first"
         if not self._under_way or self._can_run_ahead():
@@ -169,20 +169,20 @@ class Engine:
         faults: dict[str, str] = {}
         allowed = self._allowed(batch, faults)
         try:
-            outcome: Handle | UnsupportedError = self.runner.launch(batch, allowed)
-        except UnsupportedError as error:
+            outcome: Handle | UnsupportedError | CapacityError = self.runner.launch(batch, allowed)
+        except (UnsupportedError, CapacityError) as error:
             outcome = error
-        self._under_way.append(Launched(batch, outcome, faults))
+        self._under_way.append(Launched(outcome, faults))
         return True
 
     def _collect(self) -> list[Tokens]:
         """Wait for the oldest step under way and take in what it yielded."""
-        batch, outcome, faults = self._under_way.popleft()
+        outcome, faults = self._under_way.popleft()
         try:
-            if isinstance(outcome, UnsupportedError):
+            if not isinstance(outcome, Handle):
                 raise outcome
-            news = self.scheduler.update(batch, self.runner.collect(outcome))
-        except UnsupportedError as error:
+            news = self.scheduler.update(self.runner.collect(outcome))
+        except (UnsupportedError, CapacityError) as error:
             self._under_way.clear()
             news = self.scheduler.fail(str(error))
         return [self._follow(self._with_queue_time(tokens), faults) for tokens in news]

@@ -110,7 +110,7 @@ class Runner:
             self._hold(layout, num_blocks, config)
             self.swap_space = SwapSpace(self.store, config.swap_space // layout.block_bytes)
             if self.graphs:
-                self.graphs.capture(SIZES)
+                self._capture(self.graphs)
 
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None = None) -> Handle:
@@ -122,8 +122,20 @@ class Runner:
 
         Raises:
             UnsupportedError: the cache's format cannot hold what the model makes of these tokens.
+            CapacityError: the GPU has no memory left for so large a step.
         """
         self._move(batch)
+        try:
+            return self._run(batch, allowed)
+        except torch.OutOfMemoryError as error:
+            self.store.take_fault()  # whoever comes next has nothing to do with it
+            raise CapacityError(
+                f"{self.device} has no memory left for a step of {sum(span.length for span in batch.spans)} tokens; "
+                "lower --gpu-memory-utilization, --max-num-batched-tokens or --max-num-seqs"
+            ) from error
+
+    def _run(self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None) -> Handle:
+        """Compute the spans and sample."""
         if self.graphs and self.graphs.holds(batch):
             kv_batch, logits, greedy = self.graphs.launch(batch)
             self.store.seal(kv_batch)
@@ -140,7 +152,8 @@ class Runner:
         for fork in batch.forks:
             self.store.fork(fork.source_block, fork.source_slot, fork.block, fork.slot)
         if self.graphs:
-            self.graphs.forget([*(span.slot for span in batch.spans), *(fork.slot for fork in batch.forks)])
+            new = (span.slot for span in batch.spans if span.token_ids)
+            self.graphs.forget([*new, *(fork.slot for fork in batch.forks)])
         prompt_scores = self._score_prompts(batch, hidden)
         logits = self.model.logits(hidden if rows == list(range(len(hidden))) else hidden[sent["rows"]])
         return self._sample(batch, logits, None, allowed, prompt_scores)
@@ -202,16 +215,13 @@ class Runner:
         starts = accumulate((span.length for span in batch.spans), initial=0)
         rows = [start + i for start, span in zip(starts, batch.spans, strict=False) for i in range(len(span.targets))]
         targets = [target for span in batch.spans for target in span.targets]
-        num_top = max((span.num_top for span in batch.spans), default=0)
+        if not targets:
+            return []
+        num_top = max(span.num_top for span in batch.spans)
+        arrays = {"rows": np.array(rows, np.int64), "targets": np.array(targets, np.int64)}
+        pieces = zip(*(x.split(SCORED_ROWS) for x in on_device(arrays, self.device).values()), strict=True)
         return [
-            Scores(
-                *token_logprobs(
-                    self.model.logits(hidden[rows[i : i + SCORED_ROWS]]),
-                    torch.tensor(targets[i : i + SCORED_ROWS], device=self.device),
-                    num_top,
-                )
-            )
-            for i in range(0, len(rows), SCORED_ROWS)
+            Scores(*token_logprobs(self.model.logits(hidden[at]), target_ids, num_top)) for at, target_ids in pieces
         ]
 
     def _hold(self, layout: KVLayout, num_blocks: int, config: EngineConfig) -> None:
@@ -229,6 +239,20 @@ class Runner:
         fmt = self.store.format
         return DecodeGraphs(step, fmt, self.newest, max(1, fmt.num_blocks(self.max_model_len)))
 
+    def _capture(self, graphs: DecodeGraphs) -> None:
+        """Capture graphs of all sizes on the store as it is.
+
+        Raises:
+            CapacityError: the GPU has no memory left for them.
+        """
+        try:
+            graphs.capture(SIZES)
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                f"{self.device} has no memory left for CUDA graphs; "
+                "lower --gpu-memory-utilization or --kv-cache-memory, or add --no-cuda-graph"
+            ) from error
+
     def _measure(self, config: EngineConfig, layout: KVLayout) -> DeviceMemory:
         """Run the largest prompt step, draw for all sequences and capture the largest decode step, on a small store.
 
@@ -237,18 +261,18 @@ class Runner:
         """
         _, total = torch.cuda.mem_get_info(self.device)
         weights = torch.cuda.memory_allocated(self.device)
-        length = min(config.max_num_batched_tokens, self.max_model_len)
+        largest = largest_step(config, layout.format, self.max_model_len)
         try:
-            self._hold(layout, layout.format.num_blocks(length) + 1, config)
+            self._hold(layout, sum(len(span.blocks) for span in largest.spans) + 1, config)
             torch.cuda.reset_peak_memory_stats(self.device)
-            self.collect(self.launch(_largest_batch(layout.format, length, config.max_num_seqs)))
+            self.collect(self.launch(largest))
             if self.graphs:
                 self.graphs.capture(SIZES[-1:])
             torch.cuda.synchronize(self.device)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, CapacityError) as error:
             raise CapacityError(
-                f"{self.device} has no room for a step of {length} tokens beside {size(weights)} of weights; "
-                "lower --max-num-batched-tokens or --max-num-seqs"
+                f"{self.device} has no room for a step of {config.max_num_batched_tokens} tokens beside "
+                f"{size(weights)} of weights; lower --max-num-batched-tokens or --max-num-seqs"
             ) from error
         workspace = torch.cuda.max_memory_reserved(self.device) - weights - self.store.nbytes
         free, _ = torch.cuda.mem_get_info(self.device)
@@ -262,16 +286,23 @@ class Runner:
         return self.attention(layer, q, key, value, batch)
 
 
-def _largest_batch(fmt: KVFormat, length: int, num_samples: int) -> ScheduledBatch:
-    """A prompt of `length` tokens, and as many draws as there can be."""
-    blocks = list(range(fmt.num_blocks(length)))
-    span = ScheduledSpan(id="", slot=0, start=0, end=length, token_ids=[0] * length, blocks=blocks)
+def largest_step(config: EngineConfig, fmt: KVFormat, max_model_len: int) -> ScheduledBatch:
+    """Prompts of as many tokens as a step may have, none longer than `max_model_len`, and as many draws."""
+    total = min(config.max_num_batched_tokens, config.max_num_seqs * max_model_len)
+    ends = sorted(min(max_model_len, total - first) for first in range(0, total, max_model_len))
+    lasts = list(accumulate(map(fmt.num_blocks, ends), initial=0))
+    spans = [
+        ScheduledSpan(
+            id="", slot=slot, start=0, end=end, token_ids=[0] * end, blocks=list(range(lasts[slot], lasts[slot + 1]))
+        )
+        for slot, end in enumerate(ends)
+    ]
     params = SamplingParams(temperature=1, top_p=0.9, repetition_penalty=1.1)
     samples = [
-        Sample(id="", span=0, slot=slot, position=length, params=params, seed=0, num_generated=0, history=[0])
-        for slot in range(num_samples)
+        Sample(id="", span=0, slot=slot, position=ends[0], params=params, seed=0, num_generated=0, history=[0])
+        for slot in range(config.max_num_seqs)
     ]
-    return ScheduledBatch(spans=[span], samples=samples)
+    return ScheduledBatch(spans=spans, samples=samples)
 
 
 def _to_host(x: Tensor) -> Tensor:
@@ -285,16 +316,23 @@ def _score_samples(batch: ScheduledBatch, logits: Tensor, token_ids: Tensor) -> 
     wanted = [(row, s.params.logprobs) for row, s in enumerate(batch.samples) if s.params.logprobs is not None]
     if not wanted:
         return None
-    rows = [row for row, _ in wanted]
+    rows = on_device({"rows": np.array([row for row, _ in wanted], np.int64)}, logits.device)["rows"]
     return Scores(*token_logprobs(logits[rows], token_ids[rows].clamp(min=0), max(k for _, k in wanted)))
 
 
 def choose_device(asked: str) -> torch.device:
+    """Where to run; a GPU becomes the current one, on whose stream kernels and events go.
+
+    Raises:
+        ConfigError: there is no such device, or no model runs there.
+    """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("no model runs there")
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0].partition(":")[0]
         raise ConfigError(f"--device {asked}: {reason}; choose auto, cpu, cuda or cuda:N") from error

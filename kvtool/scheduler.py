@@ -225,8 +225,8 @@ class Scheduler:
         work.sort(key=lambda item: (bool(item[0].token_ids), item[0].length > 1))
         return self._batch(work) if work else ScheduledBatch(spans=[], samples=[])
 
-    def update(self, batch: ScheduledBatch, result: StepResult) -> list[Tokens]:
-        """Take in what the oldest step under way, `batch`, yielded: seal, append, finish and free what has ended.
+    def update(self, result: StepResult) -> list[Tokens]:
+        """Take in what the oldest step under way yielded: seal, append, finish and free what has ended.
 
         A token of -1 says that the model's logits were not finite.
         """

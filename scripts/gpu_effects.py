@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(EFFECTS), help=f"of {', '.join(EFFECTS)}")
     parser.add_argument("--output", type=Path, help="JSON file for all rows")
     args = parser.parse_args()
+    if unknown := set(args.only.split(",")) - set(EFFECTS):
+        parser.error(f"--only {min(unknown)}: must be of {', '.join(EFFECTS)}")
     if not torch.cuda.is_available():
         sys.exit("error: this needs an NVIDIA GPU")
     rows = []

@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="JSON lines of peer_vllm.py")
     parser.add_argument("--output", type=Path, help="JSON file for all rows")
     args = parser.parse_args()
+    if unknown := set(args.workloads.split(",")) - set(WORKLOADS):
+        parser.error(f"--workloads {min(unknown)}: must be of {', '.join(WORKLOADS)}")
     if not torch.cuda.is_available():
         sys.exit("error: this needs an NVIDIA GPU")
     rates = measure_rates(torch.bfloat16, torch.device("cuda"), 2 << 30)

@@ -107,3 +107,9 @@ def test_what_cannot_be_packed_is_found_after_a_graph_too():
     with pytest.raises(KVToolError, match="65,504"):
         tested.generate([[5] * 10], SamplingParams(max_tokens=100, ignore_eos=True))
     assert tested.stats().used_blocks == 0
+
+
+def test_a_context_so_short_that_a_graph_could_hold_the_largest_step_is_measured_without_one():
+    tested = engine(KVOptions(), max_model_len=128)
+    assert tested.runner.graphs and tested.runner.memory
+    assert answers(tested, [Request("x", [5] * 9, SamplingParams(max_tokens=9))])

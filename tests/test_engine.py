@@ -15,6 +15,7 @@ from kvtool.engine import Engine
 from kvtool.errors import CapacityError, ConfigError, KVToolError, RequestError
 from kvtool.grammar import Matcher
 from kvtool.request import Grammar, Request, SamplingParams
+from kvtool.runner import largest_step
 from kvtool.tokenizer import Tokenizer
 
 MIB = 1 << 20
@@ -268,9 +269,11 @@ def test_keys_that_no_format_can_hold_end_the_request_and_not_the_engine(tmp_pat
         ({"kv_cache_memory": 1000}, CapacityError, "--kv-cache-memory 1000 is too small"),
         ({"kv_cache_memory": MIB, "max_model_len": 2000, "max_num_seqs": 1}, CapacityError, "raise it to"),
         ({"kv_cache_memory": 1 << 50}, CapacityError, "cpu has no .*GiB for the KV cache"),
+        ({"swap_space": 1 << 50}, CapacityError, "--swap-space: the host has no .* GiB"),
         ({"max_model_len": 10**6}, ConfigError, "--max-model-len 1000000"),
         ({"dtype": "bf16"}, ConfigError, "--dtype bf16: must be one of auto"),
         ({"kv": KVOptions(nbits=4)}, ConfigError, "--nbits 4: must be one of 16"),  # type: ignore[arg-type]
+        ({"device": "cuda:99"}, ConfigError, "--device cuda:99: .*; choose auto, cpu, cuda"),
         ({"device": "warp"}, ConfigError, "--device warp: .*; choose auto, cpu, cuda"),
         ({"device": "meta"}, ConfigError, "--device meta: .*; choose auto, cpu, cuda"),
         ({"model": "a" * 300}, KVToolError, "no such folder"),
@@ -393,3 +396,38 @@ def test_a_request_whose_keys_cannot_be_kept_takes_no_other_along(kv, run_ahead,
     assert list(errors) == ["bad"]
     assert {name: got[name] for name in others} == alone
     assert together.stats().used_blocks == 0
+
+
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_a_step_too_large_for_the_memory_left_is_made_of_smaller_ones_and_one_request_too_large_fails(
+    run_ahead, monkeypatch
+):
+    """A device of which too little is free is played by a model that finds no memory for several tokens' logits."""
+    tested = engine(KVOptions(nbits="4"), run_ahead=run_ahead)
+    asked = prompts(3, 80)
+    expected = answers(tested, asked)
+    logits, room = tested.runner.model.logits, 1
+
+    def short_of_memory(hidden: torch.Tensor) -> torch.Tensor:
+        if len(hidden) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logits(hidden)
+
+    monkeypatch.setattr(tested.runner.model, "logits", short_of_memory)
+    assert answers(tested, asked) == expected
+    room = 0
+    with pytest.raises(KVToolError, match=r"no memory left for a step of .* tokens; lower"):
+        answers(tested, asked)
+    assert not tested.has_work and tested.stats().used_blocks == 0
+    room = 9
+    assert answers(tested, asked) == expected
+
+
+@pytest.mark.parametrize(("budget", "tokens"), [(50, 50), (129, 129), (200, 200), (10_000, 256)])
+def test_the_step_that_memory_is_measured_by_has_all_tokens_that_a_step_may_have(budget, tokens):
+    tested = engine(KVOptions(nbits="4"), max_model_len=64, max_num_batched_tokens=budget, max_num_seqs=4)
+    config = EngineConfig(max_num_batched_tokens=budget, max_num_seqs=4)
+    largest = largest_step(config, tested.runner.store.format, 64)
+    assert sum(span.length for span in largest.spans) == tokens
+    assert max(span.end for span in largest.spans) <= 64
+    assert len(tested.runner.collect(tested.runner.launch(largest)).token_ids) == 4

@@ -55,7 +55,7 @@ class Machine:
             if self.ahead and len(self.under_way) == 1:
                 return []
         batch, tokens = self.under_way.popleft()
-        news = self.scheduler.update(batch, StepResult(tokens, [None] * len(tokens), [[] for _ in batch.spans]))
+        news = self.scheduler.update(StepResult(tokens, [None] * len(tokens), [[] for _ in batch.spans]))
         for tokens_of_one in news:
             for token in tokens_of_one.token_ids:
                 assert token == self.truth[tokens_of_one.id][self.said[tokens_of_one.id]]

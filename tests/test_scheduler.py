@@ -40,7 +40,7 @@ def result(batch: ScheduledBatch, token: Callable[[], int] = lambda: 7) -> StepR
 
 def step(scheduler: Scheduler) -> list[Tokens]:
     batch = scheduler.schedule()
-    return scheduler.update(batch, result(batch))
+    return scheduler.update(result(batch))
 
 
 def check(scheduler: Scheduler, batch: ScheduledBatch) -> None:
@@ -80,7 +80,7 @@ def test_every_request_is_answered_in_full_and_all_memory_comes_back(fmt, seed):
         for span in batch.spans:  # each position once, in order, from 0 again only after preemption
             assert span.start in (0, computed.get(span.id, 0))
             computed[span.id] = span.end
-        for tokens in s.update(batch, result(batch, lambda: rng.randint(0, 9))):
+        for tokens in s.update(result(batch, lambda: rng.randint(0, 9))):
             assert tokens.id not in finished and tokens.id not in aborted
             got[tokens.id] = got.get(tokens.id, 0) + len(tokens.token_ids)
             if tokens.finish_reason:
@@ -104,7 +104,7 @@ def test_decodes_run_while_a_long_prompt_is_cut_into_chunks():
         batch = s.schedule()
         assert [span.id for span in batch.spans] == ["short", "long"]
         starts.append((batch.spans[1].start, batch.spans[1].end))
-        s.update(batch, result(batch))
+        s.update(result(batch))
     assert starts == [(0, 63), (63, 126), (126, 189)]
 
 
@@ -117,7 +117,7 @@ def test_the_youngest_gives_way_and_the_oldest_never_does():
         batch = s.schedule()
         check(s, batch)
         assert batch.spans[0].id == "old" or "old" in order
-        order += [t.id for t in s.update(batch, result(batch)) if t.finish_reason]
+        order += [t.id for t in s.update(result(batch)) if t.finish_reason]
     assert order == ["old", "middle", "young"]
 
 
@@ -128,7 +128,7 @@ def test_end_of_text_ends_unless_ignored():
         seen = []
         while s.has_work:
             batch = s.schedule()
-            seen += [t.finish_reason for t in s.update(batch, result(batch, lambda: 1))]
+            seen += [t.finish_reason for t in s.update(result(batch, lambda: 1))]
         assert seen == reasons
 
 
@@ -171,4 +171,4 @@ def test_a_request_that_exceeds_the_cache_is_refused_and_the_largest_that_fits_r
         while s.has_work:
             batch = s.schedule()
             check(s, batch)
-            s.update(batch, result(batch))
+            s.update(result(batch))

@@ -68,9 +68,9 @@ class Prompts:
     def cu_seqlens(self) -> tuple[Tensor, Tensor]:
         """[P + 1] int32: sums of the spans' queries before each, and of their sequences' tokens up to `end`."""
         _, start, end = self.spans.T[:3]
-        sums = np.zeros((2, len(start) + 1), np.int32)
+        sums = np.zeros((2, len(start) + 1), np.int64)
         sums[:, 1:] = np.cumsum([end - start, end], axis=1)
-        both = torch.from_numpy(sums).to(self.far_table.device)
+        both = on_device({"sums": sums}, self.far_table.device)["sums"].int()
         return both[0], both[1]
 
     def tiles(self, num_tokens: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvtool.kv.batch import KVBatch
+from kvtool.kv.batch import KVBatch, integers, on_device
 from kvtool.kv.codecs import CODECS, Arrays
 from kvtool.kv.format import KVFormat, StreamFormat
 from kvtool.kv.layout import Field, KVLayout
@@ -111,8 +111,9 @@ class KVStore:
 
     def clear(self, blocks: Sequence[int], tail_slot: int) -> None:
         """Overwrite blocks and a tail with zeros."""
+        index = self._index(blocks)
         for layer in self._layer_blocks:
-            layer[list(blocks)] = 0
+            layer.index_fill_(0, index, 0)
         self.tail(tail_slot).zero_()
 
     def fork(self, source_block: int, source_slot: int, block: int, slot: int) -> None:
@@ -123,17 +124,23 @@ class KVStore:
 
     def gather_blocks(self, blocks: Sequence[int]) -> Tensor:
         """The bytes of `blocks`, [n, block_bytes] uint8, each with its layers behind each other."""
-        return torch.cat([layer[list(blocks)] for layer in self._layer_blocks], dim=1)
+        index = self._index(blocks)
+        return torch.cat([layer[index] for layer in self._layer_blocks], dim=1)
 
     def scatter_blocks(self, blocks: Sequence[int], data: Tensor) -> None:
         """Write what `gather_blocks` gave."""
         parts = data.split([layer.shape[1] for layer in self._layer_blocks], dim=1)
+        index = self._index(blocks)
         for layer, part in zip(self._layer_blocks, parts, strict=True):
-            layer[list(blocks)] = part
+            layer[index] = part
 
     def tail(self, slot: int) -> Tensor:
         """The bytes of one tail slot, [tail_bytes] uint8."""
         return self.tails[slot * self.layout.tail_bytes : (slot + 1) * self.layout.tail_bytes]
+
+    def _index(self, blocks: Sequence[int]) -> Tensor:
+        """`blocks` on the device; with a list torch would wait for the GPU, once for each layer."""
+        return on_device({"blocks": integers(blocks, len(blocks))}, self.blocks.device)["blocks"]
 
     def _writer(self, layer: int, blocks: Tensor, tails: Tensor) -> "LayerWriter":
         from kvtool.kernels.pack import LayerWriter
