@@ -331,7 +331,7 @@ def choose_device(asked: str) -> torch.device:
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("no model runs there")
         torch.empty(1, device=device)
-        if device.type == "cuda":
+        if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0].partition(":")[0]
