@@ -159,6 +159,13 @@ def test_a_verdict_is_stored_and_read_again(verdicts, capsys):
         assert file.read_text() == whole and list(verdicts.iterdir()) == [file]
 
 
+def test_a_short_context_is_no_reason_to_read_less(twin, capsys):
+    """The text is longer than what this server may hold, and a verdict holds for servers of any length."""
+    config = EngineConfig(model=str(twin), kv=PER_TOKEN, max_model_len=96)
+    assert preflight(config) == config
+    assert "collapse in layers" in capsys.readouterr().err
+
+
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

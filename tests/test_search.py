@@ -137,6 +137,12 @@ def test_a_search_that_was_stopped_goes_on(result, path, tmp_path):
     assert resumed.plan.kld == 0.0, "what the file says was not run again"
 
 
+def test_windows_are_no_longer_than_asked_for(tmp_path):
+    config, path = EngineConfig(max_model_len=160), tmp_path / "plan.yaml"
+    find_plan(config, Exam(max_tokens=320), Budget(bits=4.0), path, num_trials=1, progress=silent)
+    assert json.loads(sidecar_of(path).read_text())["provenance"]["window"] == 160
+
+
 @pytest.mark.parametrize(
     ("budget", "kv", "said"),
     [
