@@ -158,6 +158,15 @@ def test_impossible_searches_are_refused(tmp_path, budget, kv, said):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("row", ["[]", '"low"'])
+def test_what_an_earlier_search_left_is_read_with_care(result, tmp_path, row):
+    again = tmp_path / "plan.yaml"
+    part = Path(f"{again}.part")
+    part.write_text(f'{{"identity": {{}}}}\n{{"key": "0 K2V2", "row": {row}}}\n')
+    with pytest.raises(ConfigError, match="no list of results of ours; move it or choose another --save-plan"):
+        found(again, Budget(bits=4.0))
+
+
 @pytest.mark.parametrize("name", [".", "none/plan.yaml"])
 def test_a_plan_needs_a_place_before_the_search_begins(tmp_path, name):
     with pytest.raises(ConfigError, match=r"--save-plan .*: is a folder, or lies in none"):
@@ -181,6 +190,9 @@ def test_a_text_for_less_than_two_windows_is_refused(tmp_path):
         (["--search", "--budget-bits", "4", "--tokens", "9"], "go together"),
         (["--search", "--budget-bits", "4", "--ablate", "bits"], "--ablate"),
         (["--budget-bits", "4"], "--search"),
+        (["--budget-bits", "0"], "--search"),
+        (["--search", "--budget-bits", "4", "--prompt", "Hi"], "--prompt"),
+        (["--search", "--budget-bits", "4", "--questions", "3"], "--questions"),
     ],
 )
 def test_bad_options_are_one_line(arguments, said):

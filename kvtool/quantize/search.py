@@ -225,7 +225,8 @@ def find_plan(
         "budget": asdict(budget),
     }
     part = Path(f"{path}.part")
-    journal = Journal(part, {**provenance, "format": asdict(config.kv), "trials": None, "budget": None})
+    identity = {**provenance, "format": asdict(config.kv), "trials": None, "budget": None}
+    journal = Journal(part, identity, float, "--save-plan")
     with progress("searching plans") as on_progress:
         result = search(
             model, calibration, held_out, config.kv, budget, journal, num_trials=num_trials, on_progress=on_progress
