@@ -152,7 +152,7 @@ def test_a_verdict_is_stored_and_read_again(verdicts, capsys):
     preflight(config)
     assert "attention is off by 7" in capsys.readouterr().err, "it comes from the file"
 
-    for damaged in (whole[: len(whole) // 2], '{"kv": 4}'):
+    for damaged in (whole[: len(whole) // 2], '{"kv": 4}', '{"more": ' + "[" * 100_000):
         file.write_text(damaged)
         assert preflight(config) == config
         assert capsys.readouterr().err == first

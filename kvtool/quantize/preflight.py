@@ -290,7 +290,7 @@ def _read(file: Path) -> Verdict | None:
     """A stored verdict; None where there is none that can be read."""
     try:
         return msgspec.json.decode(file.read_bytes(), type=Verdict)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, RecursionError):
         return None
 
 
