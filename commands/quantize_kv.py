@@ -194,8 +194,8 @@ def quantize_kv(
 
     Example: kvtool quantize-kv --search --budget-bits 4.0 --save-plan plan.yaml
     """
-    asked = {"ablate": ablate, "task": task, "show-answers": show_answers, "dump": dump}
-    check_search(find, asked, budget_bits, budget_memory, tokens)
+    of_one_format = {"task": task, "questions": questions, "show-answers": show_answers, "dump": dump, "prompt": prompt}
+    check_search(find, {"ablate": ablate, **of_one_format}, budget_bits, budget_memory, tokens)
     from kvtool.quantize.report import Exam
 
     if find:
@@ -204,7 +204,7 @@ def quantize_kv(
         return
     engine = replace(engine, kv=with_bits(engine.kv))
     if ablate is not None:
-        for name, given in (("task", task), ("show-answers", show_answers), ("dump", dump)):
+        for name, given in of_one_format.items():
             if given:
                 raise ConfigError(f"--{name} is for one format; leave out --ablate")
         exam = Exam(data, field, window, max_tokens, batch, context)
@@ -299,7 +299,7 @@ def check_search(
 ) -> None:
     """Refuse a search without a budget, a budget without a search, and what else cannot be asked for together."""
     if not find:
-        if bits or memory or tokens:
+        if (bits, memory, tokens) != (None, None, None):
             raise ConfigError("--budget-bits, --budget-memory and --tokens are for --search; add it")
         return
     for name, given in asked.items():

@@ -403,9 +403,9 @@ def _error(values: Tensor) -> float:
 
 def write_baseline(path: Path, model: ScoringModel, task: Task, hidden: Iterator[Tensor]) -> Iterator[Tensor]:
     """Hand on final hidden states, and write them to a safetensors file on their way; whole or not at all."""
-    shape = [task.num_tokens, model.model_config.hidden_size]
+    shape, dtype = _baseline_form(model, task)
     tensor = {
-        "dtype": {dtype: name for name, dtype in STORED_DTYPES.items()}[model.dtype],
+        "dtype": dtype,
         "shape": shape,
         "data_offsets": [0, math.prod(shape) * model.dtype.itemsize],
     }
@@ -429,7 +429,7 @@ def read_baseline(path: Path, model: ScoringModel, task: Task) -> Iterator[Tenso
     """What `write_baseline` has written, window by window.
 
     Raises:
-        ConfigError: no such file, or one of another model, dtype or task.
+        ConfigError: no such file, one of another model, dtype or task, or a damaged one.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -439,9 +439,18 @@ def read_baseline(path: Path, model: ScoringModel, task: Task) -> Iterator[Tenso
     for name, value in _identity(model, task).items():
         if found.get(name) != value:
             raise ConfigError(f"--baseline {path}: made with another {name}; make one with --save-baseline")
+    shape, dtype = _baseline_form(model, task)
+    if (tensor.get_shape(), tensor.get_dtype()) != (shape, dtype):
+        raise ConfigError(f"--baseline {path}: is damaged; make one with --save-baseline")
     counts = [len(window.targets) for window in task.windows]
     ends = list(accumulate(counts))
     return (tensor[end - count : end].to(model.device) for count, end in zip(counts, ends, strict=True))
+
+
+def _baseline_form(model: ScoringModel, task: Task) -> tuple[list[int], str]:
+    """Shape and safetensors' dtype of final hidden states."""
+    dtypes = {dtype: name for name, dtype in STORED_DTYPES.items()}
+    return [task.num_tokens, model.model_config.hidden_size], dtypes[model.dtype]
 
 
 def _identity(model: ScoringModel, task: Task) -> dict[str, str]:

@@ -486,6 +486,8 @@ def test_kvtuners_own_presets_load(path):
         ("0: {nbits_key: 4", "is not YAML"),
         ("0: !!python/object/apply:os.system ['true']\n1: 2", "is not YAML"),
         ("!!python/object:collections.OrderedDict {}", "is not YAML"),
+        (f"0: {{nbits_key: 0x{'f' * 5000}}}\n1: 2", "layer 0: nbits_key"),
+        ("#" * ((1 << 20) + 1), "is larger than"),
         ("0: 2020-99-99\n1: 2", "is not YAML"),
         ("[" * 5000, "is not YAML"),
         ("? [0]\n: 4", "is not YAML"),

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from checkpoints import make_checkpoint
 from pyarrow import parquet
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -269,6 +271,27 @@ def test_a_baseline_of_something_else_is_refused(llama: Pair, tiny: Pair, tmp_pa
     ):
         with pytest.raises(ConfigError, match=f"another {differs}"):
             score_formats(model, asked, kv, baseline=file)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda x: x[:-1],
+        lambda x: x.flatten(),
+        lambda x: x[:, :-1],
+        lambda x: x.int(),
+    ],
+)
+def test_a_damaged_baseline_is_refused(llama: Pair, tmp_path: Path, damaged: Callable[[Tensor], Tensor]) -> None:
+    file, kv = tmp_path / "base.safetensors", {"16": SIXTEEN_BITS}
+    task = make_task("gptq", [TEXT[:800]], llama.tokenizer, 300, window=100)
+    score_formats(llama.model, task, kv, save_baseline=file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    hidden = load_file(file)["hidden_states"]
+    save_file({"hidden_states": damaged(hidden).contiguous()}, file, metadata)
+    with pytest.raises(ConfigError, match=r"--baseline .*: is damaged"):
+        score_formats(llama.model, task, kv, baseline=file)
 
 
 def test_an_interrupt_leaves_what_is_done_and_no_baseline(llama: Pair, tmp_path: Path) -> None:

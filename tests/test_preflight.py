@@ -152,11 +152,18 @@ def test_a_verdict_is_stored_and_read_again(verdicts, capsys):
     preflight(config)
     assert "attention is off by 7" in capsys.readouterr().err, "it comes from the file"
 
-    for damaged in (whole[: len(whole) // 2], '{"kv": 4}'):
+    for damaged in (whole[: len(whole) // 2], '{"kv": 4}', '{"more": ' + "[" * 100_000):
         file.write_text(damaged)
         assert preflight(config) == config
         assert capsys.readouterr().err == first
         assert file.read_text() == whole and list(verdicts.iterdir()) == [file]
+
+
+def test_a_short_context_is_no_reason_to_read_less(twin, capsys):
+    """The text is longer than what this server may hold, and a verdict holds for servers of any length."""
+    config = EngineConfig(model=str(twin), kv=PER_TOKEN, max_model_len=96)
+    assert preflight(config) == config
+    assert "collapse in layers" in capsys.readouterr().err
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, capsys):

@@ -250,13 +250,22 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{}\n", "[]\n", '{"identity": 3}\n', "\x00\n", '{"identity": {}}\n{"row": 1}\n']
+    "content",
+    [
+        "",
+        "{}\n",
+        "[]\n",
+        '{"identity": 3}\n',
+        "\x00\n",
+        '{"identity": {}}\n{"row": 1}\n',
+        '{"identity": {}}\n{"key": "a", "row": 1}\n',
+    ],
 )
 def test_a_journal_of_something_else_is_refused(tmp_path, content):
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
     with pytest.raises(KVToolError, match="no list of results of ours"):
-        Journal(path, {"model": "tiny"})
+        Journal(path, {"model": "tiny"}, dict)
     assert path.read_text() == content
 
 
@@ -278,6 +287,8 @@ def test_an_ablation_as_a_report(command, tmp_path):
         (["--ablate", "colour"], "--ablate 'colour'"),
         (["--ablate", "bits", "--dump", "x"], "--dump is for one format"),
         (["--ablate", "bits", "--task", "retrieval"], "--task is for one format"),
+        (["--ablate", "bits", "--prompt", "Hi"], "--prompt is for one format"),
+        (["--ablate", "bits", "--questions", "3"], "--questions is for one format"),
         (["--task", "nowhere.jsonl"], "--task nowhere.jsonl: No such file"),
         (["--data", "nowhere.txt"], "--data nowhere.txt: No such file"),
         (["--window", "5000"], "--window 5000: the model's context is 2048"),
@@ -286,6 +297,7 @@ def test_an_ablation_as_a_report(command, tmp_path):
         (["--dump", "/nowhere/x.safetensors"], "--dump /nowhere/x.safetensors: cannot be written"),
         (["--dump", "x.safetensors", "--prompt", ""], "--prompt: 0 tokens"),
         (["--dump", "x.safetensors", "--prompt", "word " * 3000], "at most 2048"),
+        (["--dump", "x.safetensors", "--prompt", "\udcff"], "--prompt: is no UTF-8 text"),
         (["--kv-plan", "nowhere.yaml"], "--kv-plan nowhere.yaml"),
         (["--output", "x.pdf"], "--output x.pdf: the format follows the suffix"),
         (["--batch", "0"], "--batch"),

@@ -75,6 +75,8 @@ def test_retrieval_travels_with_kvtool_and_begins_with_every_length():
         ('{"prompt": "Who?", "answer": " "}', "is empty"),
         ('{"question": "1?", "answer": "1"}\n{"question": 1, "answer": "1"}', "line 2"),
         ("[" * 100_000, "is no JSON"),
+        ('{"question": "\\ud800?", "answer": "1"}', "lone surrogate"),
+        ('{"prompt": "Who?", "answer": "\\ud800"}', "lone surrogate"),
         (b"\xff\xfe{", "UTF-8"),
     ],
 )

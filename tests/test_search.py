@@ -137,6 +137,12 @@ def test_a_search_that_was_stopped_goes_on(result, path, tmp_path):
     assert resumed.plan.kld == 0.0, "what the file says was not run again"
 
 
+def test_windows_are_no_longer_than_asked_for(tmp_path):
+    config, path = EngineConfig(max_model_len=160), tmp_path / "plan.yaml"
+    find_plan(config, Exam(max_tokens=320), Budget(bits=4.0), path, num_trials=1, progress=silent)
+    assert json.loads(sidecar_of(path).read_text())["provenance"]["window"] == 160
+
+
 @pytest.mark.parametrize(
     ("budget", "kv", "said"),
     [
@@ -150,6 +156,15 @@ def test_impossible_searches_are_refused(tmp_path, budget, kv, said):
     with pytest.raises(ConfigError, match=said):
         found(tmp_path / "plan.yaml", budget, kv)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("row", ["[]", '"low"'])
+def test_what_an_earlier_search_left_is_read_with_care(result, tmp_path, row):
+    again = tmp_path / "plan.yaml"
+    part = Path(f"{again}.part")
+    part.write_text(f'{{"identity": {{}}}}\n{{"key": "0 K2V2", "row": {row}}}\n')
+    with pytest.raises(ConfigError, match="no list of results of ours; move it or choose another --save-plan"):
+        found(again, Budget(bits=4.0))
 
 
 @pytest.mark.parametrize("name", [".", "none/plan.yaml"])
@@ -175,6 +190,9 @@ def test_a_text_for_less_than_two_windows_is_refused(tmp_path):
         (["--search", "--budget-bits", "4", "--tokens", "9"], "go together"),
         (["--search", "--budget-bits", "4", "--ablate", "bits"], "--ablate"),
         (["--budget-bits", "4"], "--search"),
+        (["--budget-bits", "0"], "--search"),
+        (["--search", "--budget-bits", "4", "--prompt", "Hi"], "--prompt"),
+        (["--search", "--budget-bits", "4", "--questions", "3"], "--questions"),
     ],
 )
 def test_bad_options_are_one_line(arguments, said):

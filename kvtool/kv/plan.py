@@ -14,7 +14,7 @@ from kvtool.errors import ConfigError
 
 BITS = ("16", "8", "4", "2", "fp8")
 BIT_OPTIONS = ("nbits", "nbits_key", "nbits_value", "plan", "layer_bits")  # of KVOptions; a sidecar has no say in them
-MAX_SIDECAR_BYTES = 1 << 20
+MAX_FILE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def completed(options: KVOptions) -> KVOptions:
     if not os.path.isfile(file):  # which says no to whatever is no path; reading the plan will say why
         return options
     try:
-        content = file.read_bytes() if file.stat().st_size <= MAX_SIDECAR_BYTES else b""
+        content = file.read_bytes() if file.stat().st_size <= MAX_FILE_BYTES else b""
         found = msgspec.json.decode(content, type=Sidecar).format
     except OSError as error:
         raise ConfigError(f"--kv-plan {options.plan}: {file.name}: {error.strerror}") from error
@@ -91,7 +91,11 @@ def load_plan(path: str, num_layers: int) -> list[tuple[Bits, Bits]]:
         ConfigError: an unreadable file, or one that does not give every layer bits that exist.
     """
     try:
-        plan = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise ConfigError(f"--kv-plan {path}: is larger than {MAX_FILE_BYTES >> 20} MiB, so it is no plan")
+        plan = yaml.safe_load(content.decode())
     except OSError as error:
         raise ConfigError(f"--kv-plan {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -108,7 +112,9 @@ def load_plan(path: str, num_layers: int) -> list[tuple[Bits, Bits]]:
 def _bits(path: str, entry: object, layer: int, name: str) -> Bits:
     value = entry.get(name, "missing") if isinstance(entry, dict) else "missing"
     # A nested value is not spelled out: with YAML's aliases a few lines become gigabytes.
-    bits = str(value) if isinstance(value, str | int | float) else type(value).__name__
+    # Nor is a long integer, which Python refuses to.
+    is_short = isinstance(value, str | float) or (isinstance(value, int) and value.bit_length() < 64)
+    bits = str(value) if is_short else type(value).__name__
     if bits not in BITS:
         raise ConfigError(f"--kv-plan {path}: layer {layer}: {name} is {bits!r:.40}; must be one of {', '.join(BITS)}")
     return cast(Bits, bits)

@@ -57,7 +57,7 @@ def ablate(
     with TemporaryDirectory(prefix="kvtool-") as folder:
         with progress("reading the text, 16 bits") as on_progress:
             examiner = Examiner(config, exam, Path(folder) / "baseline.safetensors", on_progress)
-        journal = Journal(journal_path, examiner.identity())
+        journal = Journal(journal_path, examiner.identity(), dict)
         missing = {digest: kv for digest, kv in formats.items() if digest not in journal.rows}
         with progress(f"{len(missing)} formats") as on_progress:
             for done, (digest, kv) in enumerate(missing.items()):

@@ -15,6 +15,8 @@ class Journal:
     Args:
         path: the file, which is read if it exists; None keeps nothing.
         identity: what the results depend on, as plain values.
+        row_type: of each result, as JSON has it.
+        option: that chooses the file, for errors.
 
     Attributes:
         rows: those of an earlier run and those recorded since.
@@ -23,8 +25,10 @@ class Journal:
         ConfigError: the file cannot be written, is none of ours, or holds results of something else.
     """
 
-    def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path | None, identity: Mapping[str, Any], row_type: type, option: str = "--output"
+    ) -> None:
+        self.path, self.row_type, self.option = path, row_type, option
         self.rows: dict[str, Any] = {}
         if path is None:
             return
@@ -34,7 +38,7 @@ class Journal:
             else:
                 self._append({"identity": identity})
         except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror}; choose another --output") from error
+            raise ConfigError(f"{path}: {error.strerror}; choose another {self.option}") from error
 
     def record(self, key: str, row: Any) -> None:
         """Keep `row`, on disk before this returns."""
@@ -55,13 +59,17 @@ class Journal:
             first, *lines = [json.loads(line) for line in complete.splitlines()]
             found = dict(first["identity"])
             self.rows = {line["key"]: line["row"] for line in lines}
+            if not all(isinstance(row, self.row_type) for row in self.rows.values()):
+                raise TypeError("a result of another kind")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ConfigError(f"{path}: is no list of results of ours; move it or choose another --output") from error
+            raise ConfigError(
+                f"{path}: is no list of results of ours; move it or choose another {self.option}"
+            ) from error
         differing = sorted(name for name in {*found, *identity} if found.get(name) != identity.get(name))
         if differing:
             raise ConfigError(
                 f"{path}: holds results of a run with another {', '.join(differing)}; ask for that, remove the file "
-                "or choose another --output"
+                f"or choose another {self.option}"
             )
         if len(complete) < len(content):
             path.write_bytes(complete)

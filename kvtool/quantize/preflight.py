@@ -248,7 +248,7 @@ def calibration_windows(tokenizer: Tokenizer, most: int, device: torch.device) -
 
 
 def _examine_folder(config: EngineConfig) -> Verdict:
-    model = ScoringModel(config)
+    model = ScoringModel(replace(config, max_model_len=None))  # the text may be longer than what will be served
     tokenizer = Tokenizer.load(model.path, model.model_config.vocab_size)
     windows = calibration_windows(tokenizer, min(TOKENS, model.model_config.max_position), model.device)
     verdict = examine(model.model, windows, model.layout(KVOptions()).spec, config.kv)
@@ -290,7 +290,7 @@ def _read(file: Path) -> Verdict | None:
     """A stored verdict; None where there is none that can be read."""
     try:
         return msgspec.json.decode(file.read_bytes(), type=Verdict)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, RecursionError):
         return None
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -285,6 +286,8 @@ def dump_cache(config: EngineConfig, prompt: str | None, path: Path) -> CachedPr
         ConfigError: a prompt that is empty or does not fit the model, or a file that cannot be written.
         KVToolError: what comes back is not what was written.
     """
+    if prompt is not None and re.search("[\ud800-\udfff]", prompt):  # bytes that a shell hands over as they are
+        raise ConfigError("--prompt: is no UTF-8 text; write it in UTF-8")
     model = ScoringModel(config)
     tokenizer, longest = Tokenizer.load(model.path, model.model_config.vocab_size), model.max_model_len
     sample = SAMPLE.read_text("utf-8")[:SAMPLE_CHARACTERS]

@@ -205,7 +205,7 @@ def find_plan(
     check_budget(model, config.kv, budget)
     tokenizer = Tokenizer.load(model.path, model.model_config.vocab_size)
     documents = read_documents(Path(exam.data) if exam.data else SAMPLE, exam.field)
-    task = make_task("gptq", documents, tokenizer, model.model_config.max_position, window=exam.window)
+    task = make_task("gptq", documents, tokenizer, model.max_model_len, window=exam.window)
     half = max(2, exam.max_tokens // task.window) // 2
     if len(task.windows) < 2 * half:
         half = len(task.windows) // 2
@@ -225,7 +225,8 @@ def find_plan(
         "budget": asdict(budget),
     }
     part = Path(f"{path}.part")
-    journal = Journal(part, {**provenance, "format": asdict(config.kv), "trials": None, "budget": None})
+    identity = {**provenance, "format": asdict(config.kv), "trials": None, "budget": None}
+    journal = Journal(part, identity, float, "--save-plan")
     with progress("searching plans") as on_progress:
         result = search(
             model, calibration, held_out, config.kv, budget, journal, num_trials=num_trials, on_progress=on_progress

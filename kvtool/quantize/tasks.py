@@ -154,6 +154,8 @@ def _question(source: str, line: str) -> Question:
             break
     else:
         raise ConfigError(f'{source}: needs a text under "question" or "prompt"')
+    if re.search("[\ud800-\udfff]", question.text + question.answer):  # which JSON can spell
+        raise ConfigError(f"{source}: holds a lone surrogate, which is no text; take it out")
     if not question.is_prompt and final_number(question.answer) is None:
         raise ConfigError(f'{source}: the answer holds no number; write "prompt" for "question" to compare texts')
     if not question.answer.strip():
