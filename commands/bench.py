@@ -16,7 +16,7 @@ from kvtool.errors import ConfigError
 
 from .bench_results import Charts, ResultOptions, compared, keep, results_to_plot
 from .options import MOST, option, secret
-from .output import Chart, Column, OutputOptions, Report, Table, show, value_at
+from .output import Chart, Column, OutputOptions, Report, Row, Table, show, value_at
 
 if TYPE_CHECKING:
     from kvtool.bench.measure import How, Measured, OnProgress, Plan, Point, Where
@@ -411,11 +411,11 @@ def report(
 ) -> Report:
     """A report without columns that say nothing: no GPU's where there is none."""
 
-    def telling(columns: Sequence[Column]) -> list[Column]:
+    def telling(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
         return [column for column in columns if any(value_at(row, column.path) is not None for row in rows)]
 
-    tables = [replace(table, columns=telling(table.columns)) for table in tables]
-    return Report(command, config, rows, telling(columns), tables, charts, notes)
+    tables = [replace(table, columns=telling(table.columns, table.rows)) for table in tables]
+    return Report(command, config, rows, telling(columns, rows), tables, charts, notes)
 
 
 def state(row: dict[str, Any], options: BenchOptions) -> str:

@@ -80,12 +80,9 @@ OFFLINE = (
 )
 LATENCIES = (
     *LOAD,
-    *(
-        Column(f"{name.upper()} {figure}", f"{name}_ms.{figure}", ",.2f")
-        for name in ("ttft", "tpot", "itl", "e2e")
-        for figure in ("p50", "p90", "p99")
-    ),
-    Column("TPOT floor", "floor_ms", ",.2f"),
+    Column("", "latency"),
+    *(Column(figure, figure, ",.2f") for figure in ("mean", "p50", "p90", "p99")),
+    Column("floor", "floor_ms", ",.2f"),
     Column("share", "floor_share", ".0%"),
 )
 
@@ -269,7 +266,15 @@ def loads_of(
 
 
 def tables(rows: Rows) -> list[Table]:
-    return [Table("Latency, ms", LATENCIES, rows)]
+    latencies = []
+    for row in rows:
+        load = {column.path: row.get(column.path) for column in LOAD}
+        floor = {name: row.get(name) for name in ("floor_ms", "floor_share")}
+        latencies += [
+            {"latency": name.upper()} | load | (row.get(f"{name}_ms") or {}) | (floor if name == "tpot" else {})
+            for name in ("ttft", "tpot", "itl", "e2e")
+        ]
+    return [Table("Latency, ms", LATENCIES, latencies)]
 
 
 FORM = Form("bench-throughput", COLUMNS, tables, throughput_charts)
