@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
+import triton
 from torch import Tensor
 
 from kvtool.kernels import gemv as products
@@ -93,12 +94,16 @@ def candidates(rows: int, gated: bool) -> Iterator[Tile]:
             tile = Tile(outputs, depth, warps)
             if fits(tile, rows, gated) and (rows > 1 or outputs * depth // warps >= 512):
                 yield tile
-    if rows > 1:
+    if 1 < rows <= 16:
         for outputs, depth, stages in product((16, 32, 64), (128, 256, 512), (3, 4, 6)):
             for warps in {max(1, outputs // 32), outputs // 16}:
                 tile = Tile(outputs, depth, warps, stages, dot=True)
                 if fits(tile, rows, gated) and outputs * depth * stages >= 12288:
                     yield tile
+    if rows > 8:
+        for outputs, depth, stages in product((64, 128), (64, 128), (3, 4, 5)):
+            if fits(tile := Tile(outputs, depth, 4, stages, dot=True), rows, gated):
+                yield tile
 
 
 def fits(tile: Tile, rows: int, gated: bool) -> bool:
@@ -176,7 +181,7 @@ def read_bandwidth() -> float:
 def compile_all(matrices: Iterable[Matrix], rows: list[int]) -> None:
     """Compile in parallel what will be timed; kernels stay in Triton's cache, where this process finds them."""
     jobs = {
-        (tile, 16 if tile.dot and n > 8 else 8 if tile.dot else n, matrix.gated, normed, is_even(tile, matrix))
+        (tile, max(8, triton.next_power_of_2(n)) if tile.dot else n, matrix.gated, normed, is_even(tile, matrix))
         for matrix in matrices
         for n in rows
         for tile in candidates(n, matrix.gated)

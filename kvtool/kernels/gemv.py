@@ -14,7 +14,7 @@ from torch import Tensor
 from kvtool.kernels.activation import silu
 from kvtool.kernels.launch import await_inputs, capability, chained, prefetch
 
-MAX_ROWS = 16
+MAX_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,15 @@ TILES: dict[tuple[int, int], tuple[tuple[int, int, Tile], ...]] = {
         (65536, 0, Tile(32, 128, 1, 4, dot=True)),
         (0, 0, Tile(16, 256, 1, 4, dot=True)),
     ),
+    (9, 16): (
+        (65536, 0, Tile(64, 128, 4, 3, dot=True)),
+        (16384, 0, Tile(32, 128, 1, 4, dot=True)),
+    ),
+    (9, 32): (
+        (65536, 0, Tile(64, 128, 4, 3, dot=True)),
+        (16384, 0, Tile(64, 64, 4, 3, dot=True)),
+    ),
+    (9, 64): ((16384, 0, Tile(64, 64, 4, 3, dot=True)),),
 }
 
 
