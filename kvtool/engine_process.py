@@ -35,6 +35,8 @@ def serve(connection: socket.socket) -> None:
         traceback.print_exc()
         connection.sendall(frame(EngineFailed(f"{type(error).__name__}: {error} (a bug in kvtool)")))
         return
+    gc.collect()
+    gc.freeze()  # or Python looks through torch and the model time and again, between steps
     connection.sendall(ready)
     Thread(target=_prepare, args=[engine], daemon=True).start()
     decoder = msgspec.msgpack.Decoder(Request | Abort | FlushCache)

@@ -1,5 +1,9 @@
-"""What passes between the parts of an engine, also over process boundaries: requests, steps, tokens. Integers only."""
+"""What passes between the parts of an engine, also over process boundaries: requests, steps, tokens. Integers only.
 
+What a step makes hundreds of has `gc=False`: none of it can be part of a cycle, and Python need not look through it.
+"""
+
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -91,7 +95,7 @@ class FlushCache(msgspec.Struct, frozen=True, tag="flush"):
     """Forget every prefix; those that run keep what they have."""
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Log-probability of one token, and the most likely ids at its place, best first, with theirs."""
 
     logprob: float
@@ -99,7 +103,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: list[float]
 
 
-class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
+class Tokens(msgspec.Struct, frozen=True, tag="tokens", gc=False):
     """New tokens of a request; the last message of a request carries its `finish_reason`.
 
     A request that can never run gets one message with `error`, no tokens and the offending `param`; one that fails on
@@ -164,7 +168,7 @@ class Update(msgspec.Struct, frozen=True, tag="update"):
     stats: EngineStats
 
 
-class ScheduledSpan(msgspec.Struct, frozen=True, kw_only=True):
+class ScheduledSpan(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Positions `start` to `end` of one sequence, to be computed in one step.
 
     Attributes:
@@ -181,9 +185,9 @@ class ScheduledSpan(msgspec.Struct, frozen=True, kw_only=True):
     slot: int
     start: int
     end: int
-    token_ids: list[int]
     blocks: list[int]
-    targets: list[int] = []
+    token_ids: Sequence[int] = ()
+    targets: Sequence[int] = ()
     num_top: int = 0
 
     @property
@@ -191,7 +195,7 @@ class ScheduledSpan(msgspec.Struct, frozen=True, kw_only=True):
         return self.end - self.start
 
 
-class Sample(msgspec.Struct, frozen=True, kw_only=True):
+class Sample(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One token to be chosen.
 
     Attributes:
@@ -212,7 +216,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
     seed: int
     num_generated: int
-    history: list[int] = []
+    history: Sequence[int] = ()
 
 
 class Memory(msgspec.Struct, frozen=True):

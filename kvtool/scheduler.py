@@ -31,7 +31,7 @@ NOT_FINITE = "the model computed NaN or infinity for this prompt; a wider --dtyp
 MAX_LOGPROBS = 20
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """A request on its way through the engine.
 
@@ -222,7 +222,8 @@ class Scheduler:
         while budget > 0 and suspect is None and self.waiting and self._admit(self.waiting[0]):
             work.append(self._compute(self.waiting.popleft(), budget))
             budget -= work[-1][0].length
-        work.sort(key=lambda item: (bool(item[0].token_ids), item[0].length > 1))
+        if work and work[-1][0].token_ids:  # otherwise all are decodes
+            work.sort(key=lambda item: (bool(item[0].token_ids), item[0].length > 1))
         return self._batch(work) if work else ScheduledBatch(spans=[], samples=[])
 
     def update(self, result: StepResult) -> list[Tokens]:
@@ -325,42 +326,43 @@ class Scheduler:
     def _compute(self, sequence: Sequence, budget: int) -> tuple[ScheduledSpan, Sequence, list[Sequence]]:
         """The next tokens of `sequence`, at most `budget`, and who takes a token from them: its forks, too."""
         span = self._span(sequence, budget)
-        if sequence.is_prefilling:
-            return span, sequence, []
-        return span, sequence, [sequence, *(self._fork(sequence) if span.token_ids else ())]
+        if not span.token_ids:
+            return span, sequence, [sequence]
+        return span, sequence, [] if sequence.is_prefilling else [sequence, *self._fork(sequence)]
 
     def _span(self, sequence: Sequence, budget: int) -> ScheduledSpan:
         """Schedule the next tokens of `sequence`, at most `budget`."""
-        start = sequence.num_computed_tokens
-        end = min(sequence.length, start + budget)
+        id_, slot, blocks, start = sequence.request.id, sequence.slot, sequence.blocks, sequence.num_computed_tokens
+        if not sequence.is_prefilling:
+            sequence.num_computed_tokens = start + 1
+            return ScheduledSpan(id=id_, slot=slot, start=start, end=start + 1, blocks=blocks)
+        end = sequence.num_computed_tokens = min(sequence.length, start + budget)
         scored = sequence.params.prompt_logprobs is not None and sequence.num_generated == 0
-        span = ScheduledSpan(
-            id=sequence.id,
-            slot=sequence.slot,
+        return ScheduledSpan(
+            id=id_,
+            slot=slot,
             start=start,
             end=end,
-            token_ids=sequence.tokens[start:end] if sequence.is_prefilling else [],
-            blocks=sequence.blocks,
-            targets=sequence.request.prompt[start + 1 : end + 1] if scored else [],
+            blocks=blocks,
+            token_ids=sequence.tokens[start:end],
+            targets=sequence.request.prompt[start + 1 : end + 1] if scored else (),
             num_top=sequence.params.prompt_logprobs or 0,
         )
-        sequence.num_computed_tokens = end
-        return span
 
     def _sample(self, sequence: Sequence, span: int) -> Sample:
         """The token that `sequence` takes from the span of this index."""
-        params, position = sequence.params, sequence.length
-        is_new = params.looks_back and not sequence.is_counted
-        history, sequence.is_counted = sequence.tokens.copy() if is_new else [], True
+        request, position = sequence.request, sequence.length
+        is_new = not sequence.is_counted and request.params.looks_back
+        history, sequence.is_counted = sequence.tokens.copy() if is_new else (), True
         sequence.num_pending += 1
         return Sample(
-            id=sequence.id,
+            id=request.id,
             span=span,
             slot=sequence.slot,
             position=position,
-            params=params,
+            params=request.params,
             seed=sequence.seed,
-            num_generated=position - len(sequence.request.prompt),
+            num_generated=position - len(request.prompt),
             history=history,
         )
 
