@@ -1,26 +1,90 @@
-"""Small steps as CUDA graphs: one launch for a whole step, whatever the host is doing."""
+"""Steps as CUDA graphs: one launch for all layers, whatever the host is doing."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import NamedTuple
+from functools import partial
+from itertools import accumulate, chain
+from math import prod
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvtool.kv.batch import KVBatch, Span, on_device
+from kvtool.kv.batch import ALIGNED, KVBatch, Span, each, integers, on_device
+from kvtool.kv.fixed import Room, fixed_batch
 from kvtool.kv.format import KVFormat
 from kvtool.request import ScheduledBatch, ScheduledSpan
 from kvtool.sampler import greedy
 
 SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 
+# Rooms of steps with prompts. Sizes finer than a product's tile of rows would save nothing. Decodes that are nobody's
+# cost little, but the more there could be, the fewer programs share one.
+PROMPT_SIZES = (128, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
+DECODES = (0, 4, 16, 64, 256)
+
+# Multiply-adds of a step that take a GPU as long as it takes the host to launch the kernels one by one.
+MOST_WORK = 1 << 41
+
 # Tokens that the rows of prompts may read, each for itself; more is read faster by a prefill kernel.
 MOST_READ = 1 << 16
 
-# (ids [n], batch) → logits [n, vocab_size]
+# (ids [n], batch) → logits [n, vocab_size], or hidden states [n, hidden_size]
 Step = Callable[[Tensor, KVBatch], Tensor]
+Outputs = TypeVar("Outputs")
+
+
+class BlockTable:
+    """The blocks of the sequences that decode, on the device by slot; a graph adds the newest one by itself.
+
+    Attributes:
+        rows: [max_num_seqs, max_blocks] int64.
+    """
+
+    def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
+        self.rows = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int64, device=device)
+        self._lengths = [-1] * max_num_seqs  # blocks that each row holds; -1: of a sequence that is gone
+
+    def forget(self, slots: Iterable[int]) -> None:
+        """The sequences in these slots are new, or have moved."""
+        for slot in slots:
+            self._lengths[slot] = -1
+
+    def send(self, spans: Sequence[ScheduledSpan]) -> None:
+        """Send the blocks of sequences of which more than the newest block is unknown."""
+        new = []
+        for span in spans:
+            known, length = self._lengths[span.slot], len(span.blocks)
+            if span.token_ids or not 0 <= known <= length <= known + 1:
+                new.append(span)
+            self._lengths[span.slot] = length
+        if not any(span.blocks for span in new):
+            return
+        counts = integers((len(span.blocks) for span in new), len(new))
+        owners, columns = each(np.zeros_like(counts), counts)
+        slots = integers((span.slot for span in new), len(new))[owners]
+        blocks = integers(chain.from_iterable(span.blocks for span in new), len(owners))
+        sent = on_device({"slots": slots, "columns": columns, "blocks": blocks}, self.rows.device)
+        self.rows.index_put_((sent["slots"], sent["columns"]), sent["blocks"])
+
+
+class Capturer:
+    """Makes graphs that share their memory, so none may run beside another; the largest come first, best."""
+
+    def __init__(self) -> None:
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def capture(self, run: Callable[[], Outputs]) -> tuple[torch.cuda.CUDAGraph, Outputs]:
+        """`run` as a graph, and what it returned."""
+        self._stream.wait_stream(torch.cuda.current_stream())  # where the store and the inputs are being filled
+        with torch.cuda.stream(self._stream):
+            run()  # lazily loaded kernels must be there before
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = run()
+        return graph, outputs
 
 
 @dataclass(frozen=True)
@@ -62,46 +126,28 @@ class DecodeGraphs:
     """Steps of up to `SIZES[-1]` tokens: decodes, and prompts so short that their tokens can run as rows of their own.
 
     A step of n runs as the next larger size that was captured; what is too much repeats the last row, which then
-    computes and writes the same bytes twice. All inputs go to the device in one transfer, but for the block table: it
-    stays there by slot, a row is sent when its sequence is new, and after that only ever grows by its last block.
+    computes and writes the same bytes twice. All inputs go to the device in one transfer, but for the block table.
 
     Args:
         step: the model on a batch; what it runs is captured, so it must not look at any value.
         fmt: of the KV store.
         newest: [max_num_seqs + 1], ids that were sampled last, by slot, and one that nobody reads.
-        max_blocks: of the longest sequence.
     """
 
-    def __init__(self, step: Step, fmt: KVFormat, newest: Tensor, max_blocks: int) -> None:
-        self._step, self._format, self._newest = step, fmt, newest
-        device, most = newest.device, len(newest) - 1
-        self._table = torch.zeros(most, max_blocks, dtype=torch.int64, device=device)
-        self._lengths = [-1] * most  # blocks that each row of the table holds; -1: of a sequence that is gone
-        shape = len(Inputs._fields)
+    def __init__(self, step: Step, fmt: KVFormat, newest: Tensor, table: BlockTable) -> None:
+        self._step, self._format, self._newest, self._table = step, fmt, newest, table
+        device, shape = newest.device, len(Inputs._fields)
         self._inputs = {size: torch.zeros(shape, size, dtype=torch.int64, device=device) for size in SIZES}
         self._staged = {size: torch.zeros(shape, size, dtype=torch.int64).pin_memory() for size in SIZES}
         self._sent = torch.cuda.Event()
         self._captured: dict[int, Captured] = {}
         self._logits = torch.empty(0, device=device)  # of all sizes; the largest makes it
 
-    def capture(self, sizes: Sequence[int]) -> None:
+    def capture(self, sizes: Sequence[int], capturer: Capturer) -> None:
         """Capture some of `SIZES`, the largest first, so that the smaller ones find its memory."""
-        pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())  # where the store and the inputs are being filled with zeros
         for size in sorted(sizes, reverse=True):
-            with torch.cuda.stream(stream):
-                self._run(size)  # lazily loaded kernels must be there before
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                outputs = self._run(size)
+            graph, outputs = capturer.capture(partial(self._run, size))
             self._captured[size] = Captured(graph, *outputs)
-
-    def forget(self, slots: Iterable[int]) -> None:
-        """The sequences in these slots are new, or have moved."""
-        for slot in slots:
-            self._lengths[slot] = -1
 
     def holds(self, batch: ScheduledBatch) -> bool:
         """Graphs have been captured, it is not too much, and what runs of prompts needs no more than their rows."""
@@ -119,7 +165,7 @@ class DecodeGraphs:
     def launch(self, batch: ScheduledBatch) -> tuple[KVBatch, Tensor, Tensor]:
         """What ran, a span for each row, logits [n, vocab_size] and greedy ids [n] of the n samples; valid until the
         next launch."""
-        self._send_new_rows(batch.spans)
+        self._table.send(batch.spans)
         rows = [row for span in batch.spans for row in self._rows(span)]
         ends = list(accumulate(span.length for span in batch.spans))
         samples = [ends[sample.span] - 1 for sample in batch.samples]
@@ -139,15 +185,6 @@ class DecodeGraphs:
         chosen = self._inputs[size][-1, :count]
         return ran, captured.logits[chosen], captured.greedy[chosen]
 
-    def _send_new_rows(self, spans: Sequence[ScheduledSpan]) -> None:
-        """Send the blocks of sequences of which more than the newest block is unknown."""
-        for span in spans:
-            known, length = self._lengths[span.slot], len(span.blocks)
-            if span.token_ids or not 0 <= known <= length <= known + 1:
-                sent = on_device({"blocks": np.array(span.blocks, np.int64)}, self._table.device)
-                self._table[span.slot, :length] = sent["blocks"]
-            self._lengths[span.slot] = length
-
     def _rows(self, span: ScheduledSpan) -> Iterator[tuple[int, ...]]:
         """`Inputs` of each token, but for the samples."""
         fmt, blocks, slot = self._format, span.blocks, span.slot
@@ -162,13 +199,13 @@ class DecodeGraphs:
 
     def _run(self, size: int) -> tuple[KVBatch, Tensor, Tensor]:
         inputs = Inputs(*self._inputs[size])
-        self._table.index_put_((inputs.slots, inputs.columns), inputs.newest)
+        self._table.rows.index_put_((inputs.slots, inputs.columns), inputs.newest)
         batch = KVBatch(
             format=self._format,
             spans=(),
             num_decodes=size,
             positions=inputs.positions,
-            block_table=self._table[inputs.slots],
+            block_table=self._table.rows[inputs.slots],
             rows=inputs.rows,
             token_blocks=inputs.blocks,
             tail_slots=inputs.slots,
@@ -179,6 +216,155 @@ class DecodeGraphs:
             self._logits = torch.empty_like(computed)
         logits = self._logits[:size].copy_(computed)
         return batch, logits, greedy(logits, self._newest, inputs.targets)
+
+
+class PromptGraphs:
+    """Hidden states of steps with prompts, beside which others may decode.
+
+    A step runs in the smallest room that was captured and holds it; what is left over computes nothing that is stored.
+    All inputs go to the device in one transfer, to memory that all graphs read, but for the block table of decodes.
+
+    Args:
+        step: the model on a batch, up to its hidden states; it must not look at any value.
+        fmt: of the KV store.
+        newest: [max_num_seqs + 1], ids that were sampled last, by slot.
+        most_tokens: of the prompts in a step.
+    """
+
+    def __init__(self, step: Step, fmt: KVFormat, newest: Tensor, table: BlockTable, most_tokens: int) -> None:
+        self._step, self._format, self._newest, self._table = step, fmt, newest, table
+        sizes = [size for size in PROMPT_SIZES if size <= most_tokens]
+        self.rooms = [Room(decodes, size) for size in sizes for decodes in DECODES if decodes < 4 * (len(newest) - 1)]
+        length = max((self._length(room) for room in self.rooms), default=0)
+        self._memory = torch.zeros(length, dtype=torch.int64, device=newest.device)
+        self._staged = torch.zeros(length, dtype=torch.int64).pin_memory()
+        self._sent = torch.cuda.Event()
+        self._captured: dict[Room, tuple[torch.cuda.CUDAGraph, int]] = {}  # and the tokens in a tile
+        self._hidden = torch.empty(0, device=newest.device)  # of all rooms; the largest makes it
+
+    def capture(self, rooms: Sequence[Room], capturer: Capturer) -> None:
+        """Capture some of `rooms`, the largest first, so that the smaller ones find its memory."""
+        for room in sorted(rooms, key=lambda room: (room.tokens, room.decodes), reverse=True):
+            self._memory.fill_(-1)  # nobody's
+            self._inputs(room, self._memory)["newest"].zero_()
+            self._captured[room] = capturer.capture(partial(self._run, room))
+
+    def room(self, batch: ScheduledBatch) -> Room | None:
+        """Where the step runs, None if nowhere."""
+        lengths = [span.length for span in batch.spans if span.length > 1]
+        decodes, tokens = len(batch.spans) - len(lengths), sum(lengths)
+        fitting = (room for room in self._captured if decodes <= room.decodes and tokens <= room.tokens)
+        smallest = min(fitting, key=lambda room: (room.tokens, room.decodes), default=None)
+        holds = smallest and lengths and smallest.holds(self._format, list(map(as_kv_span, batch.spans)))
+        return smallest if holds else None
+
+    def launch(self, batch: ScheduledBatch, room: Room) -> tuple[KVBatch, Tensor]:
+        """What ran, and hidden states [T, hidden_size] of its tokens; valid until the next launch."""
+        graph, tile = self._captured[room]
+        spans = tuple(map(as_kv_span, batch.spans))
+        n = sum(span.length == 1 for span in spans)
+        decodes, nobody = batch.spans[:n], room.decodes - n
+        self._table.send(decodes)
+        arrays = room.lay_out(self._format, spans, tile)
+        ids = [span.token_ids[0] if span.token_ids else -1 for span in decodes] + [-1] * nobody
+        ids += [token_id for span in batch.spans[n:] for token_id in span.token_ids]
+        newest = [
+            (span.slot, len(span.blocks) - 1, span.blocks[-1]) if span.blocks else (span.slot, 0, 0) for span in decodes
+        ]
+        arrays |= {"ids": np.array(ids, np.int64), "newest": np.array(newest + newest[-1:] * nobody, np.int64).T}
+        self._sent.synchronize()  # what is staged has been read
+        staged, memory = self._staged[: self._length(room)], self._memory[: self._length(room)]
+        staged.fill_(-1)
+        for name, place in self._inputs(room, staged).items():
+            place.view(-1)[: arrays[name].size] = torch.from_numpy(arrays[name].ravel())
+        memory.copy_(staged, non_blocking=True)
+        self._sent.record()
+        graph.replay()
+        inputs = self._inputs(room, memory)
+        slots = inputs["newest"][0]
+        ran = KVBatch(
+            format=self._format,
+            spans=spans,
+            num_decodes=n,
+            positions=inputs["positions"],
+            block_table=self._table.rows[slots[:n]],
+            rows=inputs["rows"],
+            token_blocks=inputs["token_blocks"],
+            tail_slots=slots,
+            visible=inputs["visible"],
+        )
+        hidden = self._hidden[: len(ids)]
+        return ran, torch.cat([hidden[:n], hidden[room.decodes :]]) if nobody else hidden
+
+    def _shapes(self, room: Room) -> dict[str, tuple[int, ...]]:
+        """Of a step's inputs. ids: -1 is what was sampled last; newest: slot, column and block of each decode."""
+        shapes = room.shapes(self._format)
+        return shapes | {"ids": shapes["positions"], "newest": (3, room.decodes)}
+
+    def _length(self, room: Room) -> int:
+        """Elements that the inputs take."""
+        return sum(map(_aligned, self._shapes(room).values()))
+
+    def _inputs(self, room: Room, memory: Tensor) -> dict[str, Tensor]:
+        """The inputs as they lie in `memory`, one behind the other."""
+        shapes = self._shapes(room)
+        pieces = memory[: self._length(room)].split([_aligned(shape) for shape in shapes.values()])
+        named = zip(shapes.items(), pieces, strict=True)
+        return {name: piece[: prod(shape)].view(shape) for (name, shape), piece in named}
+
+    def _run(self, room: Room) -> int:
+        """Compute the step that is in memory, to `_hidden`; the tokens in a tile of the kernels."""
+        inputs, n = self._inputs(room, self._memory), room.decodes
+        slots, columns, newest = inputs["newest"]
+        if n:
+            self._table.rows.index_put_((slots, columns), newest)
+        batch, prompts = fixed_batch(self._format, room, inputs, slots, self._table.rows)
+        ids = inputs["ids"]
+        sampled = torch.where(ids[:n] < 0, self._newest[slots], ids[:n])
+        hidden = self._step(torch.cat([sampled, ids[n:].clamp(min=0)]), batch)
+        if len(self._hidden) < len(hidden):
+            self._hidden = torch.empty_like(hidden)
+        self._hidden[: len(hidden)].copy_(hidden)
+        return prompts.tile
+
+
+class StepGraphs:
+    """All graphs of an engine, which share their memory.
+
+    Args:
+        hidden_states: the model on a batch; logits: of hidden states.
+        newest: [max_num_seqs + 1], ids that were sampled last, by slot, and one that nobody reads.
+        max_blocks: of the longest sequence.
+        most_prompt_tokens: of prompts in a step; 0 where the kernels look at them on the host.
+    """
+
+    def __init__(
+        self,
+        hidden_states: Step,
+        logits: Callable[[Tensor], Tensor],
+        fmt: KVFormat,
+        newest: Tensor,
+        max_blocks: int,
+        most_prompt_tokens: int,
+    ) -> None:
+        self._table = BlockTable(len(newest) - 1, max_blocks, newest.device)
+        self.decodes = DecodeGraphs(lambda ids, batch: logits(hidden_states(ids, batch)), fmt, newest, self._table)
+        self.prompts = PromptGraphs(hidden_states, fmt, newest, self._table, most_prompt_tokens)
+
+    def capture(self, *, largest: bool = False) -> None:
+        """Capture all of them; `largest`: only those that need most memory."""
+        capturer = Capturer()
+        self.prompts.capture(self.prompts.rooms[-1:] if largest else self.prompts.rooms, capturer)
+        self.decodes.capture(SIZES[-1:] if largest else SIZES, capturer)
+
+    def forget(self, slots: Iterable[int]) -> None:
+        """The sequences in these slots are new, or have moved."""
+        self._table.forget(slots)
+
+
+def _aligned(shape: tuple[int, ...]) -> int:
+    """Elements of an array and of what lies behind it, so that the next one is aligned."""
+    return -(-prod(shape) // ALIGNED) * ALIGNED
 
 
 def as_kv_span(span: ScheduledSpan) -> Span:

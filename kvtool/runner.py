@@ -13,7 +13,7 @@ from torch import Tensor
 from kvtool.attention import PagedAttention, block_size
 from kvtool.attention.layer import AttentionLayer
 from kvtool.config import EngineConfig
-from kvtool.cuda_graph import SIZES, DecodeGraphs, as_kv_span
+from kvtool.cuda_graph import MOST_WORK, StepGraphs, as_kv_span
 from kvtool.errors import CapacityError, ConfigError
 from kvtool.kv.batch import KVBatch, on_device
 from kvtool.kv.codecs import check_fits
@@ -136,18 +136,11 @@ class Runner:
 
     def _run(self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None) -> Handle:
         """Compute the spans and sample."""
-        if self.graphs and self.graphs.holds(batch):
-            kv_batch, logits, greedy = self.graphs.launch(batch)
+        if self.graphs and self.graphs.decodes.holds(batch):
+            kv_batch, logits, greedy = self.graphs.decodes.launch(batch)
             self.store.seal(kv_batch)
             return self._sample(batch, logits, greedy, allowed, [])
-        kv_batch = KVBatch.build(self.store.format, list(map(as_kv_span, batch.spans)), self.device)
-        known = [token for span in batch.spans for token in span.token_ids]
-        ends = list(accumulate(span.length for span in batch.spans))
-        rows = [ends[sample.span] - 1 for sample in batch.samples]
-        sent = on_device({"known": np.array(known, np.int64), "rows": np.array(rows, np.int64)}, self.device)
-        sampled = self.newest[kv_batch.tail_slots[: sum(not span.token_ids for span in batch.spans)]]
-        ids = torch.cat([sampled, sent["known"]])
-        hidden = self.model(ids, kv_batch.positions, partial(self._attend, kv_batch))
+        kv_batch, hidden = self._hidden_states(batch)
         self.store.seal(kv_batch)
         for fork in batch.forks:
             self.store.fork(fork.source_block, fork.source_slot, fork.block, fork.slot)
@@ -155,8 +148,26 @@ class Runner:
             new = (span.slot for span in batch.spans if span.token_ids)
             self.graphs.forget([*new, *(fork.slot for fork in batch.forks)])
         prompt_scores = self._score_prompts(batch, hidden)
-        logits = self.model.logits(hidden if rows == list(range(len(hidden))) else hidden[sent["rows"]])
-        return self._sample(batch, logits, None, allowed, prompt_scores)
+        ends = list(accumulate(span.length for span in batch.spans))
+        rows = [ends[sample.span] - 1 for sample in batch.samples]
+        if rows != list(range(len(hidden))):
+            hidden = hidden[on_device({"rows": np.array(rows, np.int64)}, self.device)["rows"]]
+        return self._sample(batch, self.model.logits(hidden), None, allowed, prompt_scores)
+
+    def _hidden_states(self, batch: ScheduledBatch) -> tuple[KVBatch, Tensor]:
+        """Where the step's tokens stand, and their hidden states."""
+        if self.graphs and (room := self.graphs.prompts.room(batch)):
+            return self.graphs.prompts.launch(batch, room)
+        kv_batch = KVBatch.build(self.store.format, list(map(as_kv_span, batch.spans)), self.device)
+        known = [token for span in batch.spans for token in span.token_ids]
+        sampled = self.newest[kv_batch.tail_slots[: sum(not span.token_ids for span in batch.spans)]]
+        ids = torch.cat([sampled, on_device({"known": np.array(known, np.int64)}, self.device)["known"]])
+        return kv_batch, self._compute(ids, kv_batch)
+
+    def _compute(self, ids: Tensor, kv_batch: KVBatch) -> Tensor:
+        """Hidden states of the tokens `ids`."""
+        hidden: Tensor = self.model(ids, kv_batch.positions, partial(self._attend, kv_batch))
+        return hidden
 
     def _sample(
         self,
@@ -228,25 +239,29 @@ class Runner:
         """Give the model a store, and what runs on it."""
         self.store = allocate(layout, num_blocks, config.max_num_seqs, self.dtype, self.device)
         self.attention = PagedAttention(self.store, attention_layers(self.model_config), config.attention_backend)
-        self.graphs = self._graphs() if config.cuda_graph and self.attention.is_capturable else None
+        self.graphs = self._graphs(config) if config.cuda_graph and self.attention.is_capturable else None
 
-    def _graphs(self) -> DecodeGraphs:
-        """Graphs of decode steps, yet to be captured."""
+    def _graphs(self, config: EngineConfig) -> StepGraphs:
+        """Graphs of steps, yet to be captured."""
+        fmt, weights = self.store.format, sum(weight.numel() for weight in self.model.layers.parameters())
+        most_tokens = min(MOST_WORK // weights, config.max_num_batched_tokens)
+        return StepGraphs(
+            self._compute,
+            self.model.logits,
+            fmt,
+            self.newest,
+            max_blocks=max(1, fmt.num_blocks(self.max_model_len)),
+            most_prompt_tokens=most_tokens if self.attention.captures_prompts else 0,
+        )
 
-        def step(ids: Tensor, kv_batch: KVBatch) -> Tensor:
-            return self.model.logits(self.model(ids, kv_batch.positions, partial(self._attend, kv_batch)))
-
-        fmt = self.store.format
-        return DecodeGraphs(step, fmt, self.newest, max(1, fmt.num_blocks(self.max_model_len)))
-
-    def _capture(self, graphs: DecodeGraphs) -> None:
-        """Capture graphs of all sizes on the store as it is.
+    def _capture(self, graphs: StepGraphs) -> None:
+        """Capture all graphs on the store as it is.
 
         Raises:
             CapacityError: the GPU has no memory left for them.
         """
         try:
-            graphs.capture(SIZES)
+            graphs.capture()
         except torch.OutOfMemoryError as error:
             raise CapacityError(
                 f"{self.device} has no memory left for CUDA graphs; "
@@ -254,7 +269,7 @@ class Runner:
             ) from error
 
     def _measure(self, config: EngineConfig, layout: KVLayout) -> DeviceMemory:
-        """Run the largest prompt step, draw for all sequences and capture the largest decode step, on a small store.
+        """Run the largest prompt step, draw for all sequences and capture the largest graphs, on a small store.
 
         Raises:
             CapacityError: the GPU has too little for that.
@@ -267,7 +282,7 @@ class Runner:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.collect(self.launch(largest))
             if self.graphs:
-                self.graphs.capture(SIZES[-1:])
+                self.graphs.capture(largest=True)
             torch.cuda.synchronize(self.device)
         except (torch.OutOfMemoryError, CapacityError) as error:
             raise CapacityError(

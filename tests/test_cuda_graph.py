@@ -1,4 +1,4 @@
-"""Decode steps launched whole, on a GPU: graphs and the kernels that they hold, against float64."""
+"""Steps launched whole, on a GPU: graphs and the kernels that they hold, against float64."""
 
 import random
 
@@ -8,7 +8,9 @@ import torch
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
 from kvtool.errors import KVToolError
-from kvtool.request import Request, SamplingParams, Tokens
+from kvtool.kv.batch import KVBatch
+from kvtool.kv.fixed import Room
+from kvtool.request import Request, SamplingParams, ScheduledBatch, Tokens
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -29,11 +31,11 @@ def engine(kv: KVOptions, **overrides: object) -> Engine:
     return Engine(EngineConfig(kv=kv, swap_space=64 * MIB, **settings))  # type: ignore[arg-type]
 
 
-def requests(count: int) -> list[Request]:
+def requests(count: int, longest: int = 150) -> list[Request]:
     """Prompts and ways to choose of many kinds; the last is forked."""
     rng, made = random.Random(5), list[Request]()
     for i in range(count):
-        prompt = [rng.randrange(3, 4000) for _ in range(rng.randint(1, 150))]
+        prompt = [rng.randrange(3, 4000) for _ in range(rng.randint(1, longest))]
         params = SamplingParams(
             temperature=rng.choice([0.0, 1.0]),
             presence_penalty=rng.choice([0.0, 0.5]),
@@ -87,6 +89,39 @@ def test_graphs_and_kernels_are_as_exact_as_torch_in_the_same_dtype(kv):
     assert error(tight, kv, asked) < 1.3 * torch_error
     assert tight.stats().swap_ins_total > 0
     assert error(engine(kv), kv, asked) < 1.3 * torch_error
+
+
+@pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())
+def test_chunks_of_prompts_run_as_graphs_beside_decodes(kv):
+    asked = requests(9, longest=900)
+    torch_error = error(engine(kv, attention_backend="torch", cuda_graph=False, max_num_batched_tokens=300), kv, asked)
+    tested = engine(kv, max_num_batched_tokens=300)
+    graphs, rooms = tested.runner.graphs.prompts, set()
+    launch = graphs.launch
+
+    def spied(batch: ScheduledBatch, room: Room) -> tuple[KVBatch, torch.Tensor]:
+        rooms.add(room)
+        return launch(batch, room)
+
+    graphs.launch = spied
+    assert error(tested, kv, asked) < 1.3 * torch_error
+    assert {room.decodes for room in rooms} == {0, 4, 16} and {room.tokens for room in rooms} == {128, 256}
+
+
+@pytest.mark.parametrize("length", [200, 500, 1000, 2030])
+def test_a_prompt_of_any_length_has_the_same_scores_with_a_graph_and_without(length):
+    """Also where a step has more prompts than a graph has room for."""
+    rng = random.Random(length)
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, prompt_logprobs=0)
+    lengths = [length, *[9] * 40]
+    asked = [Request(str(i), [rng.randrange(3, 4000) for _ in range(n)], params) for i, n in enumerate(lengths)]
+    scores = []
+    for cuda_graph in (True, False):
+        tested = engine(KVOptions(nbits="8"), cuda_graph=cuda_graph, max_num_seqs=64, kv_cache_memory=128 * MIB)
+        news = answers(tested, asked[:1]) | answers(tested, asked[1:])
+        scores.append(torch.tensor([p.logprob for r in asked for p in news[r.id][0].prompt_logprobs or ()]))
+    assert len(scores[0]) == sum(lengths) - len(lengths)
+    assert (scores[0] - scores[1]).abs().mean() < 0.1
 
 
 def test_more_sequences_than_a_graph_holds_run_without_one():

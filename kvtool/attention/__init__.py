@@ -19,7 +19,13 @@ from kvtool.kv.store import KVStore, LayerKV, Near
 
 
 class Prefill(Protocol):
-    """Attention of spans of several queries."""
+    """Attention of spans of several queries.
+
+    Attributes:
+        captures_prompts: it looks at no value on the host, so that a CUDA graph can hold it.
+    """
+
+    captures_prompts: bool
 
     def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
         """Why this cannot run `layer` on `kv`, or None if it can."""
@@ -117,6 +123,11 @@ class PagedAttention:
     def is_capturable(self) -> bool:
         """Decode steps look at no value on the host, so that a CUDA graph can hold them."""
         return all(b.decode.is_capturable for b in self.backends) and all(kv.writer for kv in self.store.layers)
+
+    @property
+    def captures_prompts(self) -> bool:
+        """Neither do steps with prompts."""
+        return self.is_capturable and all(b.prefill.captures_prompts for b in self.backends)
 
     def __call__(self, index: int, q: Tensor, key: Tensor, value: Tensor, batch: KVBatch) -> Tensor:
         """Store this step's `key` and `value` [T, Hkv, D] and attend with `q` [T, Hq, D]; returns [T, Hq, D].

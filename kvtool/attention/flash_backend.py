@@ -15,6 +15,7 @@ class FlashAttention:
     """Blocks of 256 tokens are its pages; a step of whole prompts reads their own keys and no page."""
 
     is_capturable = True
+    captures_prompts = False
 
     def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
         codes = kv.key.arrays["codes"]

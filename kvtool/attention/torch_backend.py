@@ -12,7 +12,7 @@ from kvtool.kv.store import LayerKV, Near, Stream
 class TorchAttention:
     """Decodes what a step reads and leaves the rest to torch; the single queries of all sequences go together."""
 
-    is_capturable = False
+    is_capturable = captures_prompts = False
 
     def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
         return None

@@ -15,6 +15,8 @@ except ModuleNotFoundError:  # torch for CPU comes without triton
 class TritonPrefill:
     """The queries of all spans in one launch, behind one that decodes the blocks they read."""
 
+    captures_prompts = True
+
     def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
         return _not_here(kv) or prefill.refuses(kv.key.packed, kv.value.packed, layer.num_heads)
 

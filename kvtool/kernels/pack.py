@@ -104,11 +104,14 @@ class LayerWriter:
     faults: Tensor
 
     def write_tokens(self, key: Tensor, value: Tensor, blocks: Tensor, rows: Tensor) -> None:
-        """Pack tokens for good: key and value [T, heads, D], each in its block and row."""
+        """Pack tokens for good: key and value [T, heads, D], each in its block and row; not those in block -1."""
         self._write(key, value, self.blocks, None, blocks, rows, self.key, self.value)
 
     def write_tails(self, key: Tensor, value: Tensor, tokens: Tensor | None, slots: Tensor, rows: Tensor) -> None:
-        """Keep `tokens` [n] (None: all) of key and value [T, heads, D] as they are, each in its tail slot and row."""
+        """Keep `tokens` [n] (None: all) of key and value [T, heads, D] as they are, each in its tail slot and row.
+
+        What goes to slot -1 is not kept.
+        """
         self._write(key, value, self.tails.view(torch.uint8), tokens, slots, rows, self.tail_key, self.tail_value)
 
     def read_near(self, key: Tensor, value: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +141,7 @@ class LayerWriter:
         return near_key, near_value
 
     def write_blocks(self, key: Tensor, value: Tensor, rows: Tensor, blocks: Tensor) -> None:
-        """Pack whole blocks: the B tokens of key and value [T, heads, D] from each of `rows` [n] on."""
+        """Pack whole blocks: the B tokens of key and value [T, heads, D] from each of `rows` [n] on; no block -1."""
         assert key.stride(-1) == value.stride(-1) == 1
         grid = (len(blocks), self.key.heads + self.value.heads)
         _write_blocks[grid](
@@ -262,9 +265,12 @@ def _write_tokens(
     """Program (token, stream)."""
     await_inputs(CHAINED)
     index = tl.program_id(0).to(tl.int64)
+    owner = tl.load(owners + index).to(tl.int64)
+    if owner < 0:  # nobody's
+        return
     token = index if tokens is None else tl.load(tokens + index).to(tl.int64)
     row = tl.load(rows + index)
-    block = memory + tl.load(owners + index).to(tl.int64) * owner_bytes
+    block = memory + owner * owner_bytes
     if tl.program_id(1) == 0:
         _write_token(key + token * key_token_stride, key_head_stride, block, row, faults, KEY)
     else:
@@ -339,8 +345,11 @@ def _write_blocks(
 ):
     """Program (block, head of either stream)."""
     index = tl.program_id(0)
+    block_id = tl.load(blocks + index).to(tl.int64)
+    if block_id < 0:  # nobody's
+        return
     row = tl.load(rows + index).to(tl.int64)
-    block = memory + tl.load(blocks + index).to(tl.int64) * block_bytes
+    block = memory + block_id * block_bytes
     head = tl.program_id(1)
     if head < KEY.heads:
         x = key + head * key_head_stride + row * key_token_stride

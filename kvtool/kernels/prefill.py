@@ -78,7 +78,7 @@ def paged_prefill(
         q: [T, Hq, D] bf16 or fp16, of the tokens behind the decodes.
         near_key, near_value: [n, Hkv, D] of q's dtype, as in `kvtool.kv.store.Near`.
         table: [P, N] integers, blocks of each span: ids, or where `far_blocks` [F] is given indices into that.
-        tiles: `Prompts.tiles`.
+        tiles: `Prompts.tiles`; a tile of span -1 is nobody's.
         visible: [num_decodes + T] integers, v(t) of each token of the batch.
         scale: multiplies q·k before the softmax.
         sliding_window: a query sees this many newest positions, itself included; None sees all.
@@ -88,7 +88,8 @@ def paged_prefill(
     _, kv_heads, block_size, _ = key.codes.shape
     q = q if q.stride(1) == head_dim and q.stride(2) == 1 else q.contiguous()
     group_heads = num_heads // kv_heads
-    tile, cut = _choose(tiles, q.device, head_dim, group_heads, kv_heads)
+    tile = _choose(len(q), q.device, head_dim, group_heads, kv_heads)
+    cut = tiles(tile.rows // group_heads)
     heads = kv_heads if far_blocks is None else _heads_at_once(len(far_blocks) * block_size * head_dim, kv_heads)
     for first_head in range(0, kv_heads, heads):
         heads = min(heads, kv_heads - first_head)
@@ -139,7 +140,7 @@ def paged_prefill(
 def unpack(
     key: PackedStream, value: PackedStream, blocks: Tensor, first_head: int, heads: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Blocks [F] decoded, of `heads` heads from `first_head` on.
+    """Blocks [F] decoded, of `heads` heads from `first_head` on; of block -1 anything.
 
     Returns:
         [F, heads, B, D] of keys and of values, in `dtype` where they are of 16 bits, else in fp16: it holds all that
@@ -177,15 +178,11 @@ def unpack(
     return outs[0], outs[1]
 
 
-def _choose(
-    tiles: Callable[[int], Tensor], device: torch.device, head_dim: int, group_heads: int, kv_heads: int
-) -> tuple[Tile, Tensor]:
-    """The tile for these spans, and the spans cut into it."""
+def _choose(num_tokens: int, device: torch.device, head_dim: int, group_heads: int, kv_heads: int) -> Tile:
+    """The large tile where it fills the device, else the small one. It depends on shapes alone, for CUDA graphs."""
     large, small = TILES[capability(device), triton.next_power_of_2(head_dim)]
-    cut = tiles(large.rows // group_heads)
-    if len(cut) * kv_heads >= _num_sms(device) or large == small:
-        return large, cut
-    return small, tiles(small.rows // group_heads)
+    programs = triton.cdiv(num_tokens, large.rows // group_heads) * kv_heads
+    return large if programs >= _num_sms(device) else small
 
 
 def _heads_at_once(elements: int, kv_heads: int) -> int:
@@ -238,6 +235,8 @@ def _prefill_kernel(
     head = tl.program_id(0) % heads
     tile = tiles_ptr + tl.program_id(0) // heads * 7
     span = tl.load(tile)
+    if span < 0:  # nobody's
+        return
     t_first = tl.load(tile + 1).to(tl.int32)
     start = tl.load(tile + 3).to(tl.int32)
     token = tl.load(tile + 2) - start  # of position 0
@@ -420,6 +419,8 @@ def _unpack_kernel(
     """Program (block, head, stream)."""
     index = tl.program_id(0).to(tl.int64)
     block = tl.load(blocks_ptr + index).to(tl.int64) * block_stride
+    if block < 0:  # nobody's
+        return
     head = first_head + tl.program_id(1)
     to = (index * heads + tl.program_id(1)) * (BLOCK * D)
     if tl.program_id(2) == 0:

@@ -80,11 +80,7 @@ class Prompts:
             [n, 7] int64: span, the tile's first position, then the span's row of `spans`. The same tensor each time.
         """
         if num_tokens not in self._tiles:
-            _, start, end = self.spans.T[:3]
-            span, index = each(np.zeros_like(start), -(-(end - start) // num_tokens))
-            position = start[span] + num_tokens * index
-            order = np.argsort(-position, kind="stable")
-            tiles = np.concatenate([np.stack([span, position], 1), self.spans[span]], 1)[order]
+            tiles = cut(self.spans, num_tokens)
             self._tiles[num_tokens] = on_device({"tiles": tiles}, self.far_table.device)["tiles"]
         return self._tiles[num_tokens]
 
@@ -121,29 +117,20 @@ class KVBatch:
     @classmethod
     def build(cls, fmt: KVFormat, spans: Sequence[Span], device: torch.device | str = "cpu") -> "KVBatch":
         """Lay out `spans`, of which those of one token must come first; one transfer to a GPU."""
-        starts = integers((span.start for span in spans), len(spans))
-        ends = integers((span.end for span in spans), len(spans))
-        slots = integers((span.tail_slot for span in spans), len(spans))
-        is_decode = ends - starts == 1
-        num_decodes = int(is_decode.sum())
-        assert is_decode[:num_decodes].all(), "spans of one token come first"
-        (owners, positions), table = each(starts, ends), _block_table(spans)
-        size = fmt.block_size if fmt.packs_on_write else fmt.tail_tokens
-        token_blocks = table[owners, positions // size] if fmt.packs_on_write else positions[:0]
-        arrays = {
-            "positions": positions,
-            "block_table": table,
-            "rows": positions % size,
-            "token_blocks": token_blocks,
-            "tail_slots": slots,
-            "visible": fmt.visible(positions),
-        }
-        if num_decodes == len(spans):
-            return cls(fmt, tuple(spans), num_decodes, prompts=None, **on_device(arrays, torch.device(device)))
-        near, of_prompts = _prompts(fmt, starts, ends, slots, table, num_decodes)
-        tensors = on_device(arrays | of_prompts, torch.device(device))
-        prompts = Prompts(near, **{name: tensors.pop(name) for name in of_prompts})
-        return cls(fmt, tuple(spans), num_decodes, prompts=prompts, **tensors)
+        laid = LaidOut.of(fmt, spans)
+        if laid.num_decodes == len(spans):
+            tensors = on_device(laid.arrays, torch.device(device))
+            return cls(fmt, tuple(spans), laid.num_decodes, prompts=None, **tensors)
+        _, start, _, first_near, _ = laid.spans.T
+        if (first_near == start).all():
+            laid.of_prompts["near_sources"] = start[:0]
+        read = laid.read_columns
+        far_table = np.zeros_like(laid.prompt_table)
+        far_blocks, far_table[read] = np.unique(laid.prompt_table[read], return_inverse=True)
+        of_prompts = laid.of_prompts | {"far_blocks": far_blocks, "far_table": far_table}
+        tensors = on_device(laid.arrays | of_prompts, torch.device(device))
+        prompts = Prompts(laid.spans, **{name: tensors.pop(name) for name in of_prompts})
+        return cls(fmt, tuple(spans), laid.num_decodes, prompts=prompts, **tensors)
 
     @cached_property
     def pages(self) -> Tensor:
@@ -173,33 +160,79 @@ class KVBatch:
         return self.block_table[:n, :width], torch.cat(columns, dim=1)
 
 
-def _prompts(
-    fmt: KVFormat, starts: Integers, ends: Integers, slots: Integers, table: Integers, num_decodes: int
-) -> tuple[Integers, dict[str, Integers]]:
-    """`Prompts` of the spans behind the decodes: its `spans`, and all else by name."""
-    tokens, (start, end) = exclusive_sums(ends - starts), (starts[num_decodes:], ends[num_decodes:])
-    if fmt.packs_on_write:
-        first_near, num_far = start, -(-end // fmt.block_size)
-        writes = dict.fromkeys(("near_sources", "sealed_blocks", "sealed_rows", *KEPT), starts[:0])
-    else:
-        first_near, num_far = fmt.visible(start), fmt.visible(end - 1) // fmt.block_size
-        writes = _kept(fmt, starts, ends, slots, tokens, num_decodes)
-        writes |= _near_sources(fmt, start, end, slots[num_decodes:], tokens[num_decodes:])
-        writes |= _sealed(fmt, start, end, table[num_decodes:])
-    spans = np.stack([tokens[num_decodes:], start, end, first_near, exclusive_sums(end - first_near)], 1)
-    far_table = np.zeros_like(table[num_decodes:])
-    read = np.arange(far_table.shape[1]) < num_far[:, None]
-    far_blocks, far_table[read] = np.unique(table[num_decodes:][read], return_inverse=True)
-    return spans, writes | {"far_blocks": far_blocks, "far_table": far_table}
+@dataclass(frozen=True)
+class LaidOut:
+    """Spans as integers on the host.
+
+    Attributes:
+        arrays: of `KVBatch`, by name.
+        spans, of_prompts: of `Prompts`, but for the far part; `near_sources` are of all near tokens.
+        num_far: [P], blocks that each of its spans reads.
+    """
+
+    num_decodes: int
+    arrays: dict[str, Integers]
+    spans: Integers
+    of_prompts: dict[str, Integers]
+    num_far: Integers
+
+    @classmethod
+    def of(cls, fmt: KVFormat, spans: Sequence[Span]) -> "LaidOut":
+        """Lay out `spans`, of which those of one token must come first."""
+        starts = integers((span.start for span in spans), len(spans))
+        ends = integers((span.end for span in spans), len(spans))
+        slots = integers((span.tail_slot for span in spans), len(spans))
+        is_decode = ends - starts == 1
+        num_decodes = int(is_decode.sum())
+        assert is_decode[:num_decodes].all(), "spans of one token come first"
+        (owners, positions), table = each(starts, ends), _block_table(spans)
+        size = fmt.block_size if fmt.packs_on_write else fmt.tail_tokens
+        arrays = {
+            "positions": positions,
+            "block_table": table,
+            "rows": positions % size,
+            "token_blocks": table[owners, positions // size] if fmt.packs_on_write else positions[:0],
+            "tail_slots": slots,
+            "visible": fmt.visible(positions),
+        }
+        tokens, (start, end) = exclusive_sums(ends - starts), (starts[num_decodes:], ends[num_decodes:])
+        if fmt.packs_on_write:
+            first_near, num_far = start, -(-end // fmt.block_size)
+            writes = dict.fromkeys(("near_sources", "sealed_blocks", "sealed_rows", *KEPT), starts[:0])
+        else:
+            first_near, num_far = fmt.visible(start), fmt.visible(end - 1) // fmt.block_size
+            writes = _kept(fmt, starts, ends, slots, tokens, num_decodes)
+            writes |= _near_sources(fmt, start, end, slots[num_decodes:], tokens[num_decodes:])
+            writes |= _sealed(fmt, start, end, table[num_decodes:])
+        near_rows = exclusive_sums(end - first_near)
+        of_prompts = np.stack([tokens[num_decodes:], start, end, first_near, near_rows], 1)
+        return cls(num_decodes, arrays, of_prompts, writes, num_far)
+
+    @property
+    def prompt_table(self) -> Integers:
+        """[P, N], the block table of the spans behind the decodes."""
+        return self.arrays["block_table"][self.num_decodes :]
+
+    @property
+    def read_columns(self) -> NDArray[np.bool_]:
+        """[P, N], which blocks of `prompt_table` are read."""
+        read: NDArray[np.bool_] = np.arange(self.prompt_table.shape[1]) < self.num_far[:, None]
+        return read
+
+
+def cut(spans: Integers, num_tokens: int) -> Integers:
+    """`Prompts.tiles` of `spans`, on the host."""
+    _, start, end = spans.T[:3]
+    span, index = each(np.zeros_like(start), -(-(end - start) // num_tokens))
+    position = start[span] + num_tokens * index
+    order = np.argsort(-position, kind="stable")
+    return np.concatenate([np.stack([span, position], 1), spans[span]], 1)[order]
 
 
 def _near_sources(
     fmt: KVFormat, start: Integers, end: Integers, slot: Integers, token: Integers
 ) -> dict[str, Integers]:
-    first_near = fmt.visible(start)
-    if (first_near == start).all():
-        return {"near_sources": start[:0]}
-    span, position = each(first_near, end)
+    span, position = each(fmt.visible(start), end)
     old = -1 - (slot[span] * fmt.tail_tokens + position % fmt.tail_tokens)
     return {"near_sources": np.where(position < start[span], old, (token - start)[span] + position)}
 

@@ -1,0 +1,147 @@
+"""A step's spans at shapes that do not depend on them, as a CUDA graph needs them. What is left over is nobody's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvtool.kv.batch import KEPT, Integers, KVBatch, LaidOut, Prompts, Span, cut, exclusive_sums
+from kvtool.kv.format import KVFormat
+
+MOST_PROMPTS = 32
+MOST_FAR = 512  # blocks that they read in all
+LEAST_TILE = 4  # tokens: of 64 rows and 16 heads
+NOBODY = Span(-1, 0, (-1,), -1)  # a token that is stored nowhere and reads nothing
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a step may hold.
+
+    Attributes:
+        decodes: spans of one token.
+        tokens: of the spans behind them, of which there are at most `MOST_PROMPTS`.
+    """
+
+    decodes: int
+    tokens: int
+
+    def holds(self, fmt: KVFormat, spans: Sequence[Span]) -> bool:
+        """Whether `spans`, those of one token first, find room."""
+        prompts = [span for span in spans if span.length > 1]
+        tokens = sum(span.length for span in prompts)
+        num_far = sum(_num_far(fmt, span) for span in prompts)
+        return (
+            len(spans) - len(prompts) <= self.decodes
+            and tokens <= self.tokens
+            and len(prompts) <= MOST_PROMPTS
+            and num_far <= MOST_FAR
+            and sum(span.start - _first_near(fmt, span) for span in prompts) <= self._most_old(fmt)
+        )
+
+    def shapes(self, fmt: KVFormat) -> dict[str, tuple[int, ...]]:
+        """Of all arrays that `lay_out` fills."""
+        every, tailed = self.decodes + self.tokens, not fmt.packs_on_write
+        sealed = tailed * (self.tokens // fmt.block_size + MOST_PROMPTS)
+        kept = tailed * (self.decodes + min(self.tokens, MOST_PROMPTS * fmt.tail_tokens))
+        return {
+            "positions": (every,),
+            "rows": (every,),
+            "visible": (every,),
+            "token_blocks": (0 if tailed else every,),
+            "near_sources": (tailed * (self.tokens + self._most_old(fmt)),),
+            "sealed_blocks": (sealed,),
+            "sealed_rows": (sealed,),
+            "kept_tokens": (kept,),
+            "kept_slots": (kept,),
+            "kept_rows": (kept,),
+            "far_blocks": (MOST_FAR,),
+            "far_firsts": (MOST_PROMPTS,),
+            "tiles": (self.tokens // LEAST_TILE + MOST_PROMPTS, 7),
+        }
+
+    def lay_out(self, fmt: KVFormat, spans: Sequence[Span], tile: int) -> dict[str, Integers]:
+        """`spans` as `KVBatch.build` lays them out, with decodes that are nobody's behind the true ones.
+
+        Args:
+            tile: tokens in a tile of queries.
+
+        Returns:
+            arrays no longer than `shapes` says. Behind them -1 must stand, which kernels take for nobody's.
+        """
+        num_decodes = sum(span.length == 1 for span in spans)
+        nobody = [NOBODY] * (self.decodes - num_decodes)
+        laid = LaidOut.of(fmt, [*spans[:num_decodes], *nobody, *spans[num_decodes:]])
+        far = {"far_blocks": laid.prompt_table[laid.read_columns], "far_firsts": exclusive_sums(laid.num_far)}
+        arrays = {name: laid.arrays[name] for name in ("positions", "rows", "visible", "token_blocks")}
+        return arrays | laid.of_prompts | far | {"tiles": cut(laid.spans, tile)}
+
+    def _most_old(self, fmt: KVFormat) -> int:
+        """Near tokens of earlier steps: those of two tails, as few spans start between blocks."""
+        return 2 * fmt.tail_tokens
+
+
+@dataclass(frozen=True)
+class FixedPrompts(Prompts):
+    """Prompts in memory that is filled before each run.
+
+    Attributes:
+        num_tokens: of the spans, at most.
+        tile_memory: [n, 7] int64, for tiles of any size; that of the kernels is known once they have asked for it.
+    """
+
+    num_tokens: int
+    tile_memory: Tensor
+
+    @property
+    def tile(self) -> int:
+        """Tokens in a tile."""
+        (tile,) = self._tiles
+        return tile
+
+    def tiles(self, num_tokens: int) -> Tensor:
+        if num_tokens not in self._tiles:
+            assert not self._tiles, "all layers take the same tile"
+            self._tiles[num_tokens] = self.tile_memory[: -(-self.num_tokens // num_tokens) + MOST_PROMPTS]
+        return self._tiles[num_tokens]
+
+
+def fixed_batch(
+    fmt: KVFormat, room: Room, tensors: dict[str, Tensor], slots: Tensor, table: Tensor
+) -> tuple[KVBatch, FixedPrompts]:
+    """The batch of whatever `Room.lay_out` has put into `tensors`, as computed on their device, and its prompts.
+
+    Args:
+        slots: [room.decodes], of the decodes; what is nobody's needs one that exists.
+        table: [slots, N], their blocks.
+    """
+    far_table = tensors["far_firsts"][:, None] + torch.arange(table.shape[1], device=table.device)
+    far_table = far_table.clamp_(0, MOST_FAR - 1)
+    names = ("near_sources", "sealed_blocks", "sealed_rows", *KEPT, "far_blocks")
+    prompts = FixedPrompts(
+        np.zeros((0, 5), np.int64),
+        **{name: tensors[name] for name in names},
+        far_table=far_table,
+        num_tokens=room.tokens,
+        tile_memory=tensors["tiles"],
+    )
+    batch = KVBatch(
+        format=fmt,
+        spans=(),
+        num_decodes=room.decodes,
+        **{name: tensors[name] for name in ("positions", "rows", "visible", "token_blocks")},
+        block_table=torch.cat([table[slots], tensors["far_blocks"][far_table]]),
+        tail_slots=slots,
+        prompts=prompts,
+    )
+    return batch, prompts
+
+
+def _first_near(fmt: KVFormat, span: Span) -> int:
+    return span.start if fmt.packs_on_write else fmt.visible(span.start)
+
+
+def _num_far(fmt: KVFormat, span: Span) -> int:
+    return -(-min(span.end, fmt.visible(span.end - 1)) // fmt.block_size)

@@ -1,0 +1,170 @@
+"""Steps padded to shapes that do not depend on them, against the same steps as they are.
+
+The integers are compared everywhere, what kernels make of them on a GPU, elsewhere in Triton's interpreter.
+"""
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from test_batch import OPTIONS, SPEC, steps
+
+from kvtool.attention import BACKENDS
+from kvtool.attention.layer import AttentionLayer
+from kvtool.config import KVOptions
+from kvtool.kv import fixed
+from kvtool.kv import store as store_module
+from kvtool.kv.batch import KVBatch, Span, cut
+from kvtool.kv.fixed import MOST_PROMPTS, Room, fixed_batch
+from kvtool.kv.format import KVFormat, resolve
+from kvtool.kv.layout import KVLayout
+from kvtool.kv.spec import KVSpec, StreamSpec
+from kvtool.kv.store import KVStore
+
+ROOM = Room(decodes=8, tokens=512)
+
+
+def filled(room: Room, fmt: KVFormat, spans: list[Span], tile: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """What a graph reads: all that `lay_out` gives, and -1 behind it."""
+    laid, tensors = room.lay_out(fmt, spans, tile), {}
+    for name, shape in room.shapes(fmt).items():
+        flat = torch.full(shape, -1, dtype=torch.int64).flatten()
+        flat[: laid[name].size] = torch.from_numpy(laid[name].ravel())
+        tensors[name] = flat.view(shape).to(device)
+    return tensors
+
+
+@settings(deadline=None)
+@given(steps())
+def test_a_padded_step_does_what_the_step_does_and_no_more(drawn):
+    fmt, spans = drawn
+    batch, n = KVBatch.build(fmt, spans), sum(span.length == 1 for span in spans)
+    assume(n < len(spans) and ROOM.holds(fmt, spans))
+    tensors, tile = filled(ROOM, fmt, spans, 24), 24
+    table = torch.arange(100 * 9).view(9, 100)
+    slots = batch.tail_slots[:n].tolist() + [8] * (ROOM.decodes - n)
+    padded, prompts = fixed_batch(fmt, ROOM, tensors, torch.tensor(slots), table)
+    true = [*range(n), *range(ROOM.decodes, ROOM.decodes + len(batch.positions) - n)]  # tokens that are somebody's
+    place = {index: token for token, index in enumerate(true)}
+    others = [index for index in range(len(padded.positions)) if index not in place]
+
+    for name in ("positions", "rows", "visible"):
+        assert torch.equal(getattr(padded, name)[true], getattr(batch, name))
+    assert (padded.positions[others] == -1).all()
+    if fmt.packs_on_write:
+        assert torch.equal(padded.token_blocks[true], batch.token_blocks)
+        assert (padded.token_blocks[others] == -1).all()
+    assert torch.equal(padded.block_table[: ROOM.decodes], table[slots])
+
+    def kept(of, tokens):
+        rows = zip(of.kept_tokens.tolist(), of.kept_slots.tolist(), of.kept_rows.tolist(), strict=True)
+        return [(tokens[token], slot, row) for token, slot, row in rows if slot >= 0]
+
+    assert kept(prompts, place) == kept(batch.prompts, range(len(true)))
+    sealed, rows = batch.prompts.sealed_blocks, batch.prompts.sealed_rows
+    assert (
+        torch.equal(prompts.sealed_blocks[: len(sealed)], sealed) and (prompts.sealed_blocks[len(sealed) :] < 0).all()
+    )
+    assert torch.equal(prompts.sealed_rows[: len(sealed)], rows)
+    first, last = n, len(batch.positions)
+    sources = batch.prompts.near_sources.tolist() or ([] if fmt.packs_on_write else list(range(first, last)))
+    found = [source if source < 0 else place[source] for source in prompts.near_sources[: len(sources)].tolist()]
+    assert found == sources
+
+    for index, span in enumerate(spans[n:]):
+        columns = -(-min(span.end, fmt.visible(span.end - 1)) // fmt.block_size)
+        own = list(span.blocks[:columns])
+        assert prompts.far_blocks[prompts.far_table[index, :columns]].tolist() == own
+        assert padded.block_table[ROOM.decodes + index, :columns].tolist() == own
+    shift = torch.tensor([0, 0, ROOM.decodes - n, 0, 0, 0, 0])
+    expected = torch.from_numpy(cut(batch.prompts.spans, tile)) + shift
+    tiles = prompts.tiles(tile)
+    assert torch.equal(tiles[: len(expected)], expected) and (tiles[len(expected) :] == -1).all()
+    assert prompts.tile == tile
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: repr(options)[10:-1])
+def test_what_a_room_holds_fits_into_its_arrays(options):
+    """Steps at the very limits, and just beyond them."""
+    fmt = resolve(options, SPEC)
+    old = fmt.tail_tokens - 1 if fmt.tail_tokens else 70
+
+    def span(start: int, length: int, slot: int) -> Span:
+        return Span(start, start + length, range(fmt.num_blocks(start + length)), slot)
+
+    decodes = [span(700, 1, slot) for slot in range(ROOM.decodes)]
+    limits = {
+        "tokens": [span(0, 512, 8)],
+        "prompts": [span(0, 16, 8 + i) for i in range(MOST_PROMPTS)],
+        "old": [span(old, 100, 8), span(old, 100, 9)],
+        "far": [span(fmt.block_size * 400, 100, 8), span(fmt.block_size * 100, 100, 9)],
+    }
+    beyond = {
+        "tokens": [span(0, 513, 8)],
+        "prompts": [*limits["prompts"], span(0, 2, 99)],
+        "far": [span(fmt.block_size * 400, 100, 8), span(fmt.block_size * 111, 100, 9)],
+    }
+    if fmt.tail_tokens:
+        beyond["old"] = [*limits["old"], span(old, 100, 10)]
+    for name, prompts in limits.items():
+        assert ROOM.holds(fmt, [*decodes, *prompts]), name
+        laid, shapes = ROOM.lay_out(fmt, [*decodes, *prompts], 4), ROOM.shapes(fmt)
+        assert laid.keys() == shapes.keys()
+        assert all(len(laid[array]) <= shape[0] for array, shape in shapes.items()), name
+    for name, prompts in beyond.items():
+        assert not ROOM.holds(fmt, prompts), name
+    assert not ROOM.holds(fmt, [*decodes, span(3, 1, 100), span(0, 2, 101)])
+
+
+KERNEL_OPTIONS = [
+    KVOptions(),
+    KVOptions(nbits="4", q_group_size=32),
+    KVOptions(nbits="2", q_group_size=32, residual_length=32),
+    KVOptions(nbits="4", axis_key="token"),
+]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("options", KERNEL_OPTIONS, ids=lambda options: repr(options)[10:-1])
+def test_kernels_leave_alone_what_is_nobodys(options, monkeypatch):
+    """The same bytes are stored and the same attention comes out, though all that is padding is NaN."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(fixed, "MOST_FAR", 6)
+    monkeypatch.setattr(store_module, "runs_kernels", lambda device, dtype: True)
+    torch.manual_seed(0)
+    layer, stream = AttentionLayer(4, 2, 64, 0.125), StreamSpec(2, 64)
+    spec = KVSpec(1, stream, stream, 2)
+    fmt, room = resolve(options, spec, block_size=32), Room(decodes=4, tokens=48)
+    bounds = [(40, 41), (5, 6), (30, 45), (0, 33)]
+    ids = iter(torch.randperm(40).tolist())
+    spans = [Span(a, b, [next(ids) for _ in range(fmt.num_blocks(b))], i) for i, (a, b) in enumerate(bounds)]
+    backend = next(backend for backend in BACKENDS if backend.name == "triton")
+    x = {span.tail_slot: torch.randn(3, span.end, 4, 64, device=DEVICE, dtype=torch.float16) for span in spans}
+
+    def tokens(some: list[Span]) -> torch.Tensor:
+        return torch.cat([x[span.tail_slot][:, span.start : span.end] for span in some], dim=1)
+
+    outputs, bytes_ = [], []
+    for is_padded in (False, True):
+        store = KVStore(KVLayout(spec, fmt), 40, 6, torch.float16, DEVICE)
+        kv = store.layers[0]
+        for span in spans:
+            if span.start > 1:
+                before = Span(0, span.start, span.blocks, span.tail_slot)
+                history = KVBatch.build(fmt, [before], DEVICE)
+                _, key, value = tokens([before])
+                kv.write(key[:, :2], value[:, :2], history)
+        q, key, value = tokens(spans)
+        batch, true = KVBatch.build(fmt, spans, DEVICE), torch.arange(len(q), device=DEVICE)
+        if is_padded:
+            true += (true >= 2) * (room.decodes - 2)
+            wide = torch.full((3, 52, 4, 64), float("nan"), device=DEVICE, dtype=torch.float16)
+            wide[:, true] = tokens(spans)
+            q, key, value = wide
+            slots = torch.tensor([0, 1, 1, 1], device=DEVICE)
+            batch, _ = fixed_batch(fmt, room, filled(room, fmt, spans, 32, DEVICE), slots, batch.block_table[:2])
+        near = kv.write(key[:, :2], value[:, :2], batch)
+        outputs.append(backend.forward(q, near, kv, batch, layer)[true])
+        bytes_.append(torch.cat([store.blocks, store.tails, store.take_fault()]))
+    assert outputs[0].isfinite().all()
+    assert (outputs[0] - outputs[1]).abs().max() < 2e-3  # splits and tiles may differ
+    assert torch.equal(*bytes_)
