@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_BITS: Bits = "4"
 RETRIEVAL, RETRIEVAL_QUESTIONS = "retrieval", 24  # asked of tiny, which learnt it
+TRIALS, PLAN_FILE = 200, "kv-plan.yaml"  # of a search
 SHOWN_CHARACTERS = 100  # of the end of a question
 
 QUALITY = (
@@ -174,10 +175,15 @@ def quantize_kv(
     tokens: Annotated[
         int | None, measure_option("--tokens", min=1, max=2**40, help="That --budget-memory must hold.")
     ] = None,
-    trials: Annotated[int, measure_option("--trials", min=1, max=10**6, help="Of --search: plans to look at.")] = 200,
+    trials: Annotated[
+        int | None, measure_option("--trials", min=1, max=10**6, help=f"Of --search: plans to look at ({TRIALS}).")
+    ] = None,
     save_plan: Annotated[
-        str, measure_option("--save-plan", metavar="FILE", help="Where --search writes what `serve --kv-plan` takes.")
-    ] = "kv-plan.yaml",
+        str | None,
+        measure_option(
+            "--save-plan", metavar="FILE", help=f"Where --search writes what `serve --kv-plan` takes ({PLAN_FILE})."
+        ),
+    ] = None,
     preflight: Annotated[
         bool,
         measure_option(
@@ -195,12 +201,18 @@ def quantize_kv(
     Example: kvtool quantize-kv --search --budget-bits 4.0 --save-plan plan.yaml
     """
     of_one_format = {"task": task, "questions": questions, "show-answers": show_answers, "dump": dump, "prompt": prompt}
-    check_search(find, {"ablate": ablate, **of_one_format}, budget_bits, budget_memory, tokens)
+    of_search = {"trials": trials, "save-plan": save_plan}
+    check_search(find, {"ablate": ablate, **of_one_format}, of_search, budget_bits, budget_memory, tokens)
     from kvtool.quantize.report import Exam
 
     if find:
         exam = Exam(data, field, window, max_tokens, batch, context)
-        show(plan_report(engine, exam, budget_bits, budget_memory, tokens, trials, Path(save_plan)), output)
+        show(
+            plan_report(
+                engine, exam, budget_bits, budget_memory, tokens, trials or TRIALS, Path(save_plan or PLAN_FILE)
+            ),
+            output,
+        )
         return
     engine = replace(engine, kv=with_bits(engine.kv))
     if ablate is not None:
@@ -295,12 +307,19 @@ def ablation_report(engine: EngineConfig, exam: "Exam", asked: str, journal: Pat
 
 
 def check_search(
-    find: bool, asked: Mapping[str, object], bits: float | None, memory: int | None, tokens: int | None
+    find: bool,
+    asked: Mapping[str, object],
+    of_search: Mapping[str, object],
+    bits: float | None,
+    memory: int | None,
+    tokens: int | None,
 ) -> None:
     """Refuse a search without a budget, a budget without a search, and what else cannot be asked for together."""
     if not find:
-        if (bits, memory, tokens) != (None, None, None):
-            raise ConfigError("--budget-bits, --budget-memory and --tokens are for --search; add it")
+        budget = {"budget-bits": bits, "budget-memory": memory, "tokens": tokens}
+        for name, given in {**budget, **of_search}.items():
+            if given is not None:
+                raise ConfigError(f"--{name} is for --search; add it")
         return
     for name, given in asked.items():
         if given:

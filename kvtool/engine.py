@@ -156,8 +156,8 @@ class Engine:
         return self._collect()
 
     def _can_run_ahead(self) -> bool:
-        """The next step can be launched before this one's tokens are known; a grammar must see them first."""
-        return self._runs_ahead and not self._matchers
+        """The next step can be launched before this one's tokens are known; a grammar must see its own first."""
+        return self._runs_ahead and not self.scheduler.grammar_awaits
 
     def _launch(self) -> bool:
         """Start a step, if the scheduler has one."""

@@ -302,17 +302,24 @@ class Runner:
 
 
 def largest_step(config: EngineConfig, fmt: KVFormat, max_model_len: int) -> ScheduledBatch:
-    """Prompts of as many tokens as a step may have, none longer than `max_model_len`, and as many draws."""
+    """Prompts of as many tokens as a step may have, none longer than `max_model_len`, and as many draws, all scored."""
     total = min(config.max_num_batched_tokens, config.max_num_seqs * max_model_len)
     ends = sorted(min(max_model_len, total - first) for first in range(0, total, max_model_len))
     lasts = list(accumulate(map(fmt.num_blocks, ends), initial=0))
     spans = [
         ScheduledSpan(
-            id="", slot=slot, start=0, end=end, token_ids=[0] * end, blocks=list(range(lasts[slot], lasts[slot + 1]))
+            id="",
+            slot=slot,
+            start=0,
+            end=end,
+            token_ids=[0] * end,
+            blocks=list(range(lasts[slot], lasts[slot + 1])),
+            targets=[0] * min(end - 1, SCORED_ROWS),
+            num_top=1,
         )
         for slot, end in enumerate(ends)
     ]
-    params = SamplingParams(temperature=1, top_p=0.9, repetition_penalty=1.1)
+    params = SamplingParams(temperature=1, top_p=0.9, repetition_penalty=1.1, logprobs=1)
     samples = [
         Sample(id="", span=0, slot=slot, position=ends[0], params=params, seed=0, num_generated=0, history=[0])
         for slot in range(config.max_num_seqs)
@@ -328,11 +335,14 @@ def _to_host(x: Tensor) -> Tensor:
 
 
 def _score_samples(batch: ScheduledBatch, logits: Tensor, token_ids: Tensor) -> Scores | None:
+    """Scores of the samples that ask for them; a few rows at a time, as in float32 all of them fill the memory."""
     wanted = [(row, s.params.logprobs) for row, s in enumerate(batch.samples) if s.params.logprobs is not None]
     if not wanted:
         return None
     rows = on_device({"rows": np.array([row for row, _ in wanted], np.int64)}, logits.device)["rows"]
-    return Scores(*token_logprobs(logits[rows], token_ids[rows].clamp(min=0), max(k for _, k in wanted)))
+    num_top = max(k for _, k in wanted)
+    pieces = [token_logprobs(logits[at], token_ids[at].clamp(min=0), num_top) for at in rows.split(SCORED_ROWS)]
+    return Scores(*map(torch.cat, zip(*pieces, strict=True)))
 
 
 def choose_device(asked: str) -> torch.device:

@@ -164,6 +164,11 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running or self._under_way)
 
+    @property
+    def grammar_awaits(self) -> bool:
+        """A step under way will yield a token that decides what may follow it."""
+        return any(sequence.params.grammar and sequence.num_pending for sequence in self.running)
+
     def add(self, request: Request, seed: int) -> None:
         """Queue a request.
 

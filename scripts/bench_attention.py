@@ -23,11 +23,11 @@ from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.store import KVStore
+from kvtool.quantize.decode_speed import FOOTPRINT, fill, graph_seconds, read_bandwidth
 
 WORKLOADS = ((16, 32_000), (64, 4_096), (256, 1_024), (1, 131_072))  # sequences, tokens of each
 PROMPTS = (128, 256, 512, 1_024, 2_048, 4_096, 8_192)  # tokens
 PROMPT_LAYERS = 8
-FOOTPRINT = 4 << 30
 PAGE = 256  # tokens, the least that flash-attn takes
 
 
@@ -67,7 +67,7 @@ def prefill_table(layer: AttentionLayer, formats: list[str]) -> None:
         peer = None
         for name, call in calls.items():
             workspace = workspace_bytes(call, 2 * length * layer.num_heads * layer.head_dim)
-            seconds = graph_seconds(call, PROMPT_LAYERS)
+            seconds = graph_seconds(call, range(PROMPT_LAYERS))
             peer = seconds if name == "flash-attn" else peer
             ratio = "" if peer is None else f"{peer / seconds:.2f}"
             rate = flops / seconds / 1e12
@@ -158,21 +158,11 @@ def decode_seconds(layer: AttentionLayer, nbits: str, num_seqs: int, length: int
     batch = KVBatch.build(layout.format, spans, "cuda")
     q = torch.randn(num_seqs, layer.num_heads, layer.head_dim, dtype=torch.bfloat16, device="cuda")
     out, backend = torch.empty_like(q), TritonDecode()
-    seconds = graph_seconds(lambda index: backend.decode(q, store.layers[index], batch, layer, out), spec.num_layers)
+    layers = range(spec.num_layers)
+    seconds = graph_seconds(lambda index: backend.decode(q, store.layers[index], batch, layer, out), layers)
     far = min(layout.format.visible(length - 1), length)
     near = (length - far) * 2 * stream.elements * spec.element_size
     return seconds, num_seqs * (far * layout.layer_block_bytes(0) // layout.format.block_size + near)
-
-
-def fill(store: KVStore) -> None:
-    """Numbers that a model could have written: what bytes hold changes how fast a GPU runs."""
-    store.tails.view(store.dtype).normal_()
-    store.blocks.random_(0, 256)
-    for layer in store.layers:
-        for stream in (layer.key, layer.value):
-            for name, array in stream.arrays.items():
-                if array.dtype != torch.uint8:
-                    array.normal_() if name == "codes" else array.fill_(0.02 if name == "scale" else -1.0)
 
 
 def flash_attention_seconds(layer: AttentionLayer, num_seqs: int, length: int) -> float | None:
@@ -192,36 +182,8 @@ def flash_attention_seconds(layer: AttentionLayer, num_seqs: int, length: int) -
         lambda index: flash_attn_with_kvcache(
             q, cache[index, 0], cache[index, 1], cache_seqlens=lengths, block_table=table, causal=True
         ),
-        layers,
+        range(layers),
     )
-
-
-def graph_seconds(run: Callable[[int], object], layers: int) -> float:
-    """Mean seconds of `run(index)` over `layers` of them, from a CUDA graph of all."""
-    run(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index in range(layers):
-            run(index)
-    return replay_seconds(graph.replay) / layers
-
-
-def replay_seconds(run: Callable[[], object], repeats: int = 10) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    run()
-    start.record()
-    for _ in range(repeats):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / repeats
-
-
-def read_bandwidth() -> float:
-    """Bytes per second of a plain sum."""
-    x = torch.ones(FOOTPRINT // 4, device="cuda")
-    return x.nbytes / replay_seconds(x.sum)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from kvtool.kernels import gemv as products
 from kvtool.kernels.activation import silu_mul
 from kvtool.kernels.gemv import Prologue, Tile, gemv, norm_gemv
 from kvtool.kernels.norm import add_rms_norm
+from kvtool.quantize.decode_speed import graph_seconds, read_bandwidth
 
 # hidden_size, intermediate_size, elements of all query heads and of all key heads, vocab_size
 MODELS = {
@@ -32,7 +33,6 @@ MODELS = {
     "Qwen3-0.6B": (1024, 3072, 2048, 1024, 151936),
 }
 FOOTPRINT = 512 << 20
-REPEATS = 10
 MAX_ERROR = 1e-2
 
 
@@ -142,40 +142,17 @@ def timed(rows: int, weights: Tensor, matrix: Matrix) -> tuple[float, float, lis
         if not error < MAX_ERROR:
             print(f"{describe(tile)} is wrong for {tuple(weights[0].shape)}, {rows} rows: error {error:.3g}")
             continue
-        seconds = graph_seconds(alone, weights)
+        seconds = seconds_over(weights, alone)
         apart = min(apart, seconds)
         if matrix.normed and not tile.dot:
-            seconds = graph_seconds(together, weights)
+            seconds = seconds_over(weights, together)
         results.append((seconds, tile))
-    return graph_seconds(vendor, weights), apart, sorted(results, key=lambda result: result[0])
+    return seconds_over(weights, vendor), apart, sorted(results, key=lambda result: result[0])
 
 
-def graph_seconds(run: Callable[[Tensor], Tensor], weights: Tensor) -> float:
-    """Mean seconds of `run` over all `weights`, from a CUDA graph of all."""
-    run(weights[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for weight in weights:
-            run(weight)
-    return replay_seconds(graph.replay) / len(weights)
-
-
-def replay_seconds(run: Callable[[], object]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    run()
-    start.record()
-    for _ in range(REPEATS):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / REPEATS
-
-
-def read_bandwidth() -> float:
-    """Bytes per second of a plain sum."""
-    x = torch.ones(1 << 30, device="cuda")
-    return x.nbytes / replay_seconds(x.sum)
+def seconds_over(weights: Tensor, run: Callable[[Tensor], Tensor]) -> float:
+    """Mean seconds of `run` over all `weights`."""
+    return graph_seconds(lambda index: run(weights[index]), range(len(weights)))
 
 
 def compile_all(matrices: Iterable[Matrix], rows: list[int]) -> None:

@@ -11,7 +11,7 @@ from kvtool.config import KVOptions
 from kvtool.errors import RequestError
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.spec import KVSpec, StreamSpec
-from kvtool.request import Request, SamplingParams, ScheduledBatch, StepResult, Tokens
+from kvtool.request import Grammar, Request, SamplingParams, ScheduledBatch, StepResult, Tokens
 from kvtool.scheduler import Scheduler
 
 SPEC = KVSpec(2, StreamSpec(2, 32), StreamSpec(2, 32), 4)
@@ -172,3 +172,18 @@ def test_a_request_that_exceeds_the_cache_is_refused_and_the_largest_that_fits_r
             batch = s.schedule()
             check(s, batch)
             s.update(result(batch))
+
+
+def test_a_grammar_waits_for_its_own_tokens_only():
+    tested = scheduler(FORMATS[0], budget=16)
+    tested.add(request("free", 5, 9), 0)
+    tested.add(request("bound", 30, 2, grammar=Grammar("regex", "a+")), 0)
+    steps, awaited = [], []
+    while tested.has_work:
+        batch = tested.schedule()
+        steps.append(sorted(sample.id for sample in batch.samples))
+        awaited.append(tested.grammar_awaits)
+        tested.update(result(batch))
+        assert not tested.grammar_awaits
+    assert awaited == ["bound" in samples for samples in steps]
+    assert awaited[:2] == [False, False] and sum(awaited) == 2

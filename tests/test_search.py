@@ -191,6 +191,8 @@ def test_a_text_for_less_than_two_windows_is_refused(tmp_path):
         (["--search", "--budget-bits", "4", "--ablate", "bits"], "--ablate"),
         (["--budget-bits", "4"], "--search"),
         (["--budget-bits", "0"], "--search"),
+        (["--trials", "9"], "--trials is for --search"),
+        (["--save-plan", "plan.yaml"], "--save-plan is for --search"),
         (["--search", "--budget-bits", "4", "--prompt", "Hi"], "--prompt"),
         (["--search", "--budget-bits", "4", "--questions", "3"], "--questions"),
     ],

@@ -29,6 +29,7 @@ from kvtool.kv.spec import KVSpec
 from kvtool.models import Decoder, resolve_model
 from kvtool.models.resolve import EMBEDDED
 from kvtool.quantize.layer_errors import LayerActivations, attend_packed, calibrate, outlier, relative_error
+from kvtool.runner import choose_device
 from kvtool.scoring import ScoringModel
 from kvtool.tokenizer import Tokenizer
 
@@ -259,7 +260,7 @@ def _examine_folder(config: EngineConfig) -> Verdict:
 
 
 def _file_of(config: EngineConfig) -> Path:
-    """Where the verdict on these weights and options is kept."""
+    """Where the verdict on these weights and options, as computed on this kind of device, is kept."""
     plans = [Path(config.kv.plan), sidecar_of(Path(config.kv.plan))] if config.kv.plan else []
     identity = [
         EDITION,
@@ -267,6 +268,7 @@ def _file_of(config: EngineConfig) -> Path:
         fingerprint(resolve_model(config.model)),
         asdict(config.kv),
         config.dtype,
+        choose_device(config.device).type,
         [hashlib.sha256(file.read_bytes()).hexdigest() for file in plans if file.is_file()],
     ]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
