@@ -1,9 +1,9 @@
 """Steps as CUDA graphs: one launch for all layers, whatever the host is doing."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, chain
+from itertools import chain
 from math import prod
 from typing import NamedTuple, TypeVar
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvtool.kv.batch import ALIGNED, KVBatch, Span, each, integers, on_device
+from kvtool.kv.batch import ALIGNED, Integers, KVBatch, Span, each, integers, on_device
 from kvtool.kv.fixed import Room, fixed_batch
 from kvtool.kv.format import KVFormat
 from kvtool.request import ScheduledBatch, ScheduledSpan
@@ -163,39 +163,30 @@ class DecodeGraphs:
         )
 
     def launch(self, batch: ScheduledBatch) -> tuple[KVBatch, Tensor, Tensor]:
-        """What ran, a span for each row, logits [n, vocab_size] and greedy ids [n] of the n samples; valid until the
-        next launch."""
+        """What ran, its spans being those tokens that complete a block, logits [n, vocab_size] and greedy ids [n] of
+        the n samples; valid until the next launch."""
         self._table.send(batch.spans)
-        rows = [row for span in batch.spans for row in self._rows(span)]
-        ends = list(accumulate(span.length for span in batch.spans))
-        samples = [ends[sample.span] - 1 for sample in batch.samples]
-        size, count = next(size for size in SIZES if size >= len(rows)), len(samples)
+        ends = integers((span.end for span in batch.spans), len(batch.spans))
+        rows = decode_rows(self._format, batch.spans, ends, nobody=len(self._newest) - 1)
+        samples = integers((sample.span for sample in batch.samples), len(batch.samples))
+        length, count = rows.shape[1], len(samples)
+        size = next(size for size in SIZES if size >= length)
         self._sent.synchronize()  # what is staged has been read
         staged = self._staged[size].numpy()
-        staged[:-1] = np.array(rows + rows[-1:] * (size - len(rows))).T
-        staged[-1, :count] = samples
+        staged[:-1, :length], staged[:-1, length:] = rows, rows[:, -1:]
+        staged[-1, :count] = np.flatnonzero(rows[-1] < len(self._newest) - 1)[samples]  # last tokens of their spans
         self._inputs[size].copy_(self._staged[size], non_blocking=True)
         self._sent.record()
         captured = self._captured[size]
         captured.graph.replay()
-        spans = tuple(Span(p, p + 1, s.blocks, s.slot) for s in batch.spans for p in range(s.start, s.end))
-        ran = replace(captured.batch, spans=spans, num_decodes=len(rows))
-        if len(rows) == count:
+        full = () if self._format.packs_on_write else self._format.visible(ends) > self._format.visible(ends - 1)
+        completing = [batch.spans[index] for index in np.flatnonzero(full)]
+        spans = tuple(Span(span.end - 1, span.end, span.blocks, span.slot) for span in completing)
+        ran = replace(captured.batch, spans=spans, num_decodes=length)
+        if length == count:
             return ran, captured.logits[:count], captured.greedy[:count]
         chosen = self._inputs[size][-1, :count]
         return ran, captured.logits[chosen], captured.greedy[chosen]
-
-    def _rows(self, span: ScheduledSpan) -> Iterator[tuple[int, ...]]:
-        """`Inputs` of each token, but for the samples."""
-        fmt, blocks, slot = self._format, span.blocks, span.slot
-        size = fmt.block_size if fmt.packs_on_write else fmt.tail_tokens
-        column, newest = (len(blocks) - 1, blocks[-1]) if blocks else (0, 0)
-        nobody = len(self._newest) - 1
-        for index, position in enumerate(range(span.start, span.end)):
-            written = blocks[position // size] if fmt.packs_on_write else 0
-            id_ = span.token_ids[index] if span.token_ids else -1
-            target = slot if position == span.end - 1 else nobody
-            yield slot, position, fmt.visible(position), position % size, written, column, newest, id_, target
 
     def _run(self, size: int) -> tuple[KVBatch, Tensor, Tensor]:
         inputs = Inputs(*self._inputs[size])
@@ -216,6 +207,31 @@ class DecodeGraphs:
             self._logits = torch.empty_like(computed)
         logits = self._logits[:size].copy_(computed)
         return batch, logits, greedy(logits, self._newest, inputs.targets)
+
+
+def decode_rows(fmt: KVFormat, spans: Sequence[ScheduledSpan], ends: Integers, nobody: int) -> Integers:
+    """[9, T], `Inputs` of each token of `spans`, but for the samples.
+
+    Args:
+        spans: decodes first.
+        ends: [len(spans)], of each.
+        nobody: where what is sampled behind any but the last token of a span goes.
+    """
+    count, size = len(spans), fmt.block_size if fmt.packs_on_write else fmt.tail_tokens
+    owners, positions = each(integers((span.start for span in spans), count), ends)
+    slots = integers((span.slot for span in spans), count)[owners]
+    columns = integers((max(0, len(span.blocks) - 1) for span in spans), count)[owners]
+    newest = integers((span.blocks[-1] if span.blocks else 0 for span in spans), count)[owners]
+    ids, written = np.full_like(positions, -1), np.zeros_like(positions)
+    prompts = [span for span in spans if span.token_ids]
+    num_decodes = count - len(prompts)
+    ids[num_decodes:] = list(chain.from_iterable(span.token_ids for span in prompts))
+    if fmt.packs_on_write:
+        written[:] = [spans[o].blocks[p // size] for o, p in zip(owners.tolist(), positions.tolist(), strict=True)]
+    targets = np.where(positions == ends[owners] - 1, slots, nobody)
+    return np.stack(
+        [slots, positions, fmt.visible(positions), positions % size, written, columns, newest, ids, targets]
+    )
 
 
 class PromptGraphs:
