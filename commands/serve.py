@@ -81,7 +81,7 @@ def start_card(info: "EngineInfo", url: str, needs_key: bool) -> str:
     header = "-H 'Authorization: Bearer KEY' " if needs_key else ""
     return f"""\
 kvtool serves {info.model} at {url}
-  model     {info.dtype} on {info.device}, context {info.max_model_len:,} tokens
+  model     {info.dtype} on {info.device}, context {info.max_model_len:,} tokens, up in {info.start_seconds:.1f} s
   KV cache  {info.kv_format}
   holds     {info.kv_tokens:,} tokens in {memory}; {plain}
   chat      {url}/ in a browser

@@ -57,6 +57,7 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
+        start = time.perf_counter()
         self.runner = Runner(config)
         store, model = self.runner.store, self.runner.model_config
         self.scheduler = Scheduler(
@@ -100,6 +101,7 @@ class Engine:
             kv_bytes=store.nbytes,
             kv_tokens=store.num_blocks * store.format.block_size + config.max_num_seqs * store.format.tail_tokens,
             kv_tokens_16bit=store.nbytes // (2 * store.layout.spec.elements),
+            start_seconds=time.perf_counter() - start,
         )
 
     @property

@@ -294,6 +294,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
         kv_bytes: bytes of blocks and tails, as allocated.
         kv_tokens: tokens that fit, blocks and tails together.
         kv_tokens_16bit: tokens that the same bytes would hold at 2 bytes an element.
+        start_seconds: it took to load the model, compile kernels and capture CUDA graphs.
     """
 
     model: str
@@ -315,6 +316,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
     kv_bytes: int
     kv_tokens: int
     kv_tokens_16bit: int
+    start_seconds: float
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
