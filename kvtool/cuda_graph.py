@@ -25,7 +25,7 @@ PROMPT_SIZES = (128, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 DECODES = (0, 4, 16, 64, 256)
 
 # Multiply-adds of a step that take a GPU as long as it takes the host to launch the kernels one by one.
-MOST_WORK = 1 << 41
+MOST_WORK = 1 << 42
 
 # Tokens that the rows of prompts may read, each for itself; more is read faster by a prefill kernel.
 MOST_READ = 1 << 16

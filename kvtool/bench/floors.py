@@ -45,6 +45,7 @@ GPUS: dict[str, tuple[float, float, float, int]] = {
 CPU_HZ, CPU_LOAD_BYTES = 6e9, 128
 CPU_FLOPS = {"float64": 32, "float32": 64, "bfloat16": 2048, "float16": 2048}
 TIMES = 7  # the best of so many is a rate
+IN_A_ROW = 10  # launches between two looks at the clock
 
 
 class ModelCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -227,32 +228,35 @@ def cost(config: "ModelConfig", element_size: int, kv_token_bytes: float) -> Mod
 
 def measure_rates(dtype: "torch.dtype", device: "torch.device", nbytes: int) -> Rates:
     """Rates of this machine: reading a memory of `nbytes` over and over, so that what fits a cache comes from there as
-    a model's weights do, and multiplying square matrices."""
+    a model's weights do, and multiplying square matrices of random numbers, of which a GPU multiplies fewer a second
+    than of ones. A GPU reads fastest where it sums up, a CPU where it multiplies with a vector."""
     import torch
 
     gpu = device.type == "cuda"
     width, most = (8192, 2 << 30) if gpu else (1024, 1 << 30)
-    rows = max(1, min(nbytes, most) // (width * dtype.itemsize))
-    weights = torch.ones(rows, width, dtype=dtype, device=device)
-    vector = torch.ones(width, dtype=dtype, device=device)
-    square = torch.ones(width, width, dtype=dtype, device=device)
-    streamed = best_seconds(lambda: torch.mv(weights, vector), device)
+    rows = max(1, min(nbytes, most) // (width * (4 if gpu else dtype.itemsize)))
+    weights = torch.ones(rows, width, dtype=torch.float32 if gpu else dtype, device=device)
+    vector = torch.ones(width, dtype=weights.dtype, device=device)
+    square = torch.randn(width, width, dtype=dtype, device=device)
+    streamed = best_seconds(weights.sum if gpu else lambda: torch.mv(weights, vector), device)
     multiplied = best_seconds(lambda: torch.mm(square, square), device)
     name = torch.cuda.get_device_name(device) if gpu else cpu_name()
-    read = weights.numel() * dtype.itemsize
-    return Rates(f"measured on {name}", read / streamed, 2 * width**3 / multiplied)
+    return Rates(f"measured on {name}", weights.nbytes / streamed, 2 * width**3 / multiplied)
 
 
 def best_seconds(work: Callable[[], object], device: "torch.device") -> float:
-    """Least time that `work` took, of a few times."""
+    """Least time that `work` took, of a few times; on a GPU, whose launches take time too, of a few in a row each."""
     import torch
+
+    in_a_row = IN_A_ROW if device.type == "cuda" else 1
 
     def timed() -> float:
         start = perf_counter()
-        work()
+        for _ in range(in_a_row):
+            work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return perf_counter() - start
+        return (perf_counter() - start) / in_a_row
 
     return min(timed() for _ in range(TIMES + 1))
 
