@@ -4,6 +4,8 @@ On a GPU hundreds of drawn shapes run there; without one a few small ones run in
 compile for an RTX 4090 needs no GPU.
 """
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -109,7 +111,7 @@ def attention_layer(heads: tuple[int, int], head_dim: int, window: int | None = 
 
 
 @runs
-@settings(deadline=None, max_examples=400 if ON_GPU else 10)
+@settings(deadline=None, max_examples=int(os.environ.get("KVTOOL_TEST_EXAMPLES", 30 if ON_GPU else 10)))
 @given(
     options=st.sampled_from(OPTIONS),
     head_dim=st.sampled_from(decode.HEAD_DIMS),
@@ -134,6 +136,13 @@ def test_scales_of_any_size_keep_their_digits(options):
             if array is not None:
                 array.mul_(factor)
         assert case.error() < 5e-3
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.booleans(), st.integers(1, 2000))
+def test_splits_run_at_once(rows, num_blocks, has_tail, programs):
+    splits = decode._num_splits(rows, num_blocks, has_tail, programs)
+    assert splits == 1 or (splits <= num_blocks + has_tail and rows * splits <= programs)
+    assert splits == num_blocks + has_tail or rows * (splits + 1) > programs
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
