@@ -12,7 +12,7 @@ import torch
 import triton
 
 SHARED_MEMORY = 99 * 1024  # bytes that a program may use on sm_89
-STACK = 32  # bytes: a few words, by the release of ptxas, are no spill that one would find in a time
+STACK = 32  # bytes of a thread: so little the ptxas of Triton 3.9 puts there, where that of 3.6 puts nothing
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
