@@ -101,8 +101,8 @@ class ScoringModel:
     def fingerprint(self) -> str:
         """Names the weights, by some thousand elements of each tensor: training again changes nearly all of them."""
         digest = hashlib.sha256(repr(self.model_config).encode())
-        for name, tensor in self.model.slots():
-            sample = tensor.flatten()[:: max(1, tensor.numel() // 4096)]
+        for name, slot in self.model.slots():
+            sample = slot.to.flatten()[:: max(1, slot.to.numel() // 4096)]
             digest.update(name.encode() + sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
