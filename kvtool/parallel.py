@@ -1,10 +1,22 @@
 """Ranks that share a model, one process each: what each holds, and how they exchange tensors, by torch.distributed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store
+
+from kvtool.errors import KVToolError
+
+# Its name up to torch 2.12, which later ones warn of.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+FOREVER = timedelta(days=100)
+WORDS = 1000  # bytes of what a rank can say is wrong with it
 
 
 @dataclass(frozen=True)
@@ -51,9 +63,9 @@ class Group:
         """All ranks' `x` [T, n] side by side: [T, n * size]."""
         if self.size == 1:
             return x
-        gathered = torch.empty(self.size, *x.shape, dtype=x.dtype, device=x.device)
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=self._ranks)
-        return gathered.transpose(0, 1).reshape(len(x), -1)
+        gathered = torch.empty(self.size * len(x), x.shape[1], dtype=x.dtype, device=x.device)
+        all_gather(gathered, x.contiguous(), group=self._ranks)
+        return gathered.view(self.size, *x.shape).transpose(0, 1).reshape(len(x), -1)
 
 
 ALONE = Group()
@@ -98,9 +110,82 @@ class Parallel:
     """A rank's place among all that run one model.
 
     Attributes:
+        rank, size: this one of how many; ranks of one group follow each other, and so do the groups of a pipeline.
         tp: those that hold shards of the same layers.
         stage: of the pipeline.
     """
 
+    rank: int = 0
+    size: int = 1
     tp: Group = ALONE
     stage: Stage = field(default_factory=Stage)
+
+    def least(self, *values: int) -> tuple[int, ...]:
+        """The smallest that any rank has, of each."""
+        return self._reduced(values, dist.ReduceOp.MIN)
+
+    def total(self, *values: int) -> tuple[int, ...]:
+        """The sum over all ranks, of each."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def _reduced(self, values: tuple[int, ...], how: dist.ReduceOp.RedOpType) -> tuple[int, ...]:
+        if self.size == 1:
+            return values
+        tensor = torch.tensor(values)
+        dist.all_reduce(tensor, how)
+        return tuple(tensor.tolist())
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """What fails inside on one rank fails on all, so that none waits for it. No rank needs another inside.
+
+        Raises:
+            KVToolError: this rank's, or what the first one with an error says.
+        """
+        problem = None
+        try:
+            yield
+        except KVToolError as error:
+            if self.size == 1:
+                raise
+            problem = error
+        if self.size == 1:
+            return
+        words = str(problem or "").encode()[:WORDS]
+        told = torch.zeros(self.size, WORDS, dtype=torch.uint8)
+        told[self.rank, : len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8) if words else 0
+        dist.all_reduce(told)
+        if problem:
+            raise problem
+        for rank, row in enumerate(told):
+            if row.any():
+                raise KVToolError(f"rank {rank}: {bytes(row.tolist()).rstrip(bytes(1)).decode(errors='replace')}")
+
+
+ONE_RANK = Parallel()
+
+
+def join(store: Store, rank: int, tp: int, pp: int, device: torch.device) -> Parallel:
+    """Take this rank's place among tp * pp, all of which call this; NCCL carries what is on GPUs, gloo the rest.
+
+    Args:
+        store: where the ranks find each other.
+        device: of this rank, no other's.
+    """
+    on_gpu, size = device.type == "cuda", tp * pp
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=FOREVER,  # a rank may load its weights for long; who watches them all says when one hangs
+        device_id=device if on_gpu else None,
+    )
+    index, of_group = divmod(rank, tp)
+    groups = [dist.new_group(list(range(first, first + tp)), timeout=FOREVER) for first in range(0, size, tp)]
+    return Parallel(rank, size, Group(of_group, tp, groups[index]), Stage(index, pp, rank - tp, rank + tp))
+
+
+def leave() -> None:
+    """Give the place up; all ranks do."""
+    dist.destroy_process_group()

@@ -10,10 +10,11 @@ import msgspec
 import pytest
 
 from kvtool import engine_process
-from kvtool.client import EngineClient, frame
+from kvtool.client import EngineClient
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
 from kvtool.errors import EngineDeadError, KVToolError, RequestError
+from kvtool.processes import frame
 from kvtool.request import EngineFailed, EngineInfo, Request, SamplingParams
 
 CONFIG = EngineConfig(kv=KVOptions(nbits="4"), max_num_seqs=1, kv_cache_memory=16 << 20)

@@ -20,6 +20,7 @@ ROWS = [
     {"client", "engine"},
     {"scheduler"},
     {"scoring"},
+    {"ranks"},
     {"runner", "memory", "cuda_graph", "sampler", "grammar", "tokenizer", "chat_template"},
     {"models"},
     {"layers"},
@@ -27,6 +28,7 @@ ROWS = [
     {"kv"},
     {"kernels"},
     {"parallel"},
+    {"processes"},
     {"request", "config", "errors"},
 ]
 ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}

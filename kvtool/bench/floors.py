@@ -189,8 +189,8 @@ def main() -> None:
     """The process: read what an engine says of itself, print its floors."""
     import torch
 
-    from kvtool.engine_process import cpu_threads
     from kvtool.models import load_config
+    from kvtool.processes import cpu_threads
 
     info = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineInfo)
     torch.set_num_threads(cpu_threads())

@@ -11,7 +11,7 @@ from kvtool.layers.norm import QKNorm, RMSNorm
 from kvtool.layers.rotary import Rotary, queries_and_keys
 from kvtool.models.architectures import ARCHITECTURES
 from kvtool.models.config import ModelConfig
-from kvtool.parallel import Group, Parallel
+from kvtool.parallel import ONE_RANK, Group, Parallel
 
 # (layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) → [T, Hq, D]. q and k come normalised and rotated, all three as
 # strided views; scale, mask, sliding window and the KV store are the callee's.
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
         *,
         dtype: torch.dtype,
         device: torch.device,
-        parallel: Parallel = Parallel(),  # noqa: B008, it is frozen
+        parallel: Parallel = ONE_RANK,
     ) -> None:
         super().__init__()
         tp, stage = parallel.tp, parallel.stage

@@ -16,7 +16,7 @@ from kvtool.layers.linear import Slot
 from kvtool.layers.norm import QKNorm, RMSNorm
 from kvtool.models.config import ModelConfig, read_fields, refuse_lfs_pointer
 from kvtool.models.decoder import Decoder
-from kvtool.parallel import Parallel
+from kvtool.parallel import ONE_RANK, Parallel
 
 INDEX = "model.safetensors.index.json"
 PIECE_BYTES = 4 << 20
@@ -47,7 +47,7 @@ def load_model(
     load_format: Literal["auto", "dummy"] = "auto",
     seed: int = 0,
     max_model_len: int | None = None,
-    parallel: Parallel = Parallel(),  # noqa: B008, it is frozen
+    parallel: Parallel = ONE_RANK,
 ) -> Decoder:
     """The model in this folder, or a rank's part of it, on the device, in the given dtype.
 
