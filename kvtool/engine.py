@@ -59,7 +59,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         start = time.perf_counter()
-        self.ranks = Ranks(config) if config.num_ranks > 1 else None
+        self.ranks = Ranks(config) if config.num_ranks * config.nnodes > 1 else None
         self.runner = self.ranks.runner if self.ranks else Runner(config)
         store, model = self.runner.store, self.runner.model_config
         self.scheduler = Scheduler(

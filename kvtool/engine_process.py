@@ -20,12 +20,17 @@ from kvtool.quantize.preflight import preflight
 from kvtool.request import Abort, EngineFailed, FlushCache, Request, Tokens, Update
 
 
-def serve(connection: socket.socket) -> None:
-    """Be the engine process of an `EngineClient`: until the other end closes, take requests and send tokens."""
+def serve(connection: socket.socket, started: list[Engine]) -> None:
+    """Be the engine process of an `EngineClient`: until the other end closes, take requests and send tokens.
+
+    Args:
+        started: gets the engine.
+    """
     inbox = Inbox(connection)
     config, has_preflight = msgspec.msgpack.decode(next(inbox.wait()), type=tuple[EngineConfig, bool])
     try:
         engine = Engine(preflight(config) if has_preflight else config)
+        started.append(engine)
         ready = frame(engine.info)
     except KVToolError as error:
         connection.sendall(frame(EngineFailed(str(error))))
@@ -69,11 +74,14 @@ def _take(engine: Engine, message: Request | Abort | FlushCache) -> list[Tokens]
     return []
 
 
-def _end_with(connection: socket.socket) -> None:
+def _end_with(connection: socket.socket, started: list[Engine]) -> None:
     """End this process when the other end closes, also in the midst of a long step."""
     hangup = select.poll()
     hangup.register(connection, select.POLLRDHUP)
     hangup.poll()
+    for engine in started:
+        if engine.ranks:
+            engine.ranks.dismiss()
     os._exit(0)
 
 
@@ -85,7 +93,8 @@ def main(fd: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = socket.socket(fileno=int(fd))
-    Thread(target=_end_with, args=[connection], daemon=True).start()
+    started: list[Engine] = []
+    Thread(target=_end_with, args=[connection, started], daemon=True).start()
     with contextlib.suppress(EOFError, ConnectionError):
-        serve(connection)
+        serve(connection, started)
     gc.freeze()  # or Python looks through all of torch for garbage before it ends, a second long

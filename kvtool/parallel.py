@@ -65,7 +65,7 @@ class Group:
             return x
         gathered = torch.empty(self.size * len(x), x.shape[1], dtype=x.dtype, device=x.device)
         all_gather(gathered, x.contiguous(), group=self._ranks)
-        return gathered.view(self.size, *x.shape).transpose(0, 1).reshape(len(x), -1)
+        return gathered.view(self.size, *x.shape).transpose(0, 1).reshape(len(x), self.size * x.shape[1])
 
 
 ALONE = Group()

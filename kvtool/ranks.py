@@ -42,8 +42,8 @@ from kvtool.request import ScheduledBatch, StepResult
 from kvtool.runner import Handle, Runner, choose_device
 
 BEAT_SECONDS = 1.0
-SILENT_SECONDS = 8.0  # a rank that says nothing for so long hangs
-END_SECONDS = 5
+SILENT_SECONDS = 6.0  # a rank that says nothing for so long hangs
+END_SECONDS = 3  # for those that need not be killed
 HELLO_BYTES = 1 << 12
 ENV = "env://"
 
@@ -137,11 +137,12 @@ class Link:
         with self._sending, contextlib.suppress(OSError):  # who reads from it will see that it has closed
             self.socket.sendall(data)
 
-    def beat(self) -> None:
-        """Say that this rank lives, unless something else is being said."""
+    def send_soon(self, message: object) -> None:
+        """Say something short, unless something else is being said or the other end does not take it."""
         if self._sending.acquire(blocking=False):
             try:
-                self.socket.send(frame(Beat()), socket.MSG_DONTWAIT)
+                if select.select([], [self.socket], [], 0)[1]:
+                    self.socket.sendall(frame(message))
             except OSError:
                 pass
             finally:
@@ -165,7 +166,7 @@ def watch(links: Sequence[Link], receive: Callable[[Link, bytes], None], lost: C
         if now - beaten >= BEAT_SECONDS:
             beaten = now
             for link in links:
-                link.beat()
+                link.send_soon(Beat())
         for link in links:
             if now - link.heard > SILENT_SECONDS:
                 return lost(link, f"has not answered for {SILENT_SECONDS:g} s")
@@ -256,13 +257,15 @@ class Ranks:
             self._token_ids |= {slot: max(token, 0) for slot, token in zip(slots, result.token_ids, strict=True)}
         return result
 
-    def close(self) -> None:
-        """Let the followers end."""
-        if self._closing:
-            return
+    def dismiss(self) -> None:
+        """Tell the followers that it is over, whatever this process is in the midst of."""
         self._closing = True
         for link in self._links:
-            link.send(End())
+            link.send_soon(End())
+
+    def close(self) -> None:
+        """Let the followers end, and free what is needed for others to start in this process."""
+        self.dismiss()
         if dist.is_initialized():
             leave()
         for process in self._processes:

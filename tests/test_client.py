@@ -104,7 +104,7 @@ def test_a_bug_while_the_engine_starts_is_named(monkeypatch):
     monkeypatch.setattr(engine_process, "Engine", broken)
     ours, theirs = socket.socketpair()
     ours.sendall(frame((CONFIG, False)))
-    engine_process.serve(theirs)
+    engine_process.serve(theirs, [])
     answer = msgspec.msgpack.decode(ours.recv(1 << 16)[4:], type=EngineInfo | EngineFailed)
     assert isinstance(answer, EngineFailed)
     assert answer.error == "ZeroDivisionError: of the test's making (a bug in kvtool)"

@@ -1,15 +1,28 @@
 """Ranks that share a model: what each one holds of it, and that together they answer as one does."""
 
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import make_checkpoint
 
-from kvtool.models import Decoder, load_config, load_model
+from kvtool.config import EngineConfig, KVOptions
+from kvtool.engine import Engine
+from kvtool.errors import ConfigError
+from kvtool.kv.format import resolve
+from kvtool.models import Decoder, load_config, load_model, resolve_model
 from kvtool.parallel import Group, Parallel, Stage
+from kvtool.request import Request, SamplingParams, Tokens
+from kvtool.runner import kv_spec
 
 CPU = torch.device("cpu")
+MIB = 1 << 20
+PLAN = KVOptions(layer_bits=(("16", "16"), ("16", "8"), ("4", "2"), ("8", "4")))  # blocks are sealed from layer 2 on
+CONFIG = EngineConfig(
+    dtype="float64", device="cpu", kv_cache_memory=32 * MIB, max_num_seqs=6, max_num_batched_tokens=64
+)
 
 
 def part(folder: Path, tp: tuple[int, int], pp: tuple[int, int] = (0, 1), load_format: str = "auto") -> Decoder:
@@ -20,7 +33,7 @@ def part(folder: Path, tp: tuple[int, int], pp: tuple[int, int] = (0, 1), load_f
         dtype=torch.float32,
         device=CPU,
         load_format=load_format,  # type: ignore[arg-type]
-        parallel=Parallel(Group(*tp), Stage(*pp)),
+        parallel=Parallel(tp=Group(*tp), stage=Stage(*pp)),
     )
 
 
@@ -56,3 +69,98 @@ def test_stages_hold_their_layers_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(names) == sorted(name for name, _ in whole.slots())
     for name, stored in gathered([whole]).items():
         assert torch.equal(gathered(stages)[name], stored), name
+
+
+def requests(vocab_size: int) -> list[Request]:
+    """More than run at once, of many kinds; most are greedy. Two of them wait for others to be forked from."""
+    rng = random.Random(7)
+    made = []
+    for i in range(8):
+        prompt = [rng.randrange(10, vocab_size) for _ in range(rng.choice([1, 20, 70, 150]))]
+        params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=2)
+        if i == 1:
+            params = SamplingParams(seed=3, top_p=0.9, presence_penalty=0.5, max_tokens=20, ignore_eos=True)
+        if i == 2:
+            params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, prompt_logprobs=1)
+        made.append(Request(str(i), prompt, params))
+    forks = [Request(f"fork{i}", made[-1].prompt, SamplingParams(seed=i, max_tokens=9), fork_of="7") for i in range(2)]
+    return made + forks
+
+
+def answers(config: EngineConfig, asked: list[Request]) -> dict[str, list[Tokens]]:
+    """What an engine says to each request, and that it then holds nothing more."""
+    engine = Engine(config)
+    try:
+        for request in asked:
+            engine.submit(request)
+        news: dict[str, list[Tokens]] = {}
+        while engine.has_work:
+            for tokens in engine.step():
+                assert tokens.error is None
+                news.setdefault(tokens.id, []).append(tokens)
+        stats = engine.stats()
+        assert stats.used_blocks == stats.used_tails == stats.running == 0
+        return news
+    finally:
+        engine.close()
+
+
+def assert_same_answers(got: dict[str, list[Tokens]], expected: dict[str, list[Tokens]]) -> None:
+    assert got.keys() == expected.keys()
+    for name, tokens in expected.items():
+        assert [t.token_ids for t in got[name]] == [t.token_ids for t in tokens], name
+        for ours, theirs in zip(got[name], tokens, strict=True):
+            for mine, other in ((ours.logprobs, theirs.logprobs), (ours.prompt_logprobs, theirs.prompt_logprobs)):
+                for a, b in zip(mine or (), other or (), strict=True):
+                    assert a.top_ids == b.top_ids
+                    assert [a.logprob, *a.top_logprobs] == pytest.approx([b.logprob, *b.top_logprobs], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "kv"),
+    [
+        (2, 1, KVOptions()),
+        (2, 1, KVOptions(nbits="4")),
+        (2, 1, PLAN),
+        (4, 1, KVOptions(nbits="4")),  # two ranks to each KV head
+        (1, 2, KVOptions()),
+        (1, 2, PLAN),  # the first stage alone would need no tail
+        (2, 2, KVOptions(nbits="4")),
+    ],
+)
+def test_ranks_together_answer_as_one_does(tp: int, pp: int, kv: KVOptions) -> None:
+    config, asked = replace(CONFIG, kv=kv), requests(4000)
+    expected = answers(config, asked)
+    assert len({tuple(tokens[-1].token_ids) for tokens in expected.values()}) > 3, "prompts must tell answers apart"
+    assert_same_answers(answers(replace(config, tp=tp, pp=pp, run_ahead=True), asked), expected)
+
+
+def test_ranks_share_what_does_not_divide_and_has_biases(tmp_path: Path) -> None:
+    """199 ids on two ranks, biases on all projections, three layers on two stages; sequences make room."""
+    make_checkpoint("llama", tmp_path, attention_bias=True, mlp_bias=True)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    asked = [Request(str(i), [(7 * i + n) % 199 for n in range(60)], params) for i in range(5)]
+    config = replace(CONFIG, model=str(tmp_path), kv_cache_memory=MIB // 2, swap_space=MIB, prefix_caching=False)
+    expected = answers(config, asked)
+    assert_same_answers(answers(replace(config, tp=2, pp=2, kv_cache_memory=MIB // 4), asked), expected)
+
+
+def test_a_stage_keeps_the_tail_that_another_needs() -> None:
+    spec = kv_spec(load_config(resolve_model("tiny")), torch.float64)
+    whole = resolve(PLAN, spec)
+    first, last = whole.of_layers(range(0, 2)), whole.of_layers(range(2, 4))
+    assert not whole.packs_on_write
+    assert (first.tail_tokens, last.tail_tokens) == (whole.tail_tokens,) * 2
+    assert first.layers + last.layers == whole.layers
+
+
+@pytest.mark.parametrize(
+    ("ranks", "why"),
+    [
+        ({"tp": 3}, "--tp 3: does not divide the model's 4 query heads"),
+        ({"pp": 5}, "--pp 5: the model has only 4 layers"),
+    ],
+)
+def test_ranks_that_do_not_fit_the_model_are_refused(ranks: dict[str, int], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        Engine(replace(CONFIG, **ranks))  # type: ignore[arg-type]
