@@ -157,7 +157,7 @@ def engine_config(
             "--kv-cache-memory",
             parser=memory_size,
             metavar="SIZE",
-            help="Memory of the cache, say 6GiB (default: 1GiB on CPU, what is left on a GPU).",
+            help="Memory of the cache on each GPU, say 6GiB (default: what is left; 1GiB on CPU).",
         ),
     ] = EngineConfig.kv_cache_memory,
     gpu_memory_utilization: Annotated[
@@ -216,6 +216,10 @@ def engine_config(
     pp: Annotated[
         int, ranks_option("--pp", min=1, max=MOST_RANKS, help="Stages of layers, of --tp GPUs each (pipeline).")
     ] = EngineConfig.pp,
+    all_reduce: Annotated[
+        Literal["auto", "nccl", "symmetric-memory"],
+        ranks_option("--all-reduce", help="How GPUs sum up; auto: small sums in each other's memory where it works."),
+    ] = EngineConfig.all_reduce,
     nnodes: Annotated[
         int, ranks_option("--nnodes", min=1, max=MOST_RANKS, help="Machines that share these GPUs evenly.")
     ] = EngineConfig.nnodes,
@@ -274,6 +278,7 @@ def engine_config(
         run_ahead=run_ahead,
         tp=tp,
         pp=pp,
+        all_reduce=all_reduce,
         nnodes=nnodes,
         node_rank=node_rank,
         dist_init_addr=dist_init_addr,

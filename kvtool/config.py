@@ -59,6 +59,8 @@ class EngineConfig:
         run_ahead: launch a step while the last one computes, its tokens unknown to the host; None: on a GPU.
         tp: ranks that share each layer (tensor parallelism), a process each and on GPUs a device each.
         pp: stages of layers, each of `tp` ranks, that steps run through (pipeline parallelism).
+        all_reduce: how GPUs sum up what each has of a layer's output: "symmetric-memory" has small sums read directly
+            from each other's memory; "auto": that where it works.
         nnodes, node_rank: machines that have as many ranks each, and which of them this is. All but the first take
             their other options from it.
         dist_init_addr: HOST:PORT of the first machine, where ranks find each other; "env://": torchrun says.
@@ -84,6 +86,7 @@ class EngineConfig:
     run_ahead: bool | None = None
     tp: int = 1
     pp: int = 1
+    all_reduce: Literal["auto", "nccl", "symmetric-memory"] = "auto"
     nnodes: int = 1
     node_rank: int = 0
     dist_init_addr: str | None = None

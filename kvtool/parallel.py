@@ -1,5 +1,6 @@
 """Ranks that share a model, one process each: what each holds, and how they exchange tensors, by torch.distributed."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from kvtool.errors import KVToolError
 # Its name up to torch 2.12, which later ones warn of.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+ONE_SHOT_BYTES = 1 << 20  # a row of 3,584 takes 7 KiB; what is longer is bound by the link, and NCCL cuts it well
 FOREVER = timedelta(days=100)
 WORDS = 1000  # bytes of what a rank can say is wrong with it
 
@@ -32,6 +34,34 @@ class Shard:
         return Shard(self.total * n, self.start * n, self.size * n)
 
 
+class OneShot:
+    """All-reduce of a few rows in memory that the GPUs of a group map from each other (torch's symmetric memory, over
+    NVLink or P2P): each reads what all have written and sums it up in the order of the ranks, with one kernel.
+
+    Raises:
+        RuntimeError: the GPUs cannot map each other's memory.
+    """
+
+    def __init__(self, ranks: dist.ProcessGroup, device: torch.device) -> None:
+        import torch.distributed._symmetric_memory as symmetric
+
+        # Multicast is not used here, and setting it up may fail where plain mappings work.
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        self._buffer = symmetric.empty(ONE_SHOT_BYTES // 2, dtype=torch.bfloat16, device=device)
+        symmetric.rendezvous(self._buffer, ranks)
+        self._name = ranks.group_name
+
+    def takes(self, x: Tensor) -> bool:
+        """It fits, and its rows are whole 16-byte words."""
+        return x.dtype == self._buffer.dtype and x.nbytes <= ONE_SHOT_BYTES and x.nbytes % 16 == 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        # Copied by a kernel of its own: torch's that copies and sums does not wait for all of its threads in between.
+        shared = self._buffer[: x.numel()].view(x.shape).copy_(x)
+        total: Tensor = torch.ops.symm_mem.one_shot_all_reduce(shared, "sum", self._name)
+        return total
+
+
 class Group:
     """Ranks that hold shards of the same layers, and compute each step together. For one rank its collectives are the
     identity. They are called by all ranks of a group, in the same order, with tensors of one shape.
@@ -39,10 +69,14 @@ class Group:
     Args:
         rank, size: this one of how many.
         ranks: torch's group of them; None for one alone.
+
+    Attributes:
+        one_shot: sums up what it takes; the rest goes by NCCL or gloo.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, ranks: dist.ProcessGroup | None = None) -> None:
-        self.rank, self.size, self._ranks = rank, size, ranks
+        self.rank, self.size, self.ranks = rank, size, ranks
+        self.one_shot: OneShot | None = None
 
     def shard(self, total: int) -> Shard:
         """This rank's part of `total` heads or rows. Where there are fewer than ranks, several hold the same one.
@@ -55,8 +89,10 @@ class Group:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`, which may be overwritten; the same bits on each of them."""
+        if self.one_shot and self.one_shot.takes(x):
+            return self.one_shot.sum(x)
         if self.size > 1:
-            dist.all_reduce(x, group=self._ranks)
+            dist.all_reduce(x, group=self.ranks)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -64,7 +100,7 @@ class Group:
         if self.size == 1:
             return x
         gathered = torch.empty(self.size * len(x), x.shape[1], dtype=x.dtype, device=x.device)
-        all_gather(gathered, x.contiguous(), group=self._ranks)
+        all_gather(gathered, x.contiguous(), group=self.ranks)
         return gathered.view(self.size, *x.shape).transpose(0, 1).reshape(len(x), self.size * x.shape[1])
 
 
@@ -131,7 +167,7 @@ class Parallel:
     def _reduced(self, values: tuple[int, ...], how: dist.ReduceOp.RedOpType) -> tuple[int, ...]:
         if self.size == 1:
             return values
-        tensor = torch.tensor(values)
+        tensor = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(tensor, how)
         return tuple(tensor.tolist())
 
@@ -184,6 +220,55 @@ def join(store: Store, rank: int, tp: int, pp: int, device: torch.device) -> Par
     index, of_group = divmod(rank, tp)
     groups = [dist.new_group(list(range(first, first + tp)), timeout=FOREVER) for first in range(0, size, tp)]
     return Parallel(rank, size, Group(of_group, tp, groups[index]), Stage(index, pp, rank - tp, rank + tp))
+
+
+def use_one_shot(parallel: Parallel, device: torch.device) -> str:
+    """Let the ranks of each group sum up by `OneShot`, if all can.
+
+    Returns:
+        Why not; empty where they do.
+    """
+    tp, problem = parallel.tp, ""
+    first = (device.index or 0) - tp.rank
+    peers = [index for index in range(first, first + tp.size) if index != device.index]
+    if device.type != "cuda":
+        problem = "there are no GPUs"
+    elif tp.size == 1:
+        problem = "no layer is shared (--tp 1)"
+    elif os.environ.get("NCCL_P2P_DISABLE", "0") != "0":
+        problem = "NCCL_P2P_DISABLE is set"
+    elif first < 0 or first + tp.size > torch.cuda.device_count():
+        problem = "the GPUs of a group are on several machines"
+    elif not all(torch.cuda.can_device_access_peer(device.index, peer) for peer in peers):
+        problem = "the GPUs have no P2P access to each other"
+    if parallel.least(not problem) == (0,):
+        return problem or "another rank cannot"
+    assert tp.ranks is not None
+    try:
+        tp.one_shot = OneShot(tp.ranks, device)
+        right = _sums_alike(tp, device)
+    except RuntimeError as error:
+        right, problem = False, str(error).partition("\n")[0]
+    if parallel.least(right) == (0,):
+        tp.one_shot = None
+        return problem or "a trial gave other sums than NCCL"
+    return ""
+
+
+def _sums_alike(tp: Group, device: torch.device) -> bool:
+    """A trial: sums are right, and the same bits on all ranks, again and again over the same memory."""
+    assert tp.one_shot is not None
+    for trial in range(20):
+        generator = torch.Generator(device).manual_seed(tp.size * trial + tp.rank)
+        x = torch.randn(trial + 1, 4096, generator=generator, device=device).bfloat16()
+        exact, total = x.float(), tp.one_shot.sum(x)
+        dist.all_reduce(exact, group=tp.ranks)
+        most, least = total.float(), total.float()
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=tp.ranks)
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=tp.ranks)
+        if not torch.equal(most, least) or not torch.allclose(total.float(), exact, rtol=0.02, atol=0.02):
+            return False
+    return True
 
 
 def leave() -> None:

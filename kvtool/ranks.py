@@ -36,7 +36,8 @@ from torch.distributed.rendezvous import rendezvous
 from kvtool.config import EngineConfig
 from kvtool.errors import ConfigError, KVToolError, UnsupportedError
 from kvtool.models import ModelConfig, load_config, resolve_model
-from kvtool.parallel import join, leave
+from kvtool.p2p import all_on_nvlink
+from kvtool.parallel import Parallel, join, leave, use_one_shot
 from kvtool.processes import Inbox, command, cpu_threads, frame
 from kvtool.request import ScheduledBatch, StepResult
 from kvtool.runner import Handle, Runner, choose_device
@@ -44,6 +45,7 @@ from kvtool.runner import Handle, Runner, choose_device
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 6.0  # a rank that says nothing for so long hangs
 END_SECONDS = 3  # for those that need not be killed
+COPY_SECONDS = 60  # to start a process and copy a few megabytes between all GPUs
 HELLO_BYTES = 1 << 12
 ENV = "env://"
 
@@ -207,7 +209,7 @@ class Ranks:
             Thread(target=watch, args=[self._links, self._receive, self._lost], daemon=True).start()
             config = placed(config, config.local_rank)
             with self._waiting():
-                parallel = join(store, 0, config.tp, config.pp, torch.device(config.device))
+                parallel = take_place(store, 0, config)
                 self.runner = Runner(config, parallel)
                 for answers in self._answers.values():
                     answers.get()
@@ -381,7 +383,7 @@ def follow(seat: Seat) -> NoReturn:
     assert isinstance(start, Start)
     parent, config = start.pid, placed(start.config, seat.local_rank)
     try:
-        runner = Runner(config, join(store, seat.rank, config.tp, config.pp, torch.device(config.device)))
+        runner = Runner(config, take_place(store, seat.rank, config))
         link.send(Ready())
         steps: queue.SimpleQueue[tuple[int, Handle]] = queue.SimpleQueue()
         Thread(target=_answer, args=[runner, steps, link], daemon=True).start()
@@ -441,6 +443,7 @@ def run_node(config: EngineConfig) -> int:
         ConfigError: ranks that do not fit the machine.
     """
     check_topology(config)
+    check_copies(config)
     assert config.dist_init_addr
     while True:
         processes = start_followers(config, config.dist_init_addr, config.ranks_here)
@@ -462,7 +465,7 @@ def run_node(config: EngineConfig) -> int:
 
 def placed(config: EngineConfig, local_rank: int) -> EngineConfig:
     """`config` on this rank's own device, or with its share of the cores."""
-    device = choose_device(config.device)
+    device = asked_device(config)
     if device.type == "cpu":
         torch.set_num_threads(cpu_threads(len(config.ranks_here)))
         return replace(config, device="cpu")
@@ -470,6 +473,35 @@ def placed(config: EngineConfig, local_rank: int) -> EngineConfig:
     if index >= torch.cuda.device_count():
         raise ConfigError(f"--tp {config.tp} --pp {config.pp}: this machine has no GPU {index}")
     return replace(config, device=str(choose_device(f"cuda:{index}")))
+
+
+def take_place(store: Store, rank: int, config: EngineConfig) -> Parallel:
+    """Join the others, and find out how to sum up with them.
+
+    Raises:
+        ConfigError: not in the way that was asked for.
+    """
+    device = torch.device(config.device)
+    parallel = join(store, rank, config.tp, config.pp, device)
+    if config.all_reduce == "nccl" or (config.all_reduce == "auto" and device.type == "cpu"):
+        return parallel
+    refusal = use_one_shot(parallel, device)
+    if refusal and config.all_reduce == "symmetric-memory":
+        raise ConfigError(f"--all-reduce symmetric-memory: {refusal}; leave it out")
+    if rank == 0 and config.tp > 1:
+        how = f"by NCCL, because {refusal}" if refusal else "in symmetric memory"
+        print(f"ranks sum up {how}", file=sys.stderr, flush=True)
+    return parallel
+
+
+def asked_device(config: EngineConfig) -> torch.device:
+    """Where the first rank of a machine without `local_rank` runs; nothing is allocated there."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(config.device)
+    except RuntimeError:
+        return choose_device(config.device)  # which says what is wrong with it
 
 
 def check_topology(config: EngineConfig) -> None:
@@ -483,13 +515,37 @@ def check_topology(config: EngineConfig) -> None:
         raise ConfigError(f"--nnodes {nodes}: needs --dist-init-addr HOST:PORT of node 0, the same on all nodes")
     if config.dist_init_addr not in (None, ENV):
         split_address(config.dist_init_addr or "")
-    device = choose_device(config.device)
+    device = asked_device(config)
     needed = (device.index or 0) + config.local_rank + len(config.ranks_here)
     if device.type == "cuda" and needed > torch.cuda.device_count():
         here = f" on each of {nodes} nodes" if nodes > 1 else ""
         raise ConfigError(
             f"{ranks} --device {config.device}: {len(config.ranks_here)} ranks need as many GPUs{here}; "
             f"there are {torch.cuda.device_count()}"
+        )
+
+
+def check_copies(config: EngineConfig) -> None:
+    """Try what NCCL will rely on, copies between this machine's GPUs, where they are on PCIe: behind an IOMMU, or where
+    the driver claims what the cards have not, they arrive wrong or never. A process that can be killed tries it.
+
+    Raises:
+        ConfigError: they did; it says what to set.
+    """
+    device, count = asked_device(config), len(config.ranks_here)
+    first = (device.index or 0) + config.local_rank
+    gpus = range(first, first + count)
+    if device.type != "cuda" or count == 1 or os.environ.get("NCCL_P2P_DISABLE", "0") != "0" or all_on_nvlink(gpus):
+        return
+    argv = command("kvtool.p2p", ",".join(map(str, gpus)))
+    try:
+        tried = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=COPY_SECONDS, text=True)
+        problem = tried.stdout.strip()
+    except subprocess.TimeoutExpired:
+        problem = f"copies between cuda:{gpus[0]} and cuda:{gpus[-1]} hang"
+    if problem:
+        raise ConfigError(
+            f"{problem}; set NCCL_P2P_DISABLE=1, so that NCCL goes through host memory, or switch the IOMMU and ACS off"
         )
 
 

@@ -27,7 +27,7 @@ ROWS = [
     {"attention"},
     {"kv"},
     {"kernels"},
-    {"parallel"},
+    {"parallel", "p2p"},
     {"processes"},
     {"request", "config", "errors"},
 ]

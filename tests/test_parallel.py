@@ -13,6 +13,7 @@ from kvtool.engine import Engine
 from kvtool.errors import ConfigError
 from kvtool.kv.format import resolve
 from kvtool.models import Decoder, load_config, load_model, resolve_model
+from kvtool.p2p import wrong_copies
 from kvtool.parallel import Group, Parallel, Stage
 from kvtool.request import Request, SamplingParams, Tokens
 from kvtool.runner import kv_spec
@@ -164,3 +165,13 @@ def test_a_stage_keeps_the_tail_that_another_needs() -> None:
 def test_ranks_that_do_not_fit_the_model_are_refused(ranks: dict[str, int], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         Engine(replace(CONFIG, **ranks))  # type: ignore[arg-type]
+
+
+def test_copies_that_arrive_wrong_are_named() -> None:
+    devices = [torch.device("cpu", 0), torch.device("cpu", 1)]
+
+    def broken(x: torch.Tensor, target: torch.device) -> torch.Tensor:
+        return x.clone() if target == devices[0] else torch.zeros_like(x)
+
+    assert list(wrong_copies(devices)) == []
+    assert list(wrong_copies(devices, broken)) == ["copies from cpu:0 to cpu:1 arrive wrong"]
