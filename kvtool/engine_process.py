@@ -79,10 +79,15 @@ def _end_with(connection: socket.socket, started: list[Engine]) -> None:
     hangup = select.poll()
     hangup.register(connection, select.POLLRDHUP)
     hangup.poll()
+    _dismiss(started)
+    os._exit(0)
+
+
+def _dismiss(started: list[Engine]) -> None:
+    """Let other ranks know that this one ends as it should."""
     for engine in started:
         if engine.ranks:
             engine.ranks.dismiss()
-    os._exit(0)
 
 
 def main(fd: str) -> None:
@@ -97,4 +102,5 @@ def main(fd: str) -> None:
     Thread(target=_end_with, args=[connection, started], daemon=True).start()
     with contextlib.suppress(EOFError, ConnectionError):
         serve(connection, started)
+    _dismiss(started)
     gc.freeze()  # or Python looks through all of torch for garbage before it ends, a second long

@@ -46,6 +46,7 @@ BEAT_SECONDS = 1.0
 SILENT_SECONDS = 6.0  # a rank that says nothing for so long hangs
 END_SECONDS = 3  # for those that need not be killed
 COPY_SECONDS = 60  # to start a process and copy a few megabytes between all GPUs
+ENDED = "has ended"
 HELLO_BYTES = 1 << 12
 ENV = "env://"
 
@@ -163,7 +164,7 @@ def watch(links: Sequence[Link], receive: Callable[[Link, bytes], None], lost: C
                     for body in link.inbox.poll():
                         receive(link, body)
                 except (EOFError, OSError):
-                    return lost(link, "has ended")
+                    return lost(link, ENDED)
         now = time.monotonic()
         if now - beaten >= BEAT_SECONDS:
             beaten = now
@@ -195,6 +196,7 @@ class Ranks:
         self._links: list[Link] = []
         self._answers: dict[str, queue.SimpleQueue[Ready | Done]] = {}
         self._step = 0
+        self._patience = max(config.dist_timeout, 60)  # for one step, which may compile kernels
         self._launched: deque[tuple[int, Handle]] = deque()
         self._token_ids: dict[int, int] = {}
         self._closing = False
@@ -242,22 +244,29 @@ class Ranks:
         while not step:  # steps before it may have been given up
             number, launched = self._launched.popleft()
             step = number if launched is handle else 0
-        result, error = StepResult([], [], []), None
+        answers = [self._answer_of(link, step) for link in self._links]
         with self._waiting():
-            try:
-                result = self.runner.collect(handle)
-            except UnsupportedError as fault:
-                error = str(fault)
-        for answers in self._answers.values():
-            while not isinstance(done := answers.get(), Done) or done.step < step:
-                pass
-            result, error = done.result or result, error or done.error
-        if error:
-            raise UnsupportedError(error)
+            result = self.runner.collect(handle)
+        for done in answers:
+            if done.error:
+                raise UnsupportedError(done.error)
+            result = done.result or result
         if not self.runner.parallel.stage.is_last:
             slots = [sample.slot for sample in handle.batch.samples]
             self._token_ids |= {slot: max(token, 0) for slot, token in zip(slots, result.token_ids, strict=True)}
         return result
+
+    def _answer_of(self, link: Link, step: int) -> Done:
+        """What a follower says of a step, whatever it has said of steps before."""
+        try:
+            while (
+                not isinstance(done := self._answers[link.name].get(timeout=self._patience), Done) or done.step < step
+            ):
+                pass
+            return done
+        except queue.Empty:
+            self._lost(link, f"has been in one step for {self._patience} s")
+            raise
 
     def dismiss(self) -> None:
         """Tell the followers that it is over, whatever this process is in the midst of."""
@@ -285,7 +294,9 @@ class Ranks:
         """
         missing = set(range(1, config.num_ranks))
         deadline = time.monotonic() + config.dist_timeout
-        with socket.create_server((own_address(address), 0)) as listener:
+        own = own_address(address)
+        family = socket.AF_INET6 if ":" in own else socket.AF_INET
+        with socket.create_server((own, 0), family=family) as listener:
             host, port = listener.getsockname()[:2]
             meeting = Meeting(host, port, secrets.token_hex(16))
             store.set("meeting", msgspec.json.encode(meeting).decode())
@@ -368,7 +379,7 @@ def follow(seat: Seat) -> NoReturn:
             time.sleep(END_SECONDS)
             os._exit(0)
         print(f"error: {link.name} {why}; rank {seat.rank} ends with it", file=sys.stderr, flush=True)
-        if os.getppid() == parent:  # who waits for it would wait forever
+        if why != ENDED and os.getppid() == parent:  # who waits for it would wait forever
             os.kill(parent, signal.SIGKILL)
         os._exit(1)
 
@@ -396,12 +407,12 @@ def follow(seat: Seat) -> NoReturn:
             steps.put((message.step, runner.launch(message.batch, mask)))
         leave()
         os._exit(0)
-    except KVToolError as error:
-        link.send(Failed(f"failed: {error}"))
     except Exception as error:
-        time.sleep(2 * BEAT_SECONDS)  # where it is another rank's end that ends this one, rank 0 should hear of that
-        traceback.print_exc()
-        link.send(Failed(f"failed: {type(error).__name__}: {error}"))
+        # Rank 0 may have met the same, or be about to hear of the rank whose end has ended this one.
+        time.sleep(2 * BEAT_SECONDS)
+        if not isinstance(error, KVToolError):
+            traceback.print_exc()
+        link.send(Failed(f"has failed: {error}"))
     while True:  # rank 0 ends it
         signal.pause()
 
@@ -416,6 +427,9 @@ def _answer(runner: Runner, steps: "queue.SimpleQueue[tuple[int, Handle]]", link
             result = runner.collect(handle)
         except UnsupportedError as fault:
             error = str(fault)
+        except Exception as fault:
+            traceback.print_exc()
+            return link.send(Failed(f"has failed: {fault}"))
         link.send(Done(step, error, result if speaks else None))
 
 
