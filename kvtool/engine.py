@@ -94,6 +94,7 @@ class Engine:
             eos_token_ids=list(model.eos_token_ids),
             dtype=str(self.runner.dtype).removeprefix("torch."),
             device=str(self.runner.device),
+            num_ranks=config.num_ranks,
             kv_format=self.runner.format.describe(),
             bits_per_element=8 * block_bytes / (store.format.block_size * elements),
             block_size=store.format.block_size,

@@ -16,7 +16,7 @@ from kvtool.errors import KVToolError
 # Its name up to torch 2.12, which later ones warn of.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-ONE_SHOT_BYTES = 1 << 20  # a row of 3,584 takes 7 KiB; what is longer is bound by the link, and NCCL cuts it well
+ONE_SHOT_BYTES = 2 << 20  # 292 rows of 3,584; what is longer is bound by the link, and NCCL cuts it well
 FOREVER = timedelta(days=100)
 WORDS = 1000  # bytes of what a rank can say is wrong with it
 
@@ -218,8 +218,11 @@ def join(store: Store, rank: int, tp: int, pp: int, device: torch.device) -> Par
         device_id=device if on_gpu else None,
     )
     index, of_group = divmod(rank, tp)
-    groups = [dist.new_group(list(range(first, first + tp)), timeout=FOREVER) for first in range(0, size, tp)]
-    return Parallel(rank, size, Group(of_group, tp, groups[index]), Stage(index, pp, rank - tp, rank + tp))
+    group = ALONE
+    if tp > 1:
+        groups = [dist.new_group(list(range(first, first + tp)), timeout=FOREVER) for first in range(0, size, tp)]
+        group = Group(of_group, tp, groups[index])
+    return Parallel(rank, size, group, Stage(index, pp, rank - tp, rank + tp))
 
 
 def use_one_shot(parallel: Parallel, device: torch.device) -> str:

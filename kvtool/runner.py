@@ -118,7 +118,8 @@ class Runner:
             with parallel.agreeing():
                 memory = cache_memory(config, layout, self.memory)
                 fits = capacity(config, self.model_config, layout, memory)
-            num_blocks, self.max_model_len, num_units = parallel.least(*fits, config.swap_space // layout.block_bytes)
+            num_units = config.swap_space // len(config.ranks_here) // layout.block_bytes
+            num_blocks, self.max_model_len, num_units = parallel.least(*fits, num_units)
             with parallel.agreeing():
                 self._hold(layout, num_blocks, config)
                 self.swap_space = SwapSpace(self.store, num_units)

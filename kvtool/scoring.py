@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvtool.attention import PagedAttention, block_size
 from kvtool.config import Bits, EngineConfig, KVOptions
-from kvtool.errors import ConfigError
+from kvtool.errors import ConfigError, UnsupportedError
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import resolve
@@ -63,9 +63,14 @@ class ScoringModel:
 
     Raises:
         KVToolError: the model cannot be loaded.
+        UnsupportedError: on several devices.
     """
 
     def __init__(self, config: EngineConfig) -> None:
+        if config.num_ranks > 1:
+            raise UnsupportedError(
+                f"--tp {config.tp} --pp {config.pp}: a model is scored on one device; leave them out"
+            )
         self.config = config
         self.device = choose_device(config.device)
         self.path = resolve_model(config.model)

@@ -52,11 +52,13 @@ def main() -> None:
     parser.add_argument("--address", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run in RUNS:
-        print(json.dumps(measure_run(args.model, RUNS[args.run], args.nbits, args.workloads.split(","))))
+        print(json.dumps(measure_run(args.model, RUNS[args.run], args.nbits, args.workloads.split(","))), flush=True)
+        os._exit(0)  # the other rank ends with this one, and nothing can hang on the way
     elif args.run:
         rank = int(args.run)
         if rows := measure_collectives(rank, args.address, MODELS[args.model]):
-            print(json.dumps(rows))
+            print(json.dumps(rows), flush=True)
+        os._exit(0)
     else:
         report(args)
 
@@ -120,7 +122,6 @@ def measure_run(name: str, ranks: dict[str, Any], nbits: str, workloads: list[st
                 count = int(workload[2:])
                 whole, prefill = (seconds(engine, [128] * count, [n] * count, 3) for n in (129, 1))
                 figures[workload] = round((whole - prefill) / 128 * 1e3, 3)
-        engine.close()
     return figures
 
 

@@ -181,6 +181,34 @@ def test_torchrun_starts_ranks_too(tmp_path: Path) -> None:
     assert json.loads(report.read_text())["rows"][0]["success_rate"] == 1
 
 
+@pytest.fixture
+def hosts(tmp_path: Path) -> dict[str, Any]:
+    """Hosts that are all this machine, but for "bad", which ssh does not reach, and a checkout on them."""
+    for name, script in (
+        ("ssh", 'case "$*" in *" bad "*) exit 255 ;; esac\nexec sh -c "${@: -1}"'),
+        ("scripts/kvtool", f'cd {REPOSITORY} && exec {sys.executable} -m commands "$@"'),
+    ):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"#!/usr/bin/env bash\n{script}\n")
+        file.chmod(0o755)
+    return {"env": os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, "cwd": tmp_path}
+
+
+@pytest.mark.parametrize(("second", "status"), [("127.0.0.1", 0), ("bad", 255)])
+def test_all_nodes_are_launched_over_ssh(second: str, status: int, hosts: dict[str, Any]) -> None:
+    launch = [REPOSITORY / "scripts" / "launch_distributed", "--dir", hosts["cwd"], "--port", str(free_port())]
+    command = ["bench-ttft", "--tp", "2", *SMALL, "--prompt-tokens", "8", "--trials", "1", "--requests", "1", "--json"]
+    launched = subprocess.run(
+        [*launch, "127.0.0.1", second, "--", *command], capture_output=True, text=True, timeout=100, env=hosts["env"]
+    )
+    assert launched.returncode == status, launched.stderr
+    if status == 0:
+        assert json.loads(launched.stdout)["rows"][0]["success_rate"] == 1
+    else:
+        assert "error: node 1 (bad) ended with status 255" in launched.stderr.splitlines()
+
+
 def test_a_first_node_that_does_not_answer_is_named() -> None:
     port = free_port()
     options = ["--tp", "2", "--nnodes", "2", "--node-rank", "1", "--dist-init-addr", f"127.0.0.1:{port}"]
