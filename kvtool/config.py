@@ -50,8 +50,8 @@ class EngineConfig:
         max_model_len: tokens of prompt and answer together; None: the model's context.
         max_num_seqs: sequences that run at once; each owns a tail slot.
         max_num_batched_tokens: tokens computed in one step; longer prompts are cut into chunks.
-        kv_cache_memory: bytes of KV cache of each rank, blocks and tails together; None: what is left on a GPU, 1 GiB on
-            CPU.
+        kv_cache_memory: bytes of KV cache of each rank, blocks and tails together; None: what is left on a GPU, 1 GiB
+            on CPU.
         gpu_memory_utilization: share of the whole GPU that weights, workspace and cache may take.
         swap_space: bytes of this machine's memory for sequences that must make room.
         prefix_caching: prompts share the packed blocks of their common beginnings.

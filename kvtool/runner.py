@@ -123,6 +123,7 @@ class Runner:
             with parallel.agreeing():
                 self._hold(layout, num_blocks, config)
                 self.swap_space = SwapSpace(self.store, num_units)
+            self.graphs = self._graphs(config)
             self.on_all_ranks = parallel.total(
                 layout.spec.elements, layout.block_bytes, layout.tail_bytes, self.store.nbytes
             )
@@ -265,14 +266,16 @@ class Runner:
         ]
 
     def _hold(self, layout: KVLayout, num_blocks: int, config: EngineConfig) -> None:
-        """Give the model a store, and what runs on it."""
+        """Give the model a store, and attention over it."""
         self.store = allocate(layout, num_blocks, config.max_num_seqs, self.dtype, self.device)
         layers = attention_layers(self.model_config, self.parallel)
         self.attention = PagedAttention(self.store, layers, config.attention_backend)
-        self.graphs = self._graphs(config) if config.cuda_graph and self.attention.is_capturable else None
 
-    def _graphs(self, config: EngineConfig) -> StepGraphs:
-        """Graphs of steps, yet to be captured."""
+    def _graphs(self, config: EngineConfig) -> StepGraphs | None:
+        """Graphs of steps, yet to be captured; all ranks have the same ones, or none."""
+        (is_capturable,) = self.parallel.least(config.cuda_graph and self.attention.is_capturable)
+        if not is_capturable:
+            return None
         fmt, weights = self.store.format, sum(weight.numel() for weight in self.model.layers.parameters())
         most_tokens = min(MOST_WORK // weights, config.max_num_batched_tokens)
         (most_tokens,) = self.parallel.least(most_tokens if self.attention.captures_prompts else 0)
@@ -312,6 +315,7 @@ class Runner:
         largest = largest_step(config, layout.format, self.max_model_len)
         try:
             self._hold(layout, sum(len(span.blocks) for span in largest.spans) + 1, config)
+            self.graphs = self._graphs(config)
             torch.cuda.reset_peak_memory_stats(self.device)
             self.collect(self.launch(largest))
             if self.graphs:

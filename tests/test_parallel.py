@@ -124,9 +124,8 @@ def assert_same_answers(got: dict[str, list[Tokens]], expected: dict[str, list[T
         (2, 1, KVOptions(nbits="4")),
         (2, 1, PLAN),
         (4, 1, KVOptions(nbits="4")),  # two ranks to each KV head
-        (1, 2, KVOptions()),
+        (1, 2, KVOptions(nbits="4")),
         (1, 2, PLAN),  # the first stage alone would need no tail
-        (2, 2, KVOptions(nbits="4")),
     ],
 )
 def test_ranks_together_answer_as_one_does(tp: int, pp: int, kv: KVOptions) -> None:
