@@ -34,7 +34,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from kvtool.config import EngineConfig
-from kvtool.errors import ConfigError, KVToolError, UnsupportedError
+from kvtool.errors import CapacityError, ConfigError, KVToolError, UnsupportedError
 from kvtool.models import ModelConfig, load_config, resolve_model
 from kvtool.p2p import all_on_nvlink
 from kvtool.parallel import Parallel, join, leave, use_one_shot
@@ -229,7 +229,10 @@ class Ranks:
         with self._waiting():
             if self._token_ids:
                 self.runner.take_in(self._token_ids)
-            handle = self.runner.launch(batch, allowed)
+            try:
+                handle = self.runner.launch(batch, allowed)
+            except CapacityError as error:  # the others wait for it in the midst of the step
+                self._end(f"rank 0 has failed: {error}")
         self._token_ids = {}
         self._launched.append((self._step, handle))
         return handle
@@ -330,10 +333,12 @@ class Ranks:
             self._answers[link.name].put(message)
 
     def _lost(self, link: Link, why: str) -> None:
-        """End all that waits for this rank, which is everything."""
-        if self._closing:
-            return
-        print(f"error: {link.name} {why}; all ranks end with it", file=sys.stderr, flush=True)
+        if not self._closing:
+            self._end(f"{link.name} {why}")
+
+    def _end(self, why: str) -> NoReturn:
+        """End all ranks, as each waits for all."""
+        print(f"error: {why}; all ranks end with it", file=sys.stderr, flush=True)
         for process in self._processes:
             process.kill()
         os._exit(1)
@@ -459,8 +464,10 @@ def run_node(config: EngineConfig) -> int:
     check_topology(config)
     check_copies(config)
     assert config.dist_init_addr
+    ranks, address = config.ranks_here, config.dist_init_addr
+    print(f"node {config.node_rank}: rank {ranks[0]} to {ranks[-1]} for {address} ...", file=sys.stderr, flush=True)
     while True:
-        processes = start_followers(config, config.dist_init_addr, config.ranks_here)
+        processes = start_followers(config, address, ranks)
         try:
             while all(process.poll() is None for process in processes):
                 time.sleep(BEAT_SECONDS / 10)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import make_checkpoint
+from safetensors.torch import load_file, save_file
 
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
@@ -143,6 +144,39 @@ def test_ranks_share_what_does_not_divide_and_has_biases(tmp_path: Path) -> None
     config = replace(CONFIG, model=str(tmp_path), kv_cache_memory=MIB // 2, swap_space=MIB, prefix_caching=False)
     expected = answers(config, asked)
     assert_same_answers(answers(replace(config, tp=2, pp=2, kv_cache_memory=MIB // 4), asked), expected)
+
+
+def test_what_one_rank_cannot_hold_fails_its_request_alone(tmp_path: Path) -> None:
+    """A token whose keys are beyond fp16 in the second KV head, which only the second rank has."""
+    make_checkpoint("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    embedding, keys = tensors["model.embed_tokens.weight"], tensors["model.layers.1.self_attn.k_proj.weight"]
+    embedding[:, 0], embedding[5] = 0, 0
+    embedding[5, 0] = 1e6  # all that is left of it behind a norm
+    for layer in range(2):
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            tensors[f"model.layers.{layer}.{name}.weight"][0] = 0  # nothing else gets into that channel
+    keys[16:, 0] = 1e5
+    save_file(tensors, tmp_path / "model.safetensors")
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    asked = [Request(str(i), [10 + i] * 70, params) for i in range(3)]
+    config = replace(CONFIG, model=str(tmp_path), kv=KVOptions(nbits="4"), prefix_caching=False)
+    expected = answers(config, asked)
+    engine = Engine(replace(config, tp=2, run_ahead=True))
+    try:
+        for request in (*asked[:2], Request("bad", [5] * 70, params), asked[2]):
+            engine.submit(request)
+        got: dict[str, list[Tokens]] = {}
+        while engine.has_work:
+            for tokens in engine.step():
+                got.setdefault(tokens.id, []).append(tokens)
+    finally:
+        engine.close()
+    (bad,) = got.pop("bad")
+    assert bad.error and "cannot be quantised" in bad.error
+    assert {name: [t.token_ids for t in tokens] for name, tokens in got.items()} == {
+        name: [t.token_ids for t in tokens] for name, tokens in expected.items()
+    }
 
 
 def test_a_stage_keeps_the_tail_that_another_needs() -> None:

@@ -215,8 +215,8 @@ def test_a_first_node_that_does_not_answer_is_named() -> None:
     process = kvtool("serve", *options, "--dist-timeout", "1")
     stdout, stderr = process.communicate(timeout=100)
     assert (process.returncode, stdout) == (2, "")
-    (line,) = stderr.splitlines()
-    assert line.startswith(f"error: --dist-init-addr 127.0.0.1:{port} did not answer within --dist-timeout 1 s")
+    _, error = stderr.splitlines()
+    assert error.startswith(f"error: --dist-init-addr 127.0.0.1:{port} did not answer within --dist-timeout 1 s")
 
 
 def test_a_node_that_does_not_come_is_named() -> None:
