@@ -4,9 +4,11 @@ Tensors go by torch.distributed. What rank 0 tells the others, and what they ans
 also shows who has died or hangs.
 """
 
+import atexit
 import contextlib
 import errno
 import fcntl
+import gc
 import os
 import queue
 import secrets
@@ -200,10 +202,11 @@ class Ranks:
         self._launched: deque[tuple[int, Handle]] = deque()
         self._token_ids: dict[int, int] = {}
         self._closing = False
+        check_copies(config)
+        atexit.register(self.dismiss)
         try:
-            store, address = open_store(
-                config.dist_init_addr or "127.0.0.1:0", config.num_ranks, config.dist_timeout, 0
-            )
+            address = config.dist_init_addr or "127.0.0.1:0"
+            store, address = open_store(address, config.num_ranks, config.dist_timeout, 0)
             self._processes = start_followers(config, address, config.ranks_here[1:])
             self._gather(store, config, address)
             for link in self._links:
@@ -262,14 +265,12 @@ class Ranks:
     def _answer_of(self, link: Link, step: int) -> Done:
         """What a follower says of a step, whatever it has said of steps before."""
         try:
-            while (
-                not isinstance(done := self._answers[link.name].get(timeout=self._patience), Done) or done.step < step
-            ):
-                pass
-            return done
+            while True:
+                answer = self._answers[link.name].get(timeout=self._patience)
+                if isinstance(answer, Done) and answer.step == step:
+                    return answer
         except queue.Empty:
-            self._lost(link, f"has been in one step for {self._patience} s")
-            raise
+            self._end(f"{link.name} has been in one step for {self._patience} s")
 
     def dismiss(self) -> None:
         """Tell the followers that it is over, whatever this process is in the midst of."""
@@ -279,6 +280,7 @@ class Ranks:
 
     def close(self) -> None:
         """Let the followers end, and free what is needed for others to start in this process."""
+        atexit.unregister(self.dismiss)
         self.dismiss()
         if dist.is_initialized():
             leave()
@@ -400,6 +402,8 @@ def follow(seat: Seat) -> NoReturn:
     parent, config = start.pid, placed(start.config, seat.local_rank)
     try:
         runner = Runner(config, take_place(store, seat.rank, config))
+        gc.collect()
+        gc.freeze()  # as in the engine process
         link.send(Ready())
         steps: queue.SimpleQueue[tuple[int, Handle]] = queue.SimpleQueue()
         Thread(target=_answer, args=[runner, steps, link], daemon=True).start()
