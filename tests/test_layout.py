@@ -20,13 +20,15 @@ ROWS = [
     {"client", "engine"},
     {"scheduler"},
     {"scoring"},
+    {"ranks"},
     {"runner", "memory", "cuda_graph", "sampler", "grammar", "tokenizer", "chat_template"},
     {"models"},
     {"layers"},
     {"attention"},
     {"kv"},
     {"kernels"},
-    {"parallel"},
+    {"parallel", "p2p"},
+    {"processes"},
     {"request", "config", "errors"},
 ]
 ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}

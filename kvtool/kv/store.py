@@ -112,6 +112,10 @@ class KVStore:
         self._faults.zero_()
         return fault
 
+    def note_fault(self) -> None:
+        """As a kernel would: what torch has met, and the caller cannot end the step for."""
+        self._faults.fill_(1)
+
     def clear(self, blocks: Sequence[int], tail_slot: int) -> None:
         """Overwrite blocks and a tail with zeros."""
         index = self._index(blocks)
