@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,88 +60,88 @@ def complete(server: ServerProcess) -> str | None:
 # A rank that is lost
 
 
+@contextmanager
+def losing(server: ServerProcess, pid: int, number: signal.Signals) -> Iterator[None]:
+    """Send a signal to a rank while a client streams, who hears of it."""
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body(1900), timeout=60) as response:
+        lines = (line for line in response.iter_lines() if line)
+        next(lines)
+        os.kill(pid, number)
+        *_, last = lines
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_dead"
+    yield
+
+
 @pytest.mark.parametrize(
-    ("victim", "number", "named"),
-    [
-        ("follower", signal.SIGKILL, "rank 1 (process {}"),
-        ("follower", signal.SIGSTOP, "rank 1 (process {}"),
-        ("rank 0", signal.SIGSTOP, "rank 0 has not answered"),
-    ],
+    ("victim", "named"), [("follower", "rank 1 (process {}"), ("rank 0", "rank 0 has not answered for 6 s")]
 )
-def test_a_rank_that_dies_or_hangs_ends_all(victim: str, number: signal.Signals, named: str) -> None:
-    """Within ten seconds: streams get an error event, the exit code is not 0, and the log names the rank."""
+def test_a_rank_that_hangs_ends_all(victim: str, named: str) -> None:
+    """Streams get an error event, the exit code is not 0, and the log names the rank: in 7 s, more on a busy machine."""
     with serving(*SMALL, "--tp", "2") as server:
         engine = server.engine
         (follower,) = children(engine)
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body(1900), timeout=60) as response:
-            lines = (line for line in response.iter_lines() if line)
-            next(lines)
-            lost = time.monotonic()
-            os.kill(follower if victim == "follower" else engine, number)
-            *_, last = lines
-        status, stderr = server.end()
-        took = time.monotonic() - lost
-    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_dead"
+        lost = time.monotonic()
+        with losing(server, follower if victim == "follower" else engine, signal.SIGSTOP):
+            status, stderr = server.end()
+            took = time.monotonic() - lost
     assert status != 0
     assert named.format(follower) in stderr
-    assert took < 10
+    assert took < 20
     assert ended(engine) and ended(follower)
 
 
-def test_restart_starts_all_ranks_anew() -> None:
+def test_a_rank_that_dies_ends_all_and_restart_starts_them_anew() -> None:
     with serving(*SMALL, "--tp", "2", "--restart") as server:
         before, engine = complete(server), server.engine
         assert before
-        os.kill(children(engine)[0], signal.SIGKILL)
-        deadline = time.monotonic() + 100
-        while not (after := complete(server)):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        (follower,) = children(engine)
+        with losing(server, follower, signal.SIGKILL):
+            deadline = time.monotonic() + 100
+            while not (after := complete(server)):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
         assert after == before and server.engine != engine
+        assert ended(engine) and ended(follower)
+        server.process.send_signal(signal.SIGTERM)
+        status, stderr = server.end()
+    assert status == 0
+    assert f"rank 1 (process {follower} on {socket.gethostname()}) has ended; all ranks end with it" in stderr
 
 
 # Finding each other
 
 
 @contextmanager
-def one_network() -> Iterator[tuple[list[str], list[str], str]]:
-    """How to run something on node 0 and on node 1, and node 0's address: both are this machine."""
-    yield [], [], "127.0.0.1"
-
-
-@contextmanager
 def two_networks() -> Iterator[tuple[list[str], list[str], str]]:
-    """The same with a network namespace for each, joined by a virtual cable."""
-    names, ip = [f"kvtool-{os.getpid()}-{node}" for node in range(2)], shutil.which("ip")
+    """How to run something on either node, and node 0's address: two network namespaces joined by a virtual cable, or
+    where the machine allows none, one network for both."""
+    names, ip = [f"kvtool-{os.getpid()}-{node}" for node in range(2)], shutil.which("ip") or "ip"
     ends = [f"kv{os.getpid() % 10**6}n{node}" for node in range(2)]
     subnet = f"10.{os.getpid() // 250 % 250}.{os.getpid() % 250}"
-    if ip is None or os.geteuid() != 0:
-        pytest.skip("network namespaces need root and iproute2")
+    commands = [f"netns add {name}" for name in names] + [f"link add {ends[0]} type veth peer name {ends[1]}"]
+    for node, (name, end) in enumerate(zip(names, ends, strict=True)):
+        commands += [f"link set {end} netns {name}", f"-n {name} addr add {subnet}.{node + 1}/24 dev {end}"]
+        commands += [f"-n {name} link set {end} up", f"-n {name} link set lo up"]
     try:
-        for name in names:
-            if subprocess.run([ip, "netns", "add", name], capture_output=True).returncode:
-                pytest.skip("this machine allows no network namespaces")
-        subprocess.run([ip, "link", "add", ends[0], "type", "veth", "peer", "name", ends[1]], check=True)
-        for node, (name, end) in enumerate(zip(names, ends, strict=True)):
-            subprocess.run([ip, "link", "set", end, "netns", name], check=True)
-            for words in (f"addr add {subnet}.{node + 1}/24 dev {end}", f"link set {end} up", "link set lo up"):
-                subprocess.run([ip, "-n", name, *words.split()], check=True)
+        for words in commands:
+            subprocess.run([ip, *words.split()], check=True, capture_output=True)
         yield [ip, "netns", "exec", names[0]], [ip, "netns", "exec", names[1]], f"{subnet}.1"
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        yield [], [], "127.0.0.1"
     finally:
         for name in names:
-            subprocess.run([ip, "netns", "delete", name], capture_output=True)
+            with suppress(FileNotFoundError):
+                subprocess.run([ip, "netns", "delete", name], capture_output=True)
 
 
-@pytest.mark.parametrize(("networks", "ranks"), [(one_network, {"tp": 2}), (two_networks, {"tp": 2, "pp": 2})])
-def test_two_nodes_answer_as_one_process_does(networks: Any, ranks: dict[str, int]) -> None:
+def test_two_nodes_answer_as_one_process_does() -> None:
     engine = Engine(EngineConfig(**CONFIG, kv=KVOptions(nbits="4")))
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     expected = [c.token_ids for c in engine.generate([[5 + i for i in range(80)], [9, 8, 7]], params)]
-    with networks() as (on_first, on_second, host):
+    with two_networks() as (on_first, on_second, host):
         address = f"{host}:{free_port()}"
-        config = CONFIG | ranks | {"nnodes": 2, "dist_init_addr": address}
-        sizes = [word for name, count in ranks.items() for word in (f"--{name}", str(count))]
-        options = [*sizes, "--nnodes", "2", "--node-rank", "1", "--dist-init-addr", address]
+        config = CONFIG | {"tp": 2, "pp": 2, "nnodes": 2, "dist_init_addr": address}
+        options = ["--tp", "2", "--pp", "2", "--nnodes", "2", "--node-rank", "1", "--dist-init-addr", address]
         second = subprocess.Popen(
             [*on_second, sys.executable, "-m", "commands", "serve", *options],
             stdout=subprocess.PIPE,
@@ -230,25 +230,26 @@ def test_a_node_that_does_not_come_is_named() -> None:
     assert error.startswith(f"error: rank 1 (node 1) did not come to {address} within --dist-timeout 1 s")
 
 
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        ("--tp 3", "--tp 3: does not divide the model's 4 query heads"),
-        ("--tp-size 8", "--tp 8: does not divide the model's 4 query heads"),
-        ("--tp 2 --nnodes 2", "--nnodes 2: needs --dist-init-addr HOST:PORT of node 0, the same on all nodes"),
-        ("--tp 3 --nnodes 2 --node-rank 1", "--tp 3 --pp 1: 3 ranks cannot be shared out among --nnodes 2"),
-        (
-            "--tp 2 --nnodes 2 --node-rank 1 --dist-init-addr nowhere",
-            "--dist-init-addr nowhere: write HOST:PORT, the address of node 0 and a free port",
-        ),
-        ("--tp 2 --all-reduce symmetric-memory", "--all-reduce symmetric-memory: there are no GPUs; leave it out"),
-    ],
-)
-def test_ranks_that_cannot_be_are_refused_in_one_line(options: str, error: str) -> None:
-    process = kvtool("serve", *options.split(), "--device", "cpu", "--port", "0")
+def test_ranks_that_cannot_be_are_refused_in_one_line() -> None:
+    process = kvtool("serve", "--tp-size", "3", "--device", "cpu", "--port", "0")
     stdout, stderr = process.communicate(timeout=100)
     assert (process.returncode, stdout) == (2, "")
-    assert [line for line in stderr.splitlines() if not line.startswith("loading")] == [f"error: {error}"]
+    assert stderr.splitlines() == ["loading tiny ...", "error: --tp 3: does not divide the model's 4 query heads"]
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"tp": 2, "nnodes": 2}, "--nnodes 2: needs --dist-init-addr HOST:PORT of node 0, the same on all nodes"),
+        ({"nnodes": 2, "dist_init_addr": "a:1"}, "--tp 1 --pp 1: 1 ranks cannot be shared out among --nnodes 2"),
+        ({"tp": 2, "nnodes": 2, "node_rank": 2}, "--node-rank 2: --nnodes 2 are counted from 0"),
+        ({"tp": 2, "nnodes": 2, "dist_init_addr": "nowhere"}, "--dist-init-addr nowhere: write HOST:PORT"),
+        ({"tp": 2, "all_reduce": "symmetric-memory"}, "--all-reduce symmetric-memory: there are no GPUs; leave it out"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        Engine(EngineConfig(device="cpu", **options))
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
