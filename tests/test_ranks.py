@@ -76,7 +76,7 @@ def losing(server: ServerProcess, pid: int, number: signal.Signals) -> Iterator[
     ("victim", "named"), [("follower", "rank 1 (process {}"), ("rank 0", "rank 0 has not answered for 6 s")]
 )
 def test_a_rank_that_hangs_ends_all(victim: str, named: str) -> None:
-    """Streams get an error event, the exit code is not 0, and the log names the rank: in 7 s, more on a busy machine."""
+    """Streams get an error event, the exit code is not 0, and the log names the rank, some 7 s later."""
     with serving(*SMALL, "--tp", "2") as server:
         engine = server.engine
         (follower,) = children(engine)
