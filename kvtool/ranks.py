@@ -46,6 +46,8 @@ from kvtool.runner import Handle, Runner, choose_device
 
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 6.0  # a rank that says nothing for so long hangs
+RANK_0_SILENT_SECONDS = 8.0  # which also prepares grammars, and may be slow to speak meanwhile
+STARTING_SECONDS = 60.0  # while it starts: what is imported, allocated or compiled may stop all of its threads
 END_SECONDS = 3  # for those that need not be killed
 COPY_SECONDS = 60  # to start a process and copy a few megabytes between all GPUs
 ENDED = "has ended"
@@ -126,13 +128,14 @@ class Link:
     Attributes:
         name: of that rank, for people.
         heard: when it last said something.
+        patience: seconds after which its silence means that it hangs.
     """
 
     def __init__(self, connection: socket.socket, name: str) -> None:
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket, self.inbox, self.name = connection, Inbox(connection), name
-        self.heard = time.monotonic()
+        self.heard, self.patience = time.monotonic(), STARTING_SECONDS
         self._sending = Lock()
 
     def send(self, message: object) -> None:
@@ -173,8 +176,8 @@ def watch(links: Sequence[Link], receive: Callable[[Link, bytes], None], lost: C
             for link in links:
                 link.send_soon(Beat())
         for link in links:
-            if now - link.heard > SILENT_SECONDS:
-                return lost(link, f"has not answered for {SILENT_SECONDS:g} s")
+            if now - link.heard > link.patience:
+                return lost(link, f"has not answered for {link.patience:g} s")
 
 
 class Ranks:
@@ -216,8 +219,9 @@ class Ranks:
             with self._waiting():
                 parallel = take_place(store, 0, config)
                 self.runner = Runner(config, parallel)
-                for answers in self._answers.values():
-                    answers.get()
+                for link in self._links:
+                    self._answers[link.name].get()  # that it is ready
+                    link.patience = SILENT_SECONDS
         except BaseException:
             self.close()
             raise
@@ -405,6 +409,7 @@ def follow(seat: Seat) -> NoReturn:
         gc.collect()
         gc.freeze()  # as in the engine process
         link.send(Ready())
+        link.patience = RANK_0_SILENT_SECONDS
         steps: queue.SimpleQueue[tuple[int, Handle]] = queue.SimpleQueue()
         Thread(target=_answer, args=[runner, steps, link], daemon=True).start()
         while isinstance(message := inbox.get(), Launch):

@@ -73,7 +73,7 @@ def losing(server: ServerProcess, pid: int, number: signal.Signals) -> Iterator[
 
 
 @pytest.mark.parametrize(
-    ("victim", "named"), [("follower", "rank 1 (process {}"), ("rank 0", "rank 0 has not answered for 6 s")]
+    ("victim", "named"), [("follower", "rank 1 (process {}"), ("rank 0", "rank 0 has not answered for 8 s")]
 )
 def test_a_rank_that_hangs_ends_all(victim: str, named: str) -> None:
     """Streams get an error event, the exit code is not 0, and the log names the rank, some 7 s later."""
