@@ -158,12 +158,15 @@ def _tensors_of(file: Path) -> list[StoredTensor]:
 
 
 def _match(model: Decoder, tensors: list[StoredTensor]) -> list[tuple[StoredTensor, Tensor]]:
-    slots = dict(model.slots())
+    slots, config = dict(model.slots()), model.config
+    drafts = tuple(f"layers.{config.num_layers + layer}." for layer in range(config.num_draft_layers))
     matched: dict[str, tuple[StoredTensor, Tensor]] = {}
     for tensor in tensors:
         name = tensor.name.removeprefix("model.")
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in slots):
             continue  # computed, and tied to the embedding
+        if name.startswith(drafts):
+            continue
         if name not in slots:
             raise ModelError(
                 f"{tensor} has no place in the {model.config.model_type} model of config.json; are both of one model?"

@@ -1,0 +1,132 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): all heads' keys and values are products of one latent.
+
+A token caches that latent and one rotated key for all heads. A head's key product is taken over to its query and its
+value product to its output ("absorbed"), so that attention reads latents as they are stored, as one KV head that is key
+and value at once, and never makes keys and values of them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kvtool.layers.linear import Linear, MergedLinear, empty_parameter
+from kvtool.layers.norm import RMSNorm
+from kvtool.layers.rotary import rotate
+
+LATENT_EPS = 1e-6  # of the norms of latents, whatever the config says of the others
+
+
+@dataclass(frozen=True)
+class MLAShape:
+    """What queries, keys and values are made of.
+
+    Attributes:
+        q_lora_rank: elements of the latent of queries; None: they are projected from the token at once.
+        kv_lora_rank: elements of the latent of keys and values.
+        nope_dim, rope_dim: elements of a query or key head that are not rotated, and that are.
+        value_dim: of a value head.
+        interleaved: rotated elements come in pairs of neighbours, not one from each half.
+    """
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    interleaved: bool
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a query or key head."""
+        return self.nope_dim + self.rope_dim
+
+
+class MLA(nn.Module):
+    """Latent attention of a layer, behind its norm: x and residual stream [T, hidden_size] → the same."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        shape: MLAShape,
+        layer: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.shape, self.num_heads, self.layer = shape, num_heads, layer
+        q_size, q_rank = num_heads * shape.head_dim, shape.q_lora_rank
+        self.q_width = q_rank or q_size
+        self.a_proj = MergedLinear(
+            hidden_size,
+            {
+                "q_a_proj" if q_rank else "q_proj": self.q_width,
+                "kv_a_proj_with_mqa": shape.kv_lora_rank + shape.rope_dim,
+            },
+            bias=False,
+            stored_merged=False,
+            dtype=dtype,
+            device=device,
+        )
+        self.q_a_layernorm = RMSNorm(q_rank, LATENT_EPS, dtype=dtype, device=device) if q_rank else None
+        self.q_b_proj = Linear(q_rank, q_size, bias=False, dtype=dtype, device=device) if q_rank else None
+        self.kv_a_layernorm = RMSNorm(shape.kv_lora_rank, LATENT_EPS, dtype=dtype, device=device)
+        self.kv_b_proj = LatentProducts(num_heads, shape, dtype=dtype, device=device)
+        self.o_proj = Linear(num_heads * shape.value_dim, hidden_size, bias=False, dtype=dtype, device=device)
+
+    def forward(
+        self,
+        norm: RMSNorm,
+        x: Tensor,
+        residual: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        shape = self.shape
+        made, residual = norm.into(self.a_proj, x, residual)
+        q, latent, key = made.split([self.q_width, shape.kv_lora_rank, shape.rope_dim], dim=-1)
+        if self.q_b_proj is not None and self.q_a_layernorm is not None:
+            q = self.q_b_proj(self.q_a_layernorm(q.contiguous())[0])
+        nope, rope = q.view(-1, self.num_heads, shape.head_dim).split([shape.nope_dim, shape.rope_dim], dim=-1)
+        latent, _ = self.kv_a_layernorm(latent.contiguous())
+        rotated = self._rotate(torch.cat([rope, key[:, None]], dim=1), cos, sin)
+        q = torch.cat([self.kv_b_proj.absorbed(nope), rotated[:, :-1]], dim=-1)
+        attended = attend(self.layer, q, rotated[:, -1:], latent[:, None])
+        return self.o_proj(self.kv_b_proj.values(attended).flatten(1)), residual
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotated elements stand in halves afterwards: queries and keys alike, so their products are the same."""
+        return rotate(x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.shape.interleaved else x, cos, sin)
+
+
+class LatentProducts(nn.Module):
+    """What makes keys and values of a latent.
+
+    Attributes:
+        weight: [num_heads, nope_dim + value_dim, kv_lora_rank], for each head its keys' rows and then its values'.
+    """
+
+    weight: Tensor
+
+    def __init__(self, num_heads: int, shape: MLAShape, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.nope_dim = shape.nope_dim
+        rows = shape.nope_dim + shape.value_dim
+        self.weight = empty_parameter(num_heads, rows, shape.kv_lora_rank, dtype=dtype, device=device)
+
+    def absorbed(self, q: Tensor) -> Tensor:
+        """Queries [T, H, nope_dim] as ones that meet the latent, [T, H, kv_lora_rank]."""
+        return torch.bmm(q.transpose(0, 1), self.weight[:, : self.nope_dim]).transpose(0, 1)
+
+    def values(self, attended: Tensor) -> Tensor:
+        """What heads have gathered of latents [T, H, kv_lora_rank], as values [T, H, value_dim]."""
+        by_head = self.weight[:, self.nope_dim :].transpose(1, 2)
+        return torch.bmm(attended.transpose(0, 1), by_head).transpose(0, 1)
+
+    def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
+        """Checkpoint name of the weight, and where it goes."""
+        yield f"{path}.weight", self.weight.flatten(0, 1)

@@ -1,0 +1,181 @@
+"""Mixtures of experts: a router sends each token to a few of many gated MLPs (Shazeer et al., arXiv:1701.06538)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvtool.layers.linear import GatedLinear, Linear, empty_parameter, gated_linear, linear
+from kvtool.layers.norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a token chooses its experts, and how much each of them weighs.
+
+    Attributes:
+        top_k: experts of a token.
+        scores: what becomes of the router's logits. "sigmoid" comes with a bias that counts in the choice and not in
+            the weights (DeepSeek-V3, arXiv:2412.19437, 2.1.2).
+        normalize: the weights of a token sum to 1.
+        scale: multiplies the weights in the end.
+        num_groups, top_groups: experts stand in groups, of which a token uses so many (DeepSeek-V2, arXiv:2405.04434,
+            2.2.2); a group counts as its best expert, with "sigmoid" as the sum of its best two.
+        wide: logits are computed in fp32, whatever the model's dtype.
+    """
+
+    num_experts: int
+    top_k: int
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class MoEShape:
+    """One layer of experts.
+
+    Attributes:
+        intermediate_size: of each expert.
+        shared_size: intermediate size of what every token passes beside its experts; 0: nothing.
+        shared_gate: that is multiplied by the sigmoid of a product with the token.
+    """
+
+    routing: Routing
+    intermediate_size: int
+    shared_size: int = 0
+    shared_gate: bool = False
+
+
+def route(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+    """Each token's experts: ids [T, top_k] int64, and weights [T, top_k] in fp32 (fp64 for fp64).
+
+    Shapes: logits [T, num_experts] in any dtype; bias [num_experts] or None. Equal to Hugging Face's routers.
+    """
+    exact = logits if logits.dtype == torch.float64 else logits.float()
+    scores = exact.softmax(-1) if routing.scores == "softmax" else exact.sigmoid()
+    choice = scores if bias is None else scores + bias
+    if routing.top_groups < routing.num_groups:
+        groups = choice.unflatten(-1, (routing.num_groups, -1))
+        best = groups.amax(-1) if routing.scores == "softmax" else groups.topk(2).values.sum(-1)
+        is_out = torch.ones_like(best, dtype=torch.bool).scatter_(1, best.topk(routing.top_groups).indices, False)
+        choice = groups.masked_fill(is_out[..., None], -torch.inf).flatten(-2)
+    ids = choice.topk(routing.top_k).indices
+    weights = scores.gather(-1, ids)
+    if routing.normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return ids, weights * routing.scale
+
+
+def mix_reference(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """What the experts make of their tokens, one expert after the other.
+
+    Args:
+        x: [T, K].
+        gate_up: [E, 2 · I, K], the gates first; down: [E, K, I].
+        ids, weights: [T, top_k], as `route` gives them; ids beyond the experts here count for nothing.
+
+    Returns:
+        [T, K]: Σ weight · down(silu(gate(x)) · up(x)) over each token's experts.
+    """
+    out, top_k = torch.zeros_like(x), ids.shape[1]
+    counts = ids.flatten().bincount(minlength=len(down))[: len(down)].tolist()
+    pairs = ids.flatten().argsort(stable=True)[: sum(counts)]
+    for expert, chosen in enumerate(pairs.split(counts)):
+        if len(chosen):
+            tokens = chosen // top_k
+            mixed = linear(gated_linear(x[tokens], gate_up[expert]), down[expert])
+            out.index_add_(0, tokens, mixed * weights.flatten()[chosen, None].to(x.dtype))
+    return out
+
+
+class Router(Linear):
+    """x [T, hidden_size] → each token's experts and their weights, as `route` gives them."""
+
+    def __init__(self, hidden_size: int, routing: Routing, *, dtype: torch.dtype, device: torch.device) -> None:
+        wide = torch.promote_types(dtype, torch.float32)
+        own = wide if routing.wide else dtype
+        super().__init__(hidden_size, routing.num_experts, bias=False, dtype=own, device=device)
+        self.routing = routing
+        biased = routing.scores == "sigmoid"
+        self.choice_bias = empty_parameter(routing.num_experts, dtype=wide, device=device) if biased else None
+
+    def experts_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return route(self(x.to(self.weight.dtype)), self.choice_bias, self.routing)
+
+    def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
+        yield from super().slots(path)
+        if self.choice_bias is not None:
+            yield f"{path}.e_score_correction_bias", self.choice_bias
+
+
+class Experts(nn.Module):
+    """Gated MLPs of one size: x [T, hidden_size] with each token's experts and weights → [T, hidden_size].
+
+    Attributes:
+        gate_up: [experts, 2 · intermediate_size, hidden_size]; down: [experts, hidden_size, intermediate_size].
+    """
+
+    gate_up: Tensor
+    down: Tensor
+
+    def __init__(
+        self, num_experts: int, hidden_size: int, size: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.gate_up = empty_parameter(num_experts, 2 * size, hidden_size, dtype=dtype, device=device)
+        self.down = empty_parameter(num_experts, hidden_size, size, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return mix_reference(x, self.gate_up, self.down, ids, weights)
+
+    def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
+        """Checkpoint names of every expert's three matrices, and where each one goes."""
+        for expert, (gate_up, down) in enumerate(zip(self.gate_up, self.down, strict=True)):
+            gate, up = gate_up.chunk(2)
+            for name, matrix in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+                yield f"{path}.{expert}.{name}.weight", matrix
+
+
+class SharedExperts(nn.Module):
+    """The gated MLP that every token passes: x [T, hidden_size] → the same."""
+
+    def __init__(self, hidden_size: int, size: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        parts = {"gate_proj": size, "up_proj": size}
+        self.gate_up_proj = GatedLinear(hidden_size, parts, bias=False, stored_merged=False, dtype=dtype, device=device)
+        self.down_proj = Linear(size, hidden_size, bias=False, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(self.gate_up_proj(x))
+        return out
+
+
+class MoE(nn.Module):
+    """Experts, routed and shared, behind their norm: x and residual stream [T, hidden_size] → the same."""
+
+    def __init__(self, hidden_size: int, shape: MoEShape, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        routing = shape.routing
+        self.gate = Router(hidden_size, routing, dtype=dtype, device=device)
+        self.experts = Experts(routing.num_experts, hidden_size, shape.intermediate_size, dtype=dtype, device=device)
+        self.shared_experts = (
+            SharedExperts(hidden_size, shape.shared_size, dtype=dtype, device=device) if shape.shared_size else None
+        )
+        self.shared_expert_gate = (
+            Linear(hidden_size, 1, bias=False, dtype=dtype, device=device) if shape.shared_gate else None
+        )
+
+    def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        x, residual = norm(x, residual)
+        out = self.experts(x, *self.gate.experts_of(x))
+        if self.shared_experts is not None:
+            shared = self.shared_experts(x)
+            out += shared if self.shared_expert_gate is None else F.sigmoid(self.shared_expert_gate(x)) * shared
+        return out, residual
