@@ -374,11 +374,18 @@ def choose_dtype(config: EngineConfig, model: ModelConfig, device: torch.device)
 
 def kv_spec(model: ModelConfig, dtype: torch.dtype) -> KVSpec:
     """What a model caches for each token."""
+    if mla := model.mla:
+        rope_key, latent = StreamSpec(1, mla.rope_dim), StreamSpec(1, mla.kv_lora_rank)
+        return KVSpec(model.num_layers, rope_key, latent, dtype.itemsize, latent=True)
     stream = StreamSpec(model.num_kv_heads, model.head_dim)
     return KVSpec(model.num_layers, stream, stream, dtype.itemsize)
 
 
 def attention_layers(model: ModelConfig) -> list[AttentionLayer]:
+    if mla := model.mla:
+        width = mla.kv_lora_rank + mla.rope_dim
+        layer = AttentionLayer(model.num_heads, 1, width, model.softmax_scale, latent_dim=mla.kv_lora_rank)
+        return [layer] * model.num_layers
     return [
         AttentionLayer(model.num_heads, model.num_kv_heads, model.head_dim, model.softmax_scale, window)
         for window in model.sliding_window

@@ -25,6 +25,18 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 7,
 }
 
+# What experts and latents add to it.
+QWEN_MOE: dict[str, Any] = {"num_experts": 8, "moe_intermediate_size": 24, "num_experts_per_tok": 3}
+MLA: dict[str, Any] = {
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "head_dim": 8,
+}
+MLA |= {"num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+MLA |= {"first_k_dense_replace": 1}
+
 
 def make_checkpoint(
     model_type: str, path: Path, *, max_shard_size: str = "1GB", seed: int = 0, **overrides: Any

@@ -9,7 +9,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
-from checkpoints import SHAPE, DenseAttend, make_checkpoint, run
+from checkpoints import MLA, QWEN_MOE, SHAPE, DenseAttend, make_checkpoint, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -27,10 +27,6 @@ LLAMA3 |= {"rope_theta": 500.0, "original_max_position_embeddings": 64}
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0, "original_max_position_embeddings": 32}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.75}
 LONGROPE |= {"short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5], "long_factor": [1.0, 1.5, 2.5, 4.0, 8.0, 16.0]}
-QWEN_MOE = {"num_experts": 8, "moe_intermediate_size": 24, "num_experts_per_tok": 3}
-MLA = {"kv_lora_rank": 32, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 20, "head_dim": 8}
-MLA |= {"num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
-MLA |= {"first_k_dense_replace": 1}
 V2_YARN = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}
 GROUPS = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.0}
 

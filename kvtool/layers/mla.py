@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.layers.linear import Linear, MergedLinear, empty_parameter
@@ -97,6 +98,13 @@ class MLA(nn.Module):
         q = torch.cat([self.kv_b_proj.absorbed(nope), rotated[:, :-1]], dim=-1)
         attended = attend(self.layer, q, rotated[:, -1:], latent[:, None])
         return self.o_proj(self.kv_b_proj.values(attended).flatten(1)), residual
+
+    def project(self, attended: Tensor) -> Tensor:
+        """What heads have gathered [..., H, kv_lora_rank] as they add it to the stream [..., hidden_size], in its own
+        dtype."""
+        products = self.kv_b_proj.weight[:, self.shape.nope_dim :].to(attended.dtype)
+        values = torch.einsum("...hl,hvl->...hv", attended, products)
+        return F.linear(values.flatten(-2), self.o_proj.weight.to(attended.dtype))
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotated elements stand in halves afterwards: queries and keys alike, so their products are the same."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.layers.embedding import Embedding
@@ -54,6 +55,10 @@ class Attention(nn.Module):
         heads = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         q, k = queries_and_keys(heads, self.num_heads, cos, sin, self.qk_norm)
         return self.o_proj(attend(self.layer, q, k, heads[:, -self.num_kv_heads :]).flatten(1)), residual
+
+    def project(self, attended: Tensor) -> Tensor:
+        """What heads have gathered [..., Hq, D] as they add it to the stream [..., hidden_size], in its own dtype."""
+        return F.linear(attended.flatten(-2), self.o_proj.weight.to(attended.dtype))
 
 
 class MLP(nn.Module):
