@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvtool.kernels import takes
 from kvtool.layers.linear import GatedLinear, Linear, empty_parameter, gated_linear, linear
 from kvtool.layers.norm import RMSNorm
 
@@ -100,14 +101,26 @@ class Router(Linear):
 
     def __init__(self, hidden_size: int, routing: Routing, *, dtype: torch.dtype, device: torch.device) -> None:
         wide = torch.promote_types(dtype, torch.float32)
-        own = wide if routing.wide else dtype
-        super().__init__(hidden_size, routing.num_experts, bias=False, dtype=own, device=device)
+        super().__init__(hidden_size, routing.num_experts, bias=False, dtype=dtype, device=device)
         self.routing = routing
         biased = routing.scores == "sigmoid"
         self.choice_bias = empty_parameter(routing.num_experts, dtype=wide, device=device) if biased else None
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [T, num_experts] in x's dtype, or in fp32 at least where they are `wide`."""
+        if not self.routing.wide:
+            return super().forward(x)
+        if x.is_cuda and x.dtype.itemsize == 2:  # exact products, summed in fp32
+            return torch.mm(x, self.weight.t(), out_dtype=torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), self.weight.to(wide))
+
     def experts_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return route(self(x.to(self.weight.dtype)), self.choice_bias, self.routing)
+        if takes(x):
+            from kvtool.kernels import moe
+
+            return moe.route(self(x), self.choice_bias, self.routing)
+        return route(self(x), self.choice_bias, self.routing)
 
     def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
         yield from super().slots(path)
@@ -132,8 +145,14 @@ class Experts(nn.Module):
         self.gate_up = empty_parameter(num_experts, 2 * size, hidden_size, dtype=dtype, device=device)
         self.down = empty_parameter(num_experts, hidden_size, size, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return mix_reference(x, self.gate_up, self.down, ids, weights)
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, shared: Tensor | None = None) -> Tensor:
+        """The experts' sum for each token, plus `shared` [T, hidden_size]."""
+        if takes(x) and x.dtype.itemsize == 2:
+            from kvtool.kernels import moe
+
+            return moe.mix(x, self.gate_up, self.down, ids, weights, shared)
+        out = mix_reference(x, self.gate_up, self.down, ids, weights)
+        return out if shared is None else out.add_(shared)
 
     def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint names of every expert's three matrices, and where each one goes."""
@@ -174,8 +193,7 @@ class MoE(nn.Module):
 
     def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         x, residual = norm(x, residual)
-        out = self.experts(x, *self.gate.experts_of(x))
-        if self.shared_experts is not None:
-            shared = self.shared_experts(x)
-            out += shared if self.shared_expert_gate is None else F.sigmoid(self.shared_expert_gate(x)) * shared
-        return out, residual
+        shared = None if self.shared_experts is None else self.shared_experts(x)
+        if shared is not None and self.shared_expert_gate is not None:
+            shared = shared * F.sigmoid(self.shared_expert_gate(x))
+        return self.experts(x, *self.gate.experts_of(x), shared), residual
