@@ -1,7 +1,7 @@
-"""Decode attention over latents against the torch function that defines it, and that against the torch backend.
+"""Attention over latents in Triton against its definitions: of a decode step in torch, and the torch backend.
 
-Where there is a GPU the kernel runs on it; elsewhere Triton interprets it on small shapes, in a process of its own.
-That it compiles for an RTX 4090 and an H100 needs no GPU.
+Where there is a GPU the kernels run on it; elsewhere Triton interprets them on small shapes, in a process of its own.
+That they compile for an RTX 4090 and an H100 needs no GPU.
 """
 
 import os
@@ -15,18 +15,20 @@ from compiling import check_fits, compile_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvtool.attention import PagedAttention
 from kvtool.attention.layer import AttentionLayer
 from kvtool.attention.torch_backend import TorchAttention
+from kvtool.attention.triton_backend import TritonPrefill
 from kvtool.config import KVOptions
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
-from kvtool.kv.store import KVStore
+from kvtool.kv.store import KVStore, Near
 
 triton = pytest.importorskip("triton")
 
-from kvtool.kernels import mla  # noqa: E402
+from kvtool.kernels import mla_decode, mla_prefill  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -103,13 +105,13 @@ class Decoding:
     def error(self) -> float:
         """Relative error of the kernel, which writes over NaN."""
         out = torch.full_like(self.q[..., : self.layer.latent_dim], float("nan")).contiguous()
-        mla.latent_decode(*self.arguments(), scale=self.layer.scale, out=out)
-        exact = mla.latent_decode_reference(*self.arguments(), scale=self.layer.scale)
+        mla_decode.latent_decode(*self.arguments(), scale=self.layer.scale, out=out)
+        exact = mla_decode.latent_decode_reference(*self.arguments(), scale=self.layer.scale)
         return float((out.double() - exact).norm() / exact.norm())
 
 
 @runs
-@settings(deadline=None, max_examples=300 if ON_GPU else 20)
+@settings(deadline=None, max_examples=300 if ON_GPU else 12)
 @given(
     options=st.sampled_from(OPTIONS),
     num_heads=st.sampled_from([1, 16, 20, 128] if ON_GPU else [1, 16, 20]),
@@ -122,11 +124,54 @@ def test_decode_equals_its_definition(options, num_heads, dims, lengths, dtype, 
     assert Decoding(options, num_heads, dims, lengths, dtype, seed).error() < 5e-3
 
 
+@runs
+@settings(deadline=None, max_examples=200 if ON_GPU else 6)
+@given(
+    options=st.sampled_from(OPTIONS),
+    num_heads=st.sampled_from([1, 16, 20]),
+    dims=st.sampled_from([(512, 64), (128, 64)] if ON_GPU else [(128, 64), (64, 32)]),
+    cuts=st.lists(st.integers(1, 1500 if ON_GPU else 70), min_size=1, max_size=3 if ON_GPU else 2),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31),
+)
+def test_prompts_in_any_chunking_equal_torch_in_float64(options, num_heads, dims, cuts, dtype, seed):
+    """Two prompts and a decode in each step, through the store; both stores are given what `dtype` holds."""
+    torch.manual_seed(seed)
+    latent, rope = dims
+    layer = AttentionLayer(num_heads, 1, latent + rope, 0.3 * (latent + rope) ** -0.5, latent_dim=latent)
+    ends = [sum(cuts[: i + 1]) for i in range(len(cuts))]
+    stores = []
+    for store_dtype in (dtype, torch.float64):
+        spec = KVSpec(1, StreamSpec(1, rope), StreamSpec(1, latent), store_dtype.itemsize, latent=True)
+        fmt = resolve(options, spec)
+        per_seq = max(1, fmt.num_blocks(ends[-1] + 1))
+        store = KVStore(KVLayout(spec, fmt), 3 * per_seq, 3, store_dtype, DEVICE)
+        stores.append((store, PagedAttention(store, [layer], "triton" if store_dtype == dtype else "torch")))
+    blocks = [list(range(i * per_seq, (i + 1) * per_seq)) for i in range(3)]
+    scale = torch.rand(latent + rope, device=DEVICE) * 3
+    for step, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        spans = [Span(step, step + 1, blocks[2], 2)]
+        spans += [Span(start, end, blocks[i], i) for i in range(2) if end - start > 1]
+        tokens = sum(span.length for span in spans)
+        q = (torch.randn(tokens, num_heads, latent + rope, device=DEVICE) * 2).to(dtype)
+        key, value = (
+            x.to(dtype)
+            for x in (torch.randn(tokens, 1, latent + rope, device=DEVICE) * scale).split([rope, latent], -1)
+        )
+        outs = []
+        for store, attend in stores:
+            given = (x.to(store.dtype) for x in (q, key, value))
+            batch = KVBatch.build(store.format, spans, DEVICE)
+            outs.append(attend(0, *given, batch).double())
+            store.seal(batch)
+        assert float((outs[0] - outs[1]).norm() / outs[1].norm()) < 1e-2
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=name)
 def test_the_definition_agrees_with_the_torch_backend(options):
     """Two readings of the store's bytes: the kernel's reference, and the codecs behind `TorchAttention`."""
     case = Decoding(options, 6, (128, 64), [1, 70, 300], torch.float64, device="cpu")
-    exact = mla.latent_decode_reference(*case.arguments(), scale=case.layer.scale)
+    exact = mla_decode.latent_decode_reference(*case.arguments(), scale=case.layer.scale)
     out = torch.full_like(exact, float("nan"))
     TorchAttention().decode(case.q, case.kv, case.batch, case.layer, out)
     torch.testing.assert_close(out, exact)
@@ -139,14 +184,14 @@ def test_a_captured_step_serves_other_sequences(nbits):
     case = Decoding(KVOptions(nbits=nbits), 16, (512, 64), [3000, 40, 129], torch.bfloat16)
     static = [x.clone() if isinstance(x, torch.Tensor) else x for x in case.arguments()]
     static[4], static[5] = torch.zeros_like(static[4]), torch.zeros_like(static[5])
-    mla.latent_decode(*static, scale=0.1)
+    mla_decode.latent_decode(*static, scale=0.1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = mla.latent_decode(*static, scale=0.1)
+        out = mla_decode.latent_decode(*static, scale=0.1)
     static[4].copy_(case.batch.positions)
     static[5].copy_(case.batch.visible)
     graph.replay()
-    assert torch.equal(out, mla.latent_decode(*case.arguments(), scale=0.1))
+    assert torch.equal(out, mla_decode.latent_decode(*case.arguments(), scale=0.1))
 
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the same tests run here as they are")
@@ -163,8 +208,13 @@ def test_in_the_interpreter():
 @pytest.mark.parametrize("options", OPTIONS[:5], ids=name)
 def test_it_compiles_without_spills(options, capability, monkeypatch):
     case = Decoding(options, 16, (512, 64), [130], torch.bfloat16, device="cpu")
-    compiled = compile_for(capability, monkeypatch, mla)
-    mla.latent_decode(*case.arguments(), scale=1.0)
+    compiled = compile_for(capability, monkeypatch, mla_decode, mla_prefill)
+    mla_decode.latent_decode(*case.arguments(), scale=1.0)
+    tokens = torch.empty(9, 1, 512, dtype=torch.bfloat16)
+    batch = KVBatch.build(case.format, [Span(0, 9, [0], 0)], "cpu")
+    near = Near(tokens[..., :64], tokens) if case.kv.is_exact or not case.format.packs_on_write else None
+    q = torch.empty(9, 16, 576, dtype=torch.bfloat16)
+    TritonPrefill().prefill(q, near, case.kv, batch, case.layer, torch.empty_like(q[..., :512]))
     assert compiled
     for kernel in compiled:
         check_fits(kernel, capability)
@@ -181,5 +231,5 @@ def test_it_compiles_without_spills(options, capability, monkeypatch):
 )
 def test_refusals_say_why(options, dims, reason):
     case = Decoding(options, 4, dims, [5], torch.bfloat16, device="cpu")
-    refused = mla.refuses(case.kv.key.packed, case.kv.value.packed)
+    refused = mla_decode.refuses(case.kv.key.packed, case.kv.value.packed)
     assert refused is None if reason is None else reason in refused
