@@ -25,10 +25,12 @@ from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.store import KVStore, Near
+from kvtool.layers.mla import rotate_and_norm
+from kvtool.layers.rotary import Rope, Rotary
 
 triton = pytest.importorskip("triton")
 
-from kvtool.kernels import mla_decode, mla_prefill  # noqa: E402
+from kvtool.kernels import mla_decode, mla_inputs, mla_prefill  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -125,6 +127,35 @@ def test_decode_equals_its_definition(options, num_heads, dims, lengths, dtype, 
 
 
 @runs
+@settings(deadline=None, max_examples=100 if ON_GPU else 8)
+@given(
+    tokens=st.integers(1, 300 if ON_GPU else 3),
+    num_heads=st.integers(1, 40 if ON_GPU else 10),
+    dims=st.sampled_from([(512, 64, 128), (96, 20, 12)]),
+    interleaved=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31),
+)
+def test_rotation_and_norm(tokens, num_heads, dims, interleaved, dtype, seed):
+    torch.manual_seed(seed)
+    latent, rope, nope = dims
+    q, latents = (
+        torch.randn(tokens, num_heads * (nope + rope) + latent + rope, device=DEVICE)
+        .to(dtype)
+        .tensor_split([num_heads * (nope + rope)], dim=-1)
+    )
+    gain, q = torch.rand(latent, device=DEVICE).to(dtype), q.view(tokens, num_heads, nope + rope)
+    cos, sin = Rotary(Rope(rope, 1e4), 1000, dtype=dtype, device=torch.device(DEVICE))(
+        torch.randint(1000, (tokens,), device=DEVICE)
+    )
+    given = (q, latents, cos, sin, gain)
+    outs = mla_inputs.rotate_and_norm(*given, 1e-6, interleaved=interleaved)
+    exact = rotate_and_norm(*(x.cpu().double() for x in given), 1e-6, interleaved=interleaved)
+    for out, expected in zip((outs[0][..., latent:], *outs[1:]), (exact[0][..., latent:], *exact[1:]), strict=True):
+        assert float((out.cpu().double() - expected).norm() / expected.norm()) < 5e-3
+
+
+@runs
 @settings(deadline=None, max_examples=200 if ON_GPU else 6)
 @given(
     options=st.sampled_from(OPTIONS),
@@ -214,6 +245,11 @@ def test_it_compiles_without_spills(options, capability, monkeypatch):
     batch = KVBatch.build(case.format, [Span(0, 9, [0], 0)], "cpu")
     near = Near(tokens[..., :64], tokens) if case.kv.is_exact or not case.format.packs_on_write else None
     q = torch.empty(9, 16, 576, dtype=torch.bfloat16)
+    table = torch.empty(9, 1, 4, 32, dtype=torch.bfloat16)
+    latents = torch.empty(9, 576, dtype=torch.bfloat16)
+    mla_inputs.rotate_and_norm(
+        q[..., :192].contiguous(), latents, table[:, :, :2], table[:, :, 2:], latents[0, :512], 1e-6, interleaved=True
+    )
     TritonPrefill().prefill(q, near, case.kv, batch, case.layer, torch.empty_like(q[..., :512]))
     assert compiled
     for kernel in compiled:

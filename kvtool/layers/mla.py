@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvtool.kernels import takes
 from kvtool.layers.linear import Linear, MergedLinear, empty_parameter
 from kvtool.layers.norm import RMSNorm
 from kvtool.layers.rotary import rotate
@@ -89,14 +90,15 @@ class MLA(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         shape = self.shape
         made, residual = norm.into(self.a_proj, x, residual)
-        q, latent, key = made.split([self.q_width, shape.kv_lora_rank, shape.rope_dim], dim=-1)
+        q, latents = made.tensor_split([self.q_width], dim=-1)
         if self.q_b_proj is not None and self.q_a_layernorm is not None:
             q = self.q_b_proj(self.q_a_layernorm(q.contiguous())[0])
-        nope, rope = q.view(-1, self.num_heads, shape.head_dim).split([shape.nope_dim, shape.rope_dim], dim=-1)
-        latent, _ = self.kv_a_layernorm(latent.contiguous())
-        rotated = self._rotate(torch.cat([rope, key[:, None]], dim=1), cos, sin)
-        q = torch.cat([self.kv_b_proj.absorbed(nope), rotated[:, :-1]], dim=-1)
-        attended = attend(self.layer, q, rotated[:, -1:], latent[:, None])
+        q = q.view(-1, self.num_heads, shape.head_dim)
+        queries, latent, key = rotate_and_norm(
+            q, latents, cos, sin, self.kv_a_layernorm.weight, LATENT_EPS, interleaved=shape.interleaved
+        )
+        self.kv_b_proj.absorb(q[..., : shape.nope_dim], queries[..., : shape.kv_lora_rank])
+        attended = attend(self.layer, queries, key[:, None], latent[:, None])
         return self.o_proj(self.kv_b_proj.values(attended).flatten(1)), residual
 
     def project(self, attended: Tensor) -> Tensor:
@@ -106,9 +108,32 @@ class MLA(nn.Module):
         values = torch.einsum("...hl,hvl->...hv", attended, products)
         return F.linear(values.flatten(-2), self.o_proj.weight.to(attended.dtype))
 
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotated elements stand in halves afterwards: queries and keys alike, so their products are the same."""
-        return rotate(x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.shape.interleaved else x, cos, sin)
+
+def rotate_and_norm(
+    q: Tensor, latents: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, eps: float, *, interleaved: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries and keys, and latents behind their norm.
+
+    Args:
+        q: [T, H, D], of which the last R elements are rotated; latents: [T, L + R], with rope keys behind.
+        cos, sin: as `kvtool.layers.rotary.Rotary` gives them, for R elements.
+        gain: [L], of the norm.
+        interleaved: rotated elements come in pairs of neighbours. They leave in halves, queries and keys alike, so that
+            their products are the same.
+
+    Returns:
+        [T, H, L + R], of which the last R elements are queries and the rest is yet to be filled, [T, L] and [T, R].
+    """
+    if takes(q):
+        from kvtool.kernels import mla_inputs
+
+        return mla_inputs.rotate_and_norm(q, latents, cos, sin, gain, eps, interleaved=interleaved)
+    latent, dim = latents[:, : len(gain)], latents.shape[1] - len(gain)
+    x = torch.cat([q[..., -dim:], latents[:, None, len(gain) :]], dim=1)
+    x = rotate(x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if interleaved else x, cos, sin)
+    queries = q.new_empty(*q.shape[:2], latents.shape[1])
+    queries[..., len(gain) :] = x[:, :-1]
+    return queries, F.rms_norm(latent, gain.shape, gain, eps), x[:, -1]
 
 
 class LatentProducts(nn.Module):
@@ -126,14 +151,16 @@ class LatentProducts(nn.Module):
         rows = shape.nope_dim + shape.value_dim
         self.weight = empty_parameter(num_heads, rows, shape.kv_lora_rank, dtype=dtype, device=device)
 
-    def absorbed(self, q: Tensor) -> Tensor:
-        """Queries [T, H, nope_dim] as ones that meet the latent, [T, H, kv_lora_rank]."""
-        return torch.bmm(q.transpose(0, 1), self.weight[:, : self.nope_dim]).transpose(0, 1)
+    def absorb(self, q: Tensor, out: Tensor) -> None:
+        """Queries [T, H, nope_dim] as ones that meet the latent, into `out` [T, H, kv_lora_rank]."""
+        torch.bmm(q.transpose(0, 1), self.weight[:, : self.nope_dim], out=out.transpose(0, 1))
 
     def values(self, attended: Tensor) -> Tensor:
         """What heads have gathered of latents [T, H, kv_lora_rank], as values [T, H, value_dim]."""
-        by_head = self.weight[:, self.nope_dim :].transpose(1, 2)
-        return torch.bmm(attended.transpose(0, 1), by_head).transpose(0, 1)
+        products = self.weight[:, self.nope_dim :]
+        out = attended.new_empty(*attended.shape[:2], products.shape[1])
+        torch.bmm(attended.transpose(0, 1), products.transpose(1, 2), out=out.transpose(0, 1))
+        return out
 
     def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
         """Checkpoint name of the weight, and where it goes."""
