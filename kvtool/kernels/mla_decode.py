@@ -321,8 +321,9 @@ def _latent_kernel(
 
 @triton.jit
 def _block_of(table_ptr, index, end, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
-    """The block of the tile at `index`, or of the last before `end`."""
-    return tl.load(table_ptr + tl.maximum(tl.minimum(index, end - 1), 0) * TOKENS // BLOCK).to(tl.int64)
+    """The block of the tile at `index`, or of the last before `end`; where nobody has any, one that exists."""
+    block = tl.load(table_ptr + tl.maximum(tl.minimum(index, end - 1), 0) * TOKENS // BLOCK)
+    return tl.maximum(block, 0).to(tl.int64)
 
 
 @triton.jit

@@ -149,6 +149,8 @@ def _latent_prefill_kernel(
     head_blocks = (num_heads + HEADS - 1) // HEADS
     tile = tiles_ptr + tl.program_id(0) // head_blocks * 7
     span = tl.load(tile)
+    if span < 0:  # nobody's
+        return
     t_first = tl.load(tile + 1).to(tl.int32)
     start = tl.load(tile + 3).to(tl.int32)
     token = tl.load(tile + 2) - start  # of position 0
