@@ -79,6 +79,14 @@ def test_routing(routing: Routing, tokens: int, dtype: torch.dtype, seed: int) -
 
 
 @runs
+@pytest.mark.parametrize("routing", ROUTINGS, ids=str)
+def test_nan_is_routed_somewhere(routing: Routing) -> None:
+    bias = torch.zeros(routing.num_experts, device=DEVICE) if routing.scores == "sigmoid" else None
+    ids, _ = moe.route(torch.full((2, routing.num_experts), float("nan"), device=DEVICE), bias, routing)
+    assert ids.min() >= 0
+
+
+@runs
 @settings(deadline=None, max_examples=100 if ON_GPU else 15)
 @given(
     tokens=st.integers(1, 1200 if ON_GPU else 70),
@@ -86,13 +94,16 @@ def test_routing(routing: Routing, tokens: int, dtype: torch.dtype, seed: int) -
     rows=st.sampled_from([8, 16, 32, 64, 128]),
     here=st.sampled_from([1.0, 0.5]),
     skew=st.sampled_from([0.0, 0.1, 1.0]),
+    same=st.booleans(),
     seed=seeds,
 )
 def test_pairs_stand_by_expert(
-    tokens: int, experts: tuple[int, int], rows: int, here: float, skew: float, seed: int
+    tokens: int, experts: tuple[int, int], rows: int, here: float, skew: float, same: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
     ids, num_experts = chosen(tokens, experts[1], experts[0], skew), max(1, int(experts[0] * here))
+    if same:  # as NaN may be routed
+        ids[:] = ids[0, 0].clone()
     expected = moe.group_reference(ids, num_experts, rows)
     groups, count = moe.group(ids, num_experts, rows), int(expected.num_tiles)
     assert int(groups.num_tiles) == count <= len(groups.tiles)

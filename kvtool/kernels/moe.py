@@ -134,9 +134,8 @@ def route(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor
 
 
 def group(ids: Tensor, num_experts: int, rows: int) -> Groups:
-    """Pairs of ids [T, top_k], no token having an expert twice, by expert in tiles of `rows`."""
-    tokens, top_k = ids.shape
-    num_pairs = tokens * top_k
+    """Pairs of ids [T, top_k] by expert, in tiles of `rows`."""
+    num_pairs = ids.numel()
     if num_pairs > COMPARED:
         return group_reference(ids, num_experts, rows)
     pairs, tiles, num_tiles = (
@@ -150,7 +149,6 @@ def group(ids: Tensor, num_experts: int, rows: int) -> Groups:
         num_tiles,
         num_pairs,
         num_experts,
-        triton.cdiv(tokens, rows),
         EXPERTS=triton.next_power_of_2(num_experts),
         ROWS=rows,
         BLOCK=32,
@@ -320,7 +318,7 @@ def _route_kernel(
     tl.store(weights + token * TOP_K + place, top_weights * scale, mask=place < TOP_K)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_experts", "most"])
+@triton.jit(do_not_specialize=["num_pairs", "num_experts"])
 def _group_kernel(
     ids,
     pairs,
@@ -328,7 +326,6 @@ def _group_kernel(
     num_tiles,
     num_pairs,
     num_experts,
-    most,  # tiles of one expert
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -340,7 +337,7 @@ def _group_kernel(
     if tl.program_id(0) < tl.num_programs(0) - 1:
         _place(ids, pairs, num_pairs, num_experts, BLOCK, STEP)
     else:
-        _cut(ids, tiles, num_tiles, num_pairs, num_experts, most, EXPERTS, ROWS, STEP)
+        _cut(ids, tiles, num_tiles, num_pairs, num_experts, EXPERTS, ROWS, STEP)
 
 
 @triton.jit
@@ -363,7 +360,6 @@ def _cut(
     num_tiles,
     num_pairs,
     num_experts,
-    most,
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
@@ -377,7 +373,7 @@ def _cut(
     sizes = (counts + ROWS - 1) // ROWS
     tile = tl.cumsum(sizes, 0) - sizes
     first = tl.cumsum(counts, 0) - counts
-    for index in range(0, most):
+    for index in range(0, tl.max(sizes, 0)):
         is_there = index < sizes
         to = tiles + (tile + index) * 3
         tl.store(to, expert, mask=is_there)
