@@ -78,10 +78,11 @@ def start_card(info: "EngineInfo", url: str, needs_key: bool) -> str:
     """What runs where, how much its cache holds, and a first request to copy."""
     memory, plain = f"{info.kv_bytes / 2**20:,.0f} MiB", f"at 16 bits an element {info.kv_tokens_16bit:,}"
     body = '{"text": "Once upon a time", "sampling_params": {"temperature": 0}}'
+    where = info.device if info.num_ranks == 1 else f"{info.num_ranks} ranks, the first on {info.device}"
     header = "-H 'Authorization: Bearer KEY' " if needs_key else ""
     return f"""\
 kvtool serves {info.model} at {url}
-  model     {info.dtype} on {info.device}, context {info.max_model_len:,} tokens, up in {info.start_seconds:.1f} s
+  model     {info.dtype} on {where}, context {info.max_model_len:,} tokens, up in {info.start_seconds:.1f} s
   KV cache  {info.kv_format}
   holds     {info.kv_tokens:,} tokens in {memory}; {plain}
   chat      {url}/ in a browser

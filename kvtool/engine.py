@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kvtool.config import EngineConfig
 from kvtool.errors import CapacityError, KVToolError, RequestError, UnsupportedError
 from kvtool.grammar import GrammarCompiler, Matcher
+from kvtool.ranks import Ranks
 from kvtool.request import EngineInfo, EngineStats, FinishReason, Request, SamplingParams, ScheduledBatch, Tokens
 from kvtool.runner import Handle, Runner
 from kvtool.scheduler import Scheduler
@@ -58,7 +59,8 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         start = time.perf_counter()
-        self.runner = Runner(config)
+        self.ranks = Ranks(config) if config.num_ranks * config.nnodes > 1 else None
+        self.runner = self.ranks.runner if self.ranks else Runner(config)
         store, model = self.runner.store, self.runner.model_config
         self.scheduler = Scheduler(
             store.format,
@@ -70,7 +72,9 @@ class Engine:
             num_swap_units=len(self.runner.swap_space.units),
             tail_units=store.layout.tail_units,
             cache_identity=_cache_identity(self.runner) if config.prefix_caching else None,
+            num_micro_batches=config.pp,
         )
+        self._num_micro_batches = config.pp
         self._runs_ahead = self.runner.device.type == "cuda" if config.run_ahead is None else config.run_ahead
         self._under_way: deque[Launched] = deque()
         self._seeds = random.Random(config.seed)
@@ -81,6 +85,7 @@ class Engine:
         self._matchers: dict[str, Matcher] = {}  # of requests with a grammar
         self._ids = count()
         self._arrivals: dict[str, deque[Tokens]] = {}  # of `generate` and `stream`, by request
+        elements, block_bytes, tail_bytes, kv_bytes = self.runner.on_all_ranks
         self.info = EngineInfo(
             model=config.model,
             path=str(self.runner.path),
@@ -89,18 +94,19 @@ class Engine:
             eos_token_ids=list(model.eos_token_ids),
             dtype=str(self.runner.dtype).removeprefix("torch."),
             device=str(self.runner.device),
-            kv_format=store.format.describe(),
-            bits_per_element=store.layout.bits_per_element,
+            num_ranks=config.num_ranks,
+            kv_format=self.runner.format.describe(),
+            bits_per_element=8 * block_bytes / (store.format.block_size * elements),
             block_size=store.format.block_size,
             num_blocks=store.num_blocks,
-            block_bytes=store.layout.block_bytes,
+            block_bytes=block_bytes,
             max_num_seqs=config.max_num_seqs,
-            tail_bytes=store.layout.tail_bytes,
+            tail_bytes=tail_bytes,
             num_swap_units=len(self.runner.swap_space.units),
             prefix_caching=self.scheduler.cache_identity is not None,
-            kv_bytes=store.nbytes,
+            kv_bytes=kv_bytes,
             kv_tokens=store.num_blocks * store.format.block_size + config.max_num_seqs * store.format.tail_tokens,
-            kv_tokens_16bit=store.nbytes // (2 * store.layout.spec.elements),
+            kv_tokens_16bit=kv_bytes // (2 * elements),
             start_seconds=time.perf_counter() - start,
         )
 
@@ -135,6 +141,11 @@ class Engine:
         self._submitted.pop(request_id, None)
         self._queued.pop(request_id, None)
 
+    def close(self) -> None:
+        """End the processes of other ranks, if there are any; nothing more can be computed."""
+        if self.ranks:
+            self.ranks.close()
+
     def flush_cache(self) -> None:
         """Forget every prefix."""
         self.scheduler.flush_cache()
@@ -151,15 +162,15 @@ class Engine:
         `stream` step by themselves.
         """
         assert self.has_work, "a step needs requests: submit one first"
-        if not self._under_way or self._can_run_ahead():
-            launched = self._launch()
-            if launched and len(self._under_way) == 1 and self._can_run_ahead():
-                return []
-        return self._collect()
+        has_launched = len(self._under_way) < self._most_under_way() and self._launch()
+        return [] if has_launched and len(self._under_way) < self._most_under_way() else self._collect()
 
-    def _can_run_ahead(self) -> bool:
-        """The next step can be launched before this one's tokens are known; a grammar must see its own first."""
-        return self._runs_ahead and not self.scheduler.grammar_awaits
+    def _most_under_way(self) -> int:
+        """Steps at once. Each stage of a pipeline has one; elsewhere the next step can be launched before this one's
+        tokens are known, but a grammar must see its own first."""
+        if self._num_micro_batches > 1:
+            return self._num_micro_batches
+        return 2 if self._runs_ahead and not self.scheduler.grammar_awaits else 1
 
     def _launch(self) -> bool:
         """Start a step, if the scheduler has one."""
@@ -171,7 +182,7 @@ class Engine:
         faults: dict[str, str] = {}
         allowed = self._allowed(batch, faults)
         try:
-            outcome: Handle | UnsupportedError | CapacityError = self.runner.launch(batch, allowed)
+            outcome: Handle | UnsupportedError | CapacityError = (self.ranks or self.runner).launch(batch, allowed)
         except (UnsupportedError, CapacityError) as error:
             outcome = error
         self._under_way.append(Launched(outcome, faults))
@@ -183,7 +194,7 @@ class Engine:
         try:
             if not isinstance(outcome, Handle):
                 raise outcome
-            news = self.scheduler.update(self.runner.collect(outcome))
+            news = self.scheduler.update((self.ranks or self.runner).collect(outcome))
         except (UnsupportedError, CapacityError) as error:
             self._under_way.clear()
             news = self.scheduler.fail(str(error))

@@ -23,6 +23,7 @@ triton = pytest.importorskip("triton")
 from kvtool.kernels import moe  # noqa: E402
 from kvtool.layers.moe import MoE, MoEShape  # noqa: E402
 from kvtool.layers.norm import RMSNorm  # noqa: E402
+from kvtool.parallel import ALONE  # noqa: E402
 
 INTERPRETED = triton.knobs.runtime.interpret
 ON_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -158,7 +159,7 @@ def test_a_captured_layer_serves_other_tokens(tokens: int) -> None:
     """Nothing is read back: a graph replayed on tokens that choose other experts gives what a new call gives."""
     torch.manual_seed(0)
     routing = Routing(64, 6, wide=True)
-    layer = MoE(2048, MoEShape(routing, 1408, 2816), dtype=torch.bfloat16, device=DEVICE)
+    layer = MoE(2048, MoEShape(routing, 1408, 2816), ALONE, dtype=torch.bfloat16, device=DEVICE)
     for parameter in layer.parameters():
         parameter.normal_(std=0.02)
     norm = RMSNorm(2048, 1e-6, dtype=torch.bfloat16, device=DEVICE)

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.kernels import takes
-from kvtool.layers.linear import Linear, MergedLinear, empty_parameter
+from kvtool.layers.linear import MergedLinear, RowLinear, Slot, empty_parameter
 from kvtool.layers.norm import RMSNorm
 from kvtool.layers.rotary import rotate
+from kvtool.parallel import Group, Shard
 
 LATENT_EPS = 1e-6  # of the norms of latents, whatever the config says of the others
 
@@ -54,19 +55,21 @@ class MLA(nn.Module):
         num_heads: int,
         shape: MLAShape,
         layer: int,
+        tp: Group,
         *,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.shape, self.num_heads, self.layer = shape, num_heads, layer
-        q_size, q_rank = num_heads * shape.head_dim, shape.q_lora_rank
-        self.q_width = q_rank or q_size
+        heads, q_rank = tp.shard(num_heads), shape.q_lora_rank
+        self.shape, self.num_heads, self.layer = shape, heads.size, layer
+        q_part = heads.times(shape.head_dim)
+        self.q_width = q_rank or q_part.size
         self.a_proj = MergedLinear(
             hidden_size,
             {
-                "q_a_proj" if q_rank else "q_proj": self.q_width,
-                "kv_a_proj_with_mqa": shape.kv_lora_rank + shape.rope_dim,
+                "q_a_proj" if q_rank else "q_proj": Shard.whole(q_rank) if q_rank else q_part,
+                "kv_a_proj_with_mqa": Shard.whole(shape.kv_lora_rank + shape.rope_dim),
             },
             bias=False,
             stored_merged=False,
@@ -74,10 +77,15 @@ class MLA(nn.Module):
             device=device,
         )
         self.q_a_layernorm = RMSNorm(q_rank, LATENT_EPS, dtype=dtype, device=device) if q_rank else None
-        self.q_b_proj = Linear(q_rank, q_size, bias=False, dtype=dtype, device=device) if q_rank else None
+        self.q_b_proj = (
+            MergedLinear(q_rank, {"q_b_proj": q_part}, bias=False, stored_merged=False, dtype=dtype, device=device)
+            if q_rank
+            else None
+        )
         self.kv_a_layernorm = RMSNorm(shape.kv_lora_rank, LATENT_EPS, dtype=dtype, device=device)
-        self.kv_b_proj = LatentProducts(num_heads, shape, dtype=dtype, device=device)
-        self.o_proj = Linear(num_heads * shape.value_dim, hidden_size, bias=False, dtype=dtype, device=device)
+        self.kv_b_proj = LatentProducts(heads, shape, dtype=dtype, device=device)
+        values = heads.times(shape.value_dim)
+        self.o_proj = RowLinear(values, hidden_size, tp, bias=False, dtype=dtype, device=device)
 
     def forward(
         self,
@@ -140,16 +148,17 @@ class LatentProducts(nn.Module):
     """What makes keys and values of a latent.
 
     Attributes:
-        weight: [num_heads, nope_dim + value_dim, kv_lora_rank], for each head its keys' rows and then its values'.
+        weight: [heads, nope_dim + value_dim, kv_lora_rank], for each head of this rank its keys' rows and then its
+            values'.
     """
 
     weight: Tensor
 
-    def __init__(self, num_heads: int, shape: MLAShape, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, heads: Shard, shape: MLAShape, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.nope_dim = shape.nope_dim
+        self.heads, self.nope_dim = heads, shape.nope_dim
         rows = shape.nope_dim + shape.value_dim
-        self.weight = empty_parameter(num_heads, rows, shape.kv_lora_rank, dtype=dtype, device=device)
+        self.weight = empty_parameter(heads.size, rows, shape.kv_lora_rank, dtype=dtype, device=device)
 
     def absorb(self, q: Tensor, out: Tensor) -> None:
         """Queries [T, H, nope_dim] as ones that meet the latent, into `out` [T, H, kv_lora_rank]."""
@@ -162,6 +171,8 @@ class LatentProducts(nn.Module):
         torch.bmm(attended.transpose(0, 1), products.transpose(1, 2), out=out.transpose(0, 1))
         return out
 
-    def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
+    def slots(self, path: str) -> Iterator[tuple[str, Slot]]:
         """Checkpoint name of the weight, and where it goes."""
-        yield f"{path}.weight", self.weight.flatten(0, 1)
+        _, rows, width = self.weight.shape
+        stored = self.heads.times(rows)
+        yield f"{path}.weight", Slot(self.weight.flatten(0, 1), (stored.total, width), (stored.start, 0))

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.kernels import takes
-from kvtool.layers.linear import GatedLinear, Linear, empty_parameter, gated_linear, linear
+from kvtool.layers.linear import GatedLinear, Linear, RowLinear, Slot, empty_parameter, gated_linear, linear
 from kvtool.layers.norm import RMSNorm
+from kvtool.parallel import Group, Shard
 
 
 @dataclass(frozen=True)
@@ -122,28 +123,33 @@ class Router(Linear):
             return moe.route(self(x), self.choice_bias, self.routing)
         return route(self(x), self.choice_bias, self.routing)
 
-    def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
+    def slots(self, path: str) -> Iterator[tuple[str, Slot]]:
         yield from super().slots(path)
         if self.choice_bias is not None:
-            yield f"{path}.e_score_correction_bias", self.choice_bias
+            yield f"{path}.e_score_correction_bias", Slot.whole(self.choice_bias)
 
 
 class Experts(nn.Module):
     """Gated MLPs of one size: x [T, hidden_size] with each token's experts and weights → [T, hidden_size].
 
+    Args:
+        inner: which of the columns between its two products this rank has of each expert; its outputs are to be summed
+            over the ranks.
+
     Attributes:
-        gate_up: [experts, 2 · intermediate_size, hidden_size]; down: [experts, hidden_size, intermediate_size].
+        gate_up: [experts, 2 · inner.size, hidden_size]; down: [experts, hidden_size, inner.size].
     """
 
     gate_up: Tensor
     down: Tensor
 
     def __init__(
-        self, num_experts: int, hidden_size: int, size: int, *, dtype: torch.dtype, device: torch.device
+        self, num_experts: int, hidden_size: int, inner: Shard, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
-        self.gate_up = empty_parameter(num_experts, 2 * size, hidden_size, dtype=dtype, device=device)
-        self.down = empty_parameter(num_experts, hidden_size, size, dtype=dtype, device=device)
+        self.inner = inner
+        self.gate_up = empty_parameter(num_experts, 2 * inner.size, hidden_size, dtype=dtype, device=device)
+        self.down = empty_parameter(num_experts, hidden_size, inner.size, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, shared: Tensor | None = None) -> Tensor:
         """The experts' sum for each token, plus `shared` [T, hidden_size]."""
@@ -154,38 +160,44 @@ class Experts(nn.Module):
         out = mix_reference(x, self.gate_up, self.down, ids, weights)
         return out if shared is None else out.add_(shared)
 
-    def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
+    def slots(self, path: str) -> Iterator[tuple[str, Slot]]:
         """Checkpoint names of every expert's three matrices, and where each one goes."""
+        total, start, hidden = self.inner.total, self.inner.start, self.down.shape[1]
         for expert, (gate_up, down) in enumerate(zip(self.gate_up, self.down, strict=True)):
             gate, up = gate_up.chunk(2)
-            for name, matrix in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
-                yield f"{path}.{expert}.{name}.weight", matrix
+            yield f"{path}.{expert}.gate_proj.weight", Slot(gate, (total, hidden), (start, 0))
+            yield f"{path}.{expert}.up_proj.weight", Slot(up, (total, hidden), (start, 0))
+            yield f"{path}.{expert}.down_proj.weight", Slot(down, (hidden, total), (0, start))
 
 
 class SharedExperts(nn.Module):
-    """The gated MLP that every token passes: x [T, hidden_size] → the same."""
+    """The gated MLP that every token passes: x [T, hidden_size] → the same, to be summed over the ranks."""
 
-    def __init__(self, hidden_size: int, size: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, hidden_size: int, inner: Shard, tp: Group, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        parts = {"gate_proj": size, "up_proj": size}
+        parts = {"gate_proj": inner, "up_proj": inner}
         self.gate_up_proj = GatedLinear(hidden_size, parts, bias=False, stored_merged=False, dtype=dtype, device=device)
-        self.down_proj = Linear(size, hidden_size, bias=False, dtype=dtype, device=device)
+        self.down_proj = RowLinear(inner, hidden_size, tp, bias=False, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self.gate_up_proj(x))
-        return out
+        return linear(self.gate_up_proj(x), self.down_proj.weight)
 
 
 class MoE(nn.Module):
     """Experts, routed and shared, behind their norm: x and residual stream [T, hidden_size] → the same."""
 
-    def __init__(self, hidden_size: int, shape: MoEShape, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, hidden_size: int, shape: MoEShape, tp: Group, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
-        routing = shape.routing
+        routing, self.tp = shape.routing, tp
         self.gate = Router(hidden_size, routing, dtype=dtype, device=device)
-        self.experts = Experts(routing.num_experts, hidden_size, shape.intermediate_size, dtype=dtype, device=device)
+        inner = tp.shard(shape.intermediate_size)
+        self.experts = Experts(routing.num_experts, hidden_size, inner, dtype=dtype, device=device)
         self.shared_experts = (
-            SharedExperts(hidden_size, shape.shared_size, dtype=dtype, device=device) if shape.shared_size else None
+            SharedExperts(hidden_size, tp.shard(shape.shared_size), tp, dtype=dtype, device=device)
+            if shape.shared_size
+            else None
         )
         self.shared_expert_gate = (
             Linear(hidden_size, 1, bias=False, dtype=dtype, device=device) if shape.shared_gate else None
@@ -196,4 +208,4 @@ class MoE(nn.Module):
         shared = None if self.shared_experts is None else self.shared_experts(x)
         if shared is not None and self.shared_expert_gate is not None:
             shared = shared * F.sigmoid(self.shared_expert_gate(x))
-        return self.experts(x, *self.gate.experts_of(x), shared), residual
+        return self.tp.all_reduce(self.experts(x, *self.gate.experts_of(x), shared)), residual
