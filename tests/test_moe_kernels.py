@@ -44,7 +44,7 @@ ROUTINGS = [
 
 
 def drawn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape) * scale).to(dtype).to(DEVICE)
+    return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
 
 
 def chosen(tokens: int, top_k: int, num_experts: int, skew: float) -> Tensor:
@@ -62,12 +62,11 @@ def error(out: Tensor, exact: Tensor) -> float:
 @given(
     routing=st.sampled_from(ROUTINGS),
     tokens=st.integers(1, 300 if ON_GPU else 3),
-    dtype=st.sampled_from(DTYPES),
     seed=seeds,
 )
-def test_routing(routing: Routing, tokens: int, dtype: torch.dtype, seed: int) -> None:
+def test_routing(routing: Routing, tokens: int, seed: int) -> None:
     torch.manual_seed(seed)
-    logits = drawn(tokens, routing.num_experts, dtype=torch.float32 if routing.num_groups > 1 else dtype)
+    logits = drawn(tokens, routing.num_experts, dtype=torch.float32)  # of 16 bits many would be equal
     bias = drawn(routing.num_experts, dtype=torch.float32, scale=0.1) if routing.scores == "sigmoid" else None
     exact_ids, exact = route(logits.double().cpu(), None if bias is None else bias.double().cpu(), routing)
     ids, weights = moe.route(logits, bias, routing)
