@@ -29,6 +29,11 @@ class Shard:
     start: int
     size: int
 
+    @classmethod
+    def whole(cls, total: int) -> "Shard":
+        """What every rank has all of."""
+        return cls(total, 0, total)
+
     def times(self, n: int) -> "Shard":
         """The same part where each of what is counted is `n`: elements of heads, say."""
         return Shard(self.total * n, self.start * n, self.size * n)

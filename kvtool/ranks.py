@@ -582,7 +582,12 @@ def check_copies(config: EngineConfig) -> None:
 def check_model(config: EngineConfig, model: ModelConfig) -> None:
     """Raises ConfigError where a model cannot be shared out among so many ranks."""
     tp, heads = config.tp, model.num_kv_heads
-    for count, name in ((model.num_heads, "query heads"), (model.intermediate_size, "columns of its MLP")):
+    counts = {"query heads": model.num_heads}
+    for experts in model.experts:
+        counts |= {"columns of its MLP": model.intermediate_size} if experts is None else {}
+        counts |= {"columns of an expert": experts.intermediate_size} if experts else {}
+        counts |= {"columns of its shared experts": experts.shared_size} if experts else {}
+    for name, count in counts.items():
         if count % tp:
             raise ConfigError(f"--tp {tp}: does not divide the model's {count} {name}")
     if heads % tp and tp % heads:

@@ -25,6 +25,18 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 7,
 }
 
+# What experts and latents add to it.
+QWEN_MOE: dict[str, Any] = {"num_experts": 8, "moe_intermediate_size": 24, "num_experts_per_tok": 3}
+MLA: dict[str, Any] = {
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "head_dim": 8,
+}
+MLA |= {"num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+MLA |= {"first_k_dense_replace": 1}
+
 
 def make_checkpoint(
     model_type: str, path: Path, *, max_shard_size: str = "1GB", seed: int = 0, **overrides: Any
@@ -41,6 +53,9 @@ def make_checkpoint(
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
         else:
             torch.nn.init.normal_(parameter, std=0.5 if parameter.ndim == 1 else 1.5 * parameter.shape[-1] ** -0.5)
+    for name, buffer in model.named_buffers():
+        if "bias" in name:  # of a choice among experts
+            torch.nn.init.normal_(buffer, std=0.1)
     model.save_pretrained(path, max_shard_size=max_shard_size)
     return model
 
@@ -56,6 +71,8 @@ class DenseAttend:
         if (kept := self.kept[layer]) is not None:
             k, v = torch.cat((kept[0], k)), torch.cat((kept[1], v))
         self.kept[layer] = k, v
+        if self.config.mla:  # the latent is key and value
+            k = torch.cat((v, k), dim=-1)
         groups = q.shape[1] // k.shape[1]
         keys, values = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         age = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))

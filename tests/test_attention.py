@@ -1,5 +1,7 @@
 """Attention over the packed store against its definition, without the engine."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,6 +35,15 @@ OPTIONS = [
     KVOptions(nbits="4", axis_key="channel", axis_value="channel", symmetric=True),
     KVOptions(nbits="4", axis_key="token", axis_value="channel"),
 ]
+
+# Heads of keys and values, and latents with their rope key.
+SHAPES = [
+    (KVSpec(1, StreamSpec(kv_heads, 32), StreamSpec(kv_heads, 32), 8), AttentionLayer(num_heads, kv_heads, 32, 0.2))
+    for num_heads, kv_heads in [(1, 1), (4, 2), (6, 1)]
+]
+SHAPES.append(
+    (KVSpec(1, StreamSpec(1, 16), StreamSpec(1, 64), 8, latent=True), AttentionLayer(4, 1, 80, 0.2, latent_dim=64))
+)
 
 
 def seen(x: torch.Tensor, fmt: StreamFormat, block_size: int) -> torch.Tensor:
@@ -71,18 +82,17 @@ class Stored:
 @given(
     options=st.sampled_from(OPTIONS),
     num_tokens=st.integers(1, 200),
-    heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]),
+    shape=st.sampled_from(SHAPES),
     window=st.sampled_from([None, 1, 40]),
     seed=st.integers(0, 2**31),
     data=st.data(),
 )
-def test_any_chunking_equals_the_definition(options, num_tokens, heads, window, seed, data):
+def test_any_chunking_equals_the_definition(options, num_tokens, shape, window, seed, data):
     torch.manual_seed(seed)
-    num_heads, kv_heads = heads
-    spec = KVSpec(1, StreamSpec(kv_heads, 32), StreamSpec(kv_heads, 32), 8)
-    fmt, layer = resolve(options, spec), AttentionLayer(num_heads, kv_heads, 32, 0.2, window)
-    q = torch.randn(num_tokens, num_heads, 32, dtype=torch.float64)
-    key, value = torch.randn(2, num_tokens, kv_heads, 32, dtype=torch.float64)
+    spec, layer = shape[0], replace(shape[1], sliding_window=window)
+    fmt = resolve(options, spec)
+    q = torch.randn(num_tokens, layer.num_heads, layer.head_dim, dtype=torch.float64)
+    key, value = (torch.randn(num_tokens, s.heads, s.dim, dtype=torch.float64) for s in (spec.key, spec.value))
     cuts = sorted(data.draw(st.sets(st.integers(1, num_tokens - 1), max_size=8))) if num_tokens > 1 else []
 
     out = Stored(fmt, spec, layer, num_tokens, seed).run(q, key, value, cuts)
@@ -91,5 +101,6 @@ def test_any_chunking_equals_the_definition(options, num_tokens, heads, window, 
     rotate = [hadamard if stream.rotate else (lambda x: x) for stream in (formats.key, formats.value)]
     seen_key = rotate[0](seen(rotate[0](key), formats.key, fmt.block_size))
     seen_value = rotate[1](seen(rotate[1](value), formats.value, fmt.block_size))
+    assert out.shape == (num_tokens, layer.num_heads, spec.value.dim)
     expected = attention_reference(q, key, value, seen_key, seen_value, fmt, layer)
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)

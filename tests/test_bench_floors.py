@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from checkpoints import MLA, QWEN_MOE, make_checkpoint
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -28,13 +30,33 @@ def tiny() -> ModelCost:
     return cost(load_config(TINY), 2, kv_token_bytes=512)
 
 
-def test_flops_are_those_that_transformers_does(tiny: ModelCost) -> None:
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager").eval()
-    tokens = 100
+def counted_flops(model: Any, tokens: int) -> int:
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(torch.ones(1, tokens, dtype=torch.long), logits_to_keep=1)
-    masked = tiny.flops_per_pair * tokens * (tokens - 1) / 2  # it multiplies these too
-    assert tiny.prefill_flops(tokens) == counter.get_total_flops() - masked
+    return int(counter.get_total_flops())
+
+
+def test_flops_are_those_that_transformers_does(tiny: ModelCost) -> None:
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager").eval()
+    masked = tiny.flops_per_pair * 100 * 99 / 2  # it multiplies these too
+    assert tiny.prefill_flops(100) == counted_flops(model, 100) - masked
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("qwen2_moe", QWEN_MOE | {"shared_expert_intermediate_size": 40, "decoder_sparse_step": 2}),
+        ("deepseek_v2", MLA | {"q_lora_rank": None}),
+        ("deepseek_v3", MLA | {"q_lora_rank": 24, "n_group": 4, "topk_group": 2}),
+    ],
+)
+def test_experts_and_latents_cost_what_transformers_does(
+    model_type: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    oracle = make_checkpoint(model_type, tmp_path, **fields)
+    oracle.set_experts_implementation("eager")  # the counter does not know the grouped product
+    model = cost(load_config(tmp_path), 2, kv_token_bytes=512)
+    assert model.prefill_flops(20) == counted_flops(oracle, 20) - model.flops_per_pair * 20 * 19 / 2
 
 
 def test_a_prompt_costs_what_its_tokens_cost_one_by_one(tiny: ModelCost) -> None:

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from checkpoints import MLA, QWEN_MOE, make_checkpoint
 
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
@@ -23,6 +24,15 @@ FORMATS = {
     "4, rotated, on write": KVOptions(nbits="4", axis_key="token", rotate=True),
     "2": KVOptions(nbits="2"),
     "fp8": KVOptions(nbits="fp8"),
+}
+
+MODELS = {
+    "mixtral": {"num_local_experts": 5, "head_dim": 64},
+    "qwen2_moe": QWEN_MOE | {"shared_expert_intermediate_size": 40, "head_dim": 64},
+    "deepseek_v2": MLA | {"q_lora_rank": None, "kv_lora_rank": 128, "qk_rope_head_dim": 32, "head_dim": 32},
+    "deepseek_v3": MLA
+    | {"kv_lora_rank": 128, "qk_rope_head_dim": 32, "head_dim": 32}
+    | {"q_lora_rank": 24, "n_group": 4, "topk_group": 2},
 }
 
 
@@ -59,12 +69,12 @@ def answers(tested: Engine, asked: list[Request]) -> dict[str, list[Tokens]]:
     return news
 
 
-def error(tested: Engine, kv: KVOptions, asked: list[Request]) -> float:
+def error(tested: Engine, kv: KVOptions, asked: list[Request], model: str = "tiny") -> float:
     """Mean difference of the answers' log-probabilities from those that float64 gives the same tokens."""
     news = answers(tested, asked)
     again = SamplingParams(max_tokens=1, prompt_logprobs=0)
     whole = [Request(r.id, r.prompt + [t.token_ids[0] for t in news[r.id]], again) for r in asked]
-    exact = answers(engine(kv, dtype="float64", kv_cache_memory=256 * MIB), whole)
+    exact = answers(engine(kv, model=model, dtype="float64", kv_cache_memory=256 * MIB), whole)
     differences = [
         abs(tokens.logprobs[0].logprob - score.logprob)  # type: ignore[index]
         for request in asked
@@ -89,6 +99,17 @@ def test_graphs_and_kernels_are_as_exact_as_torch_in_the_same_dtype(kv):
     assert error(tight, kv, asked) < 1.3 * torch_error
     assert tight.stats().swap_ins_total > 0
     assert error(engine(kv), kv, asked) < 1.3 * torch_error
+
+
+@pytest.mark.parametrize("nbits", ["16", "8", "4", "2", "fp8"])
+@pytest.mark.parametrize("model_type", MODELS)
+def test_experts_and_latents_are_as_exact_as_torch_in_the_same_dtype(model_type, nbits, tmp_path):
+    make_checkpoint(model_type, tmp_path, vocab_size=4096, max_position_embeddings=2048, **MODELS[model_type])
+    kv, model, asked = KVOptions(nbits=nbits), str(tmp_path), requests(9, longest=600)
+    torch_error = error(engine(kv, model=model, attention_backend="torch", cuda_graph=False), kv, asked, model)
+    tested = engine(kv, model=model, max_num_batched_tokens=300)
+    assert tested.runner.graphs
+    assert error(tested, kv, asked, model) < 1.5 * torch_error
 
 
 @pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from checkpoints import make_checkpoint
+from checkpoints import MLA, QWEN_MOE, make_checkpoint
 
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
@@ -61,6 +61,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 4},
     "mistral": {"sliding_window": 9},
     "phi3": {"sliding_window": 17},
+    "mixtral": {"num_local_experts": 5},
+    "qwen2_moe": QWEN_MOE | {"shared_expert_intermediate_size": 40},
+    "qwen3_moe": QWEN_MOE | {"norm_topk_prob": True},
+    "deepseek_v2": MLA | {"q_lora_rank": None},
+    "deepseek_v3": MLA | {"q_lora_rank": 24, "n_group": 4, "topk_group": 2},
 }
 
 
@@ -78,6 +83,21 @@ def test_greedy_tokens_are_those_of_transformers(model_type, tmp_path):
     for chunk in (7, 2048):
         tested = engine(KVOptions(), model=str(tmp_path), dtype="float32", max_num_batched_tokens=chunk)
         assert answers(tested, asked, params) == expected
+
+
+@pytest.mark.parametrize("nbits", ["16", "8", "4", "2", "fp8"])
+def test_a_latent_cache_gives_the_same_tokens_in_any_chunking(nbits, tmp_path):
+    make_checkpoint("deepseek_v3", tmp_path, **ARCHITECTURES["deepseek_v3"])
+    asked = [[(7 * i + n) % 199 for i in range(n)] for n in (1, 30, 100)]
+
+    def tested(**overrides):
+        return engine(KVOptions(nbits=nbits), model=str(tmp_path), **overrides)
+
+    roomy = tested()
+    assert len(set(map(tuple, alone := [answers(roomy, [prompt])[0] for prompt in asked]))) == 3
+    assert answers(roomy, asked) == alone
+    for chunk in (1, 7, 64):
+        assert answers(tested(max_num_batched_tokens=chunk, run_ahead=chunk > 1), asked) == alone
 
 
 @pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())

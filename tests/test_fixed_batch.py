@@ -14,7 +14,7 @@ from kvtool.config import KVOptions
 from kvtool.kv import fixed
 from kvtool.kv import store as store_module
 from kvtool.kv.batch import KVBatch, Span, cut
-from kvtool.kv.fixed import MOST_PROMPTS, Room, fixed_batch
+from kvtool.kv.fixed import LEAST_TILE, MOST_PROMPTS, Room, fixed_batch
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
@@ -124,21 +124,33 @@ KERNEL_OPTIONS = [
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+# A layer, what it caches, and the tokens in a tile of its kernel; heads, and latents with their rope key.
+STREAMS = {
+    "heads": (AttentionLayer(4, 2, 64, 0.125), KVSpec(1, StreamSpec(2, 64), StreamSpec(2, 64), 2), 32),
+    "latents": (
+        AttentionLayer(4, 1, 128, 0.125, latent_dim=64),
+        KVSpec(1, StreamSpec(1, 64), StreamSpec(1, 64), 2, latent=True),
+        LEAST_TILE,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
 @pytest.mark.parametrize("options", KERNEL_OPTIONS, ids=lambda options: repr(options)[10:-1])
-def test_kernels_leave_alone_what_is_nobodys(options, monkeypatch):
+def test_kernels_leave_alone_what_is_nobodys(options, kind, monkeypatch):
     """The same bytes are stored and the same attention comes out, though all that is padding is NaN."""
     pytest.importorskip("triton")
     monkeypatch.setattr(fixed, "MOST_FAR", 6)
     monkeypatch.setattr(store_module, "runs_kernels", lambda device, dtype: True)
     torch.manual_seed(0)
-    layer, stream = AttentionLayer(4, 2, 64, 0.125), StreamSpec(2, 64)
-    spec = KVSpec(1, stream, stream, 2)
+    layer, spec, tile = STREAMS[kind]
+    heads, dim = spec.key.heads, layer.head_dim
     fmt, room = resolve(options, spec, block_size=32), Room(decodes=4, tokens=48)
     bounds = [(40, 41), (5, 6), (30, 45), (0, 33)]
     ids = iter(torch.randperm(40).tolist())
     spans = [Span(a, b, [next(ids) for _ in range(fmt.num_blocks(b))], i) for i, (a, b) in enumerate(bounds)]
     backend = next(backend for backend in BACKENDS if backend.name == "triton")
-    x = {span.tail_slot: torch.randn(3, span.end, 4, 64, device=DEVICE, dtype=torch.float16) for span in spans}
+    x = {span.tail_slot: torch.randn(3, span.end, 4, dim, device=DEVICE, dtype=torch.float16) for span in spans}
 
     def tokens(some: list[Span]) -> torch.Tensor:
         return torch.cat([x[span.tail_slot][:, span.start : span.end] for span in some], dim=1)
@@ -152,17 +164,17 @@ def test_kernels_leave_alone_what_is_nobodys(options, monkeypatch):
                 before = Span(0, span.start, span.blocks, span.tail_slot)
                 history = KVBatch.build(fmt, [before], DEVICE)
                 _, key, value = tokens([before])
-                kv.write(key[:, :2], value[:, :2], history)
+                kv.write(key[:, :heads, :64], value[:, :heads, :64], history)
         q, key, value = tokens(spans)
         batch, true = KVBatch.build(fmt, spans, DEVICE), torch.arange(len(q), device=DEVICE)
         if is_padded:
             true += (true >= 2) * (room.decodes - 2)
-            wide = torch.full((3, 52, 4, 64), float("nan"), device=DEVICE, dtype=torch.float16)
+            wide = torch.full((3, 52, 4, dim), float("nan"), device=DEVICE, dtype=torch.float16)
             wide[:, true] = tokens(spans)
             q, key, value = wide
             slots = torch.tensor([0, 1, 1, 1], device=DEVICE)
-            batch, _ = fixed_batch(fmt, room, filled(room, fmt, spans, 32, DEVICE), slots, batch.block_table[:2])
-        near = kv.write(key[:, :2], value[:, :2], batch)
+            batch, _ = fixed_batch(fmt, room, filled(room, fmt, spans, tile, DEVICE), slots, batch.block_table[:2])
+        near = kv.write(key[:, :heads, :64], value[:, :heads, :64], batch)
         outputs.append(backend.forward(q, near, kv, batch, layer)[true])
         bytes_.append(torch.cat([store.blocks, store.tails, store.take_fault()]))
     assert outputs[0].isfinite().all()

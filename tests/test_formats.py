@@ -425,6 +425,25 @@ def test_a_head_dim_that_does_not_fill_bytes_is_refused():
     resolve(KVOptions(nbits="4"), spec(dim=34))
 
 
+LATENT = KVSpec(2, StreamSpec(1, 64), StreamSpec(1, 512), 2, latent=True)
+
+
+@pytest.mark.parametrize(("nbits", "rope_key"), [("16", "16"), ("8", "8"), ("4", "8"), ("2", "8"), ("fp8", "fp8")])
+def test_a_rope_key_keeps_eight_bits_unless_asked_otherwise(nbits, rope_key):
+    layer = resolve(KVOptions(nbits=nbits), LATENT).layers[0]
+    assert (layer.key.bits, layer.value.bits) == (rope_key, nbits)
+    layer = resolve(KVOptions(nbits=nbits, nbits_key="4"), LATENT).layers[0]
+    assert (layer.key.bits, layer.value.bits) == ("4", nbits)
+    assert resolve(KVOptions(nbits="2"), LATENT).residual == resolve(KVOptions(nbits="2"), spec()).residual > 0
+
+
+@pytest.mark.parametrize(("nbits", "nbytes"), [("16", 1152), ("8", 544 + 68), ("4", 288 + 68)])
+def test_a_latent_costs_a_ninth_of_what_sixteen_heads_would(nbits, nbytes):
+    """512 + 64 elements; of 8 bits codes, 8 scales and zeros of a latent's groups, 2 of a rope key's block."""
+    layout = KVLayout(LATENT, resolve(KVOptions(nbits=nbits), LATENT))
+    assert layout.block_bytes / layout.format.block_size / LATENT.num_layers == nbytes
+
+
 # Plans.
 
 

@@ -9,13 +9,15 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
-from checkpoints import SHAPE, DenseAttend, make_checkpoint, run
+from checkpoints import MLA, QWEN_MOE, SHAPE, DenseAttend, make_checkpoint, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding
 
 from kvtool.errors import ModelError
+from kvtool.layers import moe
 from kvtool.layers.rotary import Rotary
 from kvtool.models import Decoder, ModelConfig, load_config, load_model, resolve_model
 
@@ -25,6 +27,8 @@ LLAMA3 |= {"rope_theta": 500.0, "original_max_position_embeddings": 64}
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0, "original_max_position_embeddings": 32}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 500.0, "partial_rotary_factor": 0.75}
 LONGROPE |= {"short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5], "long_factor": [1.0, 1.5, 2.5, 4.0, 8.0, 16.0]}
+V2_YARN = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}
+GROUPS = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.0}
 
 # Name: architecture, fields of the config, and the longest sequence where that matters.
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -41,6 +45,28 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "phi3": ("phi3", {"sliding_window": 17}, 512),
     "phi3-short": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 256}, 256),
     "phi3-long": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}, 512),
+    "mixtral": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}, 512),
+    "mixtral-window": ("mixtral", {"num_local_experts": 4, "sliding_window": 9, "num_experts_per_tok": 4}, 512),
+    "qwen2_moe": ("qwen2_moe", QWEN_MOE | {"shared_expert_intermediate_size": 40}, 512),
+    "qwen2_moe-step": (
+        "qwen2_moe",
+        QWEN_MOE | {"shared_expert_intermediate_size": 24, "norm_topk_prob": True, "decoder_sparse_step": 2},
+        512,
+    ),
+    "qwen3_moe": ("qwen3_moe", QWEN_MOE | {"norm_topk_prob": True, "mlp_only_layers": [1], "head_dim": 32}, 512),
+    "qwen3_moe-window": ("qwen3_moe", QWEN_MOE | {"use_sliding_window": True, "sliding_window": 9}, 512),
+    "deepseek_v2": ("deepseek_v2", MLA | {"q_lora_rank": None, "rope_parameters": V2_YARN}, 512),
+    "deepseek_v2-groups": ("deepseek_v2", MLA | GROUPS | {"q_lora_rank": 24, "n_shared_experts": 1}, 512),
+    "deepseek_v3": (
+        "deepseek_v3",
+        MLA | {"q_lora_rank": 24, "n_group": 4, "topk_group": 2, "rope_parameters": V2_YARN | {"mscale": 1.0}},
+        512,
+    ),
+    "deepseek_v3-plain": (
+        "deepseek_v3",
+        MLA | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_interleave": False, "norm_topk_prob": False},
+        512,
+    ),
 }
 PROMPT = torch.randint(SHAPE["vocab_size"], (80,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -134,12 +160,13 @@ def test_sequences_laid_end_to_end_do_not_see_each_other(opened: Any) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_asks_for_no_value_of_any_tensor(case: str, opened: Any) -> None:
+def test_a_step_asks_for_no_value_of_any_tensor(case: str, opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The meta device has shapes and no values: what runs there can be captured as a CUDA graph."""
+    monkeypatch.setattr(moe, "mix_reference", lambda x, *_: torch.empty_like(x))  # a kernel's place on a GPU
     config, meta = load_config(opened(case)[1]), torch.device("meta")
     model = load_model(opened(case)[1], config, dtype=torch.float16, device=meta, load_format="dummy")
     ids = torch.zeros(5, dtype=torch.int64, device=meta)
-    logits = model.logits(model(ids, ids, lambda layer, q, k, v: q))
+    logits = model.logits(model(ids, ids, lambda layer, q, k, v: q[..., : v.shape[-1]]))
     assert (logits.shape, logits.dtype) == ((5, config.vocab_size), torch.float16)
 
 
@@ -154,6 +181,17 @@ def test_every_dtype_computes_the_same_model(case: str, dtype: torch.dtype, tole
     assert logits.dtype == dtype
     error = (logits.double() - expected.double()).square().mean().sqrt() / expected.std()
     assert error < tolerance
+
+
+def test_layers_that_only_draft_are_left_in_the_checkpoint(opened: Any, tmp_path: Path) -> None:
+    folder = opened("deepseek_v3")[1]
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "model.layers.3.eh_proj.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    ids = PROMPT[:5]
+    torch.testing.assert_close(
+        in_chunks(load("deepseek_v3", tmp_path), ids, []), in_chunks(load("deepseek_v3", folder), ids, [])
+    )
 
 
 ROPES = {
@@ -298,7 +336,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"torch_dtype": "int8"}, "torch_dtype is 'int8'; it must be one of"),
     "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config says"),
     "eos": ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
-    "architecture": ({"model_type": "gpt2"}, "model_type is 'gpt2', which is not supported; use one of llama"),
+    "architecture": ({"model_type": "gpt2"}, "model_type is 'gpt2', which is not supported; use one of deepseek_v2"),
     "remote code": ({"model_type": "x", "auto_map": {"AutoModel": "x.X"}}, "auto_map asks to run code"),
     "window": ({"model_type": "mistral"}, "sliding_window is missing; set it"),
     "rope": ({"rope_scaling": [1]}, "rope_scaling is [1]; it must be an object"),
@@ -314,6 +352,32 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "layer types": (
         {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention"]},
         "layer_types must be a list of 3 entries",
+    ),
+    "experts": ({"model_type": "qwen3_moe"}, "num_experts is missing; add it"),
+    "a size of experts": ({"model_type": "qwen3_moe", "num_experts": 4}, "num_experts_per_tok is missing; add it"),
+    "too many experts": ({"model_type": "qwen3_moe", "num_experts": 1 << 20}, "num_experts is 1048576; it must be"),
+    "more experts than there are": (
+        {"model_type": "qwen3_moe", **QWEN_MOE, "num_experts_per_tok": 9},
+        "num_experts_per_tok is 9; a token chooses among 8 experts",
+    ),
+    "layers without experts": ({"model_type": "qwen3_moe", **QWEN_MOE, "mlp_only_layers": "1"}, "mlp_only_layers must"),
+    "latent": ({"model_type": "deepseek_v2", **MLA, "kv_lora_rank": None}, "kv_lora_rank is missing; add it"),
+    "biases": (
+        {"model_type": "deepseek_v2", **MLA, "attention_bias": True},
+        "attention_bias is true; latent attention",
+    ),
+    "odd rope": ({"model_type": "deepseek_v2", **MLA, "qk_rope_head_dim": 7}, "qk_rope_head_dim is 7; it must be even"),
+    "routing": ({"model_type": "deepseek_v2", **MLA, "topk_method": "x"}, "topk_method is 'x'; it must be greedy or"),
+    "weights": ({"model_type": "deepseek_v2", **MLA, "norm_topk_prob": True}, "norm_topk_prob is true, which this"),
+    "frequency": ({"model_type": "deepseek_v3", **MLA, "moe_layer_freq": 2}, "moe_layer_freq is 2; experts are"),
+    "groups": ({"model_type": "deepseek_v3", **MLA, "n_group": 3}, "n_group is 3; 8 experts do not divide"),
+    "groups that are used": (
+        {"model_type": "deepseek_v3", **MLA, "n_group": 2, "topk_group": 3},
+        "topk_group is 3; it",
+    ),
+    "choice within groups": (
+        {"model_type": "deepseek_v3", **MLA, "n_group": 4, "topk_group": 1},
+        "num_experts_per_tok is 3; a token chooses among 2 experts",
     ),
 }
 
@@ -360,18 +424,20 @@ SCALING = st.dictionaries(
 ).flatmap(lambda fields: st.builds(lambda kind: {**fields, "type": kind}, st.sampled_from([*ROPES, "su", 1])))
 FIELDS = ["rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "layer_types", "max_window_layers"]
 FIELDS += ["head_dim", "eos_token_id", "torch_dtype", "use_sliding_window", "attention_bias", "partial_rotary_factor"]
+FIELDS += ["n_group", "topk_group", "topk_method", "mlp_only_layers", "moe_layer_freq", "rope_interleave", *MLA]
 FIELDS += ["hidden_act", "original_max_position_embeddings", *REQUIRED]
 
 
 def test_no_config_whatever_gives_a_traceback(tmp_path: Path) -> None:
     @settings(max_examples=200, deadline=None)
     @given(
-        st.sampled_from(["llama", "qwen2", "phi3"]),
+        st.sampled_from(["llama", "qwen2", "phi3", "qwen3_moe", "deepseek_v3"]),
         st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3),
         st.none() | SCALING,
     )
     def law(model_type: str, overrides: dict[str, Any], scaling: dict[str, Any] | None) -> None:
-        write_config(tmp_path, **{"model_type": model_type, "rope_scaling": scaling, **overrides})
+        shape = MLA if model_type == "deepseek_v3" else QWEN_MOE
+        write_config(tmp_path, **{**shape, "model_type": model_type, "rope_scaling": scaling, **overrides})
         try:
             config = load_config(tmp_path)
         except ModelError as error:
@@ -421,12 +487,50 @@ LITERAL: dict[str, dict[str, Any]] = {
         "sliding_window": 2047,
     },
 }
+LITERAL["Qwen3-30B-A3B"] = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+}
+LITERAL["DeepSeek-V2-Lite"] = {
+    "model_type": "deepseek_v2",
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 163840,
+    "rms_norm_eps": 1e-6,
+}
 MILLIONS = {"Qwen2.5-7B": 7616, "Llama-3.2-1B": 1236, "Phi-3-mini": 3821}
+MILLIONS |= {"Qwen3-30B-A3B": 30532, "DeepSeek-V2-Lite": 15706}
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "configs"
 SHARED_MILLIONS = {
+    "DeepSeek-V2-Lite": 15706,
     "Llama-3.1-8B": 8030,
     "Llama-3.2-1B": 1236,
     "Mistral-7B-v0.3": 7248,
+    "Mixtral-8x7B-v0.1": 46703,
     "Phi-3-mini-4k-instruct": 3821,
     "Qwen2.5-0.5B-Instruct": 494,
     "Qwen2.5-1.5B-Instruct": 1544,
@@ -434,6 +538,7 @@ SHARED_MILLIONS = {
     "Qwen2.5-7B-Instruct": 7616,
     "Qwen3-0.6B": 596,
     "Qwen3-1.7B": 1721,
+    "Qwen3-30B-A3B": 30532,
     "Qwen3-8B": 8191,
     "SmolLM2-135M": 135,
     "TinyLlama-1.1B-Chat-v1.0": 1100,

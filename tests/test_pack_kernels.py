@@ -31,6 +31,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = DEVICE == "cuda"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (64, 80, 96, 128, 256) if ON_GPU else (64, 80)
+LATENT = (64, 512) if ON_GPU else (32, 128)  # elements of a rope key and of a latent, of which a token has one each
 HEADS = st.integers(1, 8 if ON_GPU else 3)
 EXAMPLES = settings(
     deadline=None,
@@ -82,15 +83,16 @@ def stream_formats(draw, dim: int, block_size: int, axis: str | None = None) -> 
 @st.composite
 def layouts(draw, axis: str | None = None) -> tuple[KVLayout, torch.dtype]:
     """A cache of 1 to 3 layers, each with formats of its own or all alike."""
-    dim, dtype = draw(st.sampled_from(HEAD_DIMS)), draw(st.sampled_from(DTYPES))
+    dims = draw(st.sampled_from([*((dim, dim) for dim in HEAD_DIMS), LATENT]))
+    dtype, heads = draw(st.sampled_from(DTYPES)), st.just(1) if dims == LATENT else HEADS
     block_size = 64 if axis else draw(st.sampled_from([32, 64, 128] if ON_GPU else [32, 64]))
     formats = [
-        LayerFormat(draw(stream_formats(dim, block_size, axis)), draw(stream_formats(dim, block_size, axis)))
+        LayerFormat(*(draw(stream_formats(dim, block_size, axis)) for dim in dims))
         for _ in range(draw(st.integers(1, 2)))
     ]
     layers = tuple(formats[i % len(formats)] for i in range(draw(st.integers(1, 3))))
     residual = 0 if axis else draw(st.sampled_from([0, 0, block_size]))
-    streams = StreamSpec(draw(HEADS), dim), StreamSpec(draw(HEADS), dim)
+    streams = (StreamSpec(draw(heads), dim) for dim in dims)
     return KVLayout(KVSpec(len(layers), *streams, dtype.itemsize), KVFormat(layers, block_size, residual)), dtype
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make_checkpoint
+from checkpoints import MLA, QWEN_MOE, make_checkpoint
 from safetensors.torch import load_file, save_file
 
 from kvtool.config import EngineConfig, KVOptions
@@ -39,11 +39,18 @@ def part(folder: Path, tp: tuple[int, int], pp: tuple[int, int] = (0, 1), load_f
     )
 
 
+MIXTURES = {
+    "qwen2_moe": QWEN_MOE | {"shared_expert_intermediate_size": 40},
+    "deepseek_v3": MLA | {"q_lora_rank": 24, "n_group": 4, "topk_group": 2},
+}
+MODELS = {name: {"attention_bias": True} for name in ("llama", "qwen2", "qwen3", "phi3")} | MIXTURES
+
+
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("model_type", MODELS)
 @pytest.mark.parametrize("size", [2, 4])
 def test_shards_are_pieces_of_the_model(model_type: str, size: int, load_format: str, tmp_path: Path) -> None:
-    make_checkpoint(model_type, tmp_path, attention_bias=True)
+    make_checkpoint(model_type, tmp_path, **MODELS[model_type])
     whole = part(tmp_path, (0, 1), load_format=load_format)
     shards = [part(tmp_path, (rank, size), load_format=load_format) for rank in range(size)]
     names = {name for name, _ in whole.slots()}
@@ -51,7 +58,8 @@ def test_shards_are_pieces_of_the_model(model_type: str, size: int, load_format:
         assert torch.equal(gathered(shards)[name], stored), name
     assert all({name for name, _ in shard.slots()} == names for shard in shards)
     held = [sum(parameter.numel() for parameter in shard.parameters()) for shard in shards]
-    assert max(held) < 1.15 * sum(p.numel() for p in whole.parameters()) / size
+    everyones = sum(to.numel() for name, to in gathered([whole]).items() if "_a_proj" in name or "gate.weight" in name)
+    assert max(held) < 1.15 * (everyones + (sum(p.numel() for p in whole.parameters()) - everyones) / size)
 
 
 def gathered(models: list[Decoder]) -> dict[str, torch.Tensor]:
@@ -144,6 +152,15 @@ def test_ranks_share_what_does_not_divide_and_has_biases(tmp_path: Path) -> None
     config = replace(CONFIG, model=str(tmp_path), kv_cache_memory=MIB // 2, swap_space=MIB, prefix_caching=False)
     expected = answers(config, asked)
     assert_same_answers(answers(replace(config, tp=2, pp=2, kv_cache_memory=MIB // 4), asked), expected)
+
+
+@pytest.mark.parametrize(("model_type", "pp"), [("qwen2_moe", 1), ("deepseek_v3", 2)])
+def test_ranks_share_experts_and_heads_over_one_latent(model_type: str, pp: int, tmp_path: Path) -> None:
+    make_checkpoint(model_type, tmp_path, **MIXTURES[model_type])
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    asked = [Request(str(i), [(7 * i + n) % 199 for n in range(90)], params) for i in range(4)]
+    config = replace(CONFIG, model=str(tmp_path), kv=KVOptions(nbits="4"))
+    assert_same_answers(answers(replace(config, tp=2, pp=pp), asked), answers(config, asked))
 
 
 def test_what_one_rank_cannot_hold_fails_its_request_alone(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from shutil import copytree
 
 import pytest
 import torch
+from checkpoints import MLA, make_checkpoint
 from conftest import serving
 from transformers import AutoModelForCausalLM
 from twins import outlier_twin
@@ -18,6 +19,7 @@ from kvtool.errors import ModelError
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.models.resolve import EMBEDDED
+from kvtool.quantize.cache_file import cache_prompt, read_cache, write_cache
 from kvtool.quantize.preflight import Verdict, as_ranges, calibration_windows, examine, fingerprint, preflight
 from kvtool.scoring import ScoringModel, Window
 from kvtool.tokenizer import Tokenizer
@@ -68,6 +70,22 @@ def test_a_twin_is_the_same_function(tmp_path, outliers):
     with torch.inference_mode():
         one, other = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64)(ids).logits for f in (TINY, folder))
     torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+def test_latents_are_examined_as_heads_use_them(tmp_path):
+    make_checkpoint("deepseek_v2", tmp_path, **MLA, q_lora_rank=None, rope_parameters=None)
+    model = loaded(tmp_path)
+    ids = torch.randint(0, 199, (1, 300), generator=torch.Generator().manual_seed(0))
+    verdicts = [
+        examine(model.model, ids, model.layout(KVOptions()).spec, KVOptions(nbits=nbits)) for nbits in ("8", "4", "2")
+    ]
+    eight, four, two = (verdict.worst for verdict in verdicts)
+    assert 0 < 4 * eight < four < two / 2
+    assert verdicts[1].asked.startswith("K 8 bits per channel") and "V 4 bits per token" in verdicts[1].asked
+
+    cached = cache_prompt(model.model, model.layout(KVOptions(nbits="4")), ids[0].tolist(), torch.float32)
+    write_cache(tmp_path / "cache.safetensors", cached)
+    assert read_cache(tmp_path / "cache.safetensors").equals(cached)
 
 
 def test_keys_per_token_collapse_on_a_twin_and_keys_per_channel_do_not(twin):

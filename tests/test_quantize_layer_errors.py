@@ -127,7 +127,7 @@ def test_calibration_gives_what_a_cache_would_be_given(model, windows):
 
 
 def test_non_finite_calibration_is_refused(model, windows):
-    broken = model.layers[1].self_attn.qkv_proj.weight
+    broken = model.layers["1"].self_attn.qkv_proj.weight
     before = broken[0, 0].item()
     with torch.inference_mode():
         broken[0, 0] = float("nan")

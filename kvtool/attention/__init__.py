@@ -72,8 +72,9 @@ class AttentionBackend:
         return self.decode.refuses(layer, kv) or self.prefill.refuses(layer, kv)
 
     def forward(self, q: Tensor, near: Near | None, kv: LayerKV, batch: KVBatch, layer: AttentionLayer) -> Tensor:
-        """Attention of `q` [T, Hq, D] over what `kv.write` has stored, as [T, Hq, D]."""
-        n, out = batch.num_decodes, torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        """Attention of `q` [T, Hq, D] over what `kv.write` has stored, as [T, Hq, D of values]."""
+        dim = layer.head_dim if layer.latent_dim is None else layer.latent_dim
+        n, out = batch.num_decodes, torch.empty(*q.shape[:2], dim, dtype=q.dtype, device=q.device)
         if n:
             self.decode.decode(q[:n], kv, batch, layer, out[:n])
         if n < len(q):
@@ -137,10 +138,22 @@ class PagedAttention:
         Rotated streams are rotated here, once: keys and queries alike, values on the way in and the output back.
         """
         layer, kv = self.layers[index], self.store.layers[index]
+        q = rotated_queries(q, kv, layer)
         if kv.key.format.rotate:
-            q, key = hadamard(q), hadamard(key)
+            key = hadamard(key)
         if kv.value.format.rotate:
             value = hadamard(value)
         near = kv.write(key, value, batch)
         out = self.backends[index].forward(q, near, kv, batch, layer)
         return hadamard(out) if kv.value.format.rotate else out
+
+
+def rotated_queries(q: Tensor, kv: LayerKV, layer: AttentionLayer) -> Tensor:
+    """`q` [T, Hq, D] as it meets streams that may be stored rotated."""
+    if layer.latent_dim is None:
+        return hadamard(q) if kv.key.format.rotate else q
+    parts = q.split([layer.latent_dim, layer.head_dim - layer.latent_dim], dim=-1)
+    streams = (kv.value, kv.key)
+    if not any(stream.format.rotate for stream in streams):
+        return q
+    return torch.cat([hadamard(x) if s.format.rotate else x for x, s in zip(parts, streams, strict=True)], dim=-1)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kvtool.attention.layer import AttentionLayer
+from kvtool.attention.layer import AttentionLayer, operands
 from kvtool.kv.format import KVFormat
 
 
@@ -20,13 +20,14 @@ def attention_reference(
         seen_key, seen_value: [T, Hkv, D], what packing and unpacking whole blocks makes of them.
 
     Returns:
-        [T, Hq, D] float64.
+        [T, Hq, D] float64, D being that of values.
     """
-    out = torch.empty(q.shape, dtype=torch.float64)
+    out = torch.empty(*q.shape[:2], value.shape[-1], dtype=torch.float64)
     for t in range(q.shape[0]):
         far, first = min(fmt.visible(t), t + 1), 0 if layer.sliding_window is None else t + 1 - layer.sliding_window
-        keys = torch.cat([seen_key[:far], key[far : t + 1]])[max(0, first) :].double()
-        values = torch.cat([seen_value[:far], value[far : t + 1]])[max(0, first) :].double()
+        streams = ((seen_key, key), (seen_value, value))
+        keys, values = (torch.cat([seen[:far], x[far : t + 1]])[max(0, first) :].double() for seen, x in streams)
+        keys, values = operands(keys, values, layer)
         for head in range(layer.num_heads):
             kv_head = head // (layer.num_heads // layer.num_kv_heads)
             probs = (keys[:, kv_head] @ q[t, head].double() * layer.scale).softmax(0)

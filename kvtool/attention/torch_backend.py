@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtool.attention.layer import AttentionLayer
+from kvtool.attention.layer import AttentionLayer, operands
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.store import LayerKV, Near, Stream
 
@@ -47,8 +47,9 @@ class TorchAttention:
 
         # A KV head's queries stand where sdpa expects positions: they read the same keys under the same mask.
         heads = q.reshape(n, layer.num_kv_heads, -1, q.shape[-1])
+        key, value = operands(columns(kv.key), columns(kv.value), layer)
         attended = F.scaled_dot_product_attention(
-            heads, columns(kv.key), columns(kv.value), attn_mask=(at >= first)[:, None, None], scale=layer.scale
+            heads, key, value, attn_mask=(at >= first)[:, None, None], scale=layer.scale
         )
         out.copy_(attended.reshape(n, layer.num_heads, -1))
 
@@ -94,6 +95,7 @@ def _read_span(kv: LayerKV, blocks: Tensor, length: int, dtype: torch.dtype) -> 
 
 
 def _attend(q: Tensor, key: Tensor, value: Tensor, mask: Tensor, layer: AttentionLayer) -> Tensor:
+    key, value = operands(key, value, layer)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None], key[None], value[None], attn_mask=mask, scale=layer.scale, enable_gqa=True
     )

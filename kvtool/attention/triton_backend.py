@@ -1,4 +1,7 @@
-"""Attention over the KV store in Triton: single queries straight from packed codes, prompts over decoded blocks."""
+"""Attention over the KV store in Triton: single queries straight from packed codes, prompts over decoded blocks.
+
+Latents (MLA) have kernels of their own.
+"""
 
 from torch import Tensor
 
@@ -7,9 +10,9 @@ from kvtool.kv.batch import KVBatch
 from kvtool.kv.store import LayerKV, Near
 
 try:
-    from kvtool.kernels import decode, prefill
+    from kvtool.kernels import decode, mla_decode, mla_prefill, prefill
 except ModuleNotFoundError:  # torch for CPU comes without triton
-    decode = prefill = None  # type: ignore[assignment]
+    decode = prefill = mla_decode = mla_prefill = None  # type: ignore[assignment]
 
 
 class TritonPrefill:
@@ -18,6 +21,8 @@ class TritonPrefill:
     captures_prompts = True
 
     def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
+        if layer.latent_dim is not None:
+            return _not_here(kv) or mla_decode.refuses(kv.key.packed, kv.value.packed)
         return _not_here(kv) or prefill.refuses(kv.key.packed, kv.value.packed, layer.num_heads)
 
     def prefill(
@@ -25,7 +30,7 @@ class TritonPrefill:
     ) -> None:
         prompts = batch.prompts
         assert prompts
-        prefill.paged_prefill(
+        given = (
             q,
             near.key if near else None,
             near.value if near else None,
@@ -35,11 +40,12 @@ class TritonPrefill:
             None if kv.is_exact else prompts.far_blocks,
             prompts.tiles,
             batch.visible,
-            num_decodes=batch.num_decodes,
-            scale=layer.scale,
-            sliding_window=layer.sliding_window,
-            out=out,
         )
+        n, scale, window = batch.num_decodes, layer.scale, layer.sliding_window
+        if layer.latent_dim is not None:
+            mla_prefill.latent_prefill(*given, num_decodes=n, scale=scale, out=out)
+        else:
+            prefill.paged_prefill(*given, num_decodes=n, scale=scale, sliding_window=window, out=out)
 
 
 class TritonDecode:
@@ -48,22 +54,18 @@ class TritonDecode:
     is_capturable = True
 
     def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
+        if layer.latent_dim is not None:
+            return _not_here(kv) or mla_decode.refuses(kv.key.packed, kv.value.packed)
         return _not_here(kv) or decode.refuses(kv.key.packed, kv.value.packed, layer.num_heads)
 
     def decode(self, q: Tensor, kv: LayerKV, batch: KVBatch, layer: AttentionLayer, out: Tensor) -> None:
         n = batch.num_decodes
-        decode.paged_decode(
-            q,
-            kv.key.packed,
-            kv.value.packed,
-            batch.block_table[:n],
-            batch.positions[:n],
-            batch.visible[:n],
-            batch.tail_slots[:n],
-            scale=layer.scale,
-            sliding_window=layer.sliding_window,
-            out=out,
-        )
+        places = batch.block_table[:n], batch.positions[:n], batch.visible[:n], batch.tail_slots[:n]
+        given = q, kv.key.packed, kv.value.packed, *places
+        if layer.latent_dim is not None:
+            mla_decode.latent_decode(*given, scale=layer.scale, out=out)
+        else:
+            decode.paged_decode(*given, scale=layer.scale, sliding_window=layer.sliding_window, out=out)
 
 
 def _not_here(kv: LayerKV) -> str | None:

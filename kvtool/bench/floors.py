@@ -23,6 +23,7 @@ from kvtool.request import EngineInfo
 if TYPE_CHECKING:
     import torch
 
+    from kvtool.layers.moe import MoEShape
     from kvtool.models.config import ModelConfig
 
 # Memory bytes/s, dense tensor FLOP/s on 16-bit and on 8-bit operands, last-level cache: NVIDIA's datasheets.
@@ -218,21 +219,43 @@ def main() -> None:
 
 
 def cost(config: "ModelConfig", element_size: int, kv_token_bytes: float) -> ModelCost:
-    """What a dense decoder costs, its weights and the two products of attention; norms and such are left out."""
-    hidden, heads = config.hidden_size, config.num_heads * config.head_dim
-    projections = (
-        hidden * (2 * heads + 2 * config.num_kv_heads * config.head_dim) + 3 * hidden * config.intermediate_size
-    )
-    output = hidden * config.vocab_size
+    """What a decoder costs, its weights and the two products of attention; norms and such are left out.
+
+    Of experts those of one token count, which every step reads at least.
+    """
+    projections = config.num_layers * _attention_weights(config)
+    projections += sum(_mlp_weights(config, experts) for experts in config.experts)
+    output = config.hidden_size * config.vocab_size
+    value_dim = config.mla.value_dim if config.mla else config.head_dim
     windows = [min(window or config.max_position, config.max_position) for window in config.sliding_window]
     return ModelCost(
-        weight_bytes=(config.num_layers * projections + output) * element_size,
-        flops_per_token=2 * config.num_layers * projections,
+        weight_bytes=(projections + output) * element_size,
+        flops_per_token=2 * projections,
         flops_per_sample=2 * output,
-        flops_per_pair=4 * config.num_layers * heads,
+        flops_per_pair=2 * config.num_layers * config.num_heads * (config.head_dim + value_dim),
         kv_token_bytes=kv_token_bytes,
         window=sum(windows) / len(windows) if any(config.sliding_window) else None,
     )
+
+
+def _attention_weights(config: "ModelConfig") -> int:
+    """Elements of one layer's attention."""
+    hidden, heads = config.hidden_size, config.num_heads * config.head_dim
+    mla = config.mla
+    if mla is None:
+        return 2 * hidden * (heads + config.num_kv_heads * config.head_dim)
+    queries = mla.q_lora_rank * (hidden + heads) if mla.q_lora_rank else hidden * heads
+    latents = hidden * (mla.kv_lora_rank + mla.rope_dim)
+    products = mla.kv_lora_rank * (mla.nope_dim + mla.value_dim)
+    return queries + latents + config.num_heads * (products + mla.value_dim * hidden)
+
+
+def _mlp_weights(config: "ModelConfig", experts: "MoEShape | None") -> int:
+    """Elements of one layer's MLP, or of what a token passes of its experts."""
+    if experts is None:
+        return 3 * config.hidden_size * config.intermediate_size
+    width = experts.routing.top_k * experts.intermediate_size + experts.shared_size
+    return config.hidden_size * (3 * width + experts.routing.num_experts + experts.shared_gate)
 
 
 def measure_rates(dtype: "torch.dtype", device: "torch.device", nbytes: int) -> Rates:
@@ -322,7 +345,9 @@ def foreign_floors(config: Path, gpu: str) -> Floors:
         raise ConfigError(f"--gpu {gpu}: write NAME or NAME:COUNT, with a NAME of {', '.join(GPUS)}")
     rates = peak.times(int(count or 1))
     model = load_config(config if config.is_dir() else config.parent)
-    kv_token_bytes = 2 * 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    mla = model.mla
+    elements = mla.kv_lora_rank + mla.rope_dim if mla else 2 * model.num_kv_heads * model.head_dim
+    kv_token_bytes = 2 * model.num_layers * elements
     return Floors(
         model=cost(model, 2, kv_token_bytes),
         rates=rates,

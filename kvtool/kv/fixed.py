@@ -12,7 +12,7 @@ from kvtool.kv.format import KVFormat
 
 MOST_PROMPTS = 32
 MOST_FAR = 512  # blocks that they read in all
-LEAST_TILE = 4  # tokens: of 64 rows and 16 heads
+LEAST_TILE = 2  # tokens: of 32 rows and 16 heads
 NOBODY = Span(-1, 0, (-1,), -1)  # a token that is stored nowhere and reads nothing
 
 
@@ -103,7 +103,7 @@ class FixedPrompts(Prompts):
 
     def tiles(self, num_tokens: int) -> Tensor:
         if num_tokens not in self._tiles:
-            assert not self._tiles, "all layers take the same tile"
+            assert not self._tiles and num_tokens >= LEAST_TILE, "all layers take the same tile"
             self._tiles[num_tokens] = self.tile_memory[: -(-self.num_tokens // num_tokens) + MOST_PROMPTS]
         return self._tiles[num_tokens]
 

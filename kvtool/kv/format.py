@@ -137,12 +137,12 @@ def resolve(options: KVOptions, spec: KVSpec, block_size: int = BLOCK_SIZE) -> K
         UnsupportedError: a head_dim that the bits cannot pack.
     """
     options = completed(options)
-    bits = _layer_bits(options, spec.num_layers)
+    bits = _layer_bits(options, spec)
     _check(options, bits)
     axes = options.axis_key or KEY_AXIS, options.axis_value or VALUE_AXIS
     residual = options.residual_length or 0
     if any(axis == "channel" and b in INTEGERS for pair in bits for axis, b in zip(axes, pair, strict=True)):
-        if options.residual_length is None and options.q_group_size is None and set(bits) == {("2", "2")}:
+        if options.residual_length is None and options.q_group_size is None and set(bits) == {_pair("2", spec)}:
             residual = TWO_BIT_RESIDUAL
         # A window that fits in a small block has one: the tail, a window and a block, is then half as long.
         small = 0 < residual <= SMALL_BLOCK_SIZE
@@ -157,18 +157,24 @@ def resolve(options: KVOptions, spec: KVSpec, block_size: int = BLOCK_SIZE) -> K
     return KVFormat(layers, block_size, -(-residual // block_size) * block_size)
 
 
-def _layer_bits(options: KVOptions, num_layers: int) -> Sequence[tuple[Bits, Bits]]:
+def _layer_bits(options: KVOptions, spec: KVSpec) -> Sequence[tuple[Bits, Bits]]:
+    num_layers = spec.num_layers
     if options.layer_bits is not None:
         if len(options.layer_bits) != num_layers:
             raise ConfigError(f"bits for {len(options.layer_bits)} layers do not fit a model of {num_layers}")
         return options.layer_bits
     if options.plan is None:
-        both = options.nbits or "16"
-        return [(options.nbits_key or both, options.nbits_value or both)] * num_layers
+        key, value = _pair(options.nbits or "16", spec)
+        return [(options.nbits_key or key, options.nbits_value or value)] * num_layers
     for name in ("nbits", "nbits_key", "nbits_value"):
         if getattr(options, name) is not None:
             raise ConfigError(f"--kv-plan sets the bits of every layer; leave out --{name.replace('_', '-')}")
     return load_plan(options.plan, num_layers)
+
+
+def _pair(nbits: Bits, spec: KVSpec) -> tuple[Bits, Bits]:
+    """Bits of keys and values that `nbits` stands for: a rope key is a ninth of its latent, and is kept better."""
+    return ("8" if spec.latent and nbits in ("4", "2") else nbits), nbits
 
 
 def _check(options: KVOptions, bits: Sequence[tuple[Bits, Bits]]) -> None:

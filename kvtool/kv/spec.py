@@ -21,13 +21,15 @@ class KVSpec:
     """The cache of a model, before any format: `num_layers` times a key and a value stream.
 
     `element_size` is the bytes of one element at the model's precision ("16 bits": 2, or 4 and 8 where the model
-    runs in float32 and float64).
+    runs in float32 and float64). `latent` (MLA): the value stream holds latents of which keys are made, too, the key
+    stream the rope key that belongs to them, each with one head.
     """
 
     num_layers: int
     key: StreamSpec
     value: StreamSpec
     element_size: int
+    latent: bool = False
 
     @property
     def elements(self) -> int:

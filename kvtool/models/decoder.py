@@ -3,10 +3,13 @@
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.layers.embedding import Embedding
 from kvtool.layers.linear import GatedLinear, Linear, MergedLinear, RowLinear, Slot
+from kvtool.layers.mla import MLA, LatentProducts
+from kvtool.layers.moe import Experts, MoE
 from kvtool.layers.norm import QKNorm, RMSNorm
 from kvtool.layers.rotary import Rotary, queries_and_keys
 from kvtool.models.architectures import ARCHITECTURES
@@ -14,7 +17,8 @@ from kvtool.models.config import ModelConfig
 from kvtool.parallel import ONE_RANK, Group, Parallel
 
 # (layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) → [T, Hq, D]. q and k come normalised and rotated, all three as
-# strided views; scale, mask, sliding window and the KV store are the callee's.
+# strided views; scale, mask, sliding window and the KV store are the callee's. Latent attention (`kvtool.layers.mla`)
+# gives the rope key as k and the latent as v, q's elements being those of the latent and then of the rope key.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -52,6 +56,10 @@ class Attention(nn.Module):
         q, k = queries_and_keys(heads, self.num_heads, cos, sin, self.qk_norm)
         return self.o_proj(attend(self.layer, q, k, heads[:, -self.num_kv_heads :]).flatten(1)), residual
 
+    def project(self, attended: Tensor) -> Tensor:
+        """What heads have gathered [..., Hq, D] as they add it to the stream [..., hidden_size], in its own dtype."""
+        return F.linear(attended.flatten(-2), self.o_proj.weight.to(attended.dtype))
+
 
 class MLP(nn.Module):
     """Down(silu(gate(x)) · up(x)), behind its norm: x and residual stream [T, hidden_size] → the same."""
@@ -80,9 +88,18 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, tp: Group, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.self_attn = Attention(config, layer, tp, dtype=dtype, device=device)
+        self.self_attn: Attention | MLA = (
+            MLA(config.hidden_size, config.num_heads, config.mla, layer, tp, dtype=dtype, device=device)
+            if config.mla
+            else Attention(config, layer, tp, dtype=dtype, device=device)
+        )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.mlp = MLP(config, tp, dtype=dtype, device=device)
+        experts = config.experts[layer]
+        self.mlp: MLP | MoE = (
+            MoE(config.hidden_size, experts, tp, dtype=dtype, device=device)
+            if experts
+            else MLP(config, tp, dtype=dtype, device=device)
+        )
 
     def forward(
         self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
@@ -168,6 +185,10 @@ class Decoder(nn.Module):
     def slots(self) -> Iterator[tuple[str, Slot]]:
         """Every tensor that a checkpoint must hold, and where it goes, one name for each piece. Leave out the "model."
         that files prepend."""
+        stored_names = ARCHITECTURES[self.config.model_type].stored_names
         for path, module in self.named_modules():
-            if isinstance(module, (Linear, Embedding, RMSNorm, QKNorm)):
-                yield from module.slots(path)
+            if isinstance(module, (Linear, Embedding, RMSNorm, QKNorm, Experts, LatentProducts)):
+                for name, slot in module.slots(path):
+                    for ours, stored in stored_names if ".mlp." in name else ():
+                        name = name.replace(ours, stored)
+                    yield name, slot

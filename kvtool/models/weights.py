@@ -173,10 +173,13 @@ def _match(model: Decoder, tensors: list[StoredTensor]) -> list[tuple[StoredTens
     known = _slots(model if model.stage.count == 1 else Decoder(model.config, 1, dtype=torch.bfloat16, device=META))
     slots = _slots(model)
     matched: dict[str, StoredTensor] = {}
+    drafts = tuple(f"layers.{model.config.num_layers + i}." for i in range(model.config.num_draft_layers))
     for tensor in tensors:
         name = tensor.name.removeprefix("model.")
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in known):
             continue  # computed, and tied to the embedding
+        if name.startswith(drafts):
+            continue
         if name not in known:
             raise ModelError(
                 f"{tensor} has no place in the {model.config.model_type} model of config.json; are both of one model?"

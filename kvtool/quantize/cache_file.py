@@ -131,7 +131,7 @@ def _layout(about: Any) -> KVLayout:
     layers = (LayerFormat(StreamFormat(**layer["key"]), StreamFormat(**layer["value"])) for layer in fmt["layers"])
     streams = StreamSpec(**spec["key"]), StreamSpec(**spec["value"])
     return KVLayout(
-        KVSpec(spec["num_layers"], *streams, spec["element_size"]),
+        KVSpec(spec["num_layers"], *streams, spec["element_size"], spec["latent"]),
         KVFormat(tuple(layers), fmt["block_size"], fmt["residual"]),
     )
 

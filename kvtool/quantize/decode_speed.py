@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kvtool.attention import AttentionBackend, select
+from kvtool.attention import AttentionBackend, rotated_queries, select
 from kvtool.attention.layer import AttentionLayer
 from kvtool.errors import CapacityError
 from kvtool.kv.batch import KVBatch, Span
@@ -56,7 +56,7 @@ def decode_speed(layer: AttentionLayer, spec: KVSpec, fmt: KVFormat, num_seqs: i
 
         def decode(index: int) -> Tensor:
             kv, backend = store.layers[index], backends[index % len(kinds)]
-            out = backend.forward(hadamard(q) if kv.key.format.rotate else q, None, kv, batch, layer)
+            out = backend.forward(rotated_queries(q, kv, layer), None, kv, batch, layer)
             return hadamard(out) if kv.value.format.rotate else out
 
         per_kind = [graph_seconds(decode, range(i, len(layout.format.layers), len(kinds))) for i in range(len(kinds))]
@@ -115,7 +115,7 @@ def read_bandwidth() -> float:
 
 def _layout(spec: KVSpec, fmt: KVFormat, layers: tuple[LayerFormat, ...]) -> KVLayout:
     """Of a cache with these layers, in the model's own precision on a GPU."""
-    sized = KVSpec(len(layers), spec.key, spec.value, DTYPE.itemsize)
+    sized = replace(spec, num_layers=len(layers), element_size=DTYPE.itemsize)
     return KVLayout(sized, KVFormat(layers, fmt.block_size, fmt.residual))
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtool.attention.layer import AttentionLayer
+from kvtool.attention.layer import AttentionLayer, operands
 from kvtool.errors import UnsupportedError
 from kvtool.kv.codecs import CODECS
 from kvtool.kv.format import KVFormat, StreamFormat
@@ -156,7 +156,7 @@ def attend_packed(
     mask = torch.cat([seen[:, :packed] & (at[:packed] < visible), seen & (at >= visible)], dim=1)
     keys = torch.cat([repack(key[:, :packed], key_format, fmt.block_size), _wide(key)], dim=1)
     values = torch.cat([repack(value[:, :packed], value_format, fmt.block_size), _wide(value)], dim=1)
-    q, k, v = (x.transpose(1, 2) for x in (_wide(query), keys, values))
+    q, k, v = (x.transpose(1, 2) for x in (_wide(query), *operands(keys, values, layer)))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=layer.scale, enable_gqa=True).transpose(1, 2)
 
 

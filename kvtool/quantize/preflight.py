@@ -17,7 +17,6 @@ from tempfile import NamedTemporaryFile
 
 import msgspec
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.config import Bits, EngineConfig, KVOptions
@@ -26,7 +25,9 @@ from kvtool.kv.format import KVFormat, StreamFormat, resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.plan import completed, sidecar_of
 from kvtool.kv.spec import KVSpec
+from kvtool.layers.mla import MLA
 from kvtool.models import Decoder, resolve_model
+from kvtool.models.decoder import Attention
 from kvtool.models.resolve import EMBEDDED
 from kvtool.quantize.layer_errors import LayerActivations, attend_packed, calibrate, outlier, relative_error
 from kvtool.runner import choose_device
@@ -167,23 +168,22 @@ class _Probe:
     """One layer on calibration text.
 
     Attributes:
-        projection: [hidden_size, Hq * D], of the attention's output.
-        mean: [Hq * D], the output's, which biases can make as large as they please.
+        attention: whose output it is.
+        mean: [Hq, D], the output's, which biases can make as large as they please.
         change: what attention adds to the residual stream beside its mean, [W, T, hidden_size].
     """
 
     exact: LayerActivations
-    projection: Tensor
+    attention: Attention | MLA
     mean: Tensor
     change: Tensor
 
     @classmethod
     @torch.inference_mode()
     def of(cls, model: Decoder, exact: LayerActivations, index: int) -> "_Probe":
-        output = exact.output.flatten(2)
-        projection = model.get_parameter(f"layers.{index}.self_attn.o_proj.weight")
-        mean = output.mean(dim=(0, 1))
-        return cls(exact, projection, mean, F.linear(output - mean, projection.to(output.dtype)))
+        attention, mean = model.get_submodule(f"layers.{index}.self_attn"), exact.output.mean(dim=(0, 1))
+        assert isinstance(attention, Attention | MLA)
+        return cls(exact, attention, mean, attention.project(exact.output - mean))
 
     @torch.inference_mode()
     def error(self, fmt: KVFormat, key: StreamFormat, value: StreamFormat) -> float:
@@ -191,10 +191,10 @@ class _Probe:
         be stored."""
         exact = self.exact
         try:
-            output = attend_packed(exact.query, exact.key, exact.value, key, value, fmt, exact.layer).flatten(2)
+            output = attend_packed(exact.query, exact.key, exact.value, key, value, fmt, exact.layer)
         except UnsupportedError:
             return UNHELD
-        return relative_error(F.linear(output - self.mean, self.projection.to(output.dtype)), self.change)
+        return relative_error(self.attention.project(output - self.mean), self.change)
 
 
 def _errors(probes: Sequence[_Probe], fmt: KVFormat) -> list[float]:

@@ -1,0 +1,475 @@
+"""A layer of experts on the GPU: routing, tokens grouped by expert, grouped products, and their sum for each token.
+
+A (token, expert) pair is a row of the products. Rows of one expert lie behind each other in an order that the device
+finds, cut into tiles of a few rows, so that a program multiplies rows of one expert and its matrix is read once for all
+of them. Grids follow from shapes alone, the host learns nothing, and a CUDA graph can hold it all.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvtool.kernels.activation import silu
+from kvtool.kernels.launch import await_inputs, capability, chained
+
+COMPARED = 4096  # pairs: up to so many are ranked by comparing each with each, which one launch does
+MIXED = 512  # elements of a token that one program sums
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a grouped product is cut: outputs (of gates and of ups, each), depth at a time, warps, and stages."""
+
+    outputs: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# By compute capability and rows of a tile. Neither was timed yet; those of sm_89 compile within its shared memory.
+TILES: dict[tuple[int, int], Tile] = {
+    (8, 8): Tile(32, 128, 2, 3),
+    (8, 16): Tile(32, 128, 2, 3),
+    (8, 32): Tile(32, 128, 4, 3),
+    (8, 64): Tile(64, 64, 4, 3),
+    (8, 128): Tile(64, 32, 8, 3),
+    (9, 8): Tile(16, 256, 1, 4),
+    (9, 16): Tile(16, 256, 1, 4),
+    (9, 32): Tile(64, 128, 4, 3),
+    (9, 64): Tile(64, 64, 4, 4),
+    (9, 128): Tile(128, 64, 8, 3),
+}
+LEAST_ROWS, MOST_ROWS = 8, 128
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Pairs by expert. Pair p is token p // top_k and its expert ids[p // top_k, p % top_k].
+
+    Attributes:
+        pairs: [T · top_k] int32, in the order of their experts; last those whose expert is not here.
+        tiles: [n, 3] int32: expert, first place in `pairs`, and how many; good are the first `num_tiles` [1] int32.
+        rows: pairs that a tile has at most.
+    """
+
+    pairs: Tensor
+    tiles: Tensor
+    num_tiles: Tensor
+    rows: int
+
+
+def mix(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, shared: Tensor | None = None) -> Tensor:
+    """What `kvtool.layers.moe.mix_reference` defines, plus `shared`; sums of products in fp32.
+
+    Args:
+        x: [T, K] of 16 bits, contiguous like the rest.
+        gate_up: [E, 2 · I, K], the gates first; down: [E, K, I].
+        ids: [T, top_k] integers, from E on of experts that are elsewhere; weights: [T, top_k].
+        shared: [T, K], added to the result, or None.
+
+    Returns:
+        [T, K] of x's dtype.
+    """
+    num_pairs, num_experts = ids.numel(), len(down)
+    groups = group(ids, num_experts, rows_for(num_pairs, num_experts))
+    inner = grouped_product(x, gate_up, groups, repeat=ids.shape[1], gated=True)
+    return combine(grouped_product(inner, down, groups), ids, weights, num_experts, shared)
+
+
+def rows_for(num_pairs: int, num_experts: int) -> int:
+    """Rows of a tile: enough for most experts' pairs where all are chosen alike."""
+    return min(MOST_ROWS, max(LEAST_ROWS, triton.next_power_of_2(-(-3 * num_pairs // (2 * num_experts)))))
+
+
+class Routing(Protocol):
+    """`kvtool.layers.moe.Routing`."""
+
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def scores(self) -> str: ...
+    @property
+    def normalize(self) -> bool: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def num_groups(self) -> int: ...
+    @property
+    def top_groups(self) -> int: ...
+
+
+def route(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+    """What `kvtool.layers.moe.route` defines, in one launch: ids [T, top_k] int32, weights [T, top_k] fp32.
+
+    Of equal scores the first expert's counts as larger. Logits that are NaN give ids of any value from 0 on.
+    """
+    (tokens, num_experts), top_k = logits.shape, routing.top_k
+    ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
+    width = triton.next_power_of_2(num_experts)
+    _route_kernel[(tokens,)](
+        logits,
+        logits if bias is None else bias,
+        ids,
+        weights,
+        routing.scale,
+        EXPERTS=num_experts,
+        WIDTH=width,
+        TOP_K=top_k,
+        TOP_WIDTH=triton.next_power_of_2(top_k),
+        SIGMOID=routing.scores == "sigmoid",
+        BIAS=bias is not None,
+        NORMALIZE=routing.normalize,
+        GROUPS=routing.num_groups,
+        GROUP_WIDTH=triton.next_power_of_2(routing.num_groups),
+        TOP_GROUPS=routing.top_groups,
+        num_warps=max(1, min(4, width // 128)),
+        **chained(logits.device),
+    )
+    return ids, weights
+
+
+def group(ids: Tensor, num_experts: int, rows: int) -> Groups:
+    """Pairs of ids [T, top_k] by expert, in tiles of `rows`."""
+    num_pairs = ids.numel()
+    if num_pairs > COMPARED:
+        return group_reference(ids, num_experts, rows)
+    pairs, tiles, num_tiles = (
+        torch.empty(shape, dtype=torch.int32, device=ids.device)
+        for shape in ((num_pairs,), (most_tiles(num_pairs, num_experts, rows), 3), (1,))
+    )
+    _group_kernel[(triton.cdiv(num_pairs, 32) + 1,)](
+        ids,
+        pairs,
+        tiles,
+        num_tiles,
+        num_pairs,
+        num_experts,
+        EXPERTS=triton.next_power_of_2(num_experts),
+        ROWS=rows,
+        BLOCK=32,
+        STEP=128,
+        num_warps=8,
+        **chained(ids.device),
+    )
+    return Groups(pairs, tiles, num_tiles, rows)
+
+
+def group_reference(ids: Tensor, num_experts: int, rows: int) -> Groups:
+    """What `group` does, by sorting. Nothing is read back to the host."""
+    experts = ids.flatten().long().clamp(max=num_experts)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+    counts = counts.scatter_add_(0, experts, torch.ones_like(experts))
+    counts[num_experts] = 0  # what is elsewhere has no tiles
+    sizes = (counts + rows - 1) // rows
+    ends = sizes.cumsum(0)
+    tile = torch.arange(most_tiles(len(experts), num_experts, rows), device=ids.device)
+    expert = torch.searchsorted(ends, tile, right=True).clamp(max=num_experts)
+    before = (tile - (ends - sizes)[expert]) * rows
+    first = (counts.cumsum(0) - counts)[expert] + before
+    tiles = torch.stack([expert, first, (counts[expert] - before).clamp(max=rows)], 1)
+    return Groups(experts.argsort(stable=True).int(), tiles.int(), ends[-1:].int(), rows)
+
+
+def most_tiles(num_pairs: int, num_experts: int, rows: int) -> int:
+    """Tiles that pairs can make, however they fall."""
+    return min(num_pairs, num_experts + num_pairs // rows)
+
+
+def grouped_product(x: Tensor, weight: Tensor, groups: Groups, repeat: int = 1, *, gated: bool = False) -> Tensor:
+    """Each pair's row times the matrix of its expert, summed in fp32.
+
+    Args:
+        x: [P / repeat, K] of 16 bits: row p // repeat is pair p's.
+        weight: [E, N, K].
+        gated: the first half of a matrix are gates, the second ups; the result is silu(gate) · up.
+
+    Returns:
+        [P, N] of x's dtype, or [P, N / 2] where gated; rows of pairs whose expert is not here are anything.
+    """
+    assert x.is_contiguous() and weight.is_contiguous()
+    depth, outputs = weight.shape[2], weight.shape[1] // 2 if gated else weight.shape[1]
+    out = torch.empty(len(groups.pairs), outputs, dtype=x.dtype, device=x.device)
+    tile = TILES[capability(x.device), groups.rows]
+    _grouped_kernel[(len(groups.tiles) * triton.cdiv(outputs, tile.outputs),)](
+        x,
+        weight,
+        out,
+        groups.pairs,
+        groups.tiles,
+        groups.num_tiles,
+        len(groups.tiles),
+        outputs,
+        depth,
+        repeat,
+        ROWS=groups.rows,
+        OUTPUTS=tile.outputs,
+        DEPTH=tile.depth,
+        EVEN=depth % tile.depth == 0,
+        GATED=gated,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **chained(x.device),
+    )
+    return out
+
+
+def grouped_product_reference(
+    x: Tensor, weight: Tensor, ids: Tensor, repeat: int = 1, *, gated: bool = False
+) -> Tensor:
+    """What `grouped_product` computes, pair by pair in float64; zeros for experts that are not here."""
+    outputs = weight.shape[1] // 2 if gated else weight.shape[1]
+    out = torch.zeros(ids.numel(), outputs, dtype=torch.float64, device=x.device)
+    for pair, expert in enumerate(ids.flatten().tolist()):
+        if expert < len(weight):
+            y = weight[expert].double() @ x[pair // repeat].double()
+            out[pair] = torch.nn.functional.silu(y[:outputs]) * y[outputs:] if gated else y
+    return out
+
+
+def combine(rows: Tensor, ids: Tensor, weights: Tensor, num_experts: int, shared: Tensor | None) -> Tensor:
+    """Σ weight · row over each token's pairs, plus `shared` [T, K]: rows [T · top_k, K] → [T, K], summed in fp32."""
+    (tokens, top_k), size = ids.shape, rows.shape[1]
+    assert ids.is_contiguous() and weights.is_contiguous() and (shared is None or shared.is_contiguous())
+    out = torch.empty(tokens, size, dtype=rows.dtype, device=rows.device)
+    _combine_kernel[(tokens, triton.cdiv(size, MIXED))](
+        rows,
+        ids,
+        weights,
+        rows if shared is None else shared,
+        out,
+        num_experts,
+        size,
+        TOP_K=top_k,
+        BLOCK=MIXED,
+        SHARED=shared is not None,
+        num_warps=2,
+        **chained(rows.device),
+    )
+    return out
+
+
+@triton.jit
+def _route_kernel(
+    logits,
+    bias,
+    ids,
+    weights,
+    scale,
+    EXPERTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_WIDTH: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    BIAS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_WIDTH: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """Program (token)."""
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, WIDTH)
+    inside = expert < EXPERTS
+    await_inputs(CHAINED)
+    x = tl.load(logits + token * EXPERTS + expert, mask=inside, other=-float("inf")).to(tl.float32)
+    if SIGMOID:
+        scores = 1 / (1 + tl.exp(-x))
+    else:
+        scores = tl.exp(x - tl.max(x, 0))
+        scores = scores / tl.sum(scores, 0)
+    choice = scores
+    if BIAS:
+        choice += tl.load(bias + expert, mask=inside, other=0)
+    choice = tl.where(inside, choice, -float("inf"))
+    if TOP_GROUPS < GROUPS:
+        own_group = expert // (EXPERTS // GROUPS)
+        at = tl.arange(0, GROUP_WIDTH)
+        best = tl.full([GROUP_WIDTH], -float("inf"), tl.float32)
+        for index in tl.static_range(GROUPS):
+            members = tl.where(own_group == index, choice, -float("inf"))
+            value = tl.max(members, 0)
+            if SIGMOID:
+                value += tl.max(tl.where(expert == tl.argmax(members, 0), -float("inf"), members), 0)
+            best = tl.where(at == index, value, best)
+        kept = expert < 0
+        for _ in tl.static_range(TOP_GROUPS):
+            chosen_group = tl.argmax(best, 0)
+            kept = kept | (own_group == chosen_group)
+            best = tl.where(at == chosen_group, -float("inf"), best)
+        choice = tl.where(kept, choice, -float("inf"))
+    place = tl.arange(0, TOP_WIDTH)
+    top_ids = tl.zeros([TOP_WIDTH], tl.int32)
+    top_weights = tl.zeros([TOP_WIDTH], tl.float32)
+    for index in tl.static_range(TOP_K):
+        chosen = tl.argmax(choice, 0)
+        is_chosen = expert == chosen
+        top_ids = tl.where(place == index, chosen, top_ids)
+        top_weights = tl.where(place == index, tl.sum(tl.where(is_chosen, scores, 0), 0), top_weights)
+        choice = tl.where(is_chosen, -float("inf"), choice)
+    if NORMALIZE:
+        top_weights = top_weights / (tl.sum(top_weights, 0) + 1e-20)
+    tl.store(ids + token * TOP_K + place, top_ids, mask=place < TOP_K)
+    tl.store(weights + token * TOP_K + place, top_weights * scale, mask=place < TOP_K)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_experts"])
+def _group_kernel(
+    ids,
+    pairs,
+    tiles,
+    num_tiles,
+    num_pairs,
+    num_experts,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """Each program places a few pairs, the last one cuts the tiles."""
+    await_inputs(CHAINED)
+    if tl.program_id(0) < tl.num_programs(0) - 1:
+        _place(ids, pairs, num_pairs, num_experts, BLOCK, STEP)
+    else:
+        _cut(ids, tiles, num_tiles, num_pairs, num_experts, EXPERTS, ROWS, STEP)
+
+
+@triton.jit
+def _place(ids, pairs, num_pairs, num_experts, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = _experts_of(ids, own, num_pairs, num_experts)[:, None]
+    place = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, num_pairs, STEP):
+        other = start + tl.arange(0, STEP)
+        experts = _experts_of(ids, other, num_pairs, num_experts)[None, :]
+        is_before = (experts < expert) | ((experts == expert) & (other[None, :] < own[:, None]))
+        place += tl.sum(is_before.to(tl.int32), 1)
+    tl.store(pairs + place, own, mask=own < num_pairs)
+
+
+@triton.jit
+def _cut(
+    ids,
+    tiles,
+    num_tiles,
+    num_pairs,
+    num_experts,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    expert = tl.arange(0, EXPERTS)
+    counts = tl.zeros([EXPERTS], tl.int32)
+    for start in range(0, num_pairs, STEP):
+        experts = _experts_of(ids, start + tl.arange(0, STEP), num_pairs, num_experts)[None, :]
+        counts += tl.sum((experts == expert[:, None]).to(tl.int32), 1)
+    counts = tl.where(expert < num_experts, counts, 0)
+    sizes = (counts + ROWS - 1) // ROWS
+    tile = tl.cumsum(sizes, 0) - sizes
+    first = tl.cumsum(counts, 0) - counts
+    for index in range(0, tl.max(sizes, 0)):
+        is_there = index < sizes
+        to = tiles + (tile + index) * 3
+        tl.store(to, expert, mask=is_there)
+        tl.store(to + 1, first + index * ROWS, mask=is_there)
+        tl.store(to + 2, tl.minimum(counts - index * ROWS, ROWS), mask=is_there)
+    tl.store(num_tiles, tl.sum(sizes, 0))
+
+
+@triton.jit
+def _experts_of(ids, pair, num_pairs, num_experts):
+    """One for all experts that are elsewhere, and another behind the last pair."""
+    expert = tl.minimum(tl.load(ids + pair, mask=pair < num_pairs, other=0).to(tl.int32), num_experts)
+    return tl.where(pair < num_pairs, expert, num_experts + 1)
+
+
+@triton.jit(do_not_specialize=["tile_count", "repeat"])
+def _grouped_kernel(
+    x,
+    weight,
+    out,
+    pairs,
+    tiles,
+    num_tiles,
+    tile_count,
+    outputs,
+    depth,
+    repeat,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EVEN: tl.constexpr,
+    GATED: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """Program (outputs, tile): neighbours read the same matrix where an expert has several tiles."""
+    await_inputs(CHAINED)
+    tile = tl.program_id(0) % tile_count
+    if tile < tl.load(num_tiles):
+        expert = tl.load(tiles + tile * 3).to(tl.int64)
+        first = tl.load(tiles + tile * 3 + 1)
+        count = tl.load(tiles + tile * 3 + 2)
+        row = tl.arange(0, ROWS)
+        pair = tl.load(pairs + first + tl.minimum(row, count - 1)).to(tl.int64)
+        columns = x + (pair // repeat)[None, :] * depth
+        output = tl.program_id(0) // tile_count * OUTPUTS + tl.arange(0, OUTPUTS)
+        line = tl.minimum(output, outputs - 1).to(tl.int64)[:, None] * depth
+        lines = weight + expert * outputs * depth * (2 if GATED else 1) + line
+        up_lines = lines + outputs.to(tl.int64) * depth
+        at = tl.arange(0, DEPTH)
+        sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
+        up_sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
+        for start in range(0, depth, DEPTH):
+            now = start + at
+            if EVEN:
+                piece = tl.load(columns + now[:, None])
+                sums = tl.dot(tl.load(lines + now[None, :]), piece, sums)
+                if GATED:
+                    up_sums = tl.dot(tl.load(up_lines + now[None, :]), piece, up_sums)
+            else:
+                inside = now < depth
+                piece = tl.load(columns + now[:, None], mask=inside[:, None], other=0)
+                sums = tl.dot(tl.load(lines + now[None, :], mask=inside[None, :], other=0), piece, sums)
+                if GATED:
+                    up = tl.load(up_lines + now[None, :], mask=inside[None, :], other=0)
+                    up_sums = tl.dot(up, piece, up_sums)
+        if GATED:
+            sums = silu(sums) * up_sums
+        to = out + pair[None, :] * outputs + output[:, None]
+        tl.store(to, sums.to(out.dtype.element_ty), mask=(output < outputs)[:, None] & (row < count)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_experts"])
+def _combine_kernel(
+    rows,
+    ids,
+    weights,
+    shared,
+    out,
+    num_experts,
+    size,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SHARED: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """Program (token, elements)."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < size
+    await_inputs(CHAINED)
+    total = tl.zeros([BLOCK], tl.float32)
+    if SHARED:
+        total += tl.load(shared + token * size + column, mask=inside, other=0).to(tl.float32)
+    for index in tl.static_range(TOP_K):
+        pair = token * TOP_K + index
+        is_here = tl.load(ids + pair) < num_experts
+        row = tl.load(rows + pair * size + column, mask=inside & is_here, other=0).to(tl.float32)
+        total += row * tl.load(weights + pair).to(tl.float32)
+    tl.store(out + token * size + column, total.to(out.dtype.element_ty), mask=inside)

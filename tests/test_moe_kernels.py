@@ -1,0 +1,208 @@
+"""Kernels of a layer of experts against the torch functions that define them.
+
+Where there is a GPU they run on it; elsewhere Triton interprets them on small shapes, in a process of their own. That
+they compile for an RTX 4090 and an H100 needs no GPU.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from compiling import check_fits, compile_for
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvtool.layers.moe import Routing, mix_reference, route
+
+triton = pytest.importorskip("triton")
+
+from kvtool.kernels import moe  # noqa: E402
+from kvtool.layers.moe import MoE, MoEShape  # noqa: E402
+from kvtool.layers.norm import RMSNorm  # noqa: E402
+from kvtool.parallel import ALONE  # noqa: E402
+
+INTERPRETED = triton.knobs.runtime.interpret
+ON_GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float16]  # the interpreter multiplies no bf16
+
+runs = pytest.mark.skipif(not ON_GPU and not INTERPRETED, reason="needs a GPU or Triton's interpreter")
+seeds = st.integers(0, 2**31)
+
+ROUTINGS = [
+    Routing(5, 2, normalize=True),
+    Routing(60, 4),
+    Routing(128, 8, normalize=True),
+    Routing(160, 6, num_groups=8, top_groups=3, scale=16.0),
+    Routing(256, 8, scores="sigmoid", normalize=True, scale=2.5, num_groups=8, top_groups=4),
+    Routing(12, 3, scores="sigmoid", num_groups=3, top_groups=1),
+]
+
+
+def drawn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
+
+
+def chosen(tokens: int, top_k: int, num_experts: int, skew: float) -> Tensor:
+    """Ids [T, top_k] of experts of which some are liked better."""
+    liking = torch.arange(num_experts).float().mul(-skew).exp().expand(tokens, -1)
+    return torch.multinomial(liking, top_k).to(DEVICE)
+
+
+def error(out: Tensor, exact: Tensor) -> float:
+    return float((out.cpu().double() - exact.cpu()).norm() / exact.cpu().norm())
+
+
+@runs
+@settings(deadline=None, max_examples=100 if ON_GPU else 15)
+@given(
+    routing=st.sampled_from(ROUTINGS),
+    tokens=st.integers(1, 300 if ON_GPU else 3),
+    seed=seeds,
+)
+def test_routing(routing: Routing, tokens: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    logits = drawn(tokens, routing.num_experts, dtype=torch.float32)  # of 16 bits many would be equal
+    bias = drawn(routing.num_experts, dtype=torch.float32, scale=0.1) if routing.scores == "sigmoid" else None
+    exact_ids, exact = route(logits.double().cpu(), None if bias is None else bias.double().cpu(), routing)
+    ids, weights = moe.route(logits, bias, routing)
+    dense, expected = (torch.zeros(tokens, routing.num_experts, dtype=torch.float64) for _ in range(2))
+    dense.scatter_(1, ids.long().cpu(), weights.double().cpu())
+    expected.scatter_(1, exact_ids, exact)
+    # Scores that fp32 cannot tell apart may change places.
+    wrong = (dense - expected).abs().amax(1) > 1e-5 * routing.scale
+    assert wrong.sum() <= tokens // 100
+
+
+@runs
+@pytest.mark.parametrize("routing", ROUTINGS, ids=str)
+def test_nan_is_routed_somewhere(routing: Routing) -> None:
+    bias = torch.zeros(routing.num_experts, device=DEVICE) if routing.scores == "sigmoid" else None
+    ids, _ = moe.route(torch.full((2, routing.num_experts), float("nan"), device=DEVICE), bias, routing)
+    assert ids.min() >= 0
+
+
+@runs
+@settings(deadline=None, max_examples=100 if ON_GPU else 15)
+@given(
+    tokens=st.integers(1, 1200 if ON_GPU else 70),
+    experts=st.sampled_from([(1, 1), (5, 2), (64, 6), (128, 8)]),
+    rows=st.sampled_from([8, 16, 32, 64, 128]),
+    here=st.sampled_from([1.0, 0.5]),
+    skew=st.sampled_from([0.0, 0.1, 1.0]),
+    same=st.booleans(),
+    seed=seeds,
+)
+def test_pairs_stand_by_expert(
+    tokens: int, experts: tuple[int, int], rows: int, here: float, skew: float, same: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    ids, num_experts = chosen(tokens, experts[1], experts[0], skew), max(1, int(experts[0] * here))
+    if same:  # as NaN may be routed
+        ids[:] = ids[0, 0].clone()
+    expected = moe.group_reference(ids, num_experts, rows)
+    groups, count = moe.group(ids, num_experts, rows), int(expected.num_tiles)
+    assert int(groups.num_tiles) == count <= len(groups.tiles)
+    assert torch.equal(groups.pairs, expected.pairs)
+    assert torch.equal(groups.tiles[:count], expected.tiles[:count])
+    covered = [
+        (expert, pair)
+        for expert, first, size in groups.tiles[:count].tolist()
+        for pair in groups.pairs[first : first + size].tolist()
+    ]
+    assert sorted(covered) == sorted((e, p) for p, e in enumerate(ids.flatten().tolist()) if e < num_experts)
+
+
+@runs
+@settings(deadline=None, max_examples=60 if ON_GPU else 6)
+@given(
+    tokens=st.integers(1, 700 if ON_GPU else 40),
+    shape=st.sampled_from([(5, 2, 64, 40), (64, 6, 2048, 1408), (128, 8, 2048, 768)] if ON_GPU else [(5, 2, 64, 40)]),
+    here=st.sampled_from([1.0, 0.5]),
+    shared=st.booleans(),
+    skew=st.sampled_from([0.0, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_experts(
+    tokens: int, shape: tuple[int, int, int, int], here: float, shared: bool, skew: float, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    num_experts, top_k, hidden, size = shape
+    ids, local = chosen(tokens, top_k, num_experts, skew), max(1, int(num_experts * here))
+    weights = torch.rand(tokens, top_k).to(DEVICE)
+    x = drawn(tokens, hidden, dtype=dtype)
+    gate_up = drawn(local, 2 * size, hidden, dtype=dtype, scale=hidden**-0.5)
+    down = drawn(local, hidden, size, dtype=dtype, scale=size**-0.5)
+    beside = drawn(tokens, hidden, dtype=dtype) if shared else None
+    exact = mix_reference(*(a.double() for a in (x, gate_up, down)), ids, weights.double())
+    exact = exact if beside is None else exact + beside.double()
+    out = moe.mix(x, gate_up, down, ids, weights, beside)
+    assert out.dtype == dtype and error(out, exact) < 1e-2 if exact.any() else not out.any()
+
+    groups = moe.group(ids, local, moe.rows_for(ids.numel(), local))
+    inner = moe.grouped_product(x, gate_up, groups, repeat=top_k, gated=True)
+    exact = moe.grouped_product_reference(x, gate_up, ids, repeat=top_k, gated=True)
+    is_here = (ids < local).flatten()
+    if is_here.any():
+        assert error(inner[is_here], exact[is_here]) < 5e-3
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("tokens", [1, 64, 2048])
+def test_a_captured_layer_serves_other_tokens(tokens: int) -> None:
+    """Nothing is read back: a graph replayed on tokens that choose other experts gives what a new call gives."""
+    torch.manual_seed(0)
+    routing = Routing(64, 6, wide=True)
+    layer = MoE(2048, MoEShape(routing, 1408, 2816), ALONE, dtype=torch.bfloat16, device=DEVICE)
+    for parameter in layer.parameters():
+        parameter.normal_(std=0.02)
+    norm = RMSNorm(2048, 1e-6, dtype=torch.bfloat16, device=DEVICE)
+    norm.weight.fill_(1)
+    static = drawn(tokens, 2048, dtype=torch.bfloat16)
+    zeros = torch.zeros_like(static)
+
+    def run(x: Tensor) -> Tensor:
+        return layer(norm, x, zeros.clone())[0]
+
+    run(static)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(static)
+    for _ in range(5):
+        x = drawn(tokens, 2048, dtype=torch.bfloat16)
+        static.copy_(x)
+        graph.replay()
+        assert torch.equal(out, run(x))
+
+
+@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the same tests run here as they are")
+def test_in_the_interpreter() -> None:
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "passed" in done.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", [89, 90])
+def test_every_kernel_compiles_without_spills(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = compile_for(capability, monkeypatch, moe)
+    for routing in (ROUTINGS[2], ROUTINGS[3], ROUTINGS[4]):
+        logits = torch.empty(3, routing.num_experts)
+        moe.route(logits, logits[0] if routing.scores == "sigmoid" else None, routing)
+    hidden, size = 2048, 1408
+    gate_up, down = (torch.empty(1, *shape, dtype=torch.bfloat16) for shape in ((2 * size, hidden), (hidden, size)))
+    ids, weights = torch.empty(8, 6, dtype=torch.int32), torch.empty(8, 6)
+    for rows in (8, 16, 32, 64, 128):
+        groups = moe.group(ids, 64, rows)
+        inner = moe.grouped_product(torch.empty(8, hidden, dtype=torch.bfloat16), gate_up, groups, 6, gated=True)
+        moe.combine(moe.grouped_product(inner, down, groups), ids, weights, 64, None)
+    assert len(compiled) == 3 + 5 * 4
+    for kernel in compiled:
+        check_fits(kernel, capability)
