@@ -111,7 +111,7 @@ def attention_layer(heads: tuple[int, int], head_dim: int, window: int | None = 
 
 
 @runs
-@settings(deadline=None, max_examples=int(os.environ.get("KVTOOL_TEST_EXAMPLES", 30 if ON_GPU else 10)))
+@settings(deadline=None, max_examples=int(os.environ.get("KVTOOL_TEST_EXAMPLES", 20 if ON_GPU else 10)))
 @given(
     options=st.sampled_from(OPTIONS),
     head_dim=st.sampled_from(decode.HEAD_DIMS),

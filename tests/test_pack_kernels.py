@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ LATENT = (64, 512) if ON_GPU else (32, 128)  # elements of a rope key and of a l
 HEADS = st.integers(1, 8 if ON_GPU else 3)
 EXAMPLES = settings(
     deadline=None,
-    max_examples=int(os.environ.get("KVTOOL_TEST_EXAMPLES", 40 if ON_GPU else 8)),
+    max_examples=int(os.environ.get("KVTOOL_TEST_EXAMPLES", 40 if ON_GPU else 5)),
     suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.generate],  # each shape is compiled or interpreted: shrinking takes an age
 )
@@ -184,8 +185,13 @@ def fault_of(store: KVStore, batch: KVBatch, key: torch.Tensor, value: torch.Ten
     return bool(store.take_fault().item())
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30])
-@pytest.mark.parametrize("fmt", PACKED, ids=lambda fmt: fmt.kind + fmt.grouping)
+BAD = [float("nan"), float("inf"), -float("inf"), 1e30, -1e30]
+FAULTS = list(product(PACKED, BAD)) if ON_GPU else [(PACKED[5], BAD[0]), (PACKED[7], BAD[4])]
+
+
+@pytest.mark.parametrize(
+    ("fmt", "bad"), FAULTS, ids=lambda x: x.kind + x.grouping if isinstance(x, StreamFormat) else x
+)
 def test_what_the_torch_code_refuses_is_a_fault_once(fmt, bad):
     stream = StreamSpec(2, 64)
     layout = KVLayout(KVSpec(1, stream, stream, 4), KVFormat((LayerFormat(fmt, fmt),), 32, 0))
@@ -287,7 +293,7 @@ dim = int(sys.argv[1])
 tail = pack.Packing("16", "token", 0, True, 4, 64, dim, 0)
 seal = {"TAIL_KEY": tail, "TAIL_VALUE": tail, "RESIDUAL": 0}
 check(pack._read_near, "bf16", tail, tail, 4)
-token = {bits: [packing(bits, "token", symmetric, dim) for symmetric in (True, False)] for bits in ("8", "4", "2")}
+token = {bits: [packing(bits, "token", symmetric, dim) for symmetric in (True, False)] for bits in sys.argv[2:]}
 token["exact, fp8"] = [packing("16", "token", True, dim), packing("fp8", "token", True, dim)]
 for bits, pair in token.items():
     check(pack._write_tokens, "bf16", *pair, 4)
@@ -301,6 +307,6 @@ for bits, pair in token.items():
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256] if ON_GPU else [96])
 def test_every_kernel_compiles_for_the_4090_without_spills(dim):
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, str(dim)]
+    command = [sys.executable, "-c", COMPILE, str(dim), *(("8", "4", "2") if ON_GPU else ("4",))]
     done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """Single queries straight from integer codes by a kernel in CUDA C++, which NVRTC compiles for the GPU at hand."""
 
+import torch
 from torch import Tensor
 
 from kvtool.attention.layer import AttentionLayer
@@ -18,9 +19,9 @@ class CudaDecode:
     is_capturable = True
 
     def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
-        device = kv.key.tail.device.type
-        if device != "cuda":
-            return f"it needs an NVIDIA GPU, not {device}"
+        device = kv.key.tail.device
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+            return f"it needs an NVIDIA GPU of compute capability 8.0 or more, not {device.type}"
         if cuda_decode is None:
             return "triton is not installed"
         return cuda_decode.refuses(kv.key.packed, kv.value.packed, layer.num_heads) or nvrtc.refuses_to_compile()

@@ -21,7 +21,7 @@ MAX_GROUP_HEADS = 16
 KEYS = (("8", "channel"), ("4", "channel"), ("2", "channel"))
 VALUES = (("8", "token"), ("4", "token"), ("2", "token"))
 MIN_PIECE = 16  # channels of a row of bytes that share a token's scale
-MERGED_WITHIN = 32  # splits that the last program of a sequence merges; a kernel with many programs merges more
+MERGED_WITHIN = 32  # splits: the last program of a sequence merges them, and a kernel of many programs merges more
 
 # Warps, pipeline stages of each, programs per SM and tokens of a tile for up to 8 query heads to a KV head, by (KiB of
 # shared memory of an SM, bits of the wider stream); and for more heads. 100 KiB has an RTX 4090, which was never timed:
@@ -86,12 +86,12 @@ def paged_decode(
     assert splits == 1 or n * kv_heads <= len(arrivals)
     partial = torch.empty(n, num_heads, splits, head_dim, dtype=torch.float32, device=q.device) if splits > 1 else None
     lse = torch.empty(n, num_heads, splits, dtype=torch.float32, device=q.device) if splits > 1 else None
-    merges = splits > MERGED_WITHIN
+    merged_apart = splits > MERGED_WITHIN
+    outputs = [out, partial, lse, None if merged_apart else arrivals]
     tables = [block_table, positions, visible, tail_slots]
-    outputs = [out, partial, lse, None if merges else arrivals]
     values = arguments(q.contiguous(), outputs, tables, key, value, scale=scale, sliding_window=sliding_window)
     kernel((n * kv_heads, splits), values, chained=capability(q.device) >= 9)
-    if partial is not None and lse is not None and merges:
+    if merged_apart:
         merge(partial, lse, out)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvtool.kernels.decode import PackedStream
     from kvtool.kernels.pack import LayerWriter, Packing, Sealer
 
-ARRIVALS = 4096  # more than the programs that any GPU runs at once, two to a result
+ARRIVALS = 4096  # more results than have two programs that run at once, on any GPU
 
 
 class KVStore:
