@@ -6,13 +6,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from kvtool.config import KVOptions
+from kvtool.errors import ConfigError
 
 from .bench import int_list
 from .options import memory_size, model_option, option
-from .output import Chart, Column, OutputOptions, Report, Row, Series, Table, show
+from .output import Chart, Column, OutputOptions, Report, Row, Series, Table, progress, show
 
 if TYPE_CHECKING:
-    from kvtool.sizing.theory import ModelSizes, SchemeSize
+    import torch
+
+    from kvtool.sizing.theory import Budget, ModelSizes, SchemeSize
 
 DEFAULT_MODELS = ("tiny", "DeepSeek-V2-Lite")
 SECTIONS = {"1": "theory", "2": "measured", "3": "latency"}
@@ -34,6 +37,28 @@ PARTS = (
     Column("zeros", "zeros", ",.8g"),
     Column("padding", "padding", ",.8g"),
     Column("tail B", "tail_bytes", ",d"),
+)
+
+MEASURED = (
+    Column("model", "model"),
+    Column("scheme", "scheme"),
+    Column("B/token", "bytes_per_token", ",.8g"),
+    Column("packed B", "measured.packed", ",d"),
+    Column("unused", "measured.unused_rows", ",d"),
+    Column("tails", "measured.tails", ",d"),
+    Column("predicted", "measured.predicted", ",d"),
+    Column("allocated", "measured.allocated", ",d"),
+    Column("other", "measured.rounding", "+,d"),
+)
+LATENCY = (
+    Column("model", "model"),
+    Column("form", "form"),
+    Column("reads", "cache"),
+    Column("MiB", "mib", ",.1f"),
+    Column("µs", "microseconds", ",.1f"),
+    Column("× expanded", "speedup", ".2f"),
+    Column("of bandwidth", "share", ".1%"),
+    Column("error", "error", ".1e"),
 )
 
 size_option = partial(option, panel="Sizes")
@@ -61,7 +86,20 @@ def mla_size(
         str | None,
         size_option("--schemes", help="To size beside the model's own (default: MHA,GQA-8,GQA-4,MQA,MLA)."),
     ] = None,
-    context: Annotated[str, size_option("--context", help="Tokens of a sequence, comma-separated.")] = "4096,32768",
+    context: Annotated[
+        str | None,
+        size_option(
+            "--context",
+            help="Tokens of a sequence (default: 4096,32768; where they are written: 1000, or 32000 on a GPU).",
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        size_option("--batch", min=1, max=2**16, help="Of measured and latency: sequences (default: 1; 16 on a GPU)."),
+    ] = None,
+    device: Annotated[
+        str, size_option("--device", help="Of measured and latency: auto, cpu, cuda or cuda:N.")
+    ] = "auto",
     gpu: Annotated[
         str | None, size_option("--gpu", metavar="NAME", help="Tell what fits on such GPUs: RTX 4090, H200, …")
     ] = None,
@@ -84,23 +122,135 @@ def mla_size(
 
     Example: kvtool mla-size --model DeepSeek-V2-Lite --model ./Qwen3-8B --nbits 4 --gpu 'RTX 4090' --tp 2
     """
-    from kvtool.sizing.theory import Budget, model_sizes
-
-    contexts = int_list("--context", context)
+    chosen = SECTIONS.get(section, section)
+    names = model or DEFAULT_MODELS
     asked = [name.strip().upper() for name in schemes.split(",")] if schemes else None
-    known = gpu is not None or gpu_memory is not None
-    budget = Budget(gpu, gpu_memory, gpu_memory_utilization, int(weight_bits), weight_memory) if known else None
-    found = [model_sizes(name, kv, contexts, schemes=asked, tp=tp, budget=budget) for name in (model or DEFAULT_MODELS)]
+    if chosen == "theory":
+        if batch or device != "auto":
+            raise ConfigError("--batch and --device are for what is measured; add --section measured or latency")
+        from kvtool.sizing.theory import Budget
+
+        known = gpu is not None or gpu_memory is not None
+        budget = Budget(gpu, gpu_memory, gpu_memory_utilization, int(weight_bits), weight_memory) if known else None
+        contexts = int_list("--context", context or "4096,32768")
+        show(theory_report(names, kv, contexts, asked, tp, budget), output)
+        return
+    if gpu or gpu_memory or weight_memory or tp > 1:
+        raise ConfigError("--gpu, --gpu-memory, --weight-memory and --tp are for --section theory; leave them out")
+    from kvtool.runner import choose_device
+
+    where = choose_device(device)
+    on_gpu = where.type == "cuda"
+    contexts = int_list("--context", context or ("32000" if on_gpu else "1000"))
+    if len(contexts) > 1:
+        raise ConfigError(f"--context {context}: what is measured has one length; give one")
+    sequences = batch or (16 if on_gpu else 1)
+    if chosen == "measured":
+        show(measured_report(names, kv, asked, sequences, contexts[0], where), output)
+        return
+    if asked:
+        raise ConfigError("--schemes are for other sections; --section latency runs a model's own")
+    show(latency_report(model or DEFAULT_MODELS[1:], kv, sequences, contexts[0], where), output)
+
+
+def theory_report(
+    names: Sequence[str],
+    kv: KVOptions,
+    contexts: Sequence[int],
+    asked: Sequence[str] | None,
+    tp: int,
+    budget: "Budget | None",
+) -> Report:
+    """Bytes by formula."""
+    from kvtool.sizing.theory import model_sizes
+
+    found = [model_sizes(name, kv, contexts, schemes=asked, tp=tp, budget=budget) for name in names]
     config = {
+        "section": "theory",
         "kv": asdict(kv),
-        "models": [sizes.shape.name for sizes in found],
+        "models": list(names),
         "schemes": asked,
         "contexts": contexts,
         "tp": tp,
         "gpus": budget and asdict(budget),
     }
     rows = [asdict(scheme) for sizes in found for scheme in sizes.schemes]
-    show(Report("mla-size", config, rows, (), tables(rows, contexts), charts(rows, contexts), notes(found)), output)
+    return Report("mla-size", config, rows, (), tables(rows, contexts), charts(rows, contexts), notes(found))
+
+
+def measured_report(
+    names: Sequence[str], kv: KVOptions, asked: Sequence[str] | None, batch: int, context: int, device: "torch.device"
+) -> Report:
+    """Bytes as they are allocated, beside the formula's."""
+    from kvtool.sizing.measured import measured_size
+    from kvtool.sizing.theory import model_sizes, schemes_of
+
+    rows = []
+    with progress("filling stores") as on_progress:
+        for name in names:
+            sizes = model_sizes(name, kv, [context], schemes=asked)
+            for theory, scheme in zip(sizes.schemes, schemes_of(sizes.shape, asked), strict=True):
+                measured = measured_size(sizes.shape, scheme, kv, batch, context, device)
+                rows.append({**asdict(theory), "measured": asdict(measured)})
+                on_progress(len(rows), len(names) * len(sizes.schemes))
+    config = {
+        "section": "measured",
+        "kv": asdict(kv),
+        "models": list(names),
+        "schemes": asked,
+        "batch": batch,
+        "context": context,
+        "device": str(device),
+    }
+    lines = [
+        f"Stores of {batch} × {context:,} tokens on {device}, filled. Packed: tokens in blocks; unused: rows of blocks "
+        "behind them; tails: the newest tokens at full precision; predicted: all three.",
+        "Other: allocated less predicted, "
+        + ("what the allocator rounds up." if device.type == "cuda" else "views and other objects that malloc holds."),
+    ]
+    sums = Series("predicted", labels(rows), [row["measured"]["predicted"] / 2**20 for row in rows])
+    held = Series("allocated", labels(rows), [row["measured"]["allocated"] / 2**20 for row in rows])
+    chart = Chart("Predicted and allocated", "", "MiB", [sums, held], kind="bar")
+    return Report("mla-size", config, rows, MEASURED, (), [chart], lines)
+
+
+def latency_report(names: Sequence[str], kv: KVOptions, batch: int, context: int, device: "torch.device") -> Report:
+    """What reading latents takes."""
+    from kvtool.models.resolve import resolve_config
+    from kvtool.sizing.latency import latencies
+    from kvtool.sizing.shapes import read_shape
+
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        shape = read_shape(name, resolve_config(name))
+        found = latencies(shape, kv, batch, context, device)
+        rows += [
+            {"model": name, **asdict(each), "share": each.share, "speedup": found[0].seconds / each.seconds}
+            for each in found
+        ]
+    config = {
+        "section": "latency",
+        "kv": asdict(kv),
+        "models": list(names),
+        "batch": batch,
+        "context": context,
+        "device": str(device),
+    }
+    lines = [
+        f"Attention of one decode step in one layer, {batch} × {context:,} tokens on {device}, in "
+        f"{'bfloat16' if device.type == 'cuda' else 'float32'}; random weights, the same in all forms.",
+        "Floor: bytes that must be read, at the rate of a plain sum. Error: of the output, against float64; of packed "
+        "latents that are random, and so have no structure that packing could use.",
+    ]
+    forms = [f"{row['form']},\n{row['cache']}" for row in rows]
+    bars = [Series(name, forms, [row[name] * 1e6 for row in rows]) for name in ("seconds", "floor")]
+    shown = [{**row, "microseconds": row["seconds"] * 1e6, "mib": row["nbytes"] / 2**20} for row in rows]
+    chart = Chart("Decode attention in one layer", "", "µs", bars, kind="bar", log_y=True)
+    return Report("mla-size", config, rows, (), [Table("", LATENCY, shown)], [chart], lines)
+
+
+def labels(rows: Sequence[Row]) -> list[str]:
+    return [f"{row['model']} {row['scheme']}" for row in rows]
 
 
 def tables(rows: Sequence[Row], contexts: Sequence[int]) -> list[Table]:

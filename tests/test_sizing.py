@@ -20,6 +20,8 @@ from kvtool.kv.store import KVStore
 from kvtool.models import load_config
 from kvtool.models.config import Fields
 from kvtool.models.resolve import EMBEDDED, resolve_config
+from kvtool.sizing.latency import PackedLatents, Step, latencies, native_layout
+from kvtool.sizing.measured import measured_size
 from kvtool.sizing.shapes import ModelShape, count_parameters, read_shape
 from kvtool.sizing.theory import Budget, CacheSize, Scheme, SchemeSize, cache_size, model_sizes, schemes_of
 
@@ -55,6 +57,11 @@ PUBLISHED_WAYS: list[dict[str, Any]] = [
     {"model_type": "mixtral", "sliding_window": 6, **EXPERTS},
     {"model_type": "llama4_text", "attention_chunk_size": 10, "head_dim": 16, "intermediate_size_mlp": 32, **EXPERTS},
 ]
+
+
+LATENT = SMALL | {
+    "model_type": "deepseek_v3", "kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 24,
+}  # fmt: skip
 
 
 def shape_of(values: dict[str, Any]) -> ModelShape:
@@ -267,6 +274,53 @@ def test_schemes() -> None:
             schemes_of(shape, [asked])
 
 
+# What is measured
+
+
+@pytest.mark.parametrize("nbits", ["16", "4", "2", "fp8"])
+def test_the_allocator_holds_what_is_predicted(nbits: Any) -> None:
+    shape = read_shape("m", resolve_config("tiny"))
+    for scheme in schemes_of(shape):
+        found = measured_size(shape, scheme, KVOptions(nbits=nbits), batch=3, context=500, device=torch.device("cpu"))
+        assert found.predicted == 3 * cache_size(shape, scheme, KVOptions(nbits=nbits)).bytes_for(500)
+        assert found.packed + found.unused_rows + found.tails == found.predicted
+        assert abs(found.rounding) < 500_000  # objects of Python and torch come and go
+
+
+def test_all_forms_of_latent_attention_are_one_function() -> None:
+    shape = shape_of(LATENT)
+    with torch.inference_mode():
+        step = Step.random(shape, 2, 70, torch.float64, torch.device("cpu"))
+        expected = step.reference()
+        # By hand, one head and sequence: scores over keys made of latents, values gathered.
+        keys = torch.cat([step.latents[1] @ step.to_keys[3].T, step.keys[1]], dim=1)
+        probs = (keys @ torch.cat([step.nope[1, 3], step.rope[1, 3]]) * step.scale).softmax(0)
+        torch.testing.assert_close(expected[1, 3], probs @ step.latents[1] @ step.to_values[3].T)
+        torch.testing.assert_close(step.attend(*step.expanded()), expected)
+        # Absorbed, softmax is in float32.
+        torch.testing.assert_close(step.absorbed(step.latents, step.keys), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("nbits", ["16", "8", "4", "fp8"])
+def test_packed_latents_are_read_as_a_query_sees_them(nbits: Any) -> None:
+    shape = shape_of(LATENT)
+    step = Step.random(shape, 2, 150, torch.float32, torch.device("cpu"))
+    layout = native_layout(shape, KVOptions(nbits=nbits), torch.float32)
+    packed = PackedLatents.of(step, layout)
+    latents, keys = packed.read(packed.layer.value, 150), packed.read(packed.layer.key, 150)
+    far = min(layout.format.visible(149), 150)
+    assert latents[:, far:].equal(step.latents[:, far:]) and keys[:, far:].equal(step.keys[:, far:])
+    for name, seen, exact in (("latent", latents, step.latents), ("rope key", keys, step.keys)):
+        error = float((seen - exact).norm() / exact.norm())
+        bound = 0 if nbits == "16" else 0.15 if (nbits, name) == ("4", "latent") else 0.04
+        assert error <= bound, name
+
+
+def test_latency_of_what_has_no_latents_is_refused() -> None:
+    with pytest.raises(ConfigError, match="has no latents"):
+        latencies(read_shape("tiny", resolve_config("tiny")), KVOptions(), 1, 10, torch.device("cpu"))
+
+
 # The command
 
 
@@ -296,6 +350,23 @@ def test_the_table_says_how_mla_compares() -> None:
         assert said in stdout
 
 
+def test_what_is_measured_is_shown(tmp_path: Path) -> None:
+    page = tmp_path / "held.html"
+    options = ("--context", "100", "--model", "DeepSeek-V2-Lite", "--json", "--output", str(page))
+    status, stdout, _ = run("--section", "2", "--batch", "2", "--schemes", "MLA", *options)
+    (row,) = json.loads(stdout)["rows"]
+    assert status == 0 and page.read_text().count("<svg") == 1
+    assert row["measured"]["tokens"] == 200
+    assert row["bytes_per_token"] * 200 == row["measured"]["packed"] == row["measured"]["predicted"] - 2 * 28 * 31_104
+    status, stdout, _ = run("--section", "3", *options)
+    rows = json.loads(stdout)["rows"]
+    assert status == 0 and [row["form"] for row in rows[:3]] == ["expanded", "expanded anew", "absorbed, torch"]
+    # Keys and values of 16 heads, 192 + 128 elements of four bytes; latents and what makes 16 heads of them.
+    assert rows[0]["nbytes"] == 100 * 16 * (192 + 128) * 4
+    assert rows[2]["nbytes"] == (100 * (512 + 64) + 16 * 512 * (128 + 128)) * 4
+    assert all(row["error"] < (0.2 if "4 bits" in row["cache"] else 0.02) for row in rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -305,6 +376,11 @@ def test_the_table_says_how_mla_compares() -> None:
         (["--model", "/no/such/folder"], "/no/such/folder"),
         (["--tp", "3"], "--tp 3"),
         (["--nbits", "16", "--rotate"], "--rotate"),
+        (["--batch", "2"], "--batch"),
+        (["--section", "latency", "--model", "tiny"], "has no latents"),
+        (["--section", "measured", "--gpu", "H200"], "--gpu"),
+        (["--section", "measured", "--context", "1,2"], "--context 1,2"),
+        (["--section", "4"], "--section"),
     ],
     ids=" ".join,
 )

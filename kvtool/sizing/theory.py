@@ -38,6 +38,10 @@ class Scheme:
     def is_latent(self) -> bool:
         return self.name == "MLA"
 
+    def spec(self, num_layers: int) -> KVSpec:
+        """Of a model that is served in 16 bits."""
+        return KVSpec(num_layers, self.key, self.value, ELEMENT_SIZE)
+
     def on_rank(self, tp: int) -> "Scheme":
         """What one of `tp` GPUs keeps: its share of the key heads, but a whole one at least, and a latent whole."""
         if self.is_latent:
@@ -146,7 +150,7 @@ def kv_format(options: KVOptions, scheme: Scheme, num_layers: int) -> KVFormat:
     everything depends on: `--nbits` below 8 leaves it 8 bits."""
     if scheme.is_latent and options.nbits in ("4", "2") and options.nbits_key is None:
         options = replace(options, nbits_key="8")
-    return resolve(options, KVSpec(num_layers, scheme.key, scheme.value, ELEMENT_SIZE))
+    return resolve(options, scheme.spec(num_layers))
 
 
 def describe(scheme: Scheme, fmt: KVFormat) -> str:
@@ -172,8 +176,7 @@ class CacheSize:
         groups = []
         for window in dict.fromkeys(windows):
             layers = tuple(layer for layer, of_it in zip(fmt.layers, windows, strict=True) if of_it == window)
-            spec = KVSpec(len(layers), scheme.key, scheme.value, ELEMENT_SIZE)
-            groups.append((KVLayout(spec, KVFormat(layers, fmt.block_size, fmt.residual)), window))
+            groups.append((KVLayout(scheme.spec(len(layers)), KVFormat(layers, fmt.block_size, fmt.residual)), window))
         return cls(tuple(groups), state_bytes)
 
     @property
