@@ -174,7 +174,8 @@ def readable(row: Row) -> dict[str, Any]:
 def charts(found: "Findings") -> list[Chart]:
     """What the time goes to, and how evenly ranks are loaded."""
     timed = [row for row in found.rows if row.equal]
-    names = [row.variant if row.placement == "in order" else f"{row.variant}, {row.placement}" for row in timed]
+    # One word a line, because the names stand beside each other.
+    names = [f"{row.variant} {row.placement.replace('in order', '')}".strip().replace(" ", "\n") for row in timed]
     rows = [asdict(row) for row in timed]
     phases = [
         Series(phase, names, [row[f"{phase}_ms"]["p50"] for row in rows])

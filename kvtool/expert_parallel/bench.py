@@ -22,7 +22,7 @@ from kvtool.expert_parallel.exchange import PHASES
 from kvtool.expert_parallel.layer import LayerShape
 from kvtool.expert_parallel.placement import Load, Placement, balanced, in_order, load_of
 from kvtool.expert_parallel.routing import make_routing
-from kvtool.expert_parallel.worker import Choice, Job, Measured, Timing
+from kvtool.expert_parallel.worker import FOUND, Choice, Job, Measured, Timing
 
 
 @dataclass(frozen=True)
@@ -229,10 +229,9 @@ def imbalance_ratio(ids: Tensor, placements: Mapping[str, Placement]) -> float:
 
 
 def run_ranks(settings: Settings, placements: tuple[Placement, ...]) -> Measured:
-    """Start a process for each rank, and read what the first one prints. However this ends, they end with it."""
+    """Start a process for each rank, and read what the first one leaves. However this ends, they end with it."""
     with ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory(prefix="kvtool-ranks-"))
-        answer = stack.enter_context(TemporaryFile())
         complaints = [stack.enter_context(TemporaryFile()) for _ in range(settings.num_ranks)]
         code = "import sys; sys.path[0] = sys.argv[1]; from kvtool.expert_parallel.worker import main; main()"
         processes: list[subprocess.Popen[bytes]] = []
@@ -241,7 +240,7 @@ def run_ranks(settings: Settings, placements: tuple[Placement, ...]) -> Measured
             process = subprocess.Popen(
                 [sys.executable, "-c", code, str(Path(__file__).parents[2])],
                 stdin=subprocess.PIPE,
-                stdout=answer if rank == 0 else subprocess.DEVNULL,
+                stdout=complaint,  # libraries may print
                 stderr=complaint,
                 start_new_session=True,  # Ctrl-C is for this process, which then ends those
             )
@@ -249,7 +248,7 @@ def run_ranks(settings: Settings, placements: tuple[Placement, ...]) -> Measured
             job = Job(
                 rank=rank,
                 num_ranks=settings.num_ranks,
-                store=f"{folder}/store",
+                folder=folder,
                 shape=settings.shape,
                 num_tokens=settings.num_tokens,
                 routing=settings.routing,
@@ -266,8 +265,7 @@ def run_ranks(settings: Settings, placements: tuple[Placement, ...]) -> Measured
                 process.stdin.write(msgspec.json.encode(job) + b"\n")
                 process.stdin.flush()  # and stays open: that is how a rank knows that it is wanted
         wait_for_all(processes, complaints, settings.timeout_s)
-        answer.seek(0)
-        return msgspec.json.decode(answer.read(), type=Measured)
+        return msgspec.json.decode((Path(folder) / FOUND).read_bytes(), type=Measured)
 
 
 def wait_for_all(

@@ -137,9 +137,8 @@ class Work:
         return len(self.experts.down)
 
     def mine(self, slots: Tensor) -> Tensor:
-        """Slots counted from this rank's first; `num_slots` for those of others."""
-        own = slots - self.ranks.rank * self.num_slots
-        return own.masked_fill((own < 0) | (own >= self.num_slots), self.num_slots)
+        """Slots counted from this rank's first one on, around all of them: below `num_slots` are those of this rank."""
+        return (slots - self.ranks.rank * self.num_slots) % (self.num_slots * self.ranks.size)
 
     def visits(self) -> Tensor:
         """[T, ranks] bool: which ranks have an expert that a token wants."""
@@ -147,9 +146,9 @@ class Work:
         return none.scatter_(1, self.slots // self.num_slots, True)
 
     def heard(self, told: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's slots, and weights, of what `told` gave."""
+        """Slots as `mine` counts them, and weights, of what is `told`."""
         slots, weights = told.chunk(2, dim=1)
-        return self.mine(slots.long()), weights.contiguous().view(torch.float32)
+        return self.mine(slots), weights.contiguous().view(torch.float32)
 
 
 def dense_loop(work: Work, clock: Clock) -> Tensor:
@@ -313,9 +312,9 @@ class Packing:
         return cls(rows.clamp(min=0), rows < 0, places.clamp(0, capacity - 1), visits)
 
     def pack(self, work: Work, told: Tensor, rank: int) -> list[Tensor]:
-        """Tokens for `rank`, and what goes with them; a free row wants no expert."""
-        packed = told[self.rows[rank]].masked_fill_(self.is_free[rank][:, None], -1)
-        return [work.x[self.rows[rank]], packed]
+        """Tokens for `rank`, and what goes with them; a free row wants experts that are here, and so none there."""
+        here = work.ranks.rank * work.num_slots
+        return [work.x[self.rows[rank]], told[self.rows[rank]].masked_fill_(self.is_free[rank][:, None], here)]
 
     def unpack(self, mixed: Tensor, rank: int) -> Tensor:
         """[capacity, H] of what `rank` made of them → [T, H], zeros where it was not asked."""

@@ -92,7 +92,7 @@ def mix_grouped(x: Tensor, experts: Experts, ids: Tensor, weights: Tensor) -> Te
     """As `mix_loop`, in two grouped products over pairs sorted by expert. Shapes depend on no value, so that on a GPU
     the host waits for nothing."""
     num_experts, (num_tokens, top_k) = len(experts.down), ids.shape
-    flat = ids.flatten()
+    flat = ids.flatten().long()
     pairs = flat.argsort(stable=True)  # those of no expert here come last, behind all groups
     counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=x.device)
     counts.scatter_add_(0, flat.clamp(max=num_experts), torch.ones_like(flat, dtype=torch.int32))

@@ -31,6 +31,7 @@ from kvtool.expert_parallel.routing import make_routing
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of the norm
 SLACK = 8  # packed rows have room for an eighth more than a step before needed
+FOUND = "measured.json"
 TRIALS = 5  # runs by which settings are chosen
 
 
@@ -39,7 +40,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         rank, num_ranks: this process's number, and how many there are.
-        store: a file by which they find each other.
+        folder: of files by which they find each other, and where rank 0 leaves what it measured, in FOUND.
         shape: of the layer.
         num_tokens: of all ranks together.
         routing, seed: as `make_routing` takes them.
@@ -52,7 +53,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     rank: int
     num_ranks: int
-    store: str
+    folder: str
     shape: LayerShape
     num_tokens: int
     routing: str
@@ -110,7 +111,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """What rank 0 prints.
+    """What rank 0 leaves.
 
     Attributes:
         device: its name.
@@ -123,7 +124,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def main() -> None:
-    """The process: a job on stdin, which stays open as long as its parent lives; findings on stdout, of rank 0."""
+    """The process: a job on stdin, which stays open as long as its parent lives."""
     job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
     threading.Thread(target=end_with_parent, daemon=True).start()
     warnings.filterwarnings("ignore", category=FutureWarning)  # new names for collectives, which older torches lack
@@ -132,10 +133,10 @@ def main() -> None:
         torch.cuda.set_device(device)
     elif Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks of one host need no other
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.num_ranks))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.num_ranks))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"file://{job.store}",
+        init_method=f"file://{job.folder}/store",
         rank=job.rank,
         world_size=job.num_ranks,
         timeout=timedelta(seconds=job.timeout_s),
@@ -144,8 +145,7 @@ def main() -> None:
     with torch.inference_mode():
         findings = measure(job, device)
     if job.rank == 0:
-        sys.stdout.buffer.write(msgspec.json.encode(findings))
-        sys.stdout.flush()
+        (Path(job.folder) / FOUND).write_bytes(msgspec.json.encode(findings))
     dist.destroy_process_group()
 
 
