@@ -9,7 +9,7 @@ import typer
 from kvtool.errors import ConfigError
 
 from .options import MOST, model_option, option
-from .output import Chart, Column, OutputOptions, Report, Row, Series, Table, show
+from .output import Chart, Column, OutputOptions, Report, Row, Series, Table, progress, show
 
 if TYPE_CHECKING:
     from kvtool.expert_parallel.bench import Findings
@@ -118,7 +118,7 @@ def moe_ep(
 
     Example: kvtool moe-ep --model Qwen3-30B-A3B --seq-len 1024 --dtype bfloat16 --balance --routing zipf
     """
-    from kvtool.expert_parallel.bench import Settings, measure_layer
+    from kvtool.expert_parallel.bench import Interrupted, Settings, measure_layer
 
     given = dict(zip(TOY, (hidden_size, intermediate_size, num_experts, top_k), strict=True))
     if balance is False and replicas is not None:
@@ -137,12 +137,21 @@ def moe_ep(
         replicas=replicas,
         timeout_s=timeout,
     )
-    found = measure_layer(settings)
-    rows = [asdict(row) for row in found.rows]
-    config = {**asdict(found.settings), "model": model}
-    show(Report("moe-ep", config, rows, (), tables(found), charts(found), notes(found)), output)
+    try:
+        with progress("measuring") as on_progress:
+            found = measure_layer(settings, on_progress)
+    except Interrupted as interrupt:
+        show(report(interrupt.findings, model), output)
+        raise
+    show(report(found, model), output)
     if not found.equal:
         raise typer.Exit(1)
+
+
+def report(found: "Findings", model: str | None) -> Report:
+    rows = [asdict(row) for row in found.rows]
+    config = {**asdict(found.settings), "model": model}
+    return Report("moe-ep", config, rows, (), tables(found), charts(found), notes(found))
 
 
 def layer_shape(model: str | None, given: dict[str, int | None]) -> "LayerShape":
@@ -208,8 +217,9 @@ def notes(found: "Findings") -> list[str]:
         "Exchange: dispatch and combine, waiting for the slowest rank included. Over least: bytes sent over each token "
         "once to each rank that wants it and back. Rows: computed over (token, expert) pairs. Shard: experts' bytes on "
         "a rank over all.",
-        f"EP grouped was measured to be quickest with {choice.chosen}: {packing(choice)}",
     ]
+    if choice:
+        lines.append(f"EP grouped was measured to be quickest with {choice.chosen}: {packing(choice)}")
     if gain:
         lines.append(
             f"Balanced: {gain.num_slots} slots for {shape.num_experts} experts. The busiest rank was predicted to be "

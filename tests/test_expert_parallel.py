@@ -226,6 +226,20 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def test_what_was_measured_before_ctrl_c_is_shown(tmp_path: Path) -> None:
+    page = tmp_path / "found.json"
+    slow = ("--hidden-size", "512", "--intermediate-size", "1024", "--seq-len", "512", "--runs", "30")
+    process = kvtool("moe-ep", *TINY, *slow, "--output", str(page), env=os.environ | {"TMPDIR": str(tmp_path)})
+    while not list(tmp_path.glob("kvtool-ranks-*/measured.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (130, "")
+    assert "dense loop" in stdout
+    assert json.loads(page.read_text())["rows"][0]["variant"] == "dense loop"
+
+
 def test_time_is_bounded() -> None:
     status, stdout, stderr = run("--runs", "1000000", "--timeout", "1")
     assert (status, stdout) == (2, "")

@@ -4,7 +4,7 @@ import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,8 @@ from kvtool.expert_parallel.layer import LayerShape
 from kvtool.expert_parallel.placement import Load, Placement, balanced, in_order, load_of
 from kvtool.expert_parallel.routing import make_routing
 from kvtool.expert_parallel.worker import FOUND, Choice, Job, Measured, Timing
+
+OnProgress = Callable[[float, float], None]
 
 
 @dataclass(frozen=True)
@@ -132,15 +134,15 @@ class Findings:
     Attributes:
         settings: with all that was left open decided.
         hardware: the device's name, of each rank.
-        choice: of how tokens are exchanged.
-        gain: of `Settings.balance`.
+        choice: of how tokens are exchanged; None: it was not come to.
+        gain: of `Settings.balance`, where that was asked for.
     """
 
     settings: Settings
     hardware: str
     rows: list[Row]
     loads: list[LoadRow]
-    choice: Choice
+    choice: Choice | None
     gain: Gain | None
 
     @property
@@ -174,29 +176,66 @@ def decided(settings: Settings) -> Settings:
     return replace(settings, device=device, dtype=dtype, replicas=replicas)
 
 
-def measure_layer(settings: Settings) -> Findings:
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while variants are measured.
+
+    Attributes:
+        findings: of those that were done by then.
+    """
+
+    def __init__(self, findings: Findings) -> None:
+        super().__init__()
+        self.findings = findings
+
+
+def measure_layer(settings: Settings, on_progress: OnProgress = lambda done, total: None) -> Findings:
     """Run the layer on as many processes as there are ranks.
+
+    Args:
+        on_progress: is told how many variants are done, of how many.
 
     Raises:
         ConfigError: settings that do not fit together.
         KVToolError: a process failed, or all of them took too long.
+        Interrupted: by Ctrl-C, with the figures so far, if there are any.
     """
     settings = decided(settings)
-    shape = settings.shape
+    with TemporaryDirectory(prefix="kvtool-ranks-") as folder:
+        left = Path(folder) / FOUND
+
+        def told() -> Measured | None:
+            return msgspec.json.decode(left.read_bytes(), type=Measured) if left.exists() else None
+
+        def tell() -> None:
+            if measured := told():
+                on_progress(len(measured.timings), measured.total)
+
+        try:
+            run_ranks(settings, tuple(placements_for(settings, settings.routing).values()), folder, tell)
+        except KeyboardInterrupt as interrupt:
+            measured = told()
+            raise (Interrupted(findings(settings, measured)) if measured else interrupt) from None
+        measured = told()
+        assert measured
+        return findings(settings, measured)
+
+
+def findings(settings: Settings, measured: Measured) -> Findings:
+    """What measurements come to."""
     kinds = dict.fromkeys(("uniform", "zipf", settings.routing))
     placements = {kind: placements_for(settings, kind) for kind in kinds}
-    ids = {kind: make_routing(kind, settings.num_tokens, shape, settings.seed).ids for kind in kinds}
+    ids = {kind: make_routing(kind, settings.num_tokens, settings.shape, settings.seed).ids for kind in kinds}
     own, wanted = placements[settings.routing], ids[settings.routing]
-    found = run_ranks(settings, tuple(own.values()))
-    rows = [_row(settings, timing, list(own.items())[timing.placement], found, wanted) for timing in found.timings]
+    names = list(own.items())
     loads = [
         LoadRow(kind, name, load_of(placement.slots(ids[kind]), placement))
         for kind in kinds
         for name, placement in placements[kind].items()
     ]
+    grouped = [timing for timing in measured.timings if timing.name == "EP grouped"]
     gain = None
-    if settings.balance:
-        old, new = (timing for timing in found.timings if timing.name == "EP grouped")
+    if len(grouped) == 2:
+        old, new = grouped
         gain = Gain(
             num_slots=len(own["balanced"].experts),
             predicted=imbalance_ratio(history(settings, settings.routing), own),
@@ -204,7 +243,14 @@ def measure_layer(settings: Settings) -> Findings:
             experts=_ratio(old.slowest_expert, new.slowest_expert),
             layer=_ratio(old.seconds, new.seconds),
         )
-    return Findings(settings, found.device, rows, loads, found.choice, gain)
+    return Findings(
+        settings=settings,
+        hardware=measured.device,
+        rows=[_row(settings, timing, names[timing.placement], measured, wanted) for timing in measured.timings],
+        loads=loads,
+        choice=measured.choices[0] if measured.choices else None,
+        gain=gain,
+    )
 
 
 def placements_for(settings: Settings, kind: str) -> dict[str, Placement]:
@@ -228,10 +274,9 @@ def imbalance_ratio(ids: Tensor, placements: Mapping[str, Placement]) -> float:
     return old / new
 
 
-def run_ranks(settings: Settings, placements: tuple[Placement, ...]) -> Measured:
-    """Start a process for each rank, and read what the first one leaves. However this ends, they end with it."""
+def run_ranks(settings: Settings, placements: tuple[Placement, ...], folder: str, tell: Callable[[], None]) -> None:
+    """Start a process for each rank, and call `tell` until all are done. However this ends, they end with it."""
     with ExitStack() as stack:
-        folder = stack.enter_context(TemporaryDirectory(prefix="kvtool-ranks-"))
         complaints = [stack.enter_context(TemporaryFile()) for _ in range(settings.num_ranks)]
         code = "import sys; sys.path[0] = sys.argv[1]; from kvtool.expert_parallel.worker import main; main()"
         processes: list[subprocess.Popen[bytes]] = []
@@ -264,12 +309,14 @@ def run_ranks(settings: Settings, placements: tuple[Placement, ...]) -> Measured
             with contextlib.suppress(BrokenPipeError):  # it says why on stderr
                 process.stdin.write(msgspec.json.encode(job) + b"\n")
                 process.stdin.flush()  # and stays open: that is how a rank knows that it is wanted
-        wait_for_all(processes, complaints, settings.timeout_s)
-        return msgspec.json.decode((Path(folder) / FOUND).read_bytes(), type=Measured)
+        wait_for_all(processes, complaints, settings.timeout_s, tell)
 
 
 def wait_for_all(
-    processes: Sequence["subprocess.Popen[bytes]"], complaints: Sequence[IO[bytes]], timeout_s: float
+    processes: Sequence["subprocess.Popen[bytes]"],
+    complaints: Sequence[IO[bytes]],
+    timeout_s: float,
+    tell: Callable[[], None],
 ) -> None:
     """Until all have ended well.
 
@@ -280,7 +327,8 @@ def wait_for_all(
     while None in (statuses := [process.poll() for process in processes]) and not any(statuses):
         if time.monotonic() > deadline:
             raise KVToolError(f"--timeout {timeout_s:g}: the ranks are not done; raise it, or measure a smaller layer")
-        time.sleep(0.02)
+        tell()
+        time.sleep(0.05)
     failed = {status: rank for rank, status in enumerate(statuses) if status}
     if failed:
         status = min(failed)  # of a rank that was killed, before those that missed it
@@ -313,8 +361,8 @@ def _row(settings: Settings, timing: Timing, placed: tuple[str, Placement], foun
         equal=bool(timing.seconds),
         error=timing.error,
         tokens_per_s=settings.num_tokens / median(timing.seconds) if timing.seconds else None,
-        vs_dense_loop=_ratio(times["dense loop"], timing.seconds),
-        vs_dense_grouped=_ratio(times["dense grouped"], timing.seconds),
+        vs_dense_loop=_ratio(times.get("dense loop", []), timing.seconds),
+        vs_dense_grouped=_ratio(times.get("dense grouped", []), timing.seconds),
         ms=_quantiles(timing.seconds),
         **{f"{phase}_ms": _quantiles(phases[phase]) for phase in PHASES},
         communication_share=shares["dispatch"] + shares["combine"] if shares else None,

@@ -4,7 +4,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -111,16 +111,19 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """What rank 0 leaves.
+    """What rank 0 leaves, again after each variant.
 
     Attributes:
         device: its name.
-        choice: of settings, for the first placement.
+        total: variants that there will be.
+        timings: of those that are done.
+        choices: of settings, for each placement that was come to.
     """
 
     device: str
+    total: int
     timings: list[Timing]
-    choice: Choice
+    choices: list[Choice]
 
 
 def main() -> None:
@@ -142,10 +145,18 @@ def main() -> None:
         timeout=timedelta(seconds=job.timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    measured = Measured(device=name, total=len(DENSE) + len(SPREAD) + len(job.placements), timings=[], choices=[])
     with torch.inference_mode():
-        findings = measure(job, device)
-    if job.rank == 0:
-        (Path(job.folder) / FOUND).write_bytes(msgspec.json.encode(findings))
+        for found in measure(job, device):
+            if isinstance(found, Timing):
+                measured.timings.append(found)
+            else:
+                measured.choices.append(found)
+            if job.rank == 0:
+                part = Path(job.folder) / "part"
+                part.write_bytes(msgspec.json.encode(measured))
+                part.replace(Path(job.folder) / FOUND)
     dist.destroy_process_group()
 
 
@@ -155,7 +166,7 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def measure(job: Job, device: torch.device) -> Measured:
+def measure(job: Job, device: torch.device) -> Iterator[Timing | Choice]:
     """All variants, checked and timed."""
     rank, size, dtype = job.rank, job.num_ranks, getattr(torch, job.dtype)
     routing = make_routing(job.routing, job.num_tokens, job.shape, job.seed)
@@ -163,27 +174,23 @@ def measure(job: Job, device: torch.device) -> Measured:
     x = torch.randn(job.num_tokens, job.shape.hidden_size, generator=generator).to(dtype).to(device)
     own = slice(rank * job.num_tokens // size, (rank + 1) * job.num_tokens // size)
     weights = routing.weights.to(device)
-    alone = Ranks(0, 1)
     expected = torch.empty_like(x)
-    timings: list[Timing] = []
     if rank == 0:
         everything = Experts.random(job.shape, range(job.shape.num_experts), job.seed, dtype, device)
-        dense = Work.of(x, routing.ids.to(device), weights, everything, alone)
+        dense = Work.of(x, routing.ids.to(device), weights, everything, Ranks(0, 1))
         expected = dense_loop(dense, Clock(device))
-        timings += [timed(job, variant, dense, expected, 0) for variant in DENSE]
+        for variant in DENSE:
+            yield timed(job, variant, dense, expected, 0)
         del everything, dense
     dist.broadcast(expected, 0)
-    choices = []
     for index, placement in enumerate(job.placements):
-        ranks = Ranks(rank, size)
         experts = Experts.random(job.shape, placement.of_rank(rank), job.seed, dtype, device)
-        work = Work.of(x[own], placement.slots(routing.ids)[own].to(device), weights[own], experts, ranks)
-        grouped, chosen = choose(work, device)
-        choices.append(chosen)
-        variants = [*(SPREAD if index == 0 else ()), Variant("EP grouped", grouped)]
-        timings += [timed(job, variant, work, expected[own], index) for variant in variants]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return Measured(device=name, timings=timings, choice=choices[0])
+        slots = placement.slots(routing.ids)[own].to(device)
+        work = Work.of(x[own], slots, weights[own], experts, Ranks(rank, size))
+        grouped, choice = choose(work, device)
+        yield choice
+        for variant in (*(SPREAD if index == 0 else ()), Variant("EP grouped", grouped)):
+            yield timed(job, variant, work, expected[own], index)
 
 
 def choose(work: Work, device: torch.device) -> tuple[Grouped, Choice]:
