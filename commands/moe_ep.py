@@ -219,7 +219,7 @@ def notes(found: "Findings") -> list[str]:
         "a rank over all.",
     ]
     if choice:
-        lines.append(f"EP grouped was measured to be quickest with {choice.chosen}: {packing(choice)}")
+        lines.append(f"EP grouped was quickest as {choice.chosen}: {packing(choice)}")
     if gain:
         lines.append(
             f"Balanced: {gain.num_slots} slots for {shape.num_experts} experts. The busiest rank was predicted to be "
@@ -230,13 +230,13 @@ def notes(found: "Findings") -> list[str]:
 
 
 def packing(choice: "Choice") -> str:
-    """All tokens to all ranks, as an all-gather does it, or those that are wanted, as an all-to-all does."""
+    """When an all-gather, which sends all tokens, or an all-to-all, which packs those that are wanted, is quicker."""
     share = f"ranks want {choice.needed:.0%} of each other's tokens"
     if choice.break_even >= 1:
         return f"{share}, and packing them costs nothing that could be measured."
     if choice.break_even <= 0:
         return f"{share}, and packing them costs more than sending all."
-    return f"{share}, and packing pays below {choice.break_even:.0%}."
+    return f"{share}, and an all-to-all pays below {choice.break_even:.0%}."
 
 
 def number(value: float | None) -> str:

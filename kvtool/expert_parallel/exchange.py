@@ -1,7 +1,7 @@
 """Ways in which tokens reach experts on other ranks and come back; each one function over the same work."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 
 import torch
@@ -240,7 +240,8 @@ class Grouped:
     meanwhile: bool = False
 
     def describe(self) -> str:
-        sent = "all tokens to all ranks" if self.capacity is None else f"tokens packed into {self.capacity} rows a rank"
+        packed = f"all-to-all, tokens packed into {self.capacity} rows for each rank"
+        sent = "all-gather, all tokens to all ranks" if self.capacity is None else packed
         return sent + (", own ones computed meanwhile" if self.meanwhile else "")
 
     def __call__(self, work: Work, clock: Clock) -> Tensor:
@@ -258,9 +259,10 @@ class Grouped:
         for index, other in enumerate(ranks.others):
             span = slice(num_tokens + index * rows, num_tokens + (index + 1) * rows)
             into[other] = [x[span], all_told[span]]
-        wait = ranks.exchange(
-            [[work.x, told] if packing is None else packing.pack(work, told, r) for r in range(ranks.size)], into
-        )
+        sends: list[list[Tensor]] = [[] for _ in range(ranks.size)]
+        for other in ranks.others:
+            sends[other] = [work.x, told] if packing is None else packing.pack(work, other)
+        wait = ranks.exchange(sends, into)
         if self.meanwhile:
             clock(EXPERT)
             own = mix_grouped(work.x, work.experts, work.mine(work.slots), work.weights)
@@ -311,10 +313,10 @@ class Packing:
         rows = torch.full((num_ranks, capacity + 1), -1, device=visits.device).scatter_(1, targets, tokens)[:, :-1]
         return cls(rows.clamp(min=0), rows < 0, places.clamp(0, capacity - 1), visits)
 
-    def pack(self, work: Work, told: Tensor, rank: int) -> list[Tensor]:
+    def pack(self, work: Work, rank: int) -> list[Tensor]:
         """Tokens for `rank`, and what goes with them; a free row wants experts that are here, and so none there."""
         here = work.ranks.rank * work.num_slots
-        return [work.x[self.rows[rank]], told[self.rows[rank]].masked_fill_(self.is_free[rank][:, None], here)]
+        return [work.x[self.rows[rank]], work.told[self.rows[rank]].masked_fill_(self.is_free[rank][:, None], here)]
 
     def unpack(self, mixed: Tensor, rank: int) -> Tensor:
         """[capacity, H] of what `rank` made of them → [T, H], zeros where it was not asked."""
@@ -326,22 +328,21 @@ class Variant:
     """A way to run the layer.
 
     Attributes:
-        on_one_rank: one rank has all experts and all tokens; the others have nothing to do.
         waits: the host must wait for a GPU in it.
     """
 
     name: str
     run: Callable[[Work, Clock], Tensor]
-    on_one_rank: bool = False
-    waits: bool = field(default=False)
+    waits: bool = False
 
 
+# On one rank, which has all experts and all tokens.
 DENSE = (
-    Variant("dense loop", dense_loop, on_one_rank=True, waits=True),
-    Variant("dense grouped", dense_grouped, on_one_rank=True),
+    Variant("dense loop", dense_loop, waits=True),
+    Variant("dense grouped", dense_grouped),
 )
 SPREAD = (
     Variant("EP padded", padded, waits=True),
     Variant("EP packed", packed, waits=True),
-    Variant("all-gather", all_gathered),
+    Variant("all-gather + reduce-scatter", all_gathered),
 )  # and `Grouped`, whose settings are chosen where they are measured

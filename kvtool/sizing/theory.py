@@ -342,7 +342,8 @@ def _scheme_size(
     heads, num_layers = scheme.key.heads, len(shape.windows)
     if not scheme.is_latent and heads % tp and tp % heads:
         raise ConfigError(f"--tp {tp}: neither divides the {heads} key heads of {shape.name} nor is a multiple of them")
-    size, rank = (cache_size(shape, each, options) for each in (scheme, scheme.on_rank(tp)))
+    size = cache_size(shape, scheme, options)
+    rank = cache_size(replace(shape, state_bytes=-(-shape.state_bytes // tp)), scheme.on_rank(tp), options)
     per_token, parts = size.bytes_per_token, size.parts
     return SchemeSize(
         model=shape.name,
