@@ -104,7 +104,10 @@ def mla_size(
         str | None, size_option("--gpu", metavar="NAME", help="Tell what fits on such GPUs: RTX 4090, H200, …")
     ] = None,
     gpu_memory: Annotated[
-        int | None, size_option("--gpu-memory", parser=memory_size, metavar="SIZE", help="Of one, if it is another.")
+        int | None,
+        size_option(
+            "--gpu-memory", parser=memory_size, metavar="SIZE", help="Of one of them (default: what the driver says)."
+        ),
     ] = None,
     gpu_memory_utilization: Annotated[
         float, size_option("--gpu-memory-utilization", min=0.01, max=1.0, help="Share of it that may be used.")

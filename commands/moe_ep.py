@@ -112,7 +112,7 @@ def moe_ep(
     warmup: Annotated[int, measure_option("--warmup", min=0, max=10**6, help="Runs that are not timed.")] = 5,
     runs: Annotated[int, measure_option("--runs", min=1, max=10**6, help="Runs that are timed.")] = 20,
     seed: Annotated[int, measure_option("--seed", min=0, max=2**31, help="Of weights, tokens and routing.")] = 0,
-    timeout: Annotated[float, measure_option("--timeout", min=1, help="Seconds for all of it.")] = 600.0,
+    timeout: Annotated[float, measure_option("--timeout", min=1, max=86400, help="Seconds for all of it.")] = 600.0,
 ) -> None:
     """Run a layer of experts on one rank and spread over several: same outputs, then times, loads and bytes.
 

@@ -24,6 +24,7 @@ from kvtool.expert_parallel.placement import Load, Placement, balanced, in_order
 from kvtool.expert_parallel.routing import make_routing
 from kvtool.expert_parallel.worker import FOUND, Choice, Job, Measured, Timing
 
+MOST_TOKENS = 1 << 20  # that chances of experts are drawn for, on the host
 OnProgress = Callable[[float, float], None]
 
 
@@ -161,6 +162,10 @@ def decided(settings: Settings) -> Settings:
         raise ConfigError(f"--top-k {shape.top_k}: there are {shape.num_experts} experts; ask for fewer of them")
     if shape.num_experts % size:
         raise ConfigError(f"--num-experts {shape.num_experts}: {size} ranks cannot share them; choose a multiple")
+    if settings.num_tokens > MOST_TOKENS:
+        raise ConfigError(
+            f"--batch-size times --seq-len is {settings.num_tokens} tokens; at most {MOST_TOKENS} are run"
+        )
     if settings.num_tokens % size:
         raise ConfigError(f"--batch-size times --seq-len is {settings.num_tokens} tokens; {size} ranks need a multiple")
     gpus = torch.cuda.device_count()
