@@ -272,7 +272,7 @@ def test_time_is_bounded() -> None:
         (["--num-experts", "7"], "--num-experts 7: 2 ranks cannot share them"),
         (["--top-k", "7"], "--top-k 7"),
         (["--batch-size", "1", "--seq-len", "3"], "is 3 tokens"),
-        (["--batch-size", "2000000000", "--seq-len", "2000000000"], "at most"),
+        (["--batch-size", "2000000000", "--seq-len", "2000000000"], "at most 1048576"),
         (["--routing", "even"], "--routing even"),
         (["--routing", "zipf:x"], "--routing zipf:x"),
         (["--device", "cuda"], "--device cuda"),
