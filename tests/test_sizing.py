@@ -1,17 +1,19 @@
 """`kvtool mla-size`: what models keep as transformers keeps it, bytes as the store allocates them, and what fits."""
 
 import json
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
-from conftest import kvtool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import commands
 from kvtool.config import KVOptions
 from kvtool.errors import ConfigError, ModelError
 from kvtool.kv.format import resolve
@@ -161,6 +163,18 @@ def test_layers_that_are_named_are_what_they_are_called() -> None:
     values = SMALL | {"model_type": "qwen2", "layer_types": ["sliding_attention", "full_attention"] * 4}
     assert shape_of(values | {"use_sliding_window": True, "sliding_window": 6}).windows == (6, None) * 4
     assert shape_of(values | {"sliding_window": 6}).windows == (None,) * 8
+
+
+def test_a_config_is_found_wherever_it_is(tmp_path: Path, monkeypatch: Any) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(SMALL | {"model_type": "llama"}))
+    assert resolve_config(str(file)).values == resolve_config(str(tmp_path)).values
+    assert resolve_config("tiny").get("model_type") == "qwen2"
+    assert resolve_config("DeepSeek-V3").get("kv_lora_rank") == 512
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name, said in (("./none", "embedded models: tiny, DeepSeek-V2-Lite"), ("who/what", "hub cannot be reached")):
+        with pytest.raises(ModelError, match=said):
+            resolve_config(name)
 
 
 # Bytes
@@ -324,13 +338,24 @@ def test_latency_of_what_has_no_latents_is_refused() -> None:
 # The command
 
 
-def run(*arguments: str) -> tuple[int, str, str]:
-    process = kvtool("mla-size", *arguments)
-    stdout, stderr = process.communicate(timeout=120)
-    return process.returncode, stdout, stderr
+Run = Callable[..., tuple[int, str, str]]
 
 
-def test_rows_of_many_models(tmp_path: Path) -> None:
+@pytest.fixture
+def run(capsys: Any, monkeypatch: Any) -> Run:
+    """`kvtool mla-size` in this process: exit status, stdout, stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["kvtool", "mla-size", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            commands.main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return run
+
+
+def test_rows_of_many_models(run: Run, tmp_path: Path) -> None:
     page = tmp_path / "sizes.html"
     status, stdout, stderr = run("--model", "DeepSeek-V2-Lite", "--model", "tiny", "--json", "--output", str(page))
     assert (status, stderr) == (0, "")
@@ -343,14 +368,14 @@ def test_rows_of_many_models(tmp_path: Path) -> None:
     assert page.read_text().count("<svg") == 2
 
 
-def test_the_table_says_how_mla_compares() -> None:
+def test_the_table_says_how_mla_compares(run: Run) -> None:
     status, stdout, _ = run("--nbits", "4", "--gpu", "H200", "--model", "DeepSeek-V2-Lite", "--weight-memory", "32GiB")
     assert status == 0
     for said in ("What fits on each GPU", "What a token's bytes are", "against GQA-4", "each H200 has"):
         assert said in stdout
 
 
-def test_what_is_measured_is_shown(tmp_path: Path) -> None:
+def test_what_is_measured_is_shown(run: Run, tmp_path: Path) -> None:
     page = tmp_path / "held.html"
     options = ("--context", "100", "--model", "DeepSeek-V2-Lite", "--json", "--output", str(page))
     status, stdout, _ = run("--section", "2", "--batch", "2", "--schemes", "MLA", *options)
@@ -384,12 +409,7 @@ def test_what_is_measured_is_shown(tmp_path: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_bad_input_is_one_line(arguments: list[str], said: str, capsys: Any, monkeypatch: Any) -> None:
-    import commands
-
-    monkeypatch.setattr("sys.argv", ["kvtool", "mla-size", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        commands.main()
-    out, err = capsys.readouterr()
-    assert (caught.value.code, out) == (2, "")
+def test_bad_input_is_one_line(run: Run, arguments: list[str], said: str) -> None:
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
     assert err.startswith("error: ") and said in err and err.count("\n") == 1
