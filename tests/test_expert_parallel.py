@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from conftest import children, kvtool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import commands
 from kvtool.errors import ConfigError, ModelError
-from kvtool.expert_parallel.exchange import Clock, Ranks, Variant, Work, dense_loop
+from kvtool.expert_parallel.exchange import Clock, Grouped, Ranks, Variant, Work, dense_loop
 from kvtool.expert_parallel.layer import Experts, LayerShape, mix_grouped, mix_loop, read_layer
 from kvtool.expert_parallel.placement import Placement, balanced, in_order, load_of
 from kvtool.expert_parallel.routing import make_routing
@@ -157,6 +159,33 @@ def test_what_differs_is_not_timed() -> None:
     right, off = (timed(job, Variant("v", run), work, expected, 0) for run in (dense_loop, wrong))
     assert len(right.seconds) == 3 and right.error == 0
     assert off.seconds == [] and off.error == pytest.approx(1e-3, rel=1e-2)
+
+
+SETTINGS = [Grouped(capacity, meanwhile) for capacity in (None, 5, 8) for meanwhile in (False, True)]
+
+
+def compare_settings(rank: int, folder: str) -> None:
+    """One of three ranks: what every setting gives for its tokens, against all experts here."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+    routing = make_routing("zipf", 24, SMALL, 1)
+    x = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
+    whole, part = (
+        Experts.random(SMALL, which, 0, torch.float32, CPU) for which in (range(6), (2 * rank, 2 * rank + 1))
+    )
+    own = slice(8 * rank, 8 * rank + 8)
+    expected = mix_loop(x, whole, routing.ids, routing.weights)[own]
+    work = Work.of(x[own], routing.ids[own], routing.weights[own], part, Ranks(rank, 3))
+    for setting in SETTINGS:
+        if setting.capacity is None or setting.capacity >= int(work.visits().sum(0).max()):
+            torch.testing.assert_close(setting(work, Clock(CPU)), expected)
+        else:
+            setting(work, Clock(CPU))  # tokens without a row stay at home, and nothing else happens
+    dist.destroy_process_group()
+
+
+def test_every_setting_gives_what_one_rank_gives(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(compare_settings, (str(tmp_path),), nprocs=3)
 
 
 # The command, in processes of its own

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -27,6 +28,10 @@ class Ranks:
     def others(self) -> list[int]:
         return [rank for rank in range(self.size) if rank != self.rank]
 
+    def nothing(self) -> list[list[Tensor]]:
+        """For each rank."""
+        return [[] for _ in range(self.size)]
+
     def exchange(self, sends: Sequence[Sequence[Tensor]], into: Sequence[Sequence[Tensor]]) -> Callable[[], None]:
         """Send `sends[r]` to each other rank r, and fill `into[r]` with what it sends; what is empty stays at home.
 
@@ -40,13 +45,7 @@ class Ranks:
                     operations.append(dist.P2POp(dist.isend, tensor, other))
                     self.sent_bytes += tensor.nbytes
             operations += [dist.P2POp(dist.irecv, tensor, other) for tensor in into[other] if tensor.numel()]
-        works = dist.batch_isend_irecv(operations) if operations else []
-
-        def wait() -> None:
-            for work in works:
-                work.wait()
-
-        return wait
+        return partial(_wait, dist.batch_isend_irecv(operations) if operations else [])
 
     def all_to_all(self, x: Tensor) -> Tensor:
         """x [size, ...], a part for each rank → the parts that they have for this one."""
@@ -55,12 +54,15 @@ class Ranks:
         self.sent_bytes += x.nbytes // self.size * (self.size - 1)
         return received
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """x [n, ...] of all ranks: [size * n, ...]."""
-        gathered = torch.empty(self.size * len(x), *x.shape[1:], dtype=x.dtype, device=x.device)
-        dist.all_gather_into_tensor(gathered, x)
-        self.sent_bytes += x.nbytes * (self.size - 1)
-        return gathered
+    def all_gather(self, *tensors: Tensor) -> tuple[list[Tensor], Callable[[], None]]:
+        """Each of `tensors` [n, ...] of all ranks, [size * n, ...], and what waits until they are there, as that of
+        `exchange` does."""
+        gathered = [x.new_empty(self.size * len(x), *x.shape[1:]) for x in tensors]
+        works = [
+            dist.all_gather_into_tensor(all_x, x, async_op=True) for all_x, x in zip(gathered, tensors, strict=True)
+        ]
+        self.sent_bytes += sum(x.nbytes for x in tensors) * (self.size - 1)
+        return gathered, partial(_wait, works)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """The sum over ranks of x [size * n, ...], of which this rank gets its n rows."""
@@ -68,6 +70,11 @@ class Ranks:
         dist.reduce_scatter_tensor(reduced, x)
         self.sent_bytes += reduced.nbytes * (self.size - 1)
         return reduced
+
+
+def _wait(works: Sequence[dist.Work]) -> None:
+    for work in works:
+        work.wait()
 
 
 class Clock:
@@ -215,24 +222,14 @@ def packed(work: Work, clock: Clock) -> Tensor:
     return out
 
 
-def all_gathered(work: Work, clock: Clock) -> Tensor:
-    """Every rank gets all tokens, and the sum of what it makes of them is scattered."""
-    clock(DISPATCH)
-    x, told = work.ranks.all_gather(work.x), work.ranks.all_gather(work.told)
-    clock(EXPERT)
-    mixed = mix_grouped(x, work.experts, *work.heard(told))
-    clock(COMBINE)
-    return work.ranks.reduce_scatter(mixed)
-
-
 @dataclass(frozen=True)
 class Grouped:
     """A token travels at most once to each rank, and experts run in two grouped products. Nothing waits for the host,
     because shapes are fixed: a token goes to a rank once, so that there is always room for all.
 
     Attributes:
-        capacity: rows for each other rank, into which the tokens that it wants are packed; None: all tokens go as they
-            are, and nobody counts.
+        capacity: rows for each other rank, into which the tokens that it wants are packed; None: every rank gets all
+            tokens as they are, nobody counts, and the sum of what ranks make of them is scattered.
         meanwhile: own tokens are computed while others are on their way, at the price of reading the weights twice.
     """
 
@@ -245,44 +242,60 @@ class Grouped:
         return sent + (", own ones computed meanwhile" if self.meanwhile else "")
 
     def __call__(self, work: Work, clock: Clock) -> Tensor:
-        ranks, (num_tokens, hidden) = work.ranks, work.x.shape
-        packing = None
-        if self.capacity is not None:
-            clock(CONTROL)
-            packing = Packing.of(work.visits(), self.capacity)
+        return self._gather(work, clock) if self.capacity is None else self._pack(work, clock, self.capacity)
+
+    def _gather(self, work: Work, clock: Clock) -> Tensor:
         clock(DISPATCH)
-        told, rows = work.told, num_tokens if self.capacity is None else self.capacity
+        (x, told), wait = work.ranks.all_gather(work.x, work.told)
+        own = self._own(work, clock) if self.meanwhile else None
+        wait()
+        clock(EXPERT)
+        slots, weights = work.heard(told)
+        if own is not None:  # which are done
+            slots[work.ranks.rank * len(own) : (work.ranks.rank + 1) * len(own)] = work.num_slots
+        mixed = mix_grouped(x, work.experts, slots, weights)
+        clock(COMBINE)
+        summed = work.ranks.reduce_scatter(mixed)
+        return summed if own is None else own + summed
+
+    def _pack(self, work: Work, clock: Clock, rows: int) -> Tensor:
+        ranks, (num_tokens, hidden) = work.ranks, work.x.shape
+        clock(CONTROL)
+        packing = Packing.of(work.visits(), rows)
+        clock(DISPATCH)
         # Own tokens first, those of the other ranks behind: one memory, so that all are one product.
         x = work.x.new_empty(num_tokens + rows * (ranks.size - 1), hidden)
-        all_told = told.new_empty(len(x), told.shape[1])
-        into: list[list[Tensor]] = [[] for _ in range(ranks.size)]
-        for index, other in enumerate(ranks.others):
-            span = slice(num_tokens + index * rows, num_tokens + (index + 1) * rows)
-            into[other] = [x[span], all_told[span]]
-        sends: list[list[Tensor]] = [[] for _ in range(ranks.size)]
-        for other in ranks.others:
-            sends[other] = [work.x, told] if packing is None else packing.pack(work, other)
+        told = work.told.new_empty(len(x), work.told.shape[1])
+        sends, into = ranks.nothing(), ranks.nothing()
+        theirs = zip(x[num_tokens:].split(rows), told[num_tokens:].split(rows), strict=True)
+        for other, parts in zip(ranks.others, theirs, strict=True):
+            sends[other], into[other] = packing.pack(work, other), list(parts)
         wait = ranks.exchange(sends, into)
         if self.meanwhile:
-            clock(EXPERT)
-            own = mix_grouped(work.x, work.experts, work.mine(work.slots), work.weights)
-            clock(DISPATCH)
+            own = self._own(work, clock)
             wait()
             clock(EXPERT)
-            theirs = mix_grouped(x[num_tokens:], work.experts, *work.heard(all_told[num_tokens:]))
+            mixed = mix_grouped(x[num_tokens:], work.experts, *work.heard(told[num_tokens:]))
         else:
-            x[:num_tokens], all_told[:num_tokens] = work.x, told
+            x[:num_tokens], told[:num_tokens] = work.x, work.told
             wait()
             clock(EXPERT)
-            own, theirs = mix_grouped(x, work.experts, *work.heard(all_told)).tensor_split([num_tokens])
+            own, mixed = mix_grouped(x, work.experts, *work.heard(told)).tensor_split([num_tokens])
         clock(COMBINE)
-        parts: list[list[Tensor]] = [[] for _ in range(ranks.size)]
-        back: list[list[Tensor]] = [[] for _ in range(ranks.size)]
-        for other, part in zip(ranks.others, theirs.split(rows), strict=True):
-            parts[other], back[other] = [part], [torch.empty_like(part)]
-        ranks.exchange(parts, back)()
+        sends, back = ranks.nothing(), ranks.nothing()
+        for other, part in zip(ranks.others, mixed.split(rows), strict=True):
+            sends[other], back[other] = [part], [torch.empty_like(part)]
+        ranks.exchange(sends, back)()
         for other in ranks.others:
-            own = own + (back[other][0] if packing is None else packing.unpack(back[other][0], other))
+            own = own + packing.unpack(back[other][0], other)
+        return own
+
+    @staticmethod
+    def _own(work: Work, clock: Clock) -> Tensor:
+        """Own tokens by own experts, while others are on their way."""
+        clock(EXPERT)
+        own = mix_grouped(work.x, work.experts, work.mine(work.slots), work.weights)
+        clock(DISPATCH)
         return own
 
 
@@ -344,5 +357,5 @@ DENSE = (
 SPREAD = (
     Variant("EP padded", padded, waits=True),
     Variant("EP packed", packed, waits=True),
-    Variant("all-gather + reduce-scatter", all_gathered),
-)  # and `Grouped`, whose settings are chosen where they are measured
+    Variant("all-gather + reduce-scatter", Grouped()),
+)  # and `Grouped` once more, with settings that are chosen where they are measured
