@@ -15,7 +15,7 @@ from kvtool.errors import CapacityError, ConfigError
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.store import KVStore, LayerKV, Stream
-from kvtool.quantize.decode_speed import step_bytes
+from kvtool.quantize.decode_speed import read_bandwidth, step_bytes
 from kvtool.sizing.shapes import ModelShape
 from kvtool.sizing.theory import kv_format, schemes_of
 
@@ -144,7 +144,7 @@ def _latencies(
 ) -> list[Latency]:
     step = Step.random(shape, batch, context, dtype, device)
     expected = step.reference()
-    bandwidth = read_bandwidth(device)
+    bandwidth = bandwidth_of(device)
     found = []
 
     def timed(form: str, cache: str, nbytes: int, run: Callable[[], Tensor]) -> None:
@@ -232,7 +232,9 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     return median(times[WARMUP:])
 
 
-def read_bandwidth(device: torch.device) -> float:
+def bandwidth_of(device: torch.device) -> float:
     """Bytes per second that a plain sum reads."""
-    x = torch.ones((4 << 30 if device.type == "cuda" else 256 << 20) // 4, device=device)
+    if device.type == "cuda":
+        return read_bandwidth()
+    x = torch.ones(64 << 20)
     return x.nbytes / seconds_of(x.sum, device)
