@@ -1,8 +1,6 @@
 """What spreading a layer of experts over ranks gains: processes that measure it, and what their figures come to."""
 
-import contextlib
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,6 +21,7 @@ from kvtool.expert_parallel.layer import LayerShape
 from kvtool.expert_parallel.placement import Load, Placement, balanced, in_order, load_of
 from kvtool.expert_parallel.routing import make_routing
 from kvtool.expert_parallel.worker import FOUND, Choice, Job, Measured, Timing
+from kvtool.processes import command
 
 MOST_TOKENS = 1 << 20  # that chances of experts are drawn for, on the host
 OnProgress = Callable[[float, float], None]
@@ -283,18 +282,9 @@ def run_ranks(settings: Settings, placements: tuple[Placement, ...], folder: str
     """Start a process for each rank, and call `tell` until all are done. However this ends, they end with it."""
     with ExitStack() as stack:
         complaints = [stack.enter_context(TemporaryFile()) for _ in range(settings.num_ranks)]
-        code = "import sys; sys.path[0] = sys.argv[1]; from kvtool.expert_parallel.worker import main; main()"
         processes: list[subprocess.Popen[bytes]] = []
         stack.callback(end, processes)
         for rank, complaint in enumerate(complaints):
-            process = subprocess.Popen(
-                [sys.executable, "-c", code, str(Path(__file__).parents[2])],
-                stdin=subprocess.PIPE,
-                stdout=complaint,  # libraries may print
-                stderr=complaint,
-                start_new_session=True,  # Ctrl-C is for this process, which then ends those
-            )
-            processes.append(process)
             job = Job(
                 rank=rank,
                 num_ranks=settings.num_ranks,
@@ -310,10 +300,16 @@ def run_ranks(settings: Settings, placements: tuple[Placement, ...], folder: str
                 runs=settings.runs,
                 timeout_s=settings.timeout_s,
             )
-            assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # it says why on stderr
-                process.stdin.write(msgspec.json.encode(job) + b"\n")
-                process.stdin.flush()  # and stays open: that is how a rank knows that it is wanted
+            path = Path(folder) / f"job-{rank}.json"
+            path.write_bytes(msgspec.json.encode(job))
+            process = subprocess.Popen(
+                command("kvtool.expert_parallel.worker", str(path)),
+                stdin=subprocess.PIPE,  # is never written to: a rank is wanted as long as it is open
+                stdout=complaint,  # libraries may print
+                stderr=complaint,
+                start_new_session=True,  # Ctrl-C is for this process, which then ends those
+            )
+            processes.append(process)
         wait_for_all(processes, complaints, settings.timeout_s, tell)
 
 
@@ -348,8 +344,7 @@ def end(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
             process.kill()
         process.wait()
         assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
+        process.stdin.close()
 
 
 def _row(settings: Settings, timing: Timing, placed: tuple[str, Placement], found: Measured, ids: Tensor) -> Row:

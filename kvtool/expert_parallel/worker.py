@@ -126,9 +126,9 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     choices: list[Choice]
 
 
-def main() -> None:
-    """The process: a job on stdin, which stays open as long as its parent lives."""
-    job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
+def main(path: str) -> None:
+    """The process: a job in a file; stdin is open as long as its parent lives."""
+    job = msgspec.json.decode(Path(path).read_bytes(), type=Job)
     threading.Thread(target=end_with_parent, daemon=True).start()
     warnings.filterwarnings("ignore", category=FutureWarning)  # new names for collectives, which older torches lack
     device = torch.device(f"cuda:{job.rank}" if job.device == "cuda" else "cpu")
