@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 import typer
 from typer.core import TyperCommand
@@ -95,30 +95,7 @@ server_option = partial(option, panel="Server")
 output_option = partial(option, panel="Output")
 
 
-def engine_config(
-    model: Annotated[
-        str,
-        model_option(
-            "--model", callback=model_name, help="A Hugging Face folder, a hub id, or the name of an embedded model."
-        ),
-    ] = EngineConfig.model,
-    dtype: Annotated[
-        Literal["auto", "float64", "float32", "bfloat16", "float16"],
-        model_option("--dtype", help="auto: the checkpoint's own on a GPU, float32 on CPU."),
-    ] = EngineConfig.dtype,
-    device: Annotated[
-        str, model_option("--device", help="auto, cpu, cuda or cuda:N; auto is cuda where there is one.")
-    ] = EngineConfig.device,
-    load_format: Annotated[
-        Literal["auto", "dummy"],
-        model_option("--load-format", help="dummy: random weights of the config's true shape."),
-    ] = EngineConfig.load_format,
-    max_model_len: Annotated[
-        int | None,
-        model_option(
-            "--max-model-len", min=1, max=MOST, help="Tokens of prompt and answer together (default: model's context)."
-        ),
-    ] = EngineConfig.max_model_len,
+def kv_options(
     nbits: Annotated[
         Bits | None, kv_option("--nbits", help="Bits of keys and values; 16 is the model's dtype (default: 16).")
     ] = None,
@@ -151,6 +128,48 @@ def engine_config(
     kv_plan: Annotated[
         str | None, kv_option("--kv-plan", metavar="FILE", help="Bits for each layer: KVTuner's YAML.")
     ] = None,
+) -> KVOptions:
+    """The signature is the list of the options that make a KV format."""
+    return KVOptions(
+        nbits=nbits,
+        nbits_key=nbits_key,
+        nbits_value=nbits_value,
+        axis_key=axis_key,
+        axis_value=axis_value,
+        symmetric=symmetric,
+        q_group_size=q_group_size,
+        residual_length=residual_length,
+        rotate=rotate,
+        plan=kv_plan,
+    )
+
+
+def engine_config(
+    *,
+    model: Annotated[
+        str,
+        model_option(
+            "--model", callback=model_name, help="A Hugging Face folder, a hub id, or the name of an embedded model."
+        ),
+    ] = EngineConfig.model,
+    dtype: Annotated[
+        Literal["auto", "float64", "float32", "bfloat16", "float16"],
+        model_option("--dtype", help="auto: the checkpoint's own on a GPU, float32 on CPU."),
+    ] = EngineConfig.dtype,
+    device: Annotated[
+        str, model_option("--device", help="auto, cpu, cuda or cuda:N; auto is cuda where there is one.")
+    ] = EngineConfig.device,
+    load_format: Annotated[
+        Literal["auto", "dummy"],
+        model_option("--load-format", help="dummy: random weights of the config's true shape."),
+    ] = EngineConfig.load_format,
+    max_model_len: Annotated[
+        int | None,
+        model_option(
+            "--max-model-len", min=1, max=MOST, help="Tokens of prompt and answer together (default: model's context)."
+        ),
+    ] = EngineConfig.max_model_len,
+    kv: KVOptions,
     kv_cache_memory: Annotated[
         int | None,
         kv_option(
@@ -248,18 +267,6 @@ def engine_config(
     ] = EngineConfig.restart,
 ) -> EngineConfig:
     """The signature is the list of the engine's options; the body says which field each one fills."""
-    kv = KVOptions(
-        nbits=nbits,
-        nbits_key=nbits_key,
-        nbits_value=nbits_value,
-        axis_key=axis_key,
-        axis_value=axis_value,
-        symmetric=symmetric,
-        q_group_size=q_group_size,
-        residual_length=residual_length,
-        rotate=rotate,
-        plan=kv_plan,
-    )
     engine = EngineConfig(
         model=model,
         dtype=dtype,
@@ -403,34 +410,40 @@ COMMON = (
 
 
 # What most commands take as a whole: what makes it, by the name of the command's parameter.
-BUNDLES: dict[str, Callable[..., Any]] = {"engine": engine_config, "output": output_options}
+BUNDLES: dict[str, Callable[..., Any]] = {"engine": engine_config, "kv": kv_options, "output": output_options}
 
 
 def shared(command: Callable[..., None], bundles: Mapping[str, Callable[..., Any]] = BUNDLES) -> Callable[..., None]:
     """Give a command --config and --debug, and the options of what it takes as a whole.
 
     Args:
-        bundles: makers of such wholes; a maker's signature is the list of its options.
+        bundles: makers of such wholes; a maker's signature is the list of its options, and may have wholes in it too.
     """
-    signature = inspect.signature(command).parameters
-    taken = {name: inspect.signature(make).parameters for name, make in bundles.items() if name in signature}
+
+    def makers(function: Callable[..., Any]) -> list[tuple[inspect.Parameter, Callable[..., Any] | None]]:
+        """Each parameter of `function`, with its maker where it is a whole and no option itself."""
+        taken = inspect.signature(function).parameters.values()
+        return [(p, None if get_origin(p.annotation) is Annotated else bundles[p.name]) for p in taken]
+
+    def options_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
+        return [option for p, maker in makers(function) for option in (options_of(maker) if maker else [p])]
+
+    def arguments(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
+        return {p.name: maker(**arguments(maker, values)) if maker else values[p.name] for p, maker in makers(function)}
 
     @wraps(command)
     def run(*, config: str | None, debug: bool, **values: Any) -> None:  # these two have done their work
-        made = {
-            bundle: bundles[bundle](**{name: values.pop(name) for name in options}) for bundle, options in taken.items()
-        }
+        made = arguments(command, values)
         engine = made.get("engine")
         if engine is not None and engine.node_rank > 0:
             from kvtool.ranks import run_node
 
             raise typer.Exit(run_node(engine))
-        command(**values, **made)
+        command(**made)
 
-    own = [parameter for name, parameter in signature.items() if name not in taken]
-    output = taken.get("output", {}).values()  # is said last
-    before = [parameter for name, options in taken.items() if name != "output" for parameter in options.values()]
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*before, *own, *output, *COMMON)]
+    in_order = sorted(makers(command), key=lambda taken: (taken[0].name == "output", taken[1] is None))  # output last
+    options = [option for p, maker in in_order for option in (options_of(maker) if maker else [p])]
+    parameters = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in (*options, *COMMON)]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run

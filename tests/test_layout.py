@@ -29,7 +29,7 @@ ROWS = [
     {"kernels"},
     {"parallel", "p2p"},
     {"processes"},
-    {"request", "config", "errors"},
+    {"request", "config", "errors", "gpus"},
 ]
 ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}
 STAND_ALONE = {"kv", "attention", "kernels"}  # other engines can use these

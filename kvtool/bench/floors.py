@@ -18,6 +18,7 @@ import msgspec
 
 from kvtool.bench.metrics import Figures
 from kvtool.errors import ConfigError
+from kvtool.gpus import GPUS, find_gpu
 from kvtool.request import EngineInfo
 
 if TYPE_CHECKING:
@@ -26,21 +27,6 @@ if TYPE_CHECKING:
     from kvtool.layers.moe import MoEShape
     from kvtool.models.config import ModelConfig
 
-# Memory bytes/s, dense tensor FLOP/s on 16-bit and on 8-bit operands, last-level cache: NVIDIA's datasheets.
-GPUS: dict[str, tuple[float, float, float, int]] = {
-    "B200": (8.0e12, 2.25e15, 4.5e15, 126 << 20),
-    "H200": (4.8e12, 989e12, 1979e12, 50 << 20),
-    "H100 NVL": (3.94e12, 989e12, 1979e12, 50 << 20),  # one with its name in another's stands before that
-    "H100": (3.35e12, 989e12, 1979e12, 50 << 20),
-    "A100": (2.04e12, 312e12, 624e12, 40 << 20),
-    "L40S": (864e9, 366e12, 733e12, 96 << 20),
-    "L4": (300e9, 121e12, 242e12, 48 << 20),
-    "RTX 5090": (1.792e12, 419e12, 838e12, 96 << 20),
-    "RTX 4090": (1.01e12, 330e12, 661e12, 72 << 20),
-    "RTX 3090 Ti": (1.008e12, 160e12, 320e12, 6 << 20),
-    "RTX 3090": (936e9, 142e12, 284e12, 6 << 20),
-    "RTX A6000": (768e9, 155e12, 310e12, 6 << 20),
-}
 # More than any CPU does: clock; bytes loaded from the first cache and FLOPs a core and cycle (two FMA units of 512
 # bits; for 16-bit operands an AMX unit).
 CPU_HZ, CPU_LOAD_BYTES = 6e9, 128
@@ -360,8 +346,8 @@ def foreign_floors(config: Path, gpu: str) -> Floors:
 
 def datasheet(name: str, eight_bit: bool) -> Rates | None:
     """Peaks of a GPU by its name as NVIDIA writes it, or part of that; None where it is not known."""
-    words = name.lower().replace("-", " ").replace("_", " ")
-    for known, (bytes_per_s, flops16, flops8, cache) in GPUS.items():
-        if re.search(rf"\b{known.lower()}\b", words):
-            return Rates(f"the datasheet of {known}", bytes_per_s, flops8 if eight_bit else flops16, cache)
-    return None
+    if (found := find_gpu(name)) is None:
+        return None
+    known, gpu = found
+    flops = gpu.flops8 if eight_bit else gpu.flops16
+    return Rates(f"the datasheet of {known}", gpu.bytes_per_s, flops, gpu.cache_bytes)

@@ -1,15 +1,19 @@
 """From what a user calls a model to a folder on disk."""
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import httpx
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from kvtool.errors import ModelError
+from kvtool.models.config import Fields, read_fields
 
-EMBEDDED = {"tiny": Path(__file__).parent.parent / "assets" / "tiny"}
+ASSETS = Path(__file__).parent.parent / "assets"
+EMBEDDED = {"tiny": ASSETS / "tiny"}
+SHAPES = ASSETS / "shapes.json"  # fields of published models' config.json, by the models' names
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 UNWANTED = ["*/*", "consolidated*"]  # the same weights once more, in their makers' own layout
 
@@ -23,24 +27,45 @@ def resolve_model(name: str) -> Path:
     Raises:
         ModelError: there is no such model, or it cannot be downloaded.
     """
+    if (found := _on_disk(name)) is None:
+        return _download(name, lambda: snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+    if not found.is_dir():
+        raise ModelError(f"--model {name}: is a file; give the folder that holds it")
+    return found
+
+
+def resolve_config(name: str) -> Fields:
+    """The config.json of a model whose weights nobody needs: of what `resolve_model` takes, or the file itself, or the
+    name of a published model whose shape travels with kvtool.
+
+    Raises:
+        ModelError: there is no such model, it cannot be downloaded, or the file is no JSON object.
+    """
+    shapes = read_fields(SHAPES)
+    if name in shapes.values:
+        return shapes.nested(name)
+    if (found := _on_disk(name)) is None:
+        return read_fields(_download(name, lambda: hf_hub_download(name, "config.json"), list(shapes.values)))
+    return read_fields(found / "config.json" if found.is_dir() else found)
+
+
+def _on_disk(name: str) -> Path | None:
+    """An embedded model's folder, or what there is under this path; None where it may be a hub id."""
     if name in EMBEDDED:
         return EMBEDDED[name]
     try:
-        folder = Path(name).expanduser()
-        if folder.is_dir():
-            return folder
-        if folder.exists():
-            raise ModelError(f"--model {name}: is a file; give the folder that holds it")
+        path = Path(name).expanduser()
+        return path if path.exists() else None
     except (OSError, RuntimeError) as error:  # no name that a file can have, or no such user
         raise ModelError(f"--model {name:.40}: no such folder ({str(error).partition(':')[0]})") from error
+
+
+def _download(name: str, download: Callable[[], str], shapes: Sequence[str] = ()) -> Path:
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise ModelError(f"--model {name}: no such folder, and no hub id; embedded models: {', '.join(EMBEDDED)}")
-    return _download(name)
-
-
-def _download(name: str) -> Path:
+        known = ", ".join((*EMBEDDED, *shapes))
+        raise ModelError(f"--model {name}: no such folder, and no hub id; embedded models: {known}")
     try:
-        return Path(snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        return Path(download())
     except GatedRepoError:
         why = "needs permission; accept its terms on huggingface.co and run `hf auth login`"
     except (RepositoryNotFoundError, HFValidationError):

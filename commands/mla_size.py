@@ -1,0 +1,344 @@
+"""`kvtool mla-size`: how large a model's cache is, and would be with other attention."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from kvtool.config import KVOptions
+from kvtool.errors import ConfigError
+
+from .bench import int_list
+from .options import memory_size, model_option, option
+from .output import Chart, Column, OutputOptions, Report, Row, Series, Table, progress, show
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvtool.sizing.theory import Budget, ModelSizes, SchemeSize
+
+DEFAULT_MODELS = ("tiny", "DeepSeek-V2-Lite")
+SECTIONS = {"1": "theory", "2": "measured", "3": "latency"}
+
+SIZES = (
+    Column("model", "model"),
+    Column("scheme", "scheme"),
+    Column("", "own"),
+    Column("B/token/layer", "bytes_per_token_per_layer", ",.6g"),
+    Column("B/token", "bytes_per_token", ",.8g"),
+    Column("vs MHA", "vs_mha", "+.2%"),
+)
+PARTS = (
+    Column("model", "model"),
+    Column("scheme", "scheme"),
+    Column("bits", "bits_per_element", ".2f"),
+    Column("codes", "codes", ",.8g"),
+    Column("scales", "scales", ",.8g"),
+    Column("zeros", "zeros", ",.8g"),
+    Column("padding", "padding", ",.8g"),
+    Column("tail B", "tail_bytes", ",d"),
+)
+
+MEASURED = (
+    Column("model", "model"),
+    Column("scheme", "scheme"),
+    Column("B/token", "bytes_per_token", ",.8g"),
+    Column("packed B", "measured.packed", ",d"),
+    Column("unused", "measured.unused_rows", ",d"),
+    Column("tails", "measured.tails", ",d"),
+    Column("predicted", "measured.predicted", ",d"),
+    Column("allocated", "measured.allocated", ",d"),
+    Column("other", "measured.rounding", "+,d"),
+)
+LATENCY = (
+    Column("model", "model"),
+    Column("form", "form"),
+    Column("reads", "cache"),
+    Column("MiB", "mib", ",.1f"),
+    Column("µs", "microseconds", ",.1f"),
+    Column("× expanded", "speedup", ".2f"),
+    Column("of bandwidth", "share", ".1%"),
+    Column("error", "error", ".1e"),
+)
+
+size_option = partial(option, panel="Sizes")
+
+
+def mla_size(
+    kv: KVOptions,
+    output: OutputOptions,
+    model: Annotated[
+        list[str] | None,
+        model_option(
+            "--model",
+            help="A folder, a config.json, a hub id or a published model's name; once for each model "
+            "(default: tiny and DeepSeek-V2-Lite).",
+        ),
+    ] = None,
+    section: Annotated[
+        Literal["theory", "measured", "latency", "1", "2", "3"],
+        size_option(
+            "--section",
+            help="theory: by formula; measured: as allocated; latency: what reading it takes. Or 1, 2, 3.",
+        ),
+    ] = "theory",
+    schemes: Annotated[
+        str | None,
+        size_option("--schemes", help="To size beside the model's own (default: MHA,GQA-8,GQA-4,MQA,MLA)."),
+    ] = None,
+    context: Annotated[
+        str | None,
+        size_option(
+            "--context",
+            help="Tokens of a sequence (default: 4096,32768 of theory; else 1000; of latency on a GPU 32000).",
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        size_option("--batch", min=1, max=2**16, help="Of measured and latency: sequences (default: 1; 16 on a GPU)."),
+    ] = None,
+    device: Annotated[
+        str, size_option("--device", help="Of measured and latency: auto, cpu, cuda or cuda:N.")
+    ] = "auto",
+    gpu: Annotated[
+        str | None, size_option("--gpu", metavar="NAME", help="Tell what fits on such GPUs: RTX 4090, H200, …")
+    ] = None,
+    gpu_memory: Annotated[
+        int | None,
+        size_option(
+            "--gpu-memory", parser=memory_size, metavar="SIZE", help="Of one of them (default: what the driver says)."
+        ),
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float, size_option("--gpu-memory-utilization", min=0.01, max=1.0, help="Share of it that may be used.")
+    ] = 0.9,
+    tp: Annotated[int, size_option("--tp", min=1, max=1024, help="GPUs that share heads and weights.")] = 1,
+    weight_bits: Annotated[
+        Literal["16", "8", "4"], size_option("--weight-bits", help="Of a weight; scales are left out.")
+    ] = "16",
+    weight_memory: Annotated[
+        int | None,
+        size_option("--weight-memory", parser=memory_size, metavar="SIZE", help="Of all weights, if it is known."),
+    ] = None,
+) -> None:
+    """How many bytes a model keeps of each token, and would keep under MHA, GQA, MQA and MLA.
+
+    Example: kvtool mla-size --model DeepSeek-V2-Lite --model ./Qwen3-8B --nbits 4 --gpu 'RTX 4090' --tp 2
+    """
+    chosen = SECTIONS.get(section, section)
+    names = model or DEFAULT_MODELS
+    asked = [name.strip().upper() for name in schemes.split(",")] if schemes else None
+    if chosen == "theory":
+        if batch or device != "auto":
+            raise ConfigError("--batch and --device are for what is measured; add --section measured or latency")
+        from kvtool.sizing.theory import Budget
+
+        known = gpu is not None or gpu_memory is not None
+        budget = Budget(gpu, gpu_memory, gpu_memory_utilization, int(weight_bits), weight_memory) if known else None
+        contexts = int_list("--context", context or "4096,32768")
+        show(theory_report(names, kv, contexts, asked, tp, budget), output)
+        return
+    if gpu or gpu_memory or weight_memory or tp > 1:
+        raise ConfigError("--gpu, --gpu-memory, --weight-memory and --tp are for --section theory; leave them out")
+    from kvtool.runner import choose_device
+
+    where = choose_device(device)
+    on_gpu = where.type == "cuda"
+    contexts = int_list("--context", context or ("32000" if on_gpu and chosen == "latency" else "1000"))
+    if len(contexts) > 1:
+        raise ConfigError(f"--context {context}: what is measured has one length; give one")
+    sequences = batch or (16 if on_gpu else 1)
+    if chosen == "measured":
+        show(measured_report(names, kv, asked, sequences, contexts[0], where), output)
+        return
+    if asked:
+        raise ConfigError("--schemes are for other sections; --section latency runs a model's own")
+    show(latency_report(model or DEFAULT_MODELS[1:], kv, sequences, contexts[0], where), output)
+
+
+def theory_report(
+    names: Sequence[str],
+    kv: KVOptions,
+    contexts: Sequence[int],
+    asked: Sequence[str] | None,
+    tp: int,
+    budget: "Budget | None",
+) -> Report:
+    """Bytes by formula."""
+    from kvtool.sizing.theory import model_sizes
+
+    found = [model_sizes(name, kv, contexts, schemes=asked, tp=tp, budget=budget) for name in names]
+    config = {
+        "section": "theory",
+        "kv": asdict(kv),
+        "models": list(names),
+        "schemes": asked,
+        "contexts": contexts,
+        "tp": tp,
+        "gpus": budget and asdict(budget),
+    }
+    rows = [asdict(scheme) for sizes in found for scheme in sizes.schemes]
+    return Report("mla-size", config, rows, (), tables(rows, contexts), charts(rows, contexts), notes(found))
+
+
+def measured_report(
+    names: Sequence[str], kv: KVOptions, asked: Sequence[str] | None, batch: int, context: int, device: "torch.device"
+) -> Report:
+    """Bytes as they are allocated, beside the formula's."""
+    from kvtool.sizing.measured import measured_size
+    from kvtool.sizing.theory import model_sizes, schemes_of
+
+    rows = []
+    with progress("filling stores") as on_progress:
+        for name in names:
+            sizes = model_sizes(name, kv, [context], schemes=asked)
+            for theory, scheme in zip(sizes.schemes, schemes_of(sizes.shape, asked), strict=True):
+                measured = measured_size(sizes.shape, scheme, kv, batch, context, device)
+                rows.append({**asdict(theory), "measured": asdict(measured)})
+                on_progress(len(rows), len(names) * len(sizes.schemes))
+    config = {
+        "section": "measured",
+        "kv": asdict(kv),
+        "models": list(names),
+        "schemes": asked,
+        "batch": batch,
+        "context": context,
+        "device": str(device),
+    }
+    lines = [
+        f"Stores of {batch} × {context:,} tokens on {device}, filled. Packed: tokens in blocks; unused: rows of blocks "
+        "behind them; tails: the newest tokens at full precision; predicted: all three.",
+        "Other: allocated less predicted, "
+        + ("what the allocator rounds up." if device.type == "cuda" else "views and other objects that malloc holds."),
+    ]
+    sums = Series("predicted", labels(rows), [row["measured"]["predicted"] / 2**20 for row in rows])
+    held = Series("allocated", labels(rows), [row["measured"]["allocated"] / 2**20 for row in rows])
+    chart = Chart("Predicted and allocated", "", "MiB", [sums, held], kind="bar")
+    return Report("mla-size", config, rows, MEASURED, (), [chart], lines)
+
+
+def latency_report(names: Sequence[str], kv: KVOptions, batch: int, context: int, device: "torch.device") -> Report:
+    """What reading latents takes."""
+    from kvtool.models.resolve import resolve_config
+    from kvtool.sizing.latency import latencies
+    from kvtool.sizing.shapes import read_shape
+
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        shape = read_shape(name, resolve_config(name))
+        found = latencies(shape, kv, batch, context, device)
+        rows += [
+            {"model": name, **asdict(each), "share": each.share, "speedup": found[0].seconds / each.seconds}
+            for each in found
+        ]
+    config = {
+        "section": "latency",
+        "kv": asdict(kv),
+        "models": list(names),
+        "batch": batch,
+        "context": context,
+        "device": str(device),
+    }
+    lines = [
+        f"Attention of one decode step in one layer, {batch} × {context:,} tokens on {device}, in "
+        f"{'bfloat16' if device.type == 'cuda' else 'float32'}; random weights, the same in all forms.",
+        "Floor: bytes that must be read, at the rate of a plain sum. Error: of the output, against float64; of packed "
+        "latents that are random, and so have no structure that packing could use.",
+    ]
+    forms = [f"{row['form']},\n{row['cache']}" for row in rows]
+    bars = [Series(name, forms, [row[name] * 1e6 for row in rows]) for name in ("seconds", "floor")]
+    shown = [{**row, "microseconds": row["seconds"] * 1e6, "mib": row["nbytes"] / 2**20} for row in rows]
+    chart = Chart("Decode attention in one layer", "", "µs", bars, kind="bar", log_y=True)
+    return Report("mla-size", config, rows, (), [Table("", LATENCY, shown)], [chart], lines)
+
+
+def labels(rows: Sequence[Row]) -> list[str]:
+    return [f"{row['model']} {row['scheme']}" for row in rows]
+
+
+def tables(rows: Sequence[Row], contexts: Sequence[int]) -> list[Table]:
+    """Sizes; what a token's bytes are where they are packed; what fits on a GPU."""
+    lines = [readable(row) for row in rows]
+    at = [Column(f"MiB at {context:,}", f"at.{context}.mib", ",.1f") for context in contexts]
+    on_gpus = (
+        [
+            Column("B/token on a GPU", "bytes_per_token_per_gpu", ",.8g"),
+            Column("copies", "copies", ".3g"),
+        ]
+        if rows[0]["tp"] > 1
+        else []
+    )
+    found = [Table("", [*SIZES, *on_gpus, *at], lines)]
+    if any(row["scales"] or row["tail_bytes"] for row in rows):
+        found.append(Table("What a token's bytes are", PARTS, lines))
+    if rows[0]["tokens_that_fit"] is not None:
+        batches = [Column(f"batch at {context:,}", f"at.{context}.batch", ",d") for context in contexts]
+        fit = [*SIZES[:3], Column("tokens that fit", "tokens_that_fit", ",d"), *batches]
+        found.append(Table("What fits on each GPU", fit, lines))
+    return found
+
+
+def readable(row: Row) -> dict[str, Any]:
+    """A row with a mark at a model's own scheme, and contexts by their length."""
+    at = {str(c["context"]): {"mib": c["nbytes"] / 2**20, "batch": c["largest_batch"]} for c in row["contexts"]}
+    return {**row, "own": "own" if row["native"] else "", "at": at}
+
+
+def charts(rows: Sequence[Row], contexts: Sequence[int]) -> list[Chart]:
+    """A token's bytes in a layer, under each scheme; a sequence's, by its length, as the models are."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    found = {(row["model"], row["scheme"]): row["bytes_per_token_per_layer"] for row in rows}
+    schemes = dict.fromkeys(row["scheme"] for row in rows)
+    bars = [Series(scheme, models, [found.get((model, scheme)) for model in models]) for scheme in schemes]
+    lines = [
+        Series(f"{row['model']}, {row['scheme']}", contexts, [c["nbytes"] / 2**20 for c in row["contexts"]])
+        for row in rows
+        if row["native"]
+    ]
+    return [
+        Chart("A token in a layer", "", "bytes", bars, kind="bar"),
+        Chart("A sequence", "tokens", "MiB", lines, log_x=True, log_y=True),
+    ]
+
+
+def notes(found: "Sequence[ModelSizes]") -> list[str]:
+    """What figures mean, and what is easily got wrong about them."""
+    lines = [
+        "B/token: of a packed token, scales, zeros and padding included, at 2 bytes an element where 16 bits are kept. "
+        "A sequence's tail stands apart; MiB have all in them.",
+        "Schemes that are not a model's own keep its query heads and their size; MLA has then a latent of 4 heads and "
+        "a rope key of half a head, as DeepSeek-V2 chose them.",
+    ]
+    formats = dict.fromkeys(scheme.format for sizes in found for scheme in sizes.schemes)
+    lines += [f"Format: {fmt}." for fmt in formats]
+    for sizes in found:
+        shape, room = sizes.shape, sizes.room
+        (own,) = (scheme for scheme in sizes.schemes if scheme.native)
+        others = [scheme for scheme in sizes.schemes if not scheme.native]
+        if shape.has_latent and others:
+            lines.append(f"{shape.name}: " + "; ".join(against(own, other) for other in others) + ".")
+        windowed, state = own.windowed_layers, shape.state_bytes
+        if windowed:
+            lines.append(
+                f"{shape.name}: {windowed} of {own.num_layers} layers read no further back than their window, and give "
+                "back the blocks behind it. (kvtool's own engine keeps them.)"
+            )
+        if state:
+            lines.append(
+                f"{shape.name}: {shape.num_layers - own.num_layers} of {shape.num_layers} layers keep no tokens but a "
+                f"state, {state / 2**20:,.1f} MiB of a sequence."
+            )
+        if own.copies > 1:
+            lines.append(f"{shape.name}: {own.tp} GPUs keep each byte {own.copies:.3g} times.")
+        if room:
+            lines.append(
+                f"{shape.name}: each {room.gpu} has {room.memory / 2**30:,.1f} GiB to use, of which weights take "
+                f"{room.weights / 2**30:,.1f}. A step's activations are not in it."
+            )
+    return lines
+
+
+def against(own: "SchemeSize", other: "SchemeSize") -> str:
+    """How a model's own scheme compares with another, both ways that people say it."""
+    share = own.bytes_per_token / other.bytes_per_token
+    return f"{share - 1:+.2%} against {other.scheme} ({share:.2%} of its {other.bytes_per_token_per_layer:,.6g} bytes)"
