@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import commands
 from kvtool.errors import ConfigError, ModelError
 from kvtool.expert_parallel.exchange import Clock, Grouped, Ranks, Variant, Work, dense_loop
-from kvtool.expert_parallel.layer import Experts, LayerShape, mix_grouped, mix_loop, read_layer
+from kvtool.expert_parallel.layer import LayerShape, mix_loop, random_experts, read_layer
 from kvtool.expert_parallel.placement import Placement, balanced, in_order, load_of
 from kvtool.expert_parallel.routing import make_routing
 from kvtool.expert_parallel.worker import Job, timed
@@ -32,7 +32,7 @@ SMALL = LayerShape(hidden_size=32, intermediate_size=16, num_experts=6, top_k=2)
 @pytest.mark.parametrize("here", [range(6), range(2, 5), range(0, 1)])
 def test_experts_mix_what_a_loop_over_tokens_mixes(here: range) -> None:
     routing = make_routing("zipf", 40, SMALL, seed=3)
-    experts = Experts.random(SMALL, here, 0, torch.float32, CPU)
+    experts = random_experts(SMALL, here, 0, torch.float32, CPU)
     x = torch.randn(40, 32)
     ids = torch.where((routing.ids >= here.start) & (routing.ids < here.stop), routing.ids - here.start, len(here))
     expected = torch.zeros(40, 32, dtype=torch.float64)
@@ -42,12 +42,12 @@ def test_experts_mix_what_a_loop_over_tokens_mixes(here: range) -> None:
                 gate, up = (experts.gate_up[expert].double() @ x[token].double()).chunk(2)
                 mixed = gate / (1 + (-gate).exp()) * up
                 expected[token] += weight * (experts.down[expert].double() @ mixed)
-    for mix in (mix_loop, mix_grouped):
-        torch.testing.assert_close(mix(x, experts, ids, routing.weights).double(), expected, rtol=1e-4, atol=1e-5)
+    for mixed in (mix_loop(x, experts, ids, routing.weights), experts(x, ids, routing.weights)):
+        torch.testing.assert_close(mixed.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_expert_is_the_same_wherever_it_stands() -> None:
-    whole, part = (Experts.random(SMALL, which, 7, torch.float32, CPU) for which in (range(6), (4, 1, 4)))
+    whole, part = (random_experts(SMALL, which, 7, torch.float32, CPU) for which in (range(6), (4, 1, 4)))
     assert part.gate_up.equal(whole.gate_up[[4, 1, 4]]) and part.down.equal(whole.down[[4, 1, 4]])
 
 
@@ -145,7 +145,7 @@ def test_published_layers() -> None:
 
 def test_what_differs_is_not_timed() -> None:
     routing = make_routing("uniform", 8, SMALL, 0)
-    experts = Experts.random(SMALL, range(6), 0, torch.float32, CPU)
+    experts = random_experts(SMALL, range(6), 0, torch.float32, CPU)
     work = Work.of(torch.randn(8, 32), routing.ids, routing.weights, experts, Ranks(0, 1))
     expected = dense_loop(work, Clock(CPU))
     job = Job(
@@ -171,7 +171,7 @@ def compare_settings(rank: int, folder: str) -> None:
     routing = make_routing("zipf", 24, SMALL, 1)
     x = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
     whole, part = (
-        Experts.random(SMALL, which, 0, torch.float32, CPU) for which in (range(6), (2 * rank, 2 * rank + 1))
+        random_experts(SMALL, which, 0, torch.float32, CPU) for which in (range(6), (2 * rank, 2 * rank + 1))
     )
     own = slice(8 * rank, 8 * rank + 8)
     expected = mix_loop(x, whole, routing.ids, routing.weights)[own]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import commands
+from kvtool.attention import BACKENDS
 from kvtool.config import KVOptions
 from kvtool.errors import ConfigError, ModelError
 from kvtool.kv.format import resolve
@@ -22,7 +23,7 @@ from kvtool.kv.store import KVStore
 from kvtool.models import load_config
 from kvtool.models.config import Fields
 from kvtool.models.resolve import EMBEDDED, resolve_config
-from kvtool.sizing.latency import PackedLatents, Step, latencies, native_layout
+from kvtool.sizing.latency import Step, StoredLatents, latencies, native_layout
 from kvtool.sizing.measured import measured_size
 from kvtool.sizing.shapes import ModelShape, count_parameters, read_shape
 from kvtool.sizing.theory import Budget, CacheSize, Scheme, SchemeSize, cache_size, model_sizes, schemes_of
@@ -64,6 +65,9 @@ PUBLISHED_WAYS: list[dict[str, Any]] = [
 LATENT = SMALL | {
     "model_type": "deepseek_v3", "kv_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 24,
 }  # fmt: skip
+
+
+ROTATED = KVOptions(nbits="4", axis_key="token", rotate=True)
 
 
 def shape_of(values: dict[str, Any]) -> ModelShape:
@@ -315,19 +319,15 @@ def test_all_forms_of_latent_attention_are_one_function() -> None:
         torch.testing.assert_close(step.absorbed(step.latents, step.keys), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("nbits", ["16", "8", "4", "fp8"])
-def test_packed_latents_are_read_as_a_query_sees_them(nbits: Any) -> None:
+@pytest.mark.parametrize("options", [KVOptions(), KVOptions(nbits="8"), KVOptions(nbits="4"), ROTATED], ids=str)
+def test_a_backend_reads_stored_latents_as_one_function(options: KVOptions) -> None:
     shape = shape_of(LATENT)
-    step = Step.random(shape, 2, 150, torch.float32, torch.device("cpu"))
-    layout = native_layout(shape, KVOptions(nbits=nbits), torch.float32)
-    packed = PackedLatents.of(step, layout)
-    latents, keys = packed.read(packed.layer.value, 150), packed.read(packed.layer.key, 150)
-    far = min(layout.format.visible(149), 150)
-    assert latents[:, far:].equal(step.latents[:, far:]) and keys[:, far:].equal(step.keys[:, far:])
-    for name, seen, exact in (("latent", latents, step.latents), ("rope key", keys, step.keys)):
-        error = float((seen - exact).norm() / exact.norm())
-        bound = 0 if nbits == "16" else 0.15 if (nbits, name) == ("4", "latent") else 0.04
-        assert error <= bound, name
+    with torch.inference_mode():
+        step = Step.random(shape, 2, 150, torch.float64, torch.device("cpu"))
+        stored = StoredLatents.of(step, native_layout(shape, options, torch.float64))
+        (torch_backend,) = (backend for backend in BACKENDS if backend.name == "torch")
+        error = (stored.attend(step, torch_backend) - step.reference()).norm() / step.reference().norm()
+    assert error < (1e-10 if options.nbits is None else 0.01 if options.nbits == "8" else 0.15)
 
 
 def test_latency_of_what_has_no_latents_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""The layer that is spread: its shape, its weights, and what experts make of their tokens on one rank."""
+"""The layer that is spread: its shape, its weights, and what experts make of their tokens one by one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvtool.layers.linear import gated_linear
+from kvtool.layers.moe import Experts
 from kvtool.models.config import Fields
 
 
@@ -41,35 +43,21 @@ def read_layer(fields: Fields) -> LayerShape:
     )
 
 
-@dataclass(frozen=True)
-class Experts:
-    """Weights of some experts: gate_up [n, 2 · I, H], the gates first, and down [n, H, I]."""
-
-    gate_up: Tensor
-    down: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.gate_up.nbytes + self.down.nbytes
-
-    @classmethod
-    def random(
-        cls, shape: LayerShape, experts: Sequence[int], seed: int, dtype: torch.dtype, device: torch.device
-    ) -> "Experts":
-        """Those of `experts`; the same wherever an expert stands, and however often."""
-        hidden, size = shape.hidden_size, shape.intermediate_size
-        gate_up = torch.empty(len(experts), 2 * size, hidden, dtype=dtype, device=device)
-        down = torch.empty(len(experts), hidden, size, dtype=dtype, device=device)
-        generator = torch.Generator(device)
-        for index, expert in enumerate(experts):
-            generator.manual_seed(seed + 1 + expert)
-            gate_up[index].normal_(std=hidden**-0.5, generator=generator)
-            down[index].normal_(std=size**-0.5, generator=generator)
-        return cls(gate_up, down)
+def random_experts(
+    shape: LayerShape, experts: Sequence[int], seed: int, dtype: torch.dtype, device: torch.device
+) -> Experts:
+    """Weights of `experts`; the same wherever an expert stands, and however often."""
+    made = Experts(len(experts), shape.hidden_size, shape.intermediate_size, dtype=dtype, device=device)
+    generator = torch.Generator(device)
+    for index, expert in enumerate(experts):
+        generator.manual_seed(seed + 1 + expert)
+        made.gate_up[index].normal_(std=shape.hidden_size**-0.5, generator=generator)
+        made.down[index].normal_(std=shape.intermediate_size**-0.5, generator=generator)
+    return made
 
 
 def mix_loop(x: Tensor, experts: Experts, ids: Tensor, weights: Tensor) -> Tensor:
-    """What the experts make of their tokens, one expert after the other. The host waits for each.
+    """What `experts(x, ids, weights)` computes, one expert after the other. The host waits for each.
 
     Args:
         x: [T, H].
@@ -82,27 +70,9 @@ def mix_loop(x: Tensor, experts: Experts, ids: Tensor, weights: Tensor) -> Tenso
     for expert in range(len(experts.down)):
         tokens, places = (ids == expert).nonzero(as_tuple=True)
         if len(tokens):
-            gate, up = F.linear(x[tokens], experts.gate_up[expert]).chunk(2, dim=-1)
-            mixed = F.linear(F.silu(gate) * up, experts.down[expert])
+            mixed = F.linear(gated_linear(x[tokens], experts.gate_up[expert]), experts.down[expert])
             out.index_add_(0, tokens, mixed * weights[tokens, places, None].to(x.dtype))
     return out
-
-
-def mix_grouped(x: Tensor, experts: Experts, ids: Tensor, weights: Tensor) -> Tensor:
-    """As `mix_loop`, in two grouped products over pairs sorted by expert. Shapes depend on no value, so that on a GPU
-    the host waits for nothing."""
-    num_experts, (num_tokens, top_k) = len(experts.down), ids.shape
-    flat = ids.flatten().long()
-    pairs = flat.argsort(stable=True)  # those of no expert here come last, behind all groups
-    counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=x.device)
-    counts.scatter_add_(0, flat.clamp(max=num_experts), torch.ones_like(flat, dtype=torch.int32))
-    ends = counts[:-1].cumsum(0, dtype=torch.int32)
-    gate, up = F.grouped_mm(x[pairs // top_k], experts.gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-    mixed = F.grouped_mm(F.silu(gate) * up, experts.down.transpose(1, 2), offs=ends)
-    in_order = torch.empty_like(mixed).index_copy_(0, pairs, mixed).view(num_tokens, top_k, -1)
-    # Rows behind the last group are whatever was in memory before.
-    weighted = in_order.float() * weights[..., None]
-    return weighted.masked_fill_((ids >= num_experts)[..., None], 0).sum(1).to(x.dtype)
 
 
 def mix_padded(x: Tensor, experts: Experts) -> Tensor:

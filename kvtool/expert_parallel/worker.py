@@ -25,7 +25,7 @@ from kvtool.expert_parallel.exchange import (
     Work,
     dense_loop,
 )
-from kvtool.expert_parallel.layer import Experts, LayerShape
+from kvtool.expert_parallel.layer import LayerShape, random_experts
 from kvtool.expert_parallel.placement import Placement
 from kvtool.expert_parallel.routing import make_routing
 
@@ -176,7 +176,7 @@ def measure(job: Job, device: torch.device) -> Iterator[Timing | Choice]:
     weights = routing.weights.to(device)
     expected = torch.empty_like(x)
     if rank == 0:
-        everything = Experts.random(job.shape, range(job.shape.num_experts), job.seed, dtype, device)
+        everything = random_experts(job.shape, range(job.shape.num_experts), job.seed, dtype, device)
         dense = Work.of(x, routing.ids.to(device), weights, everything, Ranks(0, 1))
         expected = dense_loop(dense, Clock(device))
         for variant in DENSE:
@@ -184,7 +184,7 @@ def measure(job: Job, device: torch.device) -> Iterator[Timing | Choice]:
         del everything, dense
     dist.broadcast(expected, 0)
     for index, placement in enumerate(job.placements):
-        experts = Experts.random(job.shape, placement.of_rank(rank), job.seed, dtype, device)
+        experts = random_experts(job.shape, placement.of_rank(rank), job.seed, dtype, device)
         slots = placement.slots(routing.ids)[own].to(device)
         work = Work.of(x[own], slots, weights[own], experts, Ranks(rank, size))
         grouped, choice = choose(work, device)
@@ -261,7 +261,7 @@ def timed(job: Job, variant: Variant, work: Work, expected: Tensor, placement: i
         slowest_expert=times[..., PHASES.index(EXPERT)].amax(0).tolist() if runs else [],
         sent_bytes=int(sum(sent)),
         workspace=int(max(workspaces)) if device.type == "cuda" else None,
-        expert_bytes=work.experts.nbytes,
+        expert_bytes=work.experts.gate_up.nbytes + work.experts.down.nbytes,
         settings=variant.run.describe() if isinstance(variant.run, Grouped) else "",
         waits=variant.waits,
     )

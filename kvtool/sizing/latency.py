@@ -10,16 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvtool.attention import BACKENDS, AttentionBackend, rotated_queries
+from kvtool.attention.layer import AttentionLayer
 from kvtool.config import Bits, KVOptions
 from kvtool.errors import CapacityError, ConfigError
 from kvtool.kv.batch import KVBatch, Span
+from kvtool.kv.hadamard import hadamard
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.store import KVStore, LayerKV, Stream
 from kvtool.quantize.decode_speed import read_bandwidth, step_bytes
 from kvtool.sizing.shapes import ModelShape
 from kvtool.sizing.theory import kv_format, schemes_of
 
-PACKED: tuple[Bits, ...] = ("8", "4")
+BITS: tuple[Bits, ...] = ("16", "8", "4")  # of latents
 FLUSHED = 256 << 20  # bytes written before each run on a GPU, so that nothing is found in a cache
 RUNS, WARMUP = 20, 3
 
@@ -104,9 +107,15 @@ class Step:
     def absorbed(self, latents: Tensor, keys: Tensor) -> Tensor:
         """Over latents and rope keys as they are cached: each head's products go to its query and to its output, and
         attention is that of one key head (DeepSeek-V2, arXiv 2405.04434, 2.1.2): [B, H, value_dim]."""
-        q = torch.einsum("bhn,hnr->bhr", self.nope, self.to_keys)
-        scores = torch.baddbmm(q @ latents.transpose(1, 2), self.rope, keys.transpose(1, 2))
-        gathered = (scores.float() * self.scale).softmax(-1).to(latents.dtype) @ latents
+        scores = torch.baddbmm(self.queries() @ latents.transpose(1, 2), self.rope, keys.transpose(1, 2))
+        return self.values((scores.float() * self.scale).softmax(-1).to(latents.dtype) @ latents)
+
+    def queries(self) -> Tensor:
+        """As they meet latents: [B, H, kv_lora_rank]."""
+        return torch.einsum("bhn,hnr->bhr", self.nope, self.to_keys)
+
+    def values(self, gathered: Tensor) -> Tensor:
+        """What heads have gathered of latents [B, H, kv_lora_rank], as values [B, H, value_dim]."""
         return torch.einsum("bhr,hvr->bhv", gathered, self.to_values)
 
     def reference(self) -> Tensor:
@@ -144,7 +153,7 @@ def _latencies(
 ) -> list[Latency]:
     step = Step.random(shape, batch, context, dtype, device)
     expected = step.reference()
-    bandwidth = bandwidth_of(device)
+    bandwidth, on_gpu = bandwidth_of(device), device.type == "cuda"
     found = []
 
     def timed(form: str, cache: str, nbytes: int, run: Callable[[], Tensor]) -> None:
@@ -157,10 +166,13 @@ def _latencies(
     nbytes = step.latents.nbytes + step.keys.nbytes + step.product_bytes
     timed("expanded anew", "latents", nbytes, lambda: step.attend(*step.expanded()))
     timed("absorbed, torch", "latents", nbytes, partial(step.absorbed, step.latents, step.keys))
-    for nbits in PACKED:
-        packed = PackedLatents.of(step, native_layout(shape, replace(options, nbits=nbits), dtype))
-        nbytes = batch * step_bytes(packed.layout, context) + step.product_bytes
-        timed("absorbed, torch", f"latents in {nbits} bits", nbytes, partial(packed.attend, step))
+    for nbits in BITS:
+        latents = StoredLatents.of(step, native_layout(shape, replace(options, nbits=nbits), dtype))
+        nbytes = batch * step_bytes(latents.layout, context) + step.product_bytes
+        for backend in BACKENDS:
+            if backend.decode.refuses(latents.attention, latents.kv) is None and (on_gpu or backend.name == "torch"):
+                attend = partial(latents.attend, step, backend)
+                timed(f"absorbed, {backend.name}", f"store of {nbits} bits", nbytes, attend)
     return found
 
 
@@ -171,42 +183,38 @@ def native_layout(shape: ModelShape, options: KVOptions, dtype: torch.dtype) -> 
 
 
 @dataclass(frozen=True)
-class PackedLatents:
-    """The latents and rope keys of a step in a store of one layer.
-
-    Attributes:
-        blocks: [B, n], those that the step's queries read.
-        near: [m], rows of the tail that they read, in order of position.
-    """
+class StoredLatents:
+    """The latents and rope keys of a step in a store of one layer, and the batch of its queries."""
 
     layout: KVLayout
-    layer: LayerKV
-    dtype: torch.dtype
-    blocks: Tensor
-    near: Tensor
+    kv: LayerKV
+    batch: KVBatch
+    attention: AttentionLayer
 
     @classmethod
-    def of(cls, step: Step, layout: KVLayout) -> "PackedLatents":
+    def of(cls, step: Step, layout: KVLayout) -> "StoredLatents":
         """Write them as prompts."""
-        fmt, (batch, context, _), device = layout.format, step.latents.shape, step.latents.device
+        fmt, (batch, context, rank), device = layout.format, step.latents.shape, step.latents.device
         per_seq = fmt.num_blocks(context)
-        (layer,) = KVStore(layout, batch * per_seq, batch, step.latents.dtype, device).layers
-        blocks = torch.arange(batch * per_seq).view(batch, per_seq)
-        spans = [Span(0, context, ids, seq) for seq, ids in enumerate(blocks.tolist())]
-        for span, key, latent in zip(spans, step.keys, step.latents, strict=True):
-            layer.write(key[:, None], latent[:, None], KVBatch.build(fmt, [span], device))
-        far = min(fmt.visible(context - 1), context)
-        near = torch.arange(far, context, device=device) % max(1, fmt.tail_tokens)
-        return cls(layout, layer, step.latents.dtype, blocks[:, : -(-far // fmt.block_size)].to(device), near)
+        (kv,) = KVStore(layout, batch * per_seq, batch, step.latents.dtype, device).layers
+        blocks = torch.arange(batch * per_seq).view(batch, per_seq).tolist()
+        for seq, (key, latent) in enumerate(zip(step.keys, step.latents, strict=True)):
+            span = Span(0, context, blocks[seq], seq)
+            kv.write(stored(key, kv.key), stored(latent, kv.value), KVBatch.build(fmt, [span], device))
+        last = KVBatch.build(fmt, [Span(context - 1, context, ids, seq) for seq, ids in enumerate(blocks)], device)
+        num_heads, rope_dim = step.rope.shape[1:]
+        return cls(layout, kv, last, AttentionLayer(num_heads, 1, rank + rope_dim, step.scale, latent_dim=rank))
 
-    def read(self, stream: Stream, context: int) -> Tensor:
-        """The stream's tokens [B, T, D], unpacked."""
-        far = stream.read_blocks(self.blocks, self.dtype)[:, 0, : context - len(self.near)]
-        return torch.cat([far, stream.tail[:, 0, self.near]], dim=1) if len(self.near) else far
+    def attend(self, step: Step, backend: AttentionBackend) -> Tensor:
+        """What `Step.absorbed` does, by a backend from the store."""
+        q = rotated_queries(torch.cat([step.queries(), step.rope], dim=-1), self.kv, self.attention)
+        gathered = backend.forward(q, None, self.kv, self.batch, self.attention)
+        return step.values(hadamard(gathered) if self.kv.value.format.rotate else gathered)
 
-    def attend(self, step: Step) -> Tensor:
-        context = step.latents.shape[1]
-        return step.absorbed(self.read(self.layer.value, context), self.read(self.layer.key, context))
+
+def stored(x: Tensor, stream: Stream) -> Tensor:
+    """Tokens [T, D] of one head as `stream` takes them."""
+    return hadamard(x[:, None]) if stream.format.rotate else x[:, None]
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:

@@ -40,7 +40,7 @@ class Scheme:
 
     def spec(self, num_layers: int) -> KVSpec:
         """Of a model that is served in 16 bits."""
-        return KVSpec(num_layers, self.key, self.value, ELEMENT_SIZE)
+        return KVSpec(num_layers, self.key, self.value, ELEMENT_SIZE, self.is_latent)
 
     def on_rank(self, tp: int) -> "Scheme":
         """What one of `tp` GPUs keeps: its share of the key heads, but a whole one at least, and a latent whole."""
@@ -146,10 +146,7 @@ def key_heads(name: str, num_heads: int) -> int | None:
 
 
 def kv_format(options: KVOptions, scheme: Scheme, num_layers: int) -> KVFormat:
-    """What `options` mean for a scheme. Of a latent, value options speak for it and key options for the rope key, which
-    everything depends on: `--nbits` below 8 leaves it 8 bits."""
-    if scheme.is_latent and options.nbits in ("4", "2") and options.nbits_key is None:
-        options = replace(options, nbits_key="8")
+    """What `options` mean for a scheme."""
     return resolve(options, scheme.spec(num_layers))
 
 
