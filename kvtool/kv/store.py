@@ -111,7 +111,7 @@ class KVStore:
 
     def clear(self, blocks: Sequence[int], tail_slot: int) -> None:
         """Overwrite blocks and a tail with zeros."""
-        index = self._index(blocks)
+        index = self.index(blocks)
         for layer in self._layer_blocks:
             layer.index_fill_(0, index, 0)
         self.tail(tail_slot).zero_()
@@ -124,21 +124,29 @@ class KVStore:
 
     def gather_blocks(self, blocks: Sequence[int]) -> Tensor:
         """The bytes of `blocks`, [n, block_bytes] uint8, each with its layers behind each other."""
-        index = self._index(blocks)
+        index = self.index(blocks)
         return torch.cat([layer[index] for layer in self._layer_blocks], dim=1)
 
     def scatter_blocks(self, blocks: Sequence[int], data: Tensor) -> None:
         """Write what `gather_blocks` gave."""
         parts = data.split([layer.shape[1] for layer in self._layer_blocks], dim=1)
-        index = self._index(blocks)
+        index = self.index(blocks)
         for layer, part in zip(self._layer_blocks, parts, strict=True):
             layer[index] = part
+
+    def gather_layer(self, layer: int, index: Tensor) -> Tensor:
+        """The bytes that are one layer's of the blocks of an `index`, [n, layer_block_bytes] uint8."""
+        return self._layer_blocks[layer][index]
+
+    def scatter_layer(self, layer: int, index: Tensor, data: Tensor) -> None:
+        """Write what `gather_layer` gave, from whatever device."""
+        self._layer_blocks[layer][index] = data.to(self.blocks.device, non_blocking=True)
 
     def tail(self, slot: int) -> Tensor:
         """The bytes of one tail slot, [tail_bytes] uint8."""
         return self.tails[slot * self.layout.tail_bytes : (slot + 1) * self.layout.tail_bytes]
 
-    def _index(self, blocks: Sequence[int]) -> Tensor:
+    def index(self, blocks: Sequence[int]) -> Tensor:
         """`blocks` on the device; with a list torch would wait for the GPU, once for each layer."""
         return on_device({"blocks": integers(blocks, len(blocks))}, self.blocks.device)["blocks"]
 

@@ -1,0 +1,191 @@
+"""How frames and tensors reach one peer: a queue, a socket, and what moves tensors beside a socket."""
+
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+LENGTH_BYTES = 4
+MAX_FRAME_BYTES = 1 << 16
+AT_ONCE = 512  # buffers to one system call; Linux takes 1,024
+STAGING_BYTES = 16 << 20  # of pinned memory, between a GPU and a socket
+
+
+class Channel(Protocol):
+    """An ordered way to one peer, used by one thread at a time at each end.
+
+    What is sent as tensors (uint8, contiguous) arrives in tensors of the same sizes, known from the frame before.
+    Every method raises an OSError once the peer or the way to it is gone.
+    """
+
+    def send_frame(self, body: bytes) -> None: ...
+
+    def receive_frame(self) -> bytes: ...
+
+    def send(self, pieces: Sequence[Tensor]) -> None: ...
+
+    def receive(self, pieces: Sequence[Tensor]) -> None: ...
+
+    def close(self) -> None:
+        """End it for both ends, also under a thread that waits here."""
+
+
+class QueueChannel:
+    """Both ends in one process: tensors are handed over, and copied once, where they are received."""
+
+    def __init__(self, inbox: "SimpleQueue[Any]", outbox: "SimpleQueue[Any]") -> None:
+        self._inbox, self._outbox = inbox, outbox
+
+    @classmethod
+    def pair(cls) -> tuple["QueueChannel", "QueueChannel"]:
+        one, two = SimpleQueue[Any](), SimpleQueue[Any]()
+        return cls(one, two), cls(two, one)
+
+    def send_frame(self, body: bytes) -> None:
+        self._outbox.put(body)
+
+    def receive_frame(self) -> bytes:
+        body: bytes = self._next()
+        return body
+
+    def send(self, pieces: Sequence[Tensor]) -> None:
+        if pieces[0].is_cuda:  # the peer reads them on a stream of its own
+            torch.cuda.current_stream(pieces[0].device).synchronize()
+        self._outbox.put(pieces)
+
+    def receive(self, pieces: Sequence[Tensor]) -> None:
+        for piece, sent in zip(pieces, self._next(), strict=True):
+            piece.copy_(sent)
+
+    def _next(self) -> Any:
+        item = self._inbox.get()
+        if item is None:
+            self._inbox.put(None)
+            raise ConnectionError("the peer has closed")
+        return item
+
+    def close(self) -> None:
+        with suppress(Empty):
+            while True:
+                self._inbox.get_nowait()
+        self._outbox.put(None)
+        self._inbox.put(None)
+
+
+class SocketChannel:
+    """TCP. Tensors on a GPU pass through pinned memory on either side."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.connection = connection
+        self._staging: Tensor | None = None
+
+    def send_frame(self, body: bytes) -> None:
+        assert len(body) <= MAX_FRAME_BYTES
+        self.connection.sendall(len(body).to_bytes(LENGTH_BYTES, "little") + body)
+
+    def receive_frame(self) -> bytes:
+        size = int.from_bytes(self._read(LENGTH_BYTES), "little")
+        if size > MAX_FRAME_BYTES:
+            raise ConnectionError(f"a frame of {size} bytes; at most {MAX_FRAME_BYTES} are taken")
+        return self._read(size)
+
+    def send(self, pieces: Sequence[Tensor]) -> None:
+        if pieces[0].is_cuda:
+            for piece in pieces:
+                for part in piece.view(-1).split(STAGING_BYTES):
+                    self._send_all([self._staged(part).copy_(part)])
+        else:
+            self._send_all(pieces)
+
+    def receive(self, pieces: Sequence[Tensor]) -> None:
+        for piece in pieces:
+            if piece.is_cuda:
+                for part in piece.view(-1).split(STAGING_BYTES):
+                    staged = self._staged(part)
+                    self._fill(_view(staged))
+                    part.copy_(staged)
+            else:
+                self._fill(_view(piece))
+
+    def close(self) -> None:
+        with suppress(OSError):  # the peer was first
+            self.connection.shutdown(socket.SHUT_RDWR)
+        self.connection.close()
+
+    def _staged(self, part: Tensor) -> Tensor:
+        if self._staging is None:
+            self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
+        return self._staging[: part.numel()]
+
+    def _send_all(self, pieces: Sequence[Tensor]) -> None:
+        views = [_view(piece) for piece in pieces]
+        while views:
+            sent = self.connection.sendmsg(views[:AT_ONCE])
+            while views and sent >= len(views[0]):
+                sent -= len(views.pop(0))
+            if sent:
+                views[0] = views[0][sent:]
+
+    def _read(self, size: int) -> bytes:
+        data = bytearray(size)
+        self._fill(memoryview(data))
+        return bytes(data)
+
+    def _fill(self, view: memoryview) -> None:
+        while view:
+            count = self.connection.recv_into(view)
+            if count == 0:
+                raise ConnectionError("the peer has closed")
+            view = view[count:]
+
+
+class GroupChannel:
+    """Frames over a socket, tensors by torch.distributed in a group of these two ends alone.
+
+    The group's own connections know no secret: they carry bytes whose checksum came in an authenticated frame.
+    """
+
+    def __init__(self, frames: SocketChannel, backend: str, rank: int, store: TCPStore, timeout: float) -> None:
+        self._frames, self._other = frames, 1 - rank
+        limit = timedelta(seconds=timeout)
+        if backend == "nccl":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = limit
+            self._group: Any = dist.ProcessGroupNCCL(store, rank, 2, options)
+        else:
+            self._group = dist.ProcessGroupGloo(store, rank, 2, limit)
+
+    def send_frame(self, body: bytes) -> None:
+        self._frames.send_frame(body)
+
+    def receive_frame(self) -> bytes:
+        return self._frames.receive_frame()
+
+    def send(self, pieces: Sequence[Tensor]) -> None:
+        self._wait([self._group.send([piece], self._other, 0) for piece in pieces])
+
+    def receive(self, pieces: Sequence[Tensor]) -> None:
+        self._wait([self._group.recv([piece], self._other, 0) for piece in pieces])
+
+    def close(self) -> None:
+        self._frames.close()
+
+    def _wait(self, works: Sequence[Any]) -> None:
+        try:
+            for work in works:
+                work.wait()
+        except RuntimeError as error:  # torch's word for a peer that has gone
+            raise ConnectionError(str(error).partition("\n")[0]) from error
+
+
+def _view(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the host."""
+    return memoryview(tensor.view(-1).numpy())  # type: ignore[arg-type]
