@@ -38,6 +38,31 @@ class KVOptions:
 
 
 @dataclass(frozen=True)
+class HandoffConfig:
+    """An engine's part where one engine computes prompts and another their answers.
+
+    Attributes:
+        role: "prefill" pushes the KV of a prompt to the engine that a request names, "decode" takes it in.
+        secret: that all of them know.
+        peers: of "prefill": the decode engines that it may push to, each HOST:PORT.
+        host, port: of "decode": where KV arrives; port 0 picks a free one.
+        transfer: "auto" or a name from `kvtool.kv.transfer.TRANSFERS`.
+        timeout: seconds that peers have to answer when "prefill" starts, and in which KV must have come to "decode",
+            which then computes the prompt itself.
+        fault: make all transfers fail in this way, to see what happens.
+    """
+
+    role: Literal["prefill", "decode"]
+    secret: str = field(repr=False)
+    peers: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 0
+    transfer: str = "auto"
+    timeout: float = 60.0
+    fault: Literal["corrupt", "drop", "delay"] | None = None
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """One engine: the model, where it runs, and how much it may hold.
 
@@ -57,6 +82,7 @@ class EngineConfig:
         attention_backend: "auto" or a name from `kvtool.attention.BACKENDS`.
         cuda_graph: on a GPU, launch decode steps whole.
         run_ahead: launch a step while the last one computes, its tokens unknown to the host; None: on a GPU.
+        handoff: how it shares requests with other engines; None: it does not.
     """
 
     model: str = "tiny"
@@ -75,6 +101,7 @@ class EngineConfig:
     cuda_graph: bool = True
     run_ahead: bool | None = None
     kv: KVOptions = field(default_factory=KVOptions)
+    handoff: HandoffConfig | None = None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from kvtool.request import Abort, EngineFailed, FlushCache, Request, Tokens, Upd
 
 def serve(connection: socket.socket) -> None:
     """Be the engine process of an `EngineClient`: until the other end closes, take requests and send tokens."""
-    inbox = _Inbox(connection)
+    inbox = Inbox(connection)
     config, has_preflight = msgspec.msgpack.decode(next(inbox.wait()), type=tuple[EngineConfig, bool])
     try:
         engine = Engine(preflight(config) if has_preflight else config)
@@ -38,12 +38,14 @@ def serve(connection: socket.socket) -> None:
     gc.collect()
     gc.freeze()  # or Python looks through torch and the model time and again, between steps
     connection.sendall(ready)
+    inbox.bell = engine.bell
     Thread(target=_prepare, args=[engine], daemon=True).start()
     decoder = msgspec.msgpack.Decoder(Request | Abort | FlushCache)
     while True:
         news = []
         for body in inbox.poll() if engine.has_work else inbox.wait():
             news += _take(engine, decoder.decode(body))
+        news += engine.take_arrivals()
         if engine.has_work:
             news += engine.step()
         connection.sendall(frame(Update(news, engine.stats())))
@@ -70,8 +72,11 @@ def _take(engine: Engine, message: Request | Abort | FlushCache) -> list[Tokens]
     return []
 
 
-class _Inbox:
+class Inbox:
     """Frames that have arrived on a socket.
+
+    Attributes:
+        bell: a socket that ends the waiting, too; None: there is no other.
 
     Raises:
         EOFError: the other end has closed.
@@ -79,6 +84,7 @@ class _Inbox:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection, self._buffer = connection, bytearray()
+        self.bell: socket.socket | None = None
 
     def poll(self) -> Iterator[bytes]:
         """Frames that are here already."""
@@ -88,8 +94,10 @@ class _Inbox:
             yield body
 
     def wait(self) -> Iterator[bytes]:
-        """At least one frame."""
+        """At least one frame, unless the bell rings."""
         while (body := self._next()) is None:
+            if self.bell in select.select([self._connection, *filter(None, [self.bell])], [], [])[0]:
+                return
             self._receive()
         yield body
         yield from self.poll()

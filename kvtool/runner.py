@@ -1,6 +1,6 @@
 """The model on its device: a scheduled batch goes in, sampled token ids come out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
@@ -19,6 +19,7 @@ from kvtool.kv.batch import KVBatch, on_device
 from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.layout import KVLayout
+from kvtool.kv.receiver import Landing
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.swap import SwapSpace
 from kvtool.memory import DeviceMemory, allocate, cache_memory, capacity, check_context, size
@@ -113,20 +114,31 @@ class Runner:
                 self._capture(self.graphs)
 
     @torch.inference_mode()
-    def launch(self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None = None) -> Handle:
+    def launch(
+        self,
+        batch: ScheduledBatch,
+        allowed: NDArray[np.int32] | None = None,
+        landings: Mapping[str, Landing] | None = None,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> Handle:
         """Start one step.
 
         Args:
             allowed: [len(batch.samples), ceil(vocab_size / 32)]: bit i % 32 of word i // 32 is set where token i may
                 be chosen.
+            landings: what the batch imports, by id.
+            on_layer: called with each layer that has written its keys and values, unless the step is a graph.
 
         Raises:
             UnsupportedError: the cache's format cannot hold what the model makes of these tokens.
             CapacityError: the GPU has no memory left for so large a step.
         """
         self._move(batch)
+        for imported in batch.imports:
+            assert landings is not None
+            landings[imported.id].store_in(self.store, imported.memory.blocks, imported.memory.slot)
         try:
-            return self._run(batch, allowed)
+            return self._run(batch, allowed, on_layer)
         except torch.OutOfMemoryError as error:
             self.store.take_fault()  # whoever comes next has nothing to do with it
             raise CapacityError(
@@ -134,13 +146,15 @@ class Runner:
                 "lower --gpu-memory-utilization, --max-num-batched-tokens or --max-num-seqs"
             ) from error
 
-    def _run(self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None) -> Handle:
+    def _run(
+        self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None, on_layer: Callable[[int], None] | None
+    ) -> Handle:
         """Compute the spans and sample."""
         if self.graphs and self.graphs.decodes.holds(batch):
             kv_batch, logits, greedy = self.graphs.decodes.launch(batch)
             self.store.seal(kv_batch)
             return self._sample(batch, logits, greedy, allowed, [])
-        kv_batch, hidden = self._hidden_states(batch)
+        kv_batch, hidden = self._hidden_states(batch, on_layer)
         self.store.seal(kv_batch)
         for fork in batch.forks:
             self.store.fork(fork.source_block, fork.source_slot, fork.block, fork.slot)
@@ -154,7 +168,9 @@ class Runner:
             hidden = hidden[on_device({"rows": np.array(rows, np.int64)}, self.device)["rows"]]
         return self._sample(batch, self.model.logits(hidden), None, allowed, prompt_scores)
 
-    def _hidden_states(self, batch: ScheduledBatch) -> tuple[KVBatch, Tensor]:
+    def _hidden_states(
+        self, batch: ScheduledBatch, on_layer: Callable[[int], None] | None
+    ) -> tuple[KVBatch, Tensor]:
         """Where the step's tokens stand, and their hidden states."""
         if self.graphs and (room := self.graphs.prompts.room(batch)):
             return self.graphs.prompts.launch(batch, room)
@@ -162,11 +178,13 @@ class Runner:
         known = [token for span in batch.spans for token in span.token_ids]
         sampled = self.newest[kv_batch.tail_slots[: sum(not span.token_ids for span in batch.spans)]]
         ids = torch.cat([sampled, on_device({"known": np.array(known, np.int64)}, self.device)["known"]])
-        return kv_batch, self._compute(ids, kv_batch)
+        return kv_batch, self._compute(ids, kv_batch, on_layer)
 
-    def _compute(self, ids: Tensor, kv_batch: KVBatch) -> Tensor:
+    def _compute(
+        self, ids: Tensor, kv_batch: KVBatch, on_layer: Callable[[int], None] | None = None
+    ) -> Tensor:
         """Hidden states of the tokens `ids`."""
-        hidden: Tensor = self.model(ids, kv_batch.positions, partial(self._attend, kv_batch))
+        hidden: Tensor = self.model(ids, kv_batch.positions, partial(self._attend, kv_batch, on_layer))
         return hidden
 
     def _sample(
@@ -297,8 +315,19 @@ class Runner:
         self.newest.zero_()
         return DeviceMemory(int(total * config.gpu_memory_utilization), others, weights, workspace)
 
-    def _attend(self, batch: KVBatch, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self.attention(layer, q, key, value, batch)
+    def _attend(
+        self,
+        batch: KVBatch,
+        on_layer: Callable[[int], None] | None,
+        layer: int,
+        q: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> Tensor:
+        out = self.attention(layer, q, key, value, batch)
+        if on_layer:
+            on_layer(layer)
+        return out
 
 
 def largest_step(config: EngineConfig, fmt: KVFormat, max_model_len: int) -> ScheduledBatch:

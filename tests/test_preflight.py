@@ -17,8 +17,8 @@ from kvtool.config import EngineConfig, KVOptions
 from kvtool.errors import ModelError
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
-from kvtool.models.resolve import EMBEDDED
-from kvtool.quantize.preflight import Verdict, as_ranges, calibration_windows, examine, fingerprint, preflight
+from kvtool.models.resolve import EMBEDDED, fingerprint
+from kvtool.quantize.preflight import Verdict, as_ranges, calibration_windows, examine, preflight
 from kvtool.scoring import ScoringModel, Window
 from kvtool.tokenizer import Tokenizer
 

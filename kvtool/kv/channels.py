@@ -1,6 +1,7 @@
 """How frames and tensors reach one peer: a queue, a socket, and what moves tensors beside a socket."""
 
 import socket
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -15,6 +16,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 1 << 16
 AT_ONCE = 512  # buffers to one system call; Linux takes 1,024
+DELAY_SECONDS = 0.5
 STAGING_BYTES = 16 << 20  # of pinned memory, between a GPU and a socket
 
 
@@ -184,6 +186,30 @@ class GroupChannel:
                 work.wait()
         except RuntimeError as error:  # torch's word for a peer that has gone
             raise ConnectionError(str(error).partition("\n")[0]) from error
+
+
+class FaultyChannel:
+    """Another channel whose sender fails on purpose, at all tensors: to see what becomes of a request.
+
+    Args:
+        fault: "corrupt" changes a bit, "drop" ends the connection, "delay" is late by half a second.
+    """
+
+    def __init__(self, channel: Channel, fault: str) -> None:
+        self._channel, self._fault = channel, fault
+        self.send_frame, self.receive_frame = channel.send_frame, channel.receive_frame
+        self.receive, self.close = channel.receive, channel.close
+
+    def send(self, pieces: Sequence[Tensor]) -> None:
+        if self._fault == "drop":
+            self.close()
+            raise ConnectionError("dropped on purpose")
+        if self._fault == "delay":
+            time.sleep(DELAY_SECONDS)
+        if self._fault == "corrupt":
+            pieces = [pieces[0].clone(), *pieces[1:]]
+            pieces[0].view(-1)[:1] ^= 1
+        self._channel.send(pieces)
 
 
 def _view(tensor: Tensor) -> memoryview:

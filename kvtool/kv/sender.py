@@ -11,7 +11,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from kvtool.errors import ConfigError
+from kvtool.errors import ConfigError, UnsupportedError
 from kvtool.kv.channels import Channel, QueueChannel
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.store import KVStore
@@ -205,7 +205,7 @@ class Sender:
                 clock = session.hear(Pong).clock
                 gone = time.perf_counter() - sent
                 offsets.append((gone, clock - sent - gone / 2))
-        except TransferError as error:
+        except (TransferError, UnsupportedError) as error:
             channel.close()
             raise TransferError(f"--peer {self.name}: {error}") from error
         except BaseException:

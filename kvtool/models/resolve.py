@@ -1,5 +1,7 @@
 """From what a user calls a model to a folder on disk."""
 
+import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from kvtool.errors import ModelError
 EMBEDDED = {"tiny": Path(__file__).parent.parent / "assets" / "tiny"}
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 UNWANTED = ["*/*", "consolidated*"]  # the same weights once more, in their makers' own layout
+PAGES, PAGE_BYTES = 1024, 4096  # of a weight file; they stand for all of it
 
 
 def resolve_model(name: str) -> Path:
@@ -36,6 +39,19 @@ def resolve_model(name: str) -> Path:
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise ModelError(f"--model {name}: no such folder, and no hub id; embedded models: {', '.join(EMBEDDED)}")
     return _download(name)
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells a model's weights and configuration from others': of long files, up to 4 MiB in evenly spaced pages."""
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            digest.update(f"{file.name} {size} ".encode())
+            for start in range(0, size, max(PAGE_BYTES, size // PAGES)):
+                stream.seek(start)
+                digest.update(stream.read(PAGE_BYTES))
+    return digest.hexdigest()
 
 
 def _download(name: str) -> Path:
