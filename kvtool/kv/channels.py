@@ -1,6 +1,7 @@
 """How frames and tensors reach one peer: a queue, a socket, and what moves tensors beside a socket."""
 
 import socket
+import struct
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -117,6 +118,14 @@ class SocketChannel:
             else:
                 self._fill(_view(piece))
 
+    def limit(self, seconds: float) -> None:
+        """Let an operation fail that makes no headway for so long; 0: never. The kernel watches: with a timeout of
+        Python's own a socket does not block, and nothing can wait for all that was asked for."""
+        self.connection.setblocking(True)
+        for which in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            whole, part = divmod(seconds, 1)
+            self.connection.setsockopt(socket.SOL_SOCKET, which, struct.pack("@ll", int(whole), int(part * 1e6)))
+
     def close(self) -> None:
         with suppress(OSError):  # the peer was first
             self.connection.shutdown(socket.SHUT_RDWR)
@@ -143,7 +152,8 @@ class SocketChannel:
 
     def _fill(self, view: memoryview) -> None:
         while view:
-            count = self.connection.recv_into(view)
+            # Waiting for all of it in the kernel saves a wait for Python's lock at every packet.
+            count = self.connection.recv_into(view, len(view), socket.MSG_WAITALL)
             if count == 0:
                 raise ConnectionError("the peer has closed")
             view = view[count:]

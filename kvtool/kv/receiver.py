@@ -43,6 +43,7 @@ HANDSHAKE_SECONDS = 10.0
 REGISTER_SECONDS = 5.0  # by which the news that a sequence comes may be later than the sequence
 WATCH_SECONDS = 0.25
 MAX_CONNECTIONS = 256
+MAX_SPARE = 4
 
 logger = logging.getLogger(__name__)
 
@@ -51,18 +52,18 @@ class Landing:
     """Memory of one sequence outside any store, in one allocation: its blocks, layer by layer, and its tail.
 
     Attributes:
+        memory: what it lies in, uint8, perhaps more than it needs.
         layers: [num_blocks, bytes of the layer's part of a block] uint8 each.
         tail: [tail_bytes] uint8.
+        read: when a store on a GPU has it all.
     """
 
-    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device | str = "cpu", pinned: bool = False):
+    def __init__(self, layout: KVLayout, num_blocks: int, memory: Tensor) -> None:
         sizes = [layout.layer_block_bytes(layer) for layer in range(layout.spec.num_layers)]
-        memory = torch.empty(
-            num_blocks * sum(sizes) + layout.tail_bytes, dtype=torch.uint8, device=device, pin_memory=pinned
-        )
-        *layers, self.tail = memory.split([*(num_blocks * size for size in sizes), layout.tail_bytes])
+        self.read: torch.cuda.Event | None = None
+        self.memory, self.nbytes = memory, num_blocks * sum(sizes) + layout.tail_bytes
+        *layers, self.tail = memory[: self.nbytes].split([*(num_blocks * size for size in sizes), layout.tail_bytes])
         self.layers = [layer.view(num_blocks, size) for layer, size in zip(layers, sizes, strict=True)]
-        self.nbytes = memory.nbytes
 
     def store_in(self, store: KVStore, blocks: Sequence[int], slot: int) -> None:
         """Copy the last of the blocks to `blocks`, and the tail to `slot`; those before are in the store already."""
@@ -71,8 +72,11 @@ class Landing:
             for layer, data in enumerate(self.layers):
                 store.scatter_layer(layer, index, data[len(data) - len(blocks) :])
         store.tail(slot).copy_(self.tail, non_blocking=True)
-        if self.tail.is_cuda:  # it was allocated for another stream
-            self.tail.record_stream(torch.cuda.current_stream(self.tail.device))
+        if store.blocks.is_cuda:
+            stream = torch.cuda.current_stream(store.blocks.device)
+            self.read = stream.record_event()
+            if self.memory.is_cuda:  # it was allocated for another stream
+                self.memory.record_stream(stream)
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,8 @@ class Receiver:
         self.layout, self.identity = layout, identity
         self._secret, self._device, self._wake = secret, torch.device(device), wake
         self._free_bytes = most_bytes
+        self._spare: list[tuple[Tensor, torch.cuda.Event | None]] = []  # used before: memory that is new to a process costs as much as to send it
+        self.transfers: list[str] = []  # of the connections that came, in order
         self._expected: dict[str, Expected] = {}
         self._changed = Condition()
         self._events: deque[Arrival | Loss] = deque()
@@ -184,6 +190,8 @@ class Receiver:
         """The landing is not used any more."""
         with self._changed:
             self._free_bytes += landing.nbytes
+            self._spare.append((landing.memory, landing.read))
+            del self._spare[:-MAX_SPARE]
 
     def close(self) -> None:
         """End all connections."""
@@ -208,8 +216,9 @@ class Receiver:
                 logger.warning("KV transfer: %d connections at once; one more is refused", MAX_CONNECTIONS)
                 connection.close()
                 continue
-            connection.settimeout(HANDSHAKE_SECONDS)
-            self._serve_beside(SocketChannel(connection))
+            channel = SocketChannel(connection)
+            channel.limit(HANDSHAKE_SECONDS)
+            self._serve_beside(channel)
 
     def _serve_beside(self, channel: Channel) -> None:
         with self._changed:
@@ -245,11 +254,12 @@ class Receiver:
             session.say(Refused(str(error)))
             raise TransferError(str(error)) from error
         meet_as_receiver(session, transfer)
+        self.transfers.append(transfer.name)
         for _ in range(PINGS):
             session.hear(Ping)
             session.say(Pong(time.perf_counter()))
         if isinstance(channel, SocketChannel):
-            channel.connection.settimeout(None)  # a connection may be idle; `_watch` ends those that keep a sequence
+            channel.limit(0)  # a connection may be idle; `_watch` ends those that keep a sequence
         return session, transfer.lands_on_device
 
     def _take_sequence(self, session: Session, lands_on_device: bool) -> None:
@@ -311,7 +321,17 @@ class Receiver:
             expected.session = session
         on_gpu = self._device.type == "cuda"
         device = self._device if lands_on_device else torch.device("cpu")
-        return Landing(layout, opening.num_blocks, device, pinned=on_gpu and not lands_on_device), ""
+        with self._changed:
+            fits = [i for i, (memory, _) in enumerate(self._spare) if memory.nbytes >= needed]
+            spare = self._spare.pop(fits[-1]) if fits else None
+        if spare is None:
+            pinned = on_gpu and not lands_on_device
+            memory = torch.empty(needed, dtype=torch.uint8, device=device, pin_memory=pinned)
+        else:
+            memory, read = spare
+            if read:
+                read.synchronize()
+        return Landing(layout, opening.num_blocks, memory), ""
 
     def _fill(self, session: Session, landing: Landing) -> Close | Drop:
         """Receive all parts, each checked."""

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 
 import msgspec
 import torch
@@ -68,6 +68,7 @@ class Push:
     num_sent: list[int]
     pieces: "SimpleQueue[Piece | Drop]" = field(default_factory=SimpleQueue)
     failed: bool = False
+    _ended: Event = field(default_factory=Event)
 
     def put_blocks(self, layers: range, end_block: int, store: KVStore, blocks: Sequence[int]) -> None:
         """Send what is new of the first `end_block` of the sequence's `blocks`, in `layers` that are equally far."""
@@ -88,6 +89,15 @@ class Push:
 
     def drop(self, reason: str) -> None:
         self.pieces.put(Drop(reason))
+
+    def end(self, failed: bool) -> None:
+        """The sender is done with it."""
+        self.failed = failed
+        self._ended.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has arrived; returns at once when that is known."""
+        return self._ended.wait(seconds) and not self.failed
 
 
 def _event(tensors: Sequence[Tensor]) -> torch.cuda.Event | None:
@@ -179,8 +189,9 @@ class Sender:
                 link = link or self._link()
                 with torch.cuda.stream(stream):  # None: no other
                     link.carry(push)
+                push.end(failed=False)
             except (TransferError, OSError) as error:
-                push.failed = True
+                push.end(failed=True)
                 logger.warning("KV transfer: %.80r does not reach %s: %s", push.opening.id, self.name, error)
             if link and link.is_good:
                 with self._lock:

@@ -125,22 +125,23 @@ class KVStore:
     def gather_blocks(self, blocks: Sequence[int]) -> Tensor:
         """The bytes of `blocks`, [n, block_bytes] uint8, each with its layers behind each other."""
         index = self.index(blocks)
-        return torch.cat([layer[index] for layer in self._layer_blocks], dim=1)
+        return torch.cat([self.gather_layer(layer, index) for layer in range(len(self.layers))], dim=1)
 
     def scatter_blocks(self, blocks: Sequence[int], data: Tensor) -> None:
         """Write what `gather_blocks` gave."""
         parts = data.split([layer.shape[1] for layer in self._layer_blocks], dim=1)
         index = self.index(blocks)
-        for layer, part in zip(self._layer_blocks, parts, strict=True):
-            layer[index] = part
+        for layer, part in enumerate(parts):
+            self.scatter_layer(layer, index, part.contiguous())
 
     def gather_layer(self, layer: int, index: Tensor) -> Tensor:
         """The bytes that are one layer's of the blocks of an `index`, [n, layer_block_bytes] uint8."""
-        return self._layer_blocks[layer][index]
+        return _words(self._layer_blocks[layer]).index_select(0, index).view(torch.uint8)
 
     def scatter_layer(self, layer: int, index: Tensor, data: Tensor) -> None:
         """Write what `gather_layer` gave, from whatever device."""
-        self._layer_blocks[layer][index] = data.to(self.blocks.device, non_blocking=True)
+        data = data.to(self.blocks.device, non_blocking=True)
+        _words(self._layer_blocks[layer]).index_copy_(0, index, _words(data))
 
     def tail(self, slot: int) -> Tensor:
         """The bytes of one tail slot, [tail_bytes] uint8."""
@@ -319,6 +320,11 @@ class LayerKV:
             tokens = rows[:, None] + torch.arange(self.format.block_size, device=rows.device)
             for stream, x in ((self.key, near.key), (self.value, near.value)):
                 stream.write_blocks(x[tokens].transpose(1, 2), blocks)
+
+
+def _words(data: Tensor) -> Tensor:
+    """Bytes eight at a time: torch copies rows on a CPU by element."""
+    return data.view(torch.int64)
 
 
 def runs_kernels(device: torch.device, dtype: torch.dtype) -> bool:

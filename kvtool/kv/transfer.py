@@ -104,9 +104,9 @@ def transfer_names() -> list[str]:
 
 def dial_tcp(host: str, port: int) -> Channel:
     """Raises an OSError while nobody listens there."""
-    connection = socket.create_connection((host, port), CONNECT_SECONDS)
-    connection.settimeout(IDLE_SECONDS)
-    return SocketChannel(connection)
+    channel = SocketChannel(socket.create_connection((host, port), CONNECT_SECONDS))
+    channel.limit(IDLE_SECONDS)
+    return channel
 
 
 def meet_as_receiver(session: Session, transfer: Transfer) -> None:
