@@ -14,11 +14,12 @@ from .bench_results import result_options
 from .bench_throughput import bench_throughput
 from .bench_ttft import bench_ttft
 from .options import BUNDLES, Command, shared
+from .pd_disagg import pd_disagg
 from .perplexity import perplexity
 from .quantize_kv import quantize_kv
 from .serve import serve
 
-COMMANDS = (serve, bench_ttft, bench_throughput, quantize_kv, perplexity)
+COMMANDS = (serve, bench_ttft, bench_throughput, quantize_kv, perplexity, pd_disagg)
 ALL_BUNDLES = BUNDLES | {"bench": bench_options, "results": result_options}
 
 EPILOG = "Any option can also come from KVTOOL_<OPTION> or from --config; the command line goes first, then those."

@@ -5,8 +5,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from threading import Event
@@ -14,16 +15,25 @@ from threading import Event
 import msgspec
 import torch
 
-from kvtool.errors import KVToolError
+from kvtool.attention import block_size
+from kvtool.config import Bits, EngineConfig, KVOptions
+from kvtool.errors import KVToolError, UnsupportedError
+from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.receiver import Arrival, Receiver
 from kvtool.kv.sender import Sender
 from kvtool.kv.store import KVStore
-from kvtool.kv.transfer import dial_tcp
+from kvtool.kv.transfer import TRANSFERS, Route, dial_tcp, select
 from kvtool.kv.wire import Close, Identity
+from kvtool.models import load_config, resolve_model
+from kvtool.runner import choose_device, choose_dtype, kv_spec
 
 PLAIN_BYTES, WRITE_BYTES = 256 << 20, 4 << 20
 LIMIT_SECONDS = 60.0
+BITS: tuple[Bits, ...] = ("16", "8", "4", "2")
+PART_BYTES = (64 << 10, 1 << 20, 16 << 20)  # that a bake-off sends at once
+LARGE_BYTES = 64 << 20
+SHORT = 8  # times shorter than the longest prompt
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -70,111 +80,133 @@ class Speed(msgspec.Struct, frozen=True):
 
 
 class Job(msgspec.Struct):
-    """What the process at the other end does."""
+    """What the process at the other end does next: push a case, or write plain bytes."""
 
     port: int
     secret: str
-    case: Case | None = None
+    case: Case | None
 
 
-def plain_speed(repeats: int = 3) -> float:
-    """GB/s of the best of a few times that 256 MiB go from one process to another through a TCP socket."""
-    buffer = memoryview(bytearray(WRITE_BYTES))
-    best = 0.0
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(LIMIT_SECONDS)
-        with _other_end(Job(listener.getsockname()[1], "")):
+class OtherEnd:
+    """A process that does one job after the other, until this is left."""
+
+    def __enter__(self) -> "OtherEnd":
+        code = "import sys; sys.path[0] = sys.argv[1]; from kvtool.disagg.link import main; main()"
+        command = [sys.executable, "-c", code, str(Path(__file__).parents[2])]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def plain_speed(self, repeats: int = 3) -> float:
+        """GB/s of the best of a few times that 256 MiB come through a TCP socket."""
+        buffer, best = memoryview(bytearray(WRITE_BYTES)), 0.0
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.settimeout(LIMIT_SECONDS)
+            self._begin(Job(listener.getsockname()[1], "", None))
             connection, _ = listener.accept()
             with connection:
-                connection.settimeout(LIMIT_SECONDS)
                 for _ in range(repeats):
                     started, left = time.perf_counter(), PLAIN_BYTES
-                    connection.send(b"!")
+                    connection.sendall(b"!")
                     while left:
-                        count = connection.recv_into(buffer)
+                        count = connection.recv_into(buffer, min(left, len(buffer)), socket.MSG_WAITALL)
                         if not count:
                             raise KVToolError("the process at the other end of the socket has ended")
                         left -= count
                     best = max(best, PLAIN_BYTES / (time.perf_counter() - started) / 1e9)
-    return best
+        self._end()
+        return best
 
+    def speed(self, case: Case) -> Speed:
+        """Send a sequence from there to a store in this process.
 
-def speed(case: Case) -> Speed:
-    """Send a sequence from another process to a store in this one.
+        Raises:
+            UnsupportedError: the transfer cannot take this way.
+            KVToolError: it does not arrive.
+        """
+        select(Route(torch.device(case.source).type, torch.device(case.target).type, False), case.transfer)
+        layout, secret = case.layout, secrets.token_hex()
+        dtype: torch.dtype = getattr(torch, case.dtype)
+        num_blocks = layout.format.num_blocks(case.num_tokens)
+        store = KVStore(layout, num_blocks, 1, dtype, case.target)
+        arrived = Event()
+        receiver = Receiver(
+            layout,
+            Identity.of("", layout, dtype),
+            secret.encode(),
+            device=case.target,
+            most_bytes=1 << 40,
+            wake=arrived.set,
+        )
+        taken: list[tuple[Arrival, float]] = []
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            receiver.listen(listener)
+            for index in range(case.repeats + 1):
+                receiver.expect(str(index), range(case.num_tokens), LIMIT_SECONDS)
+            self._begin(Job(listener.getsockname()[1], secret, case))
+            while len(taken) <= case.repeats:
+                if not arrived.wait(1) and self._process.poll() is not None:
+                    raise KVToolError(f"{case.transfer}: the process at the other end has ended")
+                arrived.clear()
+                for event in receiver.take():
+                    if not isinstance(event, Arrival):
+                        raise KVToolError(f"{case.transfer}: {event.reason}")
+                    event.landing.store_in(store, range(num_blocks), 0)
+                    if store.blocks.is_cuda:
+                        torch.cuda.synchronize(store.blocks.device)
+                    taken.append((event, time.perf_counter()))
+                    receiver.release(event.landing)
+            self._end()
+            receiver.close()
+        counted = taken[1:]
+        return Speed(
+            num_bytes=counted[0][0].nbytes,
+            predicted_bytes=layout.bytes_for([case.num_tokens]),
+            transport_seconds=median(arrival.received - arrival.close.scheduled for arrival, _ in counted),
+            seconds=median(stored - arrival.close.scheduled for arrival, stored in counted),
+            transfer=receiver.transfers[-1],
+        )
 
-    Raises:
-        KVToolError: it does not arrive.
-    """
-    layout, secret = case.layout, secrets.token_hex()
-    dtype: torch.dtype = getattr(torch, case.dtype)
-    num_blocks = layout.format.num_blocks(case.num_tokens)
-    store = KVStore(layout, num_blocks, 1, dtype, case.target)
-    identity = Identity.of("", layout, dtype)
-    arrived = Event()
-    receiver = Receiver(
-        layout, identity, secret.encode(), device=case.target, most_bytes=1 << 40, wake=arrived.set
-    )
-    taken: list[tuple[Arrival, float]] = []
-    with ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        stack.callback(receiver.close)
-        receiver.listen(listener)
-        for index in range(case.repeats + 1):
-            receiver.expect(str(index), range(case.num_tokens), LIMIT_SECONDS)
-        stack.enter_context(_other_end(Job(listener.getsockname()[1], secret, case)))
-        while len(taken) <= case.repeats:
-            arrived.wait(LIMIT_SECONDS)
-            arrived.clear()
-            for event in receiver.take():
-                if not isinstance(event, Arrival):
-                    raise KVToolError(f"{case.transfer}: {event.reason}")
-                event.landing.store_in(store, range(num_blocks), 0)
-                if store.blocks.is_cuda:
-                    torch.cuda.synchronize(store.blocks.device)
-                taken.append((event, time.perf_counter()))
-                receiver.release(event.landing)
-    counted = taken[1:]
-    return Speed(
-        num_bytes=counted[0][0].nbytes,
-        predicted_bytes=layout.bytes_for([case.num_tokens]),
-        transport_seconds=median(arrival.received - arrival.close.scheduled for arrival, _ in counted),
-        seconds=median(stored - arrival.close.scheduled for arrival, stored in counted),
-        transfer=receiver.transfers[-1],
-    )
-
-
-@contextmanager
-def _other_end(job: Job) -> Iterator[None]:
-    """A process that does a job, and has ended when this does."""
-    code = "import sys; sys.path[0] = sys.argv[1]; from kvtool.disagg.link import main; main()"
-    command = [sys.executable, "-c", code, str(Path(__file__).parents[2])]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE)
-    try:
-        assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(job))
-        process.stdin.close()
-        yield
-    finally:
+    def _begin(self, job: Job) -> None:
+        assert self._process.stdin is not None
         try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            self._process.stdin.write(msgspec.json.encode(job) + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise KVToolError("the process at the other end has ended") from error
+
+    def _end(self) -> None:
+        """Wait until the other end is done as well."""
+        assert self._process.stdout is not None
+        if not self._process.stdout.readline():
+            raise KVToolError("the process at the other end has ended")
 
 
 def main() -> None:
     """The process at the other end."""
     torch.set_num_threads(1)
-    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
-    if job.case is None:
-        _write_plainly(job.port)
-    else:
-        _push(job, job.case)
+    for line in sys.stdin.buffer:
+        job = msgspec.json.decode(line, type=Job)
+        if job.case is None:
+            _write_plainly(job.port)
+        else:
+            _push(job, job.case)
+        print("done", flush=True)
 
 
 def _write_plainly(port: int) -> None:
     data = memoryview(bytearray(WRITE_BYTES))
     with socket.create_connection(("127.0.0.1", port), LIMIT_SECONDS) as connection:
+        connection.settimeout(None)
         while connection.recv(1):
             for _ in range(PLAIN_BYTES // WRITE_BYTES):
                 connection.sendall(data)
@@ -184,12 +216,11 @@ def _push(job: Job, case: Case) -> None:
     layout, dtype = case.layout, getattr(torch, case.dtype)
     num_blocks, num_layers = layout.format.num_blocks(case.num_tokens), layout.spec.num_layers
     store = KVStore(layout, num_blocks, 1, dtype, case.source)
-    identity = Identity.of("", layout, dtype)
     sender = Sender(
         "the other end",
         lambda: dial_tcp("127.0.0.1", job.port),
         layout,
-        identity,
+        Identity.of("", layout, dtype),
         job.secret.encode(),
         device=case.source,
         asked=case.transfer,
@@ -199,7 +230,8 @@ def _push(job: Job, case: Case) -> None:
         started = time.perf_counter()
         push = sender.begin(str(index), range(case.num_tokens))
         for layer in range(num_layers):
-            at_once = max(1, case.part_bytes // layout.layer_block_bytes(layer)) if case.part_bytes else num_blocks
+            part_bytes = case.part_bytes or num_blocks * layout.block_bytes
+            at_once = max(1, part_bytes // layout.layer_block_bytes(layer))
             for end in [*range(at_once, num_blocks, at_once), num_blocks]:
                 push.put_blocks(range(layer, layer + 1), end, store, range(num_blocks))
         push.close(store.tail(0).clone(), Close(0, 0, started, time.perf_counter(), b""))
@@ -207,10 +239,99 @@ def _push(job: Job, case: Case) -> None:
     sender.close()
 
 
-def bake_off(cases: Sequence[Case]) -> Iterator[tuple[Case, Speed | KVToolError]]:
-    """Speeds of several cases; one that cannot run here says why."""
-    for case in cases:
-        try:
-            yield case, speed(case)
-        except KVToolError as error:
-            yield case, error
+@dataclass(frozen=True)
+class Link:
+    """What a link carries.
+
+    Attributes:
+        plain_gb_s: plain bytes through a TCP socket.
+        large: a sequence of 64 MiB in the format asked for.
+        formats: a sequence of the longest prompt at 16, 8, 4 and 2 bits.
+        lengths: sequences of several lengths in the format asked for.
+    """
+
+    plain_gb_s: float
+    large: Speed
+    formats: list[tuple[Case, Speed]]
+    lengths: list[tuple[Case, Speed]]
+
+
+def survey(
+    engine: EngineConfig,
+    longest: int,
+    devices: tuple[str, str],
+    transfer: str = "auto",
+    on_progress: Callable[[float, float], None] = lambda done, total: None,
+) -> Link:
+    """Measure the link from one device to another, with sequences of up to `longest` tokens of the engine's model.
+
+    Raises:
+        KVToolError: nothing travels there.
+    """
+    source, target = (str(choose_device(device)) for device in devices)
+    dtype = _dtype(engine, source)
+    select(Route(torch.device(source).type, torch.device(target).type, False), transfer)
+    whole = [
+        Case(layout_of(engine, KVOptions(nbits=bits), dtype), dtype, longest, source, target, transfer) for bits in BITS
+    ]
+    asked = Case(layout_of(engine, engine.kv, dtype), dtype, longest, source, target, transfer)
+    large = max(longest, LARGE_BYTES // asked.layout.block_bytes * asked.layout.format.block_size)
+    cases = [
+        *whole,
+        msgspec.structs.replace(asked, num_tokens=max(1, longest // SHORT)),
+        asked,
+        msgspec.structs.replace(asked, num_tokens=large),
+    ]
+    speeds: list[tuple[Case, Speed]] = []
+    with OtherEnd() as other:
+        plain = other.plain_speed()
+        for case in cases:
+            speeds.append((case, other.speed(case)))
+            on_progress(len(speeds), len(cases))
+        plain = max(plain, other.plain_speed())
+    return Link(plain, speeds[-1][1], speeds[: len(BITS)], speeds[len(BITS) : -1])
+
+
+def bake_off(
+    engine: EngineConfig,
+    devices: tuple[str, str],
+    on_progress: Callable[[float, float], None] = lambda done, total: None,
+) -> tuple[float, list[tuple[Case, Speed | str]]]:
+    """GB/s of plain bytes, and each transfer between two devices, by what is sent at once and by direction; what cannot
+    run here says why."""
+    source, target = (str(choose_device(device)) for device in devices)
+    dtype = _dtype(engine, source)
+    layout = layout_of(engine, KVOptions(), dtype)
+    tokens = LARGE_BYTES // layout.block_bytes * layout.format.block_size
+    ways = dict.fromkeys([(source, target), (target, source)])
+    cases = [
+        Case(layout, dtype, tokens, *way, transfer.name, part_bytes)
+        for transfer in TRANSFERS
+        for way in ways
+        for part_bytes in PART_BYTES
+    ]
+    found: list[tuple[Case, Speed | str]] = []
+    with OtherEnd() as other:
+        plain = other.plain_speed()
+        for case in cases:
+            found.append((case, _speed_or_why(other, case)))
+            on_progress(len(found), len(cases))
+    return plain, found
+
+
+def _speed_or_why(other: OtherEnd, case: Case) -> Speed | str:
+    try:
+        return other.speed(case)
+    except UnsupportedError as error:
+        return str(error).rpartition(f"{case.transfer}: ")[2]
+
+
+def layout_of(engine: EngineConfig, kv: KVOptions, dtype: str) -> KVLayout:
+    """The bytes of a cache of the engine's model in a format."""
+    spec = kv_spec(load_config(resolve_model(engine.model)), getattr(torch, dtype))
+    return KVLayout(spec, resolve(kv, spec, block_size(engine.attention_backend)))
+
+
+def _dtype(engine: EngineConfig, device: str) -> str:
+    dtype = choose_dtype(engine, load_config(resolve_model(engine.model)), torch.device(device))
+    return str(dtype).removeprefix("torch.")

@@ -144,7 +144,8 @@ class Receiver:
         self.layout, self.identity = layout, identity
         self._secret, self._device, self._wake = secret, torch.device(device), wake
         self._free_bytes = most_bytes
-        self._spare: list[tuple[Tensor, torch.cuda.Event | None]] = []  # used before: memory that is new to a process costs as much as to send it
+        # Used before: memory that is new to a process costs as much as what is sent.
+        self._spare: list[tuple[Tensor, torch.cuda.Event | None]] = []
         self.transfers: list[str] = []  # of the connections that came, in order
         self._expected: dict[str, Expected] = {}
         self._changed = Condition()
