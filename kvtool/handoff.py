@@ -63,20 +63,19 @@ class Pusher:
                 asked="tcp" if config.fault else config.transfer,
             )
             sender.connect(config.timeout)
-            self._senders[peer] = sender
+            self._senders[_resolved(peer)] = sender
 
     def check(self, request: Request) -> None:
         """Raises RequestError if it is to go to nobody we know."""
-        if request.push_to not in self._senders:
-            raise RequestError(
-                f"push_to: {request.push_to:.80} is no --peer of this engine; it has {', '.join(self._senders)}",
-                "push_to",
-            )
+        assert request.push_to is not None
+        if _resolved(request.push_to) not in self._senders:
+            names = ", ".join(sender.name for sender in self._senders.values())
+            raise RequestError(f"push_to: {request.push_to:.80} is no --peer of this engine; it has {names}", "push_to")
 
     def begin(self, request: Request) -> None:
         """Announce a request that has been queued."""
         assert request.push_to is not None
-        push = self._senders[request.push_to].begin(request.id, request.prompt)
+        push = self._senders[_resolved(request.push_to)].begin(request.id, request.prompt)
         self._pushed[request.id] = Pushed(request, push)
 
     def abort(self, request_id: str, reason: str = "it was aborted") -> None:
@@ -219,6 +218,14 @@ def split_address(option: str, address: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(f"{option} {address}: is no address; write HOST:PORT")
     return host.strip("[]"), int(port)
+
+
+def _resolved(address: str) -> str:
+    """The address with the host's number: names of one host are many."""
+    host, port = split_address("push_to", address)
+    with suppress(OSError):
+        return f"{socket.gethostbyname(host)}:{port}"
+    return address
 
 
 def _dial(host: str, port: int, fault: str | None) -> Channel:
