@@ -19,7 +19,7 @@ from uuid import uuid4
 import httpx
 import uvicorn
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -34,6 +34,7 @@ Role = Literal["prefill", "decode"]
 T = TypeVar("T")
 
 SHARED_ROUTES = ("/v1/completions", "/v1/chat/completions", "/generate")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 KEPT_HEADERS = ("authorization", "accept", "content-type")
 START_SECONDS, HEALTH_SECONDS, CONNECT_SECONDS = 60.0, 1.0, 5.0
 MAX_SICK = 2  # probes in a row without an answer
@@ -209,16 +210,14 @@ class Router:
             well = bool(self.there("decode") or self.there("prefill"))
             return Response() if well else unavailable("no side answers")
         body = await http.body()
-        tried: list[Side] = []
-        while not isinstance(answer := await while_connected(http, self._attempt(http, body, tried)), Response):
-            logger.warning("%s; the request is sent elsewhere", answer)
-        return answer
+        work = self._answer(http, body)
+        return await (while_connected(http, work) if body else work)
 
-    async def _attempt(self, http: Request, body: bytes, tried: list[Side]) -> Response | SideGone:
-        try:
-            return await self._try(http, body, tried)
-        except SideGone as error:
-            return error
+    async def _answer(self, http: Request, body: bytes) -> Response:
+        tried: list[Side] = []
+        while True:
+            with contextlib.suppress(SideGone):
+                return await self._try(http, body, tried)
 
     async def _try(self, http: Request, body: bytes, tried: list[Side]) -> Response:
         """One way to answer; a side that fails is added to `tried`, which are left alone.
@@ -315,7 +314,8 @@ def failing(side: Side, tried: list[Side]) -> Iterator[None]:
     """Remember a side that fails."""
     try:
         yield
-    except SideGone:
+    except SideGone as error:
+        logger.warning("%s; the request is sent elsewhere", error)
         tried.append(side)
         raise
 
@@ -353,7 +353,10 @@ def run_router(
 
         async def serve() -> list[signal.Signals]:
             router = Router(list(map(base, prefill)), list(map(base, decode)), config.api_key)
-            app = Starlette(routes=[Route("/{path:path}", router.handle, methods=["GET", "HEAD", "POST"])])
+            app = Starlette(
+                routes=[Route("/{path:path}", router.handle, methods=METHODS)],
+                exception_handlers={ClientDisconnect: lambda http, error: Response(status_code=499)},
+            )
             server = RouterServer(Guard(app, config.api_key), config.shutdown_timeout)
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, server.stop, number)
