@@ -8,6 +8,7 @@ from contextlib import suppress
 from datetime import timedelta
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 1 << 16
 AT_ONCE = 512  # buffers to one system call; Linux takes 1,024
+WINDOW_BYTES, WRITE_SECONDS = 16 << 20, 60.0  # of NIXL
 DELAY_SECONDS = 0.5
 STAGING_BYTES = 16 << 20  # of pinned memory, between a GPU and a socket
 
@@ -196,6 +198,76 @@ class GroupChannel:
                 work.wait()
         except RuntimeError as error:  # torch's word for a peer that has gone
             raise ConnectionError(str(error).partition("\n")[0]) from error
+
+
+class NixlChannel:
+    """Frames over a socket, tensors by NIXL: the sender writes into a window of the receiver's memory.
+
+    Both ends have such a window, registered once: to register what each tensor lies in would cost as much as to send
+    it, and so nobody writes anywhere else. While one part is on its way the other end empties the window, in turn.
+    """
+
+    def __init__(self, frames: SocketChannel, device: torch.device) -> None:
+        from nixl._api import nixl_agent, nixl_agent_config
+
+        self._frames = frames
+        self.window = torch.zeros(WINDOW_BYTES, dtype=torch.uint8, device=device)
+        self._agent = nixl_agent(uuid4().hex, nixl_agent_config(backends=["UCX"]))
+        self._registered = self._agent.register_memory(self.window)
+        self._there: Any = None
+
+    @property
+    def metadata(self) -> bytes:
+        """What the sender must know to write here."""
+        metadata: bytes = self._agent.get_agent_metadata()
+        return metadata
+
+    def meet(self, metadata: bytes, address: int, device: int) -> None:
+        """Write to the window of the receiver: device -1 is the host."""
+        self._peer = self._agent.add_remote_agent(metadata)
+        kind, where = ("DRAM", 0) if device < 0 else ("VRAM", device)
+        self._there = lambda size: self._agent.get_xfer_descs([(address, size, where)], kind)
+
+    def send_frame(self, body: bytes) -> None:
+        self._frames.send_frame(body)
+
+    def receive_frame(self) -> bytes:
+        return self._frames.receive_frame()
+
+    def send(self, pieces: Sequence[Tensor]) -> None:
+        for piece in pieces:
+            for part in piece.view(-1).split(WINDOW_BYTES):
+                self._write(part)
+                self._frames.send_frame(b"written")
+                self._frames.receive_frame()  # it is emptied
+
+    def receive(self, pieces: Sequence[Tensor]) -> None:
+        for piece in pieces:
+            for part in piece.view(-1).split(WINDOW_BYTES):
+                self._frames.receive_frame()
+                part.copy_(self.window[: len(part)])
+                if part.is_cuda:
+                    torch.cuda.current_stream(part.device).synchronize()
+                self._frames.send_frame(b"emptied")
+
+    def close(self) -> None:
+        self._frames.close()
+
+    def _write(self, part: Tensor) -> None:
+        here = self.window[: len(part)]
+        here.copy_(part)
+        if here.is_cuda:
+            torch.cuda.current_stream(here.device).synchronize()
+        local = self._agent.get_xfer_descs(here)
+        handle = self._agent.initialize_xfer("WRITE", local, self._there(len(part)), self._peer)
+        try:
+            state, deadline = self._agent.transfer(handle), time.monotonic() + WRITE_SECONDS
+            while state == "PROC" and time.monotonic() < deadline:
+                state = self._agent.check_xfer_state(handle)
+        finally:
+            self._agent.release_xfer_handle(handle)
+        if state != "DONE":
+            raise ConnectionError(f"NIXL could not write ({state})")
 
 
 class FaultyChannel:

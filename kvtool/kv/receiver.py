@@ -254,7 +254,7 @@ class Receiver:
         except UnsupportedError as error:
             session.say(Refused(str(error)))
             raise TransferError(str(error)) from error
-        meet_as_receiver(session, transfer)
+        meet_as_receiver(session, transfer, self._device)
         self.transfers.append(transfer.name)
         for _ in range(PINGS):
             session.hear(Ping)

@@ -208,7 +208,7 @@ class Sender:
             route = Route(self._device.type, peer.device, isinstance(channel, QueueChannel))
             transfer = select(route, self._asked, peer.transfers)
             session.say(Choice(transfer.name))
-            meet_as_sender(session, transfer)
+            meet_as_sender(session, transfer, self._device)
             offsets = []
             for _ in range(PINGS):
                 sent = time.perf_counter()

@@ -3,13 +3,15 @@
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
+import torch
 from torch import distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from kvtool.errors import UnsupportedError
-from kvtool.kv.channels import Channel, GroupChannel, SocketChannel
-from kvtool.kv.wire import Meeting, Session
+from kvtool.kv.channels import Channel, GroupChannel, NixlChannel, SocketChannel
+from kvtool.kv.wire import Meeting, Session, Window
 
 CONNECT_SECONDS = 10.0
 IDLE_SECONDS = 60.0  # that a peer may take for a frame or its bytes
@@ -69,10 +71,17 @@ def _tcp(route: Route) -> str | None:
     return "both ends are one process" if route.same_process else None
 
 
+def _nixl(route: Route) -> str | None:
+    if route.same_process:
+        return "both ends are one process"
+    return None if find_spec("nixl") else "it is not installed; pip install nixl"
+
+
 TRANSFERS = (  # best first
     Transfer("in-process", _in_process, lands_on_device=True),
     Transfer("nccl", _nccl, lands_on_device=True, connections=1),
     Transfer("tcp", _tcp),
+    Transfer("nixl", _nixl, lands_on_device=True, connections=1),  # behind tcp until it is measured to be faster
     Transfer("gloo", _gloo),
 )
 
@@ -109,8 +118,14 @@ def dial_tcp(host: str, port: int) -> Channel:
     return channel
 
 
-def meet_as_receiver(session: Session, transfer: Transfer) -> None:
-    """Begin what a transfer needs beside the connection."""
+def meet_as_receiver(session: Session, transfer: Transfer, device: torch.device) -> None:
+    """Begin what a transfer needs beside the connection, for tensors on a device."""
+    if transfer.name == "nixl":
+        assert isinstance(session.channel, SocketChannel)
+        channel = NixlChannel(session.channel, device)
+        number = channel.window.get_device()  # -1 on the host
+        session.say(Window(channel.metadata, channel.window.data_ptr(), number))
+        session.channel = channel
     if transfer.name in ("nccl", "gloo"):
         frames = session.channel
         assert isinstance(frames, SocketChannel)
@@ -120,7 +135,13 @@ def meet_as_receiver(session: Session, transfer: Transfer) -> None:
         session.channel = GroupChannel(frames, transfer.name, 0, store, IDLE_SECONDS)
 
 
-def meet_as_sender(session: Session, transfer: Transfer) -> None:
+def meet_as_sender(session: Session, transfer: Transfer, device: torch.device) -> None:
+    """The same, at the other end."""
+    if transfer.name == "nixl":
+        assert isinstance(session.channel, SocketChannel)
+        window, channel = session.hear(Window), NixlChannel(session.channel, device)
+        channel.meet(window.metadata, window.address, window.device)
+        session.channel = channel
     if transfer.name in ("nccl", "gloo"):
         frames = session.channel
         assert isinstance(frames, SocketChannel)

@@ -114,6 +114,14 @@ class Meeting(msgspec.Struct, frozen=True, tag="meeting"):
     port: int
 
 
+class Window(msgspec.Struct, frozen=True, tag="window"):
+    """Where NIXL may write: a device of -1 is the host."""
+
+    metadata: bytes
+    address: int
+    device: int
+
+
 class Ping(msgspec.Struct, frozen=True, tag="ping"):
     pass
 
