@@ -43,7 +43,7 @@ class Case(msgspec.Struct, frozen=True):
         dtype: the model's, by torch's name.
         source, target: devices of the two stores.
         transfer: by name, or "auto".
-        part_bytes: of one layer that are sent at once; 0: a layer's whole part.
+        part_bytes: of one layer that are sent at once; 0: all layers.
         repeats: times that count; one goes before.
     """
 
@@ -58,13 +58,13 @@ class Case(msgspec.Struct, frozen=True):
 
 
 class Speed(msgspec.Struct, frozen=True):
-    """What a case took, in the median.
+    """What a case took.
 
     Attributes:
         num_bytes: that came for one sequence, headers included.
         predicted_bytes: by the layout.
-        transport_seconds: from the first block gathered to the last byte checked.
-        seconds: until all is in the store.
+        transport_seconds: from the first block gathered to the last byte checked, at best.
+        seconds: until all is in the store, in the median.
         transfer: that was chosen.
     """
 
@@ -171,7 +171,7 @@ class OtherEnd:
         return Speed(
             num_bytes=counted[0][0].nbytes,
             predicted_bytes=layout.bytes_for([case.num_tokens]),
-            transport_seconds=median(arrival.received - arrival.close.scheduled for arrival, _ in counted),
+            transport_seconds=min(arrival.received - arrival.close.scheduled for arrival, _ in counted),
             seconds=median(stored - arrival.close.scheduled for arrival, stored in counted),
             transfer=receiver.transfers[-1],
         )
@@ -229,11 +229,11 @@ def _push(job: Job, case: Case) -> None:
     for index in range(case.repeats + 1):
         started = time.perf_counter()
         push = sender.begin(str(index), range(case.num_tokens))
-        for layer in range(num_layers):
-            part_bytes = case.part_bytes or num_blocks * layout.block_bytes
-            at_once = max(1, part_bytes // layout.layer_block_bytes(layer))
+        for layer in range(num_layers) if case.part_bytes else ():
+            at_once = max(1, case.part_bytes // layout.layer_block_bytes(layer))
             for end in [*range(at_once, num_blocks, at_once), num_blocks]:
                 push.put_blocks(range(layer, layer + 1), end, store, range(num_blocks))
+        push.put_blocks(range(num_layers), num_blocks, store, range(num_blocks))  # what is not yet on its way
         push.close(store.tail(0).clone(), Close(0, 0, started, time.perf_counter(), b""))
         push.wait(LIMIT_SECONDS)
     sender.close()

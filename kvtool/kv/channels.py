@@ -1,5 +1,8 @@
 """How frames and tensors reach one peer: a queue, a socket, and what moves tensors beside a socket."""
 
+import logging
+import os
+import select
 import socket
 import struct
 import time
@@ -19,7 +22,7 @@ LENGTH_BYTES = 4
 MAX_FRAME_BYTES = 1 << 16
 AT_ONCE = 512  # buffers to one system call; Linux takes 1,024
 WINDOW_BYTES, WRITE_SECONDS = 16 << 20, 60.0  # of NIXL
-DELAY_SECONDS = 0.5
+DELAY_SECONDS, WATCH_SECONDS = 0.5, 2e-5
 STAGING_BYTES = 16 << 20  # of pinned memory, between a GPU and a socket
 
 
@@ -169,8 +172,10 @@ class GroupChannel:
 
     def __init__(self, frames: SocketChannel, backend: str, rank: int, store: TCPStore, timeout: float) -> None:
         self._frames, self._other = frames, 1 - rank
-        limit = timedelta(seconds=timeout)
-        if backend == "nccl":
+        self._on_gpu, limit = backend == "nccl", timedelta(seconds=timeout)
+        if self._on_gpu:
+            # A peer that has gone ends a transfer; torch would end this process.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = limit
             self._group: Any = dist.ProcessGroupNCCL(store, rank, 2, options)
@@ -188,9 +193,23 @@ class GroupChannel:
 
     def receive(self, pieces: Sequence[Tensor]) -> None:
         self._wait([self._group.recv([piece], self._other, 0) for piece in pieces])
+        if self._on_gpu:  # so far only the stream waits
+            self._watch(torch.cuda.current_stream(pieces[0].device).record_event())
 
     def close(self) -> None:
         self._frames.close()
+        if self._on_gpu:
+            self._group.abort()
+
+    def _watch(self, done: torch.cuda.Event) -> None:
+        """Wait for the GPU, as long as the peer is there: NCCL would wait for it for good."""
+        hangup = select.poll()
+        hangup.register(self._frames.connection, select.POLLRDHUP)
+        while not done.query():
+            if hangup.poll(0):
+                self.close()
+                raise ConnectionError("the peer has closed")
+            time.sleep(WATCH_SECONDS)
 
     def _wait(self, works: Sequence[Any]) -> None:
         try:
@@ -210,6 +229,9 @@ class NixlChannel:
     def __init__(self, frames: SocketChannel, device: torch.device) -> None:
         from nixl._api import nixl_agent, nixl_agent_config
 
+        log = logging.getLogger("nixl")  # which writes to stdout, where results go
+        log.handlers.clear()
+        log.setLevel(logging.WARNING)
         self._frames = frames
         self.window = torch.zeros(WINDOW_BYTES, dtype=torch.uint8, device=device)
         self._agent = nixl_agent(uuid4().hex, nixl_agent_config(backends=["UCX"]))

@@ -228,10 +228,13 @@ class Receiver:
 
     def _serve(self, channel: Channel) -> None:
         """One connection, from its first to its last frame."""
+        # On a GPU beside what the engine computes, not behind it.
+        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         try:
-            session, lands_on_device = self._meet(channel)
-            while True:
-                self._take_sequence(session, lands_on_device)
+            with torch.cuda.stream(stream):
+                session, lands_on_device = self._meet(channel)
+                while True:
+                    self._take_sequence(session, lands_on_device)
         except (OSError, TransferError) as error:
             if isinstance(error, TransferError):
                 logger.warning("KV transfer: refused: %s", error)

@@ -252,11 +252,13 @@ class Link:
         except Refusal:
             self.is_good = True
             raise
+        held: list[Piece] = []  # as long as somebody may still read it
         while True:
             piece = push.pieces.get()
             if isinstance(piece, Drop):
                 session.say(piece)
                 break
+            held.append(piece)
             if piece.ready:
                 torch.cuda.current_stream().wait_event(piece.ready)
             message = msgspec.structs.replace(piece.message, checksum=checksum(piece.tensors))
