@@ -77,7 +77,8 @@ class EngineConfig:
         max_num_batched_tokens: tokens computed in one step; longer prompts are cut into chunks.
         kv_cache_memory: bytes of KV cache, blocks and tails together; None: 1 GiB on CPU, what is left on a GPU.
         gpu_memory_utilization: share of the whole GPU that weights, workspace and cache may take.
-        swap_space: bytes of host memory for sequences that must make room.
+        swap_space: bytes of host memory for sequences that must make room; with `handoff` as much again for those on
+            their way.
         prefix_caching: prompts share the packed blocks of their common beginnings.
         attention_backend: "auto" or a name from `kvtool.attention.BACKENDS`.
         cuda_graph: on a GPU, launch decode steps whole.

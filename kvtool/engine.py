@@ -36,6 +36,8 @@ from kvtool.runner import Handle, Runner
 from kvtool.scheduler import Scheduler
 from kvtool.tokenizer import Detokenizer, Tokenizer
 
+LEAST_HANDOFF_BYTES = 1 << 28  # of sequences between two engines
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -129,10 +131,11 @@ class Engine:
         """Find the engines to share requests with, or let them come."""
         weights = f"seed {config.seed} " if config.load_format == "dummy" else ""
         identity = Identity.of(weights + fingerprint(self.runner.path), self.runner.store.layout, self.runner.dtype)
+        most_bytes = max(config.swap_space, LEAST_HANDOFF_BYTES)
         if handoff.role == "prefill":
-            self._pusher = Pusher(handoff, self.runner.store, identity)
+            self._pusher = Pusher(handoff, self.runner.store, identity, most_bytes)
         else:
-            self._inlet = Inlet(handoff, self.runner.store, identity, most_bytes=max(config.swap_space, 1 << 28))
+            self._inlet = Inlet(handoff, self.runner.store, identity, most_bytes)
 
     @property
     def bell(self) -> socket.socket | None:

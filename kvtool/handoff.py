@@ -46,7 +46,7 @@ class Pusher:
         TransferError: a peer does not fit.
     """
 
-    def __init__(self, config: HandoffConfig, store: KVStore, identity: Identity) -> None:
+    def __init__(self, config: HandoffConfig, store: KVStore, identity: Identity, most_bytes: int) -> None:
         self._store, self._format = store, store.format
         self._layers = range(store.layout.spec.num_layers)
         self._pushed: dict[str, Pushed] = {}
@@ -61,6 +61,7 @@ class Pusher:
                 config.secret.encode(),
                 device=store.blocks.device,
                 asked="tcp" if config.fault else config.transfer,
+                most_bytes=most_bytes,
             )
             sender.connect(config.timeout)
             self._senders[_resolved(peer)] = sender

@@ -168,9 +168,7 @@ class Runner:
             hidden = hidden[on_device({"rows": np.array(rows, np.int64)}, self.device)["rows"]]
         return self._sample(batch, self.model.logits(hidden), None, allowed, prompt_scores)
 
-    def _hidden_states(
-        self, batch: ScheduledBatch, on_layer: Callable[[int], None] | None
-    ) -> tuple[KVBatch, Tensor]:
+    def _hidden_states(self, batch: ScheduledBatch, on_layer: Callable[[int], None] | None) -> tuple[KVBatch, Tensor]:
         """Where the step's tokens stand, and their hidden states."""
         if self.graphs and (room := self.graphs.prompts.room(batch)):
             return self.graphs.prompts.launch(batch, room)
@@ -180,9 +178,7 @@ class Runner:
         ids = torch.cat([sampled, on_device({"known": np.array(known, np.int64)}, self.device)["known"]])
         return kv_batch, self._compute(ids, kv_batch, on_layer)
 
-    def _compute(
-        self, ids: Tensor, kv_batch: KVBatch, on_layer: Callable[[int], None] | None = None
-    ) -> Tensor:
+    def _compute(self, ids: Tensor, kv_batch: KVBatch, on_layer: Callable[[int], None] | None = None) -> Tensor:
         """Hidden states of the tokens `ids`."""
         hidden: Tensor = self.model(ids, kv_batch.positions, partial(self._attend, kv_batch, on_layer))
         return hidden

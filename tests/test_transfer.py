@@ -324,6 +324,18 @@ def test_more_than_there_is_room_for_is_refused():
         session.hear(wire.Accepted)
 
 
+def test_a_sender_whose_peer_is_slow_holds_no_more_than_it_may():
+    tested = receiver("4")
+    tested.expect("a", TOKENS, 60)
+    sender = Sender("r", tested.attach, layout("4"), identity("4"), SECRET, most_bytes=1000)
+    sender.connect(1)
+    push_all(sender, "4", store("4"), "a", by_layer=False)
+    (loss,) = events(tested, 1)
+    assert isinstance(loss, Loss) and "wait to be sent" in loss.reason
+    sender.close()
+    assert sender._num_bytes == 0
+
+
 @pytest.mark.parametrize("data", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff\xff\xff\xff", b"\x02\0\0\0{}", b"\0\0\0\0"])
 def test_strangers_are_shown_out(data):
     tested = receiver("4")

@@ -70,6 +70,11 @@ class Push:
     failed: bool = False
     _ended: Event = field(default_factory=Event)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all blocks and the tail."""
+        return self.opening.num_blocks * self.opening.block_bytes + self.opening.tail_bytes
+
     def put_blocks(self, layers: range, end_block: int, store: KVStore, blocks: Sequence[int]) -> None:
         """Send what is new of the first `end_block` of the sequence's `blocks`, in `layers` that are equally far."""
         first = self.num_sent[layers.start]
@@ -84,6 +89,8 @@ class Push:
 
     def close(self, tail: Tensor, closing: Close) -> None:
         """Send the tail and the first token; all blocks have been put."""
+        if self.failed:
+            return
         tensors = [tail] if len(tail) else []
         self.pieces.put(Piece(closing, tensors, _event(tensors)))
 
@@ -112,6 +119,7 @@ class Sender:
         name: of the peer, for errors.
         dial: opens a way to it; raises an OSError while there is none.
         asked: transfer, "auto" or by name.
+        most_bytes: of sequences that have been computed and wait for the peer.
     """
 
     def __init__(
@@ -124,6 +132,7 @@ class Sender:
         *,
         device: torch.device | str = "cpu",
         asked: str = "auto",
+        most_bytes: int = 4 << 30,
     ) -> None:
         self.name, self.layout, self.identity = name, layout, identity
         self._dial, self._secret, self._device, self._asked = dial, secret, torch.device(device), asked
@@ -131,7 +140,7 @@ class Sender:
         self._threads: list[Thread] = []
         self._links: list[Link] = []
         self._lock = Lock()
-        self._closed = False
+        self._num_bytes, self._most_bytes = 0, most_bytes
         self.transfer: Transfer | None = None
 
     def connect(self, seconds: float) -> None:
@@ -161,11 +170,16 @@ class Sender:
             thread.start()
 
     def begin(self, request_id: str, token_ids: Sequence[int]) -> Push:
-        """Announce a sequence of these computed tokens."""
+        """Announce a sequence of these computed tokens. Where too much waits for the peer already, it does not come."""
         layout = self.layout
         num_blocks = layout.format.num_blocks(len(token_ids))
         sizes = (len(token_ids), num_blocks, layout.block_bytes, layout.tail_bytes)
         push = Push(Open(request_id, token_hash(token_ids), *sizes), [0] * layout.spec.num_layers)
+        with self._lock:
+            self._num_bytes += push.num_bytes
+            if self._num_bytes > self._most_bytes:
+                push.drop(f"{self._num_bytes} bytes wait to be sent, more than {self._most_bytes}")
+                push.failed = True
         self._waiting.put(push)
         return push
 
@@ -189,14 +203,15 @@ class Sender:
                 link = link or self._link()
                 with torch.cuda.stream(stream):  # None: no other
                     link.carry(push)
-                push.end(failed=False)
+                push.end(failed=push.failed)
             except (TransferError, OSError) as error:
                 push.end(failed=True)
                 logger.warning("KV transfer: %.80r does not reach %s: %s", push.opening.id, self.name, error)
-            if link and link.is_good:
-                with self._lock:
+            with self._lock:
+                self._num_bytes -= push.num_bytes
+                if link and link.is_good:
                     self._links.append(link)
-            elif link:
+            if link and not link.is_good:
                 link.session.channel.close()
 
     def _link(self) -> "Link":
