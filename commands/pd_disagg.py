@@ -167,7 +167,7 @@ def report(config: dict[str, Any], found: "Found", link: "Link | None") -> Repor
             "prompt_tokens": outcome.prompt_tokens,
             "residual": residual(outcome),
             "same": {True: "yes", False: "NO", None: "n/a"}[row["outputs_match"]],
-            "state": (outcome.error and f"error: {outcome.error}") or outcome.served or "ok",
+            "state": state(outcome),
         }
         for outcome, row in zip(outcomes, rows, strict=True)
     ]
@@ -181,6 +181,13 @@ def report(config: dict[str, Any], found: "Found", link: "Link | None") -> Repor
         what = f"The longest prompt alone, {link.formats[0][1].transfer}"
         tables.append(Table(what, FORMATS, summary["formats"]))
     return Report("pd-disagg", config, rows, (), tables, charts(found), [*notes(found, summary), *DEFINITIONS], summary)
+
+
+def state(outcome: "Outcome") -> str:
+    """What became of a request."""
+    if outcome.error:
+        return f"error: {outcome.error}"
+    return outcome.served or ("ok" if outcome.handoff else "computed again by the decode side")
 
 
 def row_of(found: "Found", outcome: "Outcome") -> dict[str, Any]:
@@ -296,19 +303,18 @@ def notes(found: "Found", summary: dict[str, Any]) -> list[str]:
 
 
 def charts(found: "Found") -> list[Chart]:
-    """When each request was in which stage, and how evenly other answers went on meanwhile."""
-    staged = [(index, o, o.stages) for index, o in enumerate(found.shared.outcomes) if o.stages]
+    """How long each request was in which stage, and how evenly other answers went on meanwhile."""
+    staged = [(index, o.stages) for index, o in enumerate(found.shared.outcomes) if o.stages]
     if not staged:
         return []
-    origin = staged[0][1].sent
     lines: dict[str, tuple[list[float], list[float | None]]] = {stage: ([], []) for stage in STAGES}
-    for index, outcome, stages in staged:
-        start = outcome.sent - origin
+    for index, stages in staged:
+        start = 0.0
         for stage, seconds in stages.items():
             x, y = lines[stage]
-            x += [start, start + seconds, start + seconds]
+            x += [start, start + 1e3 * seconds, start + 1e3 * seconds]
             y += [float(index), float(index), None]
-            start += seconds
+            start += 1e3 * seconds
     gaps = [
         Series(name, [at - phase.gaps[0][0] for at, _ in phase.gaps], [1e3 * gap for _, gap in phase.gaps])
         for name, phase in (("colocated", found.colocated), ("disaggregated", found.shared))
@@ -316,7 +322,7 @@ def charts(found: "Found") -> list[Chart]:
     ]
     timeline = [Series(stage.replace("_", " "), x, y) for stage, (x, y) in lines.items()]
     return [
-        Chart("Requests until their first token", "seconds", "request", timeline),
+        Chart("Requests until their first token", "ms since they were sent", "request", timeline),
         *(
             [Chart("Gaps between tokens of other answers", "seconds", "ms", gaps, "scatter", log_y=True)]
             if gaps
