@@ -8,13 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor
-
 from kvtool.config import HandoffConfig
 from kvtool.errors import ConfigError, RequestError
 from kvtool.kv.channels import Channel, FaultyChannel
-from kvtool.kv.receiver import Arrival, Landing, Loss, Receiver
+from kvtool.kv.receiver import Arrival, Loss, Receiver
 from kvtool.kv.sender import Push, Sender
+from kvtool.kv.staging import Staged
 from kvtool.kv.store import KVStore
 from kvtool.kv.transfer import dial_tcp
 from kvtool.kv.wire import Close, Identity
@@ -29,13 +28,13 @@ class Pushed:
 
     Attributes:
         scheduled: when its first step began; 0 before that.
-        tail: as the whole prompt has left it.
+        is_whole: all of the prompt has been computed.
     """
 
     request: Request
     push: Push
     scheduled: float = 0.0
-    tail: Tensor | None = None
+    is_whole: bool = False
 
 
 class Pusher:
@@ -105,18 +104,19 @@ class Pusher:
             if pushed := self._pushed.get(span.id):
                 self._put(pushed, span, self._layers)
                 if span.end == len(pushed.request.prompt):
-                    pushed.tail = self._store.tail(span.slot).clone()
+                    pushed.push.put_tail(self._store.tail(span.slot))
+                    pushed.is_whole = True
 
     def follow(self, tokens: Tokens) -> None:
         """A request's first token ends its push; an error does, too."""
         pushed = self._pushed.pop(tokens.id, None)
         if pushed is None:
             return
-        if pushed.tail is None or not tokens.token_ids:
+        if not pushed.is_whole or not tokens.token_ids:
             pushed.push.drop(tokens.error or "it was not computed")
             return
         times = (pushed.scheduled, time.perf_counter())
-        pushed.push.close(pushed.tail, Close(tokens.token_ids[0], tokens.num_cached_tokens, *times, b""))
+        pushed.push.close(Close(tokens.token_ids[0], tokens.num_cached_tokens, *times, b""))
 
     def _put(self, pushed: Pushed, span: ScheduledSpan, layers: range) -> None:
         whole = span.end == len(pushed.request.prompt)
@@ -178,7 +178,7 @@ class Inlet:
     def release(self, request_id: str) -> None:
         """What has come of a request is in the store, or nobody wants it."""
         if arrival := self._landed.pop(request_id, None):
-            self._receiver.release(arrival.landing)
+            self._receiver.staging.give_back(arrival.staged)
 
     def take(self) -> list[tuple[Request, Arrival | Loss]]:
         """Requests whose waiting has ended since this was last called, and how."""
@@ -190,7 +190,7 @@ class Inlet:
             request = self._awaited.pop(event.id, None)
             if request is None:  # it was aborted a moment ago
                 if isinstance(event, Arrival):
-                    self._receiver.release(event.landing)
+                    self._receiver.staging.give_back(event.staged)
                 continue
             if isinstance(event, Arrival):
                 self._landed[event.id] = event
@@ -200,9 +200,9 @@ class Inlet:
         return news
 
     @property
-    def landings(self) -> dict[str, Landing]:
+    def landings(self) -> dict[str, Staged]:
         """What has come, and is in no store yet, by request."""
-        return {request_id: arrival.landing for request_id, arrival in self._landed.items()}
+        return {request_id: arrival.staged for request_id, arrival in self._landed.items()}
 
     def _wake(self) -> None:
         with suppress(BlockingIOError):  # it rings already

@@ -19,8 +19,8 @@ from kvtool.kv.batch import KVBatch, on_device
 from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.layout import KVLayout
-from kvtool.kv.receiver import Landing
 from kvtool.kv.spec import KVSpec, StreamSpec
+from kvtool.kv.staging import Staged
 from kvtool.kv.swap import SwapSpace
 from kvtool.memory import DeviceMemory, allocate, cache_memory, capacity, check_context, size
 from kvtool.models import load_config, load_model, resolve_model
@@ -118,7 +118,7 @@ class Runner:
         self,
         batch: ScheduledBatch,
         allowed: NDArray[np.int32] | None = None,
-        landings: Mapping[str, Landing] | None = None,
+        landings: Mapping[str, Staged] | None = None,
         on_layer: Callable[[int], None] | None = None,
     ) -> Handle:
         """Start one step.

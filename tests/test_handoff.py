@@ -139,7 +139,7 @@ def test_aborts_leave_nothing_behind_whenever_they_come():
     kv, params = KVOptions(nbits="4"), SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
     prefill, decode = pair(kv, max_num_batched_tokens=40)
     rng, receiver = random.Random(3), decode._inlet._receiver  # type: ignore[union-attr]
-    room = receiver._free_bytes
+    room = receiver.staging.free_bytes
     for attempt in range(12):
         name = f"r{attempt}"
         decode.submit(Request(name, prompts(1, 1)[0] * 150, params, is_pushed=True))
@@ -152,7 +152,7 @@ def test_aborts_leave_nothing_behind_whenever_they_come():
         for tested in rng.sample([prefill, decode], 2):
             tested.abort(name)
     deadline = time.monotonic() + 30
-    while prefill.has_work or decode.has_work or receiver._free_bytes < room:
+    while prefill.has_work or decode.has_work or receiver.staging.free_bytes < room:
         assert time.monotonic() < deadline
         for tested in (prefill, decode):
             tested.take_arrivals()

@@ -69,7 +69,8 @@ def push_all(sender: Sender, name: str, source: KVStore, request_id: str, by_lay
         for layer in range(3) if by_layer else ():
             push.put_blocks(range(layer, layer + 1), end, source, blocks)
         push.put_blocks(range(3), end, source, blocks)
-    push.close(source.tail(2).clone(), NOTHING)
+    push.put_tail(source.tail(2))
+    push.close(NOTHING)
 
 
 def be_sender(port: int, name: str, asked: str, ids: list[str]) -> None:
@@ -99,7 +100,7 @@ def assert_holds(arrival: Arrival, name: str) -> None:
     source, target = store(name), store(name, seed=1)
     count = layout(name).format.num_blocks(len(TOKENS))
     blocks = [3, 9, 1, 0, 7, 2, 5, 4, 6][:count]
-    arrival.landing.store_in(target, blocks[1:], 1)  # the first is there already
+    arrival.staged.store_in(target, blocks[1:], 1)  # the first is there already
     sent = source.gather_blocks(list(range(11, 11 - count, -1)))
     assert torch.equal(target.gather_blocks(blocks[1:]), sent[1:])
     assert torch.equal(target.tail(1), source.tail(2))
@@ -279,7 +280,7 @@ BLOCK = torch.zeros(1, layout("4").layer_block_bytes(0), dtype=torch.uint8)
 )
 def test_a_bad_part_costs_its_sequence_and_gives_the_memory_back(link, part, says):
     tested, session = link
-    free = tested._free_bytes
+    free = tested.staging.free_bytes
     session.say(opening())
     session.hear(wire.Accepted)
     session.say(wire.Part(*part, b"wrong") if part else NOTHING)
@@ -287,7 +288,7 @@ def test_a_bad_part_costs_its_sequence_and_gives_the_memory_back(link, part, say
         session.send([BLOCK])
     (loss,) = events(tested, 1)
     assert isinstance(loss, Loss) and loss.id == "a" and says in loss.reason
-    assert tested._free_bytes == free
+    assert tested.staging.free_bytes == free
 
 
 def test_a_frame_that_is_played_again_ends_the_connection(link):
@@ -331,9 +332,9 @@ def test_a_sender_whose_peer_is_slow_holds_no_more_than_it_may():
     sender.connect(1)
     push_all(sender, "4", store("4"), "a", by_layer=False)
     (loss,) = events(tested, 1)
-    assert isinstance(loss, Loss) and "wait to be sent" in loss.reason
+    assert isinstance(loss, Loss) and "too much waits to be sent" in loss.reason
     sender.close()
-    assert sender._num_bytes == 0
+    assert sender._staging.free_bytes == 1000
 
 
 @pytest.mark.parametrize("data", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff\xff\xff\xff", b"\x02\0\0\0{}", b"\0\0\0\0"])

@@ -160,11 +160,11 @@ class OtherEnd:
                 for event in receiver.take():
                     if not isinstance(event, Arrival):
                         raise KVToolError(f"{case.transfer}: {event.reason}")
-                    event.landing.store_in(store, range(num_blocks), 0)
+                    event.staged.store_in(store, range(num_blocks), 0)
                     if store.blocks.is_cuda:
                         torch.cuda.synchronize(store.blocks.device)
                     taken.append((event, time.perf_counter()))
-                    receiver.release(event.landing)
+                    receiver.staging.give_back(event.staged)
             self._end()
             receiver.close()
         counted = taken[1:]
@@ -234,7 +234,8 @@ def _push(job: Job, case: Case) -> None:
             for end in [*range(at_once, num_blocks, at_once), num_blocks]:
                 push.put_blocks(range(layer, layer + 1), end, store, range(num_blocks))
         push.put_blocks(range(num_layers), num_blocks, store, range(num_blocks))  # what is not yet on its way
-        push.close(store.tail(0).clone(), Close(0, 0, started, time.perf_counter(), b""))
+        push.put_tail(store.tail(0))
+        push.close(Close(0, 0, started, time.perf_counter(), b""))
         push.wait(LIMIT_SECONDS)
     sender.close()
 
@@ -280,7 +281,8 @@ def survey(
         *whole,
         msgspec.structs.replace(asked, num_tokens=max(1, longest // SHORT)),
         asked,
-        msgspec.structs.replace(asked, num_tokens=large),
+        # In parts, as an engine sends it: what is gathered on a CPU must not hold up what is sent.
+        msgspec.structs.replace(asked, num_tokens=large, part_bytes=PART_BYTES[-1] if source == "cpu" else 0),
     ]
     speeds: list[tuple[Case, Speed]] = []
     with OtherEnd() as other:

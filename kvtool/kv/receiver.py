@@ -16,7 +16,7 @@ from torch import Tensor
 from kvtool.errors import UnsupportedError
 from kvtool.kv.channels import Channel, QueueChannel, SocketChannel
 from kvtool.kv.layout import KVLayout
-from kvtool.kv.store import KVStore
+from kvtool.kv.staging import Staged, Staging
 from kvtool.kv.transfer import TRANSFERS, Route, meet_as_receiver, select
 from kvtool.kv.wire import (
     PINGS,
@@ -43,40 +43,8 @@ HANDSHAKE_SECONDS = 10.0
 REGISTER_SECONDS = 5.0  # by which the news that a sequence comes may be later than the sequence
 WATCH_SECONDS = 0.25
 MAX_CONNECTIONS = 256
-MAX_SPARE = 4
 
 logger = logging.getLogger(__name__)
-
-
-class Landing:
-    """Memory of one sequence outside any store, in one allocation: its blocks, layer by layer, and its tail.
-
-    Attributes:
-        memory: what it lies in, uint8, perhaps more than it needs.
-        layers: [num_blocks, bytes of the layer's part of a block] uint8 each.
-        tail: [tail_bytes] uint8.
-        read: when a store on a GPU has it all.
-    """
-
-    def __init__(self, layout: KVLayout, num_blocks: int, memory: Tensor) -> None:
-        sizes = [layout.layer_block_bytes(layer) for layer in range(layout.spec.num_layers)]
-        self.read: torch.cuda.Event | None = None
-        self.memory, self.nbytes = memory, num_blocks * sum(sizes) + layout.tail_bytes
-        *layers, self.tail = memory[: self.nbytes].split([*(num_blocks * size for size in sizes), layout.tail_bytes])
-        self.layers = [layer.view(num_blocks, size) for layer, size in zip(layers, sizes, strict=True)]
-
-    def store_in(self, store: KVStore, blocks: Sequence[int], slot: int) -> None:
-        """Copy the last of the blocks to `blocks`, and the tail to `slot`; those before are in the store already."""
-        if blocks:
-            index = store.index(blocks)
-            for layer, data in enumerate(self.layers):
-                store.scatter_layer(layer, index, data[len(data) - len(blocks) :])
-        store.tail(slot).copy_(self.tail, non_blocking=True)
-        if store.blocks.is_cuda:
-            stream = torch.cuda.current_stream(store.blocks.device)
-            self.read = stream.record_event()
-            if self.memory.is_cuda:  # it was allocated for another stream
-                self.memory.record_stream(stream)
 
 
 @dataclass(frozen=True)
@@ -89,7 +57,7 @@ class Arrival:
     """
 
     id: str
-    landing: Landing
+    staged: Staged
     close: Close
     opened: float
     received: float
@@ -143,9 +111,7 @@ class Receiver:
     ) -> None:
         self.layout, self.identity = layout, identity
         self._secret, self._device, self._wake = secret, torch.device(device), wake
-        self._free_bytes = most_bytes
-        # Used before: memory that is new to a process costs as much as what is sent.
-        self._spare: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self.staging = Staging(layout, self._device, most_bytes)
         self.transfers: list[str] = []  # of the connections that came, in order
         self._expected: dict[str, Expected] = {}
         self._changed = Condition()
@@ -181,18 +147,12 @@ class Receiver:
             expected.session.channel.close()
 
     def take(self) -> list[Arrival | Loss]:
-        """What has happened since this was last called; an arrival's bytes are the caller's to `release`."""
+        """What has happened since this was last called; what is staged of an arrival is the caller's to give
+        back."""
         with self._changed:
             events = list(self._events)
             self._events.clear()
         return events
-
-    def release(self, landing: Landing) -> None:
-        """The landing is not used any more."""
-        with self._changed:
-            self._free_bytes += landing.nbytes
-            self._spare.append((landing.memory, landing.read))
-            del self._spare[:-MAX_SPARE]
 
     def close(self) -> None:
         """End all connections."""
@@ -232,9 +192,9 @@ class Receiver:
         stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         try:
             with torch.cuda.stream(stream):
-                session, lands_on_device = self._meet(channel)
+                session, on_device = self._meet(channel)
                 while True:
-                    self._take_sequence(session, lands_on_device)
+                    self._take_sequence(session, on_device)
         except (OSError, TransferError) as error:
             if isinstance(error, TransferError):
                 logger.warning("KV transfer: refused: %s", error)
@@ -266,7 +226,7 @@ class Receiver:
             channel.limit(0)  # a connection may be idle; `_watch` ends those that keep a sequence
         return session, transfer.lands_on_device
 
-    def _take_sequence(self, session: Session, lands_on_device: bool) -> None:
+    def _take_sequence(self, session: Session, on_device: bool) -> None:
         """The next sequence of a connection.
 
         Raises:
@@ -275,31 +235,31 @@ class Receiver:
         """
         opening = session.hear(Open)
         begun, before = time.perf_counter(), session.nbytes
-        landing, reason = self._admit(session, opening, lands_on_device)
-        if landing is None:
-            session.say(Refused(reason))
+        staged, reason = self._admit(session, opening, on_device)
+        if staged is None:
             logger.warning("KV transfer: refused %.80r: %s", opening.id, reason)
+            session.say(Refused(reason))
             return
         session.say(Accepted())
         try:
-            close = self._fill(session, landing)
+            close = self._fill(session, staged)
         except (OSError, TransferError) as error:
             with suppress(OSError):
                 session.say(Refused(str(error)))
-            self._finish(opening.id, Loss(opening.id, str(error)), landing)
+            self._finish(opening.id, Loss(opening.id, str(error)), staged)
             raise
         if isinstance(close, Drop):
-            self._finish(opening.id, Loss(opening.id, close.reason), landing)
+            self._finish(opening.id, Loss(opening.id, close.reason), staged)
             return
         received = time.perf_counter()
-        arrival = Arrival(opening.id, landing, close, begun, received, session.nbytes - before)
+        arrival = Arrival(opening.id, staged, close, begun, received, session.nbytes - before)
         if self._finish(opening.id, arrival, None):
             session.say(Received())
         else:
-            self.release(landing)
+            self.staging.give_back(staged)
             session.say(Refused("nobody waits for it any more"))
 
-    def _admit(self, session: Session, opening: Open, lands_on_device: bool) -> tuple[Landing | None, str]:
+    def _admit(self, session: Session, opening: Open, on_device: bool) -> tuple[Staged | None, str]:
         """Memory for a sequence that is expected as it is; or None, and why not."""
         layout = self.layout
         with self._changed:
@@ -318,35 +278,22 @@ class Receiver:
                 return None, f"tokens, blocks, bytes of a block and of a tail are {sizes}, but should be {ours}"
             if not hmac.compare_digest(opening.tokens, expected.tokens):
                 return None, "other tokens than those of the request"
-            needed = layout.bytes_for([expected.num_tokens])
-            if needed > self._free_bytes:
-                return None, f"no room: {needed} bytes, and {self._free_bytes} are free"
-            self._free_bytes -= needed
+            staged = self.staging.take(expected.num_tokens, on_device)
+            if staged is None:
+                return None, f"no room: {self.staging.free_bytes} bytes are free"
             expected.session = session
-        on_gpu = self._device.type == "cuda"
-        device = self._device if lands_on_device else torch.device("cpu")
-        with self._changed:
-            fits = [i for i, (memory, _) in enumerate(self._spare) if memory.nbytes >= needed]
-            spare = self._spare.pop(fits[-1]) if fits else None
-        if spare is None:
-            pinned = on_gpu and not lands_on_device
-            memory = torch.empty(needed, dtype=torch.uint8, device=device, pin_memory=pinned)
-        else:
-            memory, read = spare
-            if read:
-                read.synchronize()
-        return Landing(layout, opening.num_blocks, memory), ""
+        return staged, ""
 
-    def _fill(self, session: Session, landing: Landing) -> Close | Drop:
+    def _fill(self, session: Session, staged: Staged) -> Close | Drop:
         """Receive all parts, each checked."""
-        num_layers, num_blocks = len(landing.layers), len(landing.layers[0])
+        num_layers, num_blocks = len(staged.layers), len(staged.layers[0])
         have = [0] * num_layers  # blocks of each layer, from the first
         while isinstance(message := session.hear(Part | Close | Drop), Part):
             layers = range(message.first_layer, message.end_layer)
             inside = 0 <= message.first_layer < message.end_layer <= num_layers and message.end_block <= num_blocks
             if not inside or not all(have[layer] == message.first_block < message.end_block for layer in layers):
                 raise TransferError("a part that is not the next of its layers")
-            pieces = [landing.layers[layer][message.first_block : message.end_block] for layer in layers]
+            pieces = [staged.layers[layer][message.first_block : message.end_block] for layer in layers]
             self._receive(session, pieces, message.checksum)
             for layer in layers:
                 have[layer] = message.end_block
@@ -355,7 +302,7 @@ class Receiver:
         assert isinstance(message, Close)
         if have != [num_blocks] * num_layers:
             raise TransferError("parts are missing")
-        self._receive(session, [landing.tail] if len(landing.tail) else [], message.checksum)
+        self._receive(session, [staged.tail] if len(staged.tail) else [], message.checksum)
         return message
 
     def _receive(self, session: Session, pieces: list[Tensor], expected: bytes) -> None:
@@ -364,10 +311,10 @@ class Receiver:
         if not hmac.compare_digest(checksum(pieces), expected):
             raise TransferError("bytes whose checksum is wrong")
 
-    def _finish(self, request_id: str, event: Arrival | Loss, unused: Landing | None) -> bool:
+    def _finish(self, request_id: str, event: Arrival | Loss, unused: Staged | None) -> bool:
         """Say what has come of a sequence, if anybody still waits."""
         if unused:
-            self.release(unused)
+            self.staging.give_back(unused)
         with self._changed:
             if self._expected.pop(request_id, None) is None:
                 return False

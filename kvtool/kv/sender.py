@@ -14,6 +14,7 @@ from torch import Tensor
 from kvtool.errors import ConfigError, UnsupportedError
 from kvtool.kv.channels import Channel, QueueChannel
 from kvtool.kv.layout import KVLayout
+from kvtool.kv.staging import Staged, Staging
 from kvtool.kv.store import KVStore
 from kvtool.kv.transfer import IDLE_SECONDS, Route, Transfer, meet_as_sender, select
 from kvtool.kv.wire import (
@@ -60,46 +61,67 @@ class Push:
     """A sequence on its way: what is put here is sent as soon as its peer takes it.
 
     Attributes:
+        staging: where what is put waits.
         num_sent: blocks of each layer that have been put, from the first.
+        staged: room for all of it, once something has been put.
         failed: it does not arrive; what is put is forgotten.
     """
 
     opening: Open
+    staging: Staging
     num_sent: list[int]
+    staged: Staged | None = None
     pieces: "SimpleQueue[Piece | Drop]" = field(default_factory=SimpleQueue)
     failed: bool = False
+    _lock: Lock = field(default_factory=Lock)
     _ended: Event = field(default_factory=Event)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all blocks and the tail."""
-        return self.opening.num_blocks * self.opening.block_bytes + self.opening.tail_bytes
 
     def put_blocks(self, layers: range, end_block: int, store: KVStore, blocks: Sequence[int]) -> None:
         """Send what is new of the first `end_block` of the sequence's `blocks`, in `layers` that are equally far."""
         first = self.num_sent[layers.start]
-        if end_block <= first or self.failed:
+        staged = self._room() if end_block > first else None
+        if staged is None:
             return
         index = store.index(blocks[first:end_block])
-        tensors = [store.gather_layer(layer, index) for layer in layers]
-        for layer in layers:
+        tensors = [staged.layers[layer][first:end_block] for layer in layers]
+        for layer, tensor in zip(layers, tensors, strict=True):
+            store.gather_layer(layer, index, tensor)
             self.num_sent[layer] = end_block
         part = Part(layers.start, layers.stop, first, end_block, b"")
         self.pieces.put(Piece(part, tensors, _event(tensors)))
 
-    def close(self, tail: Tensor, closing: Close) -> None:
+    def put_tail(self, tail: Tensor) -> None:
+        """Keep the tail, which goes last."""
+        if staged := self._room():
+            staged.tail.copy_(tail)
+
+    def close(self, closing: Close) -> None:
         """Send the tail and the first token; all blocks have been put."""
-        if self.failed:
-            return
-        tensors = [tail] if len(tail) else []
-        self.pieces.put(Piece(closing, tensors, _event(tensors)))
+        if staged := self._room():
+            tensors = [staged.tail] if len(staged.tail) else []
+            self.pieces.put(Piece(closing, tensors, _event(tensors)))
 
     def drop(self, reason: str) -> None:
+        """It is not to arrive."""
         self.pieces.put(Drop(reason))
 
+    def _room(self) -> Staged | None:
+        """Where it waits; None: it does not arrive, for one because there is none."""
+        with self._lock:
+            if self.staged is None and not self.failed:
+                self.staged = self.staging.take(self.opening.num_tokens, on_device=True)
+                if self.staged is None:
+                    self.failed = True
+                    self.drop(f"too much waits to be sent: {self.staging.free_bytes} bytes are free")
+            return self.staged
+
     def end(self, failed: bool) -> None:
-        """The sender is done with it."""
-        self.failed = failed
+        """The sender is done with it; what still comes has no room any more."""
+        with self._lock:
+            self.failed |= failed
+            staged, self.staged = self.staged, None
+        if staged:
+            self.staging.give_back(staged, again=not self.failed)
         self._ended.set()
 
     def wait(self, seconds: float) -> bool:
@@ -140,7 +162,7 @@ class Sender:
         self._threads: list[Thread] = []
         self._links: list[Link] = []
         self._lock = Lock()
-        self._num_bytes, self._most_bytes = 0, most_bytes
+        self._staging = Staging(layout, self._device, most_bytes)
         self.transfer: Transfer | None = None
 
     def connect(self, seconds: float) -> None:
@@ -170,16 +192,11 @@ class Sender:
             thread.start()
 
     def begin(self, request_id: str, token_ids: Sequence[int]) -> Push:
-        """Announce a sequence of these computed tokens. Where too much waits for the peer already, it does not come."""
+        """Announce a sequence of these computed tokens."""
         layout = self.layout
         num_blocks = layout.format.num_blocks(len(token_ids))
         sizes = (len(token_ids), num_blocks, layout.block_bytes, layout.tail_bytes)
-        push = Push(Open(request_id, token_hash(token_ids), *sizes), [0] * layout.spec.num_layers)
-        with self._lock:
-            self._num_bytes += push.num_bytes
-            if self._num_bytes > self._most_bytes:
-                push.drop(f"{self._num_bytes} bytes wait to be sent, more than {self._most_bytes}")
-                push.failed = True
+        push = Push(Open(request_id, token_hash(token_ids), *sizes), self._staging, [0] * layout.spec.num_layers)
         self._waiting.put(push)
         return push
 
@@ -203,15 +220,14 @@ class Sender:
                 link = link or self._link()
                 with torch.cuda.stream(stream):  # None: no other
                     link.carry(push)
-                push.end(failed=push.failed)
+                push.end(failed=False)
             except (TransferError, OSError) as error:
                 push.end(failed=True)
                 logger.warning("KV transfer: %.80r does not reach %s: %s", push.opening.id, self.name, error)
-            with self._lock:
-                self._num_bytes -= push.num_bytes
-                if link and link.is_good:
+            if link and link.is_good:
+                with self._lock:
                     self._links.append(link)
-            if link and not link.is_good:
+            elif link:
                 link.session.channel.close()
 
     def _link(self) -> "Link":
@@ -267,13 +283,11 @@ class Link:
         except Refusal:
             self.is_good = True
             raise
-        held: list[Piece] = []  # as long as somebody may still read it
         while True:
             piece = push.pieces.get()
             if isinstance(piece, Drop):
                 session.say(piece)
                 break
-            held.append(piece)
             if piece.ready:
                 torch.cuda.current_stream().wait_event(piece.ready)
             message = msgspec.structs.replace(piece.message, checksum=checksum(piece.tensors))

@@ -125,7 +125,9 @@ class KVStore:
     def gather_blocks(self, blocks: Sequence[int]) -> Tensor:
         """The bytes of `blocks`, [n, block_bytes] uint8, each with its layers behind each other."""
         index = self.index(blocks)
-        return torch.cat([self.gather_layer(layer, index) for layer in range(len(self.layers))], dim=1)
+        return torch.cat([_words(layer).index_select(0, index) for layer in self._layer_blocks], dim=1).view(
+            torch.uint8
+        )
 
     def scatter_blocks(self, blocks: Sequence[int], data: Tensor) -> None:
         """Write what `gather_blocks` gave."""
@@ -134,9 +136,9 @@ class KVStore:
         for layer, part in enumerate(parts):
             self.scatter_layer(layer, index, part.contiguous())
 
-    def gather_layer(self, layer: int, index: Tensor) -> Tensor:
-        """The bytes that are one layer's of the blocks of an `index`, [n, layer_block_bytes] uint8."""
-        return _words(self._layer_blocks[layer]).index_select(0, index).view(torch.uint8)
+    def gather_layer(self, layer: int, index: Tensor, out: Tensor) -> None:
+        """Copy the bytes that are one layer's of the blocks of an `index` to `out`, [n, layer_block_bytes] uint8."""
+        torch.index_select(_words(self._layer_blocks[layer]), 0, index, out=_words(out))
 
     def scatter_layer(self, layer: int, index: Tensor, data: Tensor) -> None:
         """Write what `gather_layer` gave, from whatever device."""
