@@ -1,8 +1,10 @@
 """What the commands share: the engine's options, each written once, and where an option's value may come from."""
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +24,11 @@ ALIASES = {
     "--max-running-requests": "--max-num-seqs",
     "--chunked-prefill-size": "--max-num-batched-tokens",
     "--max-queued-requests": "--max-queue",
+    "--tp-size": "--tp",
+    "--tensor-parallel-size": "--tp",
+    "--pp-size": "--pp",
+    "--pipeline-parallel-size": "--pp",
+    "--nccl-init-addr": "--dist-init-addr",
 }
 # KVTuner's switch says only that there is a quantised cache; its options name the bits, or this does.
 KVTUNER_SWITCH, KVTUNER_NBITS = "--enable-kvtuner-quant", "4"
@@ -40,6 +47,7 @@ UNITS = {
     "GIB": 2**30,
 }
 
+MOST_RANKS = 1024
 MOST = 2**31 - 1  # tokens; positions and counts of them are 32 bits wide on a device
 
 
@@ -82,6 +90,7 @@ def option(*names: str, panel: str, **settings: Any) -> Any:
 model_option = partial(option, panel="Model")
 kv_option = partial(option, panel="KV cache")
 engine_option = partial(option, panel="Engine")
+ranks_option = partial(option, panel="Several GPUs")
 server_option = partial(option, panel="Server")
 output_option = partial(option, panel="Output")
 
@@ -148,7 +157,7 @@ def engine_config(
             "--kv-cache-memory",
             parser=memory_size,
             metavar="SIZE",
-            help="Memory of the cache, say 6GiB (default: 1GiB on CPU, what is left on a GPU).",
+            help="Memory of the cache on each GPU, say 6GiB (default: what is left; 1GiB on CPU).",
         ),
     ] = EngineConfig.kv_cache_memory,
     gpu_memory_utilization: Annotated[
@@ -201,6 +210,42 @@ def engine_config(
     seed: Annotated[
         int, engine_option("--seed", min=0, max=2**63 - 1, help="Of dummy weights, and of requests that name no seed.")
     ] = EngineConfig.seed,
+    tp: Annotated[
+        int, ranks_option("--tp", min=1, max=MOST_RANKS, help="GPUs that share each layer (tensor parallelism).")
+    ] = EngineConfig.tp,
+    pp: Annotated[
+        int, ranks_option("--pp", min=1, max=MOST_RANKS, help="Stages of layers, of --tp GPUs each (pipeline).")
+    ] = EngineConfig.pp,
+    all_reduce: Annotated[
+        Literal["auto", "nccl", "symmetric-memory"],
+        ranks_option("--all-reduce", help="How GPUs sum up; auto: small sums in each other's memory where it works."),
+    ] = EngineConfig.all_reduce,
+    nnodes: Annotated[
+        int, ranks_option("--nnodes", min=1, max=MOST_RANKS, help="Machines that share these GPUs evenly.")
+    ] = EngineConfig.nnodes,
+    node_rank: Annotated[
+        int,
+        ranks_option(
+            "--node-rank",
+            min=0,
+            max=MOST_RANKS,
+            help="Which of them this is; those behind 0 take all other options from it.",
+        ),
+    ] = EngineConfig.node_rank,
+    dist_init_addr: Annotated[
+        str | None,
+        ranks_option(
+            "--dist-init-addr", metavar="HOST:PORT", help="Of node 0, where ranks find each other; a private network."
+        ),
+    ] = EngineConfig.dist_init_addr,
+    dist_timeout: Annotated[
+        int,
+        ranks_option("--dist-timeout", min=1, max=86400, help="Seconds that ranks wait for each other at the start."),
+    ] = EngineConfig.dist_timeout,
+    restart: Annotated[
+        bool,
+        ranks_option("--restart/--no-restart", help="Start all ranks anew when one has died (serve)."),
+    ] = EngineConfig.restart,
 ) -> EngineConfig:
     """The signature is the list of the engine's options; the body says which field each one fills."""
     kv = KVOptions(
@@ -215,7 +260,7 @@ def engine_config(
         rotate=rotate,
         plan=kv_plan,
     )
-    return EngineConfig(
+    engine = EngineConfig(
         model=model,
         dtype=dtype,
         device=device,
@@ -231,8 +276,27 @@ def engine_config(
         attention_backend=attention_backend,
         cuda_graph=cuda_graph,
         run_ahead=run_ahead,
+        tp=tp,
+        pp=pp,
+        all_reduce=all_reduce,
+        nnodes=nnodes,
+        node_rank=node_rank,
+        dist_init_addr=dist_init_addr,
+        dist_timeout=dist_timeout,
+        restart=restart,
         kv=kv,
     )
+    return under_torchrun(engine) if "TORCHELASTIC_RUN_ID" in os.environ else engine
+
+
+def under_torchrun(engine: EngineConfig) -> EngineConfig:
+    """`engine` as one of torchrun's processes: each is a rank, and stands for a node that has no other."""
+    rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if size != engine.num_ranks:
+        raise ConfigError(
+            f"torchrun started {size} processes; --tp {engine.tp} --pp {engine.pp} are {engine.num_ranks}"
+        )
+    return replace(engine, nnodes=size, node_rank=rank, local_rank=local_rank, dist_init_addr="env://")
 
 
 def output_options(
@@ -356,6 +420,11 @@ def shared(command: Callable[..., None], bundles: Mapping[str, Callable[..., Any
         made = {
             bundle: bundles[bundle](**{name: values.pop(name) for name in options}) for bundle, options in taken.items()
         }
+        engine = made.get("engine")
+        if engine is not None and engine.node_rank > 0:
+            from kvtool.ranks import run_node
+
+            raise typer.Exit(run_node(engine))
         command(**values, **made)
 
     own = [parameter for name, parameter in signature.items() if name not in taken]

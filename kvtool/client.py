@@ -4,21 +4,18 @@ import asyncio
 import contextlib
 import socket
 import subprocess
-import sys
 from collections.abc import AsyncGenerator, KeysView
-from pathlib import Path
 
 import msgspec
 
 from kvtool.config import EngineConfig
 from kvtool.errors import EngineDeadError, KVToolError, RequestError
+from kvtool.processes import HEADER_BYTES, command, frame
 from kvtool.request import Abort, EngineFailed, EngineInfo, EngineStats, FlushCache, Request, Tokens, Update
-
-HEADER_BYTES = 4
 
 
 class EngineClient:
-    """Starts an engine process and talks to it in msgpack frames: a 4-byte little-endian length, then the message.
+    """Starts an engine process and talks to it in frames.
 
     Attributes:
         info: what the engine said of itself when it was ready.
@@ -45,10 +42,8 @@ class EngineClient:
             KVToolError: the engine could not start, in its own words.
         """
         ours, theirs = socket.socketpair()
-        # Not `-m`: that would import whatever Python files lie in the current folder, a model's among them.
-        code = "import sys; sys.path[0] = sys.argv[2]; from kvtool.engine_process import main; main(int(sys.argv[1]))"
-        command = [sys.executable, "-c", code, str(theirs.fileno()), str(Path(__file__).parents[1])]
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        argv = command("kvtool.engine_process", str(theirs.fileno()))
+        process = subprocess.Popen(argv, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
         reader, writer = await asyncio.open_connection(sock=ours)
         try:
@@ -155,12 +150,6 @@ class EngineClient:
         finally:
             for queue in self._queues.values():
                 queue.put_nowait(None)
-
-
-def frame(message: object) -> bytes:
-    """`message` as it crosses the boundary."""
-    body = msgspec.msgpack.encode(message)
-    return len(body).to_bytes(HEADER_BYTES, "little") + body
 
 
 async def _read(reader: asyncio.StreamReader) -> bytes:

@@ -75,14 +75,25 @@ class EngineConfig:
         max_model_len: tokens of prompt and answer together; None: the model's context.
         max_num_seqs: sequences that run at once; each owns a tail slot.
         max_num_batched_tokens: tokens computed in one step; longer prompts are cut into chunks.
-        kv_cache_memory: bytes of KV cache, blocks and tails together; None: 1 GiB on CPU, what is left on a GPU.
+        kv_cache_memory: bytes of KV cache of each rank, blocks and tails together; None: what is left on a GPU, 1 GiB
+            on CPU.
         gpu_memory_utilization: share of the whole GPU that weights, workspace and cache may take.
-        swap_space: bytes of host memory for sequences that must make room; with `handoff` as much again for those on
-            their way.
+        swap_space: bytes of this machine's memory for sequences that must make room; with `handoff` as much again for
+            those on their way.
         prefix_caching: prompts share the packed blocks of their common beginnings.
         attention_backend: "auto" or a name from `kvtool.attention.BACKENDS`.
         cuda_graph: on a GPU, launch decode steps whole.
         run_ahead: launch a step while the last one computes, its tokens unknown to the host; None: on a GPU.
+        tp: ranks that share each layer (tensor parallelism), a process each and on GPUs a device each.
+        pp: stages of layers, each of `tp` ranks, that steps run through (pipeline parallelism).
+        all_reduce: how GPUs sum up what each has of a layer's output: "symmetric-memory" has small sums read directly
+            from each other's memory; "auto": that where it works.
+        nnodes, node_rank: machines that have as many ranks each, and which of them this is. All but the first take
+            their other options from it.
+        dist_init_addr: HOST:PORT of the first machine, where ranks find each other; "env://": torchrun says.
+        dist_timeout: seconds that ranks wait for each other when they start.
+        local_rank: of this machine's devices, the first to use.
+        restart: when a rank has died, start all anew.
         handoff: how it shares requests with other engines; None: it does not.
     """
 
@@ -101,8 +112,27 @@ class EngineConfig:
     attention_backend: str = "auto"
     cuda_graph: bool = True
     run_ahead: bool | None = None
+    tp: int = 1
+    pp: int = 1
+    all_reduce: Literal["auto", "nccl", "symmetric-memory"] = "auto"
+    nnodes: int = 1
+    node_rank: int = 0
+    dist_init_addr: str | None = None
+    dist_timeout: int = 300
+    local_rank: int = 0
+    restart: bool = False
     kv: KVOptions = field(default_factory=KVOptions)
     handoff: HandoffConfig | None = None
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp * self.pp
+
+    @property
+    def ranks_here(self) -> range:
+        """Those of this machine."""
+        count = self.num_ranks // self.nnodes
+        return range(self.node_rank * count, (self.node_rank + 1) * count)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,8 @@ class Capturer:
             run()  # lazily loaded kernels must be there before
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # thread_local: NCCL's watchdog may ask for the state of earlier events meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             outputs = run()
         return graph, outputs
 

@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtool.config import EngineConfig, HandoffConfig
-from kvtool.errors import CapacityError, KVToolError, RequestError, UnsupportedError
+from kvtool.errors import CapacityError, ConfigError, KVToolError, RequestError, UnsupportedError
 from kvtool.grammar import GrammarCompiler, Matcher
 from kvtool.handoff import Inlet, Pusher
 from kvtool.kv.receiver import Arrival, Loss
 from kvtool.kv.wire import Identity
 from kvtool.models.resolve import fingerprint
+from kvtool.ranks import Ranks
 from kvtool.request import (
     EngineInfo,
     EngineStats,
@@ -74,9 +75,14 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         start = time.perf_counter()
+        if config.handoff and config.num_ranks > 1:
+            raise ConfigError(
+                f"--role {config.handoff.role}: KV of several ranks does not travel; leave out --tp, --pp"
+            )
         self._pusher: Pusher | None = None
         self._inlet: Inlet | None = None
-        self.runner = Runner(config)
+        self.ranks = Ranks(config) if config.num_ranks * config.nnodes > 1 else None
+        self.runner = self.ranks.runner if self.ranks else Runner(config)
         store, model = self.runner.store, self.runner.model_config
         self.scheduler = Scheduler(
             store.format,
@@ -88,7 +94,9 @@ class Engine:
             num_swap_units=len(self.runner.swap_space.units),
             tail_units=store.layout.tail_units,
             cache_identity=_cache_identity(self.runner) if config.prefix_caching else None,
+            num_micro_batches=config.pp,
         )
+        self._num_micro_batches = config.pp
         if config.handoff:
             self._hand_off(config, config.handoff)
         self._runs_ahead = self.runner.device.type == "cuda" if config.run_ahead is None else config.run_ahead
@@ -103,6 +111,7 @@ class Engine:
         self.arrivals = self.losses = 0  # of requests that other engines have begun, or should have
         self._imported: dict[str, Arrival] = {}  # of requests that have no token of ours yet
         self._arrivals: dict[str, deque[Tokens]] = {}  # of `generate` and `stream`, by request
+        elements, block_bytes, tail_bytes, kv_bytes = self.runner.on_all_ranks
         self.info = EngineInfo(
             model=config.model,
             path=str(self.runner.path),
@@ -111,18 +120,19 @@ class Engine:
             eos_token_ids=list(model.eos_token_ids),
             dtype=str(self.runner.dtype).removeprefix("torch."),
             device=str(self.runner.device),
-            kv_format=store.format.describe(),
-            bits_per_element=store.layout.bits_per_element,
+            num_ranks=config.num_ranks,
+            kv_format=self.runner.format.describe(),
+            bits_per_element=8 * block_bytes / (store.format.block_size * elements),
             block_size=store.format.block_size,
             num_blocks=store.num_blocks,
-            block_bytes=store.layout.block_bytes,
+            block_bytes=block_bytes,
             max_num_seqs=config.max_num_seqs,
-            tail_bytes=store.layout.tail_bytes,
+            tail_bytes=tail_bytes,
             num_swap_units=len(self.runner.swap_space.units),
             prefix_caching=self.scheduler.cache_identity is not None,
-            kv_bytes=store.nbytes,
+            kv_bytes=kv_bytes,
             kv_tokens=store.num_blocks * store.format.block_size + config.max_num_seqs * store.format.tail_tokens,
-            kv_tokens_16bit=store.nbytes // (2 * store.layout.spec.elements),
+            kv_tokens_16bit=kv_bytes // (2 * elements),
             start_seconds=time.perf_counter() - start,
             kv_address=self._inlet.address if self._inlet else "",
         )
@@ -224,6 +234,11 @@ class Engine:
         self._submitted.pop(request_id, None)
         self._queued.pop(request_id, None)
 
+    def close(self) -> None:
+        """End the processes of other ranks, if there are any; nothing more can be computed."""
+        if self.ranks:
+            self.ranks.close()
+
     def flush_cache(self) -> None:
         """Forget every prefix."""
         self.scheduler.flush_cache()
@@ -250,15 +265,15 @@ class Engine:
         `stream` step by themselves.
         """
         assert self.has_work, "a step needs requests: submit one first"
-        if not self._under_way or self._can_run_ahead():
-            launched = self._launch()
-            if launched and len(self._under_way) == 1 and self._can_run_ahead():
-                return []
-        return self._collect()
+        has_launched = len(self._under_way) < self._most_under_way() and self._launch()
+        return [] if has_launched and len(self._under_way) < self._most_under_way() else self._collect()
 
-    def _can_run_ahead(self) -> bool:
-        """The next step can be launched before this one's tokens are known; a grammar must see its own first."""
-        return self._runs_ahead and not self.scheduler.grammar_awaits
+    def _most_under_way(self) -> int:
+        """Steps at once. Each stage of a pipeline has one; elsewhere the next step can be launched before this one's
+        tokens are known, but a grammar must see its own first."""
+        if self._num_micro_batches > 1:
+            return self._num_micro_batches
+        return 2 if self._runs_ahead and not self.scheduler.grammar_awaits else 1
 
     def _launch(self) -> bool:
         """Start a step, if the scheduler has one."""
@@ -270,12 +285,8 @@ class Engine:
         faults: dict[str, str] = {}
         allowed = self._allowed(batch, faults)
         try:
-            outcome: Handle | UnsupportedError | CapacityError = self.runner.launch(
-                batch,
-                allowed,
-                landings=self._inlet.landings if self._inlet else None,
-                on_layer=self._pusher.on_layer(batch) if self._pusher else None,
-            )
+            launch = self.ranks.launch if self.ranks else self._launch_here
+            outcome: Handle | UnsupportedError | CapacityError = launch(batch, allowed)
         except (UnsupportedError, CapacityError) as error:
             outcome = error
         if self._pusher:
@@ -286,13 +297,22 @@ class Engine:
         self._under_way.append(Launched(outcome, faults))
         return True
 
+    def _launch_here(self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None) -> Handle:
+        """Start a step that may take in what other engines have computed, and send on what it computes."""
+        return self.runner.launch(
+            batch,
+            allowed,
+            landings=self._inlet.landings if self._inlet else None,
+            on_layer=self._pusher.on_layer(batch) if self._pusher else None,
+        )
+
     def _collect(self) -> list[Tokens]:
         """Wait for the oldest step under way and take in what it yielded."""
         outcome, faults = self._under_way.popleft()
         try:
             if not isinstance(outcome, Handle):
                 raise outcome
-            news = self.scheduler.update(self.runner.collect(outcome))
+            news = self.scheduler.update((self.ranks or self.runner).collect(outcome))
         except (UnsupportedError, CapacityError) as error:
             self._under_way.clear()
             news = self.scheduler.fail(str(error))

@@ -320,11 +320,12 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
         max_model_len: tokens of prompt and answer together.
         vocab_size: ids run from 0 to vocab_size - 1.
         eos_token_ids: ids that end an answer.
-        dtype, device: as resolved.
+        dtype, device: as resolved, of rank 0.
+        num_ranks: processes that share the model, on GPUs a device each.
         kv_format: one line for people.
         bits_per_element: honest bits of a packed element.
         block_size: tokens of a packed block.
-        num_blocks, block_bytes: packed blocks, and the bytes of one over all layers.
+        num_blocks, block_bytes: packed blocks, and the bytes of one over all layers and ranks.
         max_num_seqs, tail_bytes: sequences that run at once, and the bytes of one's tail.
         num_swap_units: blocks' worth of swap space.
         prefix_caching: prompts can share their beginnings.
@@ -342,6 +343,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
     eos_token_ids: list[int]
     dtype: str
     device: str
+    num_ranks: int
     kv_format: str
     bits_per_element: float
     block_size: int

@@ -1,6 +1,7 @@
 """The model on its device: a scheduled batch goes in, sampled token ids come out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
@@ -14,7 +15,7 @@ from kvtool.attention import PagedAttention, block_size
 from kvtool.attention.layer import AttentionLayer
 from kvtool.config import EngineConfig
 from kvtool.cuda_graph import MOST_WORK, StepGraphs, as_kv_span
-from kvtool.errors import CapacityError, ConfigError
+from kvtool.errors import CapacityError, ConfigError, UnsupportedError
 from kvtool.kv.batch import KVBatch, on_device
 from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import KVFormat, resolve
@@ -25,6 +26,7 @@ from kvtool.kv.swap import SwapSpace
 from kvtool.memory import DeviceMemory, allocate, cache_memory, capacity, check_context, size
 from kvtool.models import load_config, load_model, resolve_model
 from kvtool.models.config import ModelConfig
+from kvtool.parallel import ONE_RANK, Parallel
 from kvtool.request import Sample, SamplingParams, ScheduledBatch, ScheduledSpan, StepResult, TokenLogprobs
 from kvtool.sampler import Sampler, is_greedy, token_logprobs
 
@@ -73,45 +75,68 @@ class Handle:
 
 
 class Runner:
-    """Model, KV store and sampler of one process.
+    """Model, KV store and sampler of one process. Where several ranks share a model, each has one of these, they are
+    made at the same time, and all of them launch every step.
 
     Attributes:
+        parallel: this rank's place among all.
         path: local folder of the model.
         model_config: what the checkpoint is.
         max_model_len: tokens of prompt and answer together, as asked for or as model and cache allow.
-        store: the KV cache, sized from the configuration.
+        format: of the cache of all layers.
+        store: this rank's part of it, sized from the configuration; all have as many blocks.
         swap_space: for sequences that must make room.
         memory: what a GPU holds beside the store.
+        on_all_ranks: elements of a token, bytes of a block, of a tail and of the cache, of all ranks together.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        self.device = choose_device(config.device)
+    def __init__(self, config: EngineConfig, parallel: Parallel = ONE_RANK) -> None:
+        self.parallel, self.device = parallel, choose_device(config.device)
         self.path = resolve_model(config.model)
         self.model_config = load_config(self.path)
         self.dtype = choose_dtype(config, self.model_config, self.device)
         check_context(config, self.model_config)
         spec = kv_spec(self.model_config, self.dtype)
-        layout = KVLayout(spec, resolve(config.kv, spec, block_size(config.attention_backend)))
+        self.format = resolve(config.kv, spec, block_size(config.attention_backend))
+        self._layers = parallel.stage.layers(self.model_config.num_layers)
+        layout = KVLayout(kv_spec(self.model_config, self.dtype, parallel), self.format.of_layers(self._layers))
         with torch.inference_mode():
-            self.model = load_model(
-                self.path,
-                self.model_config,
-                dtype=self.dtype,
-                device=self.device,
-                load_format=config.load_format,
-                seed=config.seed,
-                max_model_len=config.max_model_len,
-            )
+            with parallel.agreeing():
+                self.model = load_model(
+                    self.path,
+                    self.model_config,
+                    dtype=self.dtype,
+                    device=self.device,
+                    load_format=config.load_format,
+                    seed=config.seed,
+                    max_model_len=config.max_model_len,
+                    parallel=parallel,
+                )
             self.max_model_len = config.max_model_len or self.model_config.max_position
             self.newest = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.device)
             self.sampler = Sampler(self.newest, self.model_config.eos_token_ids)
             self.memory = self._measure(config, layout) if self.device.type == "cuda" else None
-            memory = cache_memory(config, layout, self.memory)
-            num_blocks, self.max_model_len = capacity(config, self.model_config, layout, memory)
-            self._hold(layout, num_blocks, config)
-            self.swap_space = SwapSpace(self.store, config.swap_space // layout.block_bytes)
+            with parallel.agreeing():
+                memory = cache_memory(config, layout, self.memory)
+                fits = capacity(config, self.model_config, layout, memory)
+            num_units = config.swap_space // len(config.ranks_here) // layout.block_bytes
+            num_blocks, self.max_model_len, num_units = parallel.least(*fits, num_units)
+            with parallel.agreeing():
+                self._hold(layout, num_blocks, config)
+                self.swap_space = SwapSpace(self.store, num_units)
+            self.graphs = self._graphs(config)
+            self.on_all_ranks = parallel.total(
+                layout.spec.elements, layout.block_bytes, layout.tail_bytes, self.store.nbytes
+            )
             if self.graphs:
                 self._capture(self.graphs)
+
+    @torch.inference_mode()
+    def take_in(self, token_ids: Mapping[int, int]) -> None:
+        """Ids that the last stage of a pipeline has sampled, by slot, for the first one to compute."""
+        sent = {"slots": np.array([*token_ids], np.int64), "ids": np.array([*token_ids.values()], np.int64)}
+        slots, ids = on_device(sent, self.device).values()
+        self.newest.index_copy_(0, slots, ids)
 
     @torch.inference_mode()
     def launch(
@@ -155,12 +180,15 @@ class Runner:
             self.store.seal(kv_batch)
             return self._sample(batch, logits, greedy, allowed, [])
         kv_batch, hidden = self._hidden_states(batch, on_layer)
-        self.store.seal(kv_batch)
+        with self._faults_noted():
+            self.store.seal(kv_batch)
         for fork in batch.forks:
             self.store.fork(fork.source_block, fork.source_slot, fork.block, fork.slot)
         if self.graphs:
             new = (span.slot for span in batch.spans if span.token_ids)
             self.graphs.forget([*new, *(fork.slot for fork in batch.forks)])
+        if not self.parallel.stage.is_last:
+            return self._sample(batch, hidden, None, None, [])
         prompt_scores = self._score_prompts(batch, hidden)
         ends = list(accumulate(span.length for span in batch.spans))
         rows = [ends[sample.span] - 1 for sample in batch.samples]
@@ -191,14 +219,14 @@ class Runner:
         allowed: NDArray[np.int32] | None,
         prompt_scores: list[Scores],
     ) -> Handle:
-        """Choose the tokens of a step; `greedy` are the likeliest ones, where a graph has found them."""
+        """Choose the tokens of a step, on the last stage; `greedy` are the likeliest, where a graph has found them."""
         fault = self.store.take_fault()
-        token_ids = fault[:0]
-        if greedy is not None and all(is_greedy(sample) for sample in batch.samples):
+        token_ids, samples = fault[:0], batch.samples if self.parallel.stage.is_last else []
+        if samples and greedy is not None and all(is_greedy(sample) for sample in samples):
             token_ids = greedy
-        elif batch.samples:
-            token_ids = self.sampler.sample(logits, batch.samples, allowed)
-        scores = _score_samples(batch, logits, token_ids)
+        elif samples:
+            token_ids = self.sampler.sample(logits, samples, allowed)
+        scores = _score_samples(samples, logits, token_ids)
         return Handle(
             batch,
             outcome=_to_host(torch.cat([token_ids, fault])),
@@ -208,7 +236,7 @@ class Runner:
         )
 
     def collect(self, handle: Handle) -> StepResult:
-        """What a launched step yielded.
+        """What a launched step yielded; nothing on a stage that is not the last.
 
         Raises:
             UnsupportedError: the cache's format cannot hold what the model made of these tokens.
@@ -218,6 +246,8 @@ class Runner:
         batch = handle.batch
         *token_ids, fault = handle.outcome.tolist()
         check_fits(not fault)
+        if not self.parallel.stage.is_last:
+            return StepResult([], [], [])
         num_top = [sample.params.logprobs for sample in batch.samples]
         scores = iter(handle.scores.rows([k for k in num_top if k is not None]) if handle.scores else ())
         logprobs = [None if k is None else next(scores) for k in num_top]
@@ -250,22 +280,28 @@ class Runner:
         ]
 
     def _hold(self, layout: KVLayout, num_blocks: int, config: EngineConfig) -> None:
-        """Give the model a store, and what runs on it."""
+        """Give the model a store, and attention over it."""
         self.store = allocate(layout, num_blocks, config.max_num_seqs, self.dtype, self.device)
-        self.attention = PagedAttention(self.store, attention_layers(self.model_config), config.attention_backend)
-        self.graphs = self._graphs(config) if config.cuda_graph and self.attention.is_capturable else None
+        layers = attention_layers(self.model_config, self.parallel)
+        self.attention = PagedAttention(self.store, layers, config.attention_backend)
 
-    def _graphs(self, config: EngineConfig) -> StepGraphs:
-        """Graphs of steps, yet to be captured."""
+    def _graphs(self, config: EngineConfig) -> StepGraphs | None:
+        """Graphs of steps, yet to be captured; all ranks have the same ones, or none."""
+        (is_capturable,) = self.parallel.least(config.cuda_graph and self.attention.is_capturable)
+        if not is_capturable:
+            return None
         fmt, weights = self.store.format, sum(weight.numel() for weight in self.model.layers.parameters())
         most_tokens = min(MOST_WORK // weights, config.max_num_batched_tokens)
+        (most_tokens,) = self.parallel.least(most_tokens if self.attention.captures_prompts else 0)
+        # Stages but the last have no logits, and nobody looks at what comes of their hidden states.
+        head = self.model.logits if self.parallel.stage.is_last else torch.Tensor.contiguous
         return StepGraphs(
             self._compute,
-            self.model.logits,
+            head,
             fmt,
             self.newest,
             max_blocks=max(1, fmt.num_blocks(self.max_model_len)),
-            most_prompt_tokens=most_tokens if self.attention.captures_prompts else 0,
+            most_prompt_tokens=most_tokens,
         )
 
     def _capture(self, graphs: StepGraphs) -> None:
@@ -293,6 +329,7 @@ class Runner:
         largest = largest_step(config, layout.format, self.max_model_len)
         try:
             self._hold(layout, sum(len(span.blocks) for span in largest.spans) + 1, config)
+            self.graphs = self._graphs(config)
             torch.cuda.reset_peak_memory_stats(self.device)
             self.collect(self.launch(largest))
             if self.graphs:
@@ -320,10 +357,23 @@ class Runner:
         key: Tensor,
         value: Tensor,
     ) -> Tensor:
-        out = self.attention(layer, q, key, value, batch)
+        index, out = layer - self._layers.start, None
+        with self._faults_noted():
+            out = self.attention(index, q, key, value, batch)
         if on_layer:
-            on_layer(layer)
-        return out
+            on_layer(index)
+        return torch.zeros_like(q) if out is None else out
+
+    @contextmanager
+    def _faults_noted(self) -> Iterator[None]:
+        """What the format cannot hold is an error at once, but not where other ranks wait for this one in the midst of
+        the step: it goes on, and `collect` says that it was in vain."""
+        try:
+            yield
+        except UnsupportedError:
+            if self.parallel.size == 1:
+                raise
+            self.store.note_fault()
 
 
 def largest_step(config: EngineConfig, fmt: KVFormat, max_model_len: int) -> ScheduledBatch:
@@ -359,9 +409,9 @@ def _to_host(x: Tensor) -> Tensor:
     return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
 
 
-def _score_samples(batch: ScheduledBatch, logits: Tensor, token_ids: Tensor) -> Scores | None:
+def _score_samples(samples: Sequence[Sample], logits: Tensor, token_ids: Tensor) -> Scores | None:
     """Scores of the samples that ask for them; a few rows at a time, as in float32 all of them fill the memory."""
-    wanted = [(row, s.params.logprobs) for row, s in enumerate(batch.samples) if s.params.logprobs is not None]
+    wanted = [(row, s.params.logprobs) for row, s in enumerate(samples) if s.params.logprobs is not None]
     if not wanted:
         return None
     rows = on_device({"rows": np.array([row for row, _ in wanted], np.int64)}, logits.device)["rows"]
@@ -397,14 +447,16 @@ def choose_dtype(config: EngineConfig, model: ModelConfig, device: torch.device)
     return dtype
 
 
-def kv_spec(model: ModelConfig, dtype: torch.dtype) -> KVSpec:
-    """What a model caches for each token."""
-    stream = StreamSpec(model.num_kv_heads, model.head_dim)
-    return KVSpec(model.num_layers, stream, stream, dtype.itemsize)
+def kv_spec(model: ModelConfig, dtype: torch.dtype, parallel: Parallel = ONE_RANK) -> KVSpec:
+    """What a model, or a rank's part of it, caches for each token."""
+    stream = StreamSpec(parallel.tp.shard(model.num_kv_heads).size, model.head_dim)
+    return KVSpec(len(parallel.stage.layers(model.num_layers)), stream, stream, dtype.itemsize)
 
 
-def attention_layers(model: ModelConfig) -> list[AttentionLayer]:
+def attention_layers(model: ModelConfig, parallel: Parallel = ONE_RANK) -> list[AttentionLayer]:
+    """The attention layers of a model, or a rank's part of it."""
+    num_heads, num_kv_heads = (parallel.tp.shard(n).size for n in (model.num_heads, model.num_kv_heads))
     return [
-        AttentionLayer(model.num_heads, model.num_kv_heads, model.head_dim, model.softmax_scale, window)
-        for window in model.sliding_window
+        AttentionLayer(num_heads, num_kv_heads, model.head_dim, model.softmax_scale, model.sliding_window[layer])
+        for layer in parallel.stage.layers(model.num_layers)
     ]

@@ -134,6 +134,8 @@ class Scheduler:
         num_blocks, num_swap_units: of the store and of the swap space.
         tail_units: units of swap space that one tail takes.
         cache_identity: of model and format; prefixes are shared under one identity only. None: never.
+        num_micro_batches: stages of a pipeline that compute at the same time, each another step, so that a sequence
+            waits for its token before it is in the next one and each step leaves others' share of the decodes to them.
     """
 
     def __init__(
@@ -148,12 +150,13 @@ class Scheduler:
         num_swap_units: int = 0,
         tail_units: int = 0,
         cache_identity: bytes | None = None,
+        num_micro_batches: int = 1,
     ) -> None:
         self.format = fmt
         self.blocks, self.slots, self.swap = BlockPool(num_blocks), SlotPool(max_num_seqs), BlockPool(num_swap_units)
         self.max_num_batched_tokens, self.max_model_len = max_num_batched_tokens, max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.tail_units = tail_units
+        self.tail_units, self.num_micro_batches = tail_units, num_micro_batches
         # Behind a window the newest tokens are read at full precision, which their blocks do not hold.
         self.cache_identity = cache_identity if fmt.residual == 0 else None
         self.waiting: deque[Sequence] = deque()
@@ -236,7 +239,7 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         work: list[tuple[ScheduledSpan, Sequence, list[Sequence]]] = []  # and who takes a token from each
         suspect = self._suspect()
-        for sequence in [s for s in self.running if s.is_decoding and suspect is None]:
+        for sequence in self._decodes() if suspect is None else ():
             if sequence.slot < 0 or budget == 0:  # preempted a moment ago, or no room in this step
                 continue
             while not self._grow(sequence):
@@ -339,6 +342,14 @@ class Scheduler:
             used_swap_units=self.swap.num_used,
             **self.totals,
         )
+
+    def _decodes(self) -> list[Sequence]:
+        """Who decodes in this step."""
+        decoding = [sequence for sequence in self.running if sequence.is_decoding]
+        if self.num_micro_batches == 1:
+            return decoding
+        most = -(-len(decoding) // self.num_micro_batches)
+        return [sequence for sequence in decoding if sequence.num_pending == 0][:most]
 
     def _batch(self, work: Items[tuple[ScheduledSpan, Sequence, list[Sequence]]]) -> ScheduledBatch:
         """The step that does `work`, and what must happen to memory around it."""

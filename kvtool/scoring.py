@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvtool.attention import PagedAttention, block_size
 from kvtool.config import Bits, EngineConfig, KVOptions
-from kvtool.errors import ConfigError
+from kvtool.errors import ConfigError, UnsupportedError
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import resolve
@@ -63,9 +63,14 @@ class ScoringModel:
 
     Raises:
         KVToolError: the model cannot be loaded.
+        UnsupportedError: on several devices.
     """
 
     def __init__(self, config: EngineConfig) -> None:
+        if config.num_ranks > 1:
+            raise UnsupportedError(
+                f"--tp {config.tp} --pp {config.pp}: a model is scored on one device; leave them out"
+            )
         self.config = config
         self.device = choose_device(config.device)
         self.path = resolve_model(config.model)
@@ -101,8 +106,8 @@ class ScoringModel:
     def fingerprint(self) -> str:
         """Names the weights, by some thousand elements of each tensor: training again changes nearly all of them."""
         digest = hashlib.sha256(repr(self.model_config).encode())
-        for name, tensor in self.model.slots():
-            sample = tensor.flatten()[:: max(1, tensor.numel() // 4096)]
+        for name, slot in self.model.slots():
+            sample = slot.to.flatten()[:: max(1, slot.to.numel() // 4096)]
             digest.update(name.encode() + sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 

@@ -15,8 +15,9 @@ from collections.abc import Callable
 
 import torch
 
+from kvtool.attention import select
 from kvtool.attention.layer import AttentionLayer
-from kvtool.attention.triton_backend import TritonDecode, TritonPrefill
+from kvtool.attention.triton_backend import TritonPrefill
 from kvtool.config import KVOptions
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.format import resolve
@@ -37,13 +38,17 @@ def main() -> None:
     parser.add_argument("--num-kv-heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--nbits", default="16,8,4,2", help="of the default recipes, or fp8")
+    parser.add_argument("--attention-backend", default="auto", help="for decode")
     parser.add_argument("--phase", choices=("decode", "prefill"), default="decode")
     args = parser.parse_args()
     layer = AttentionLayer(args.num_q_heads, args.num_kv_heads, args.head_dim, args.head_dim**-0.5)
-    (decode_table if args.phase == "decode" else prefill_table)(layer, args.nbits.split(","))
+    if args.phase == "decode":
+        decode_table(layer, args.nbits.split(","), args.attention_backend)
+    else:
+        prefill_table(layer, args.nbits.split(","))
 
 
-def decode_table(layer: AttentionLayer, formats: list[str]) -> None:
+def decode_table(layer: AttentionLayer, formats: list[str], asked: str) -> None:
     bandwidth = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}, {layer.describe()}, read {bandwidth / 1e12:.2f} TB/s")
     print(f"{'workload':>12} {'KV':>10} {'µs':>8} {'GB/s':>7} {'share':>6} {'× flash-attn':>12}")
@@ -53,7 +58,7 @@ def decode_table(layer: AttentionLayer, formats: list[str]) -> None:
             nbytes = num_seqs * length * 4 * layer.num_kv_heads * layer.head_dim
             show(num_seqs, length, "flash-attn", peer, nbytes, bandwidth, peer)
         for nbits in formats:
-            seconds, nbytes = decode_seconds(layer, nbits, num_seqs, length)
+            seconds, nbytes = decode_seconds(layer, nbits, num_seqs, length, asked)
             show(num_seqs, length, nbits, seconds, nbytes, bandwidth, peer)
 
 
@@ -142,7 +147,7 @@ def show(
     print(f"{workload:>12} {name:>10} {seconds * 1e6:8.1f} {rate / 1e9:7.0f} {rate / bandwidth:6.0%} {ratio:>12}")
 
 
-def decode_seconds(layer: AttentionLayer, nbits: str, num_seqs: int, length: int) -> tuple[float, int]:
+def decode_seconds(layer: AttentionLayer, nbits: str, num_seqs: int, length: int, asked: str) -> tuple[float, int]:
     """Seconds of one layer's decode step, and the bytes that it must read."""
     stream = StreamSpec(layer.num_kv_heads, layer.head_dim)
     options = KVOptions(nbits=nbits)  # type: ignore[arg-type]
@@ -157,7 +162,7 @@ def decode_seconds(layer: AttentionLayer, nbits: str, num_seqs: int, length: int
     spans = [Span(length - 1, length, ids[i * per_seq : (i + 1) * per_seq], i) for i in range(num_seqs)]
     batch = KVBatch.build(layout.format, spans, "cuda")
     q = torch.randn(num_seqs, layer.num_heads, layer.head_dim, dtype=torch.bfloat16, device="cuda")
-    out, backend = torch.empty_like(q), TritonDecode()
+    out, backend = torch.empty_like(q), select(layer, store.layers[0], asked).decode
     layers = range(spec.num_layers)
     seconds = graph_seconds(lambda index: backend.decode(q, store.layers[index], batch, layer, out), layers)
     far = min(layout.format.visible(length - 1), length)

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
-from kvtool.engine_process import cpu_threads
+from kvtool.processes import cpu_threads
 from kvtool.request import Request, SamplingParams
 
 PROMPT = 32

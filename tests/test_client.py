@@ -10,10 +10,11 @@ import msgspec
 import pytest
 
 from kvtool import engine_process
-from kvtool.client import EngineClient, frame
+from kvtool.client import EngineClient
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
 from kvtool.errors import EngineDeadError, KVToolError, RequestError
+from kvtool.processes import frame
 from kvtool.request import EngineFailed, EngineInfo, Request, SamplingParams
 
 CONFIG = EngineConfig(kv=KVOptions(nbits="4"), max_num_seqs=1, kv_cache_memory=16 << 20)
@@ -103,7 +104,7 @@ def test_a_bug_while_the_engine_starts_is_named(monkeypatch):
     monkeypatch.setattr(engine_process, "Engine", broken)
     ours, theirs = socket.socketpair()
     ours.sendall(frame((CONFIG, False)))
-    engine_process.serve(theirs)
+    engine_process.serve(theirs, [])
     answer = msgspec.msgpack.decode(ours.recv(1 << 16)[4:], type=EngineInfo | EngineFailed)
     assert isinstance(answer, EngineFailed)
     assert answer.error == "ZeroDivisionError: of the test's making (a bug in kvtool)"

@@ -278,7 +278,7 @@ def test_keys_that_no_format_can_hold_end_the_request_and_not_the_engine(tmp_pat
         ({"device": "meta"}, ConfigError, "--device meta: .*; choose auto, cpu, cuda"),
         ({"model": "a" * 300}, KVToolError, "no such folder"),
         ({"model": "~nobody-at-all/x"}, KVToolError, "no such folder"),
-        ({"attention_backend": "magic"}, KVToolError, "must be one of auto, flash-attn, triton, torch"),
+        ({"attention_backend": "magic"}, KVToolError, "must be one of auto, flash-attn, cuda, triton, torch"),
         ({"model": "no/such/folder"}, KVToolError, "no/such/folder"),
     ],
 )

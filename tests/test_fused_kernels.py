@@ -1,17 +1,11 @@
 """The kernels of a decoder layer against the layers' own torch code in float64.
 
-Where there is a GPU they run on it; elsewhere Triton interprets them on small shapes, in a process of their own. That
-they compile for an RTX 4090 needs no GPU.
+Where there is a GPU they run on it; elsewhere Triton interprets them on small shapes. That they compile for an RTX 4090
+needs no GPU.
 """
 
-import os
-import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,27 +17,25 @@ from kvtool.layers.linear import gated_linear
 from kvtool.layers.norm import QKNorm, RMSNorm
 from kvtool.layers.rotary import Rope, Rotary, queries_and_keys
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from kvtool.kernels import gemv as products  # noqa: E402
-from kvtool.kernels.activation import silu_mul  # noqa: E402
-from kvtool.kernels.gemv import Prologue, Tile, gemv, norm_gemv, tile_for  # noqa: E402
-from kvtool.kernels.norm import add_rms_norm  # noqa: E402
-from kvtool.kernels.rope import norm_rotate  # noqa: E402
+from compiled import ON_GPU, check_compiled, compiles, runs
 
-INTERPRETED = triton.knobs.runtime.interpret
-ON_GPU = torch.cuda.is_available() and not INTERPRETED
+from kvtool.kernels import gemv as products
+from kvtool.kernels.activation import silu_mul
+from kvtool.kernels.gemv import Prologue, Tile, gemv, norm_gemv, tile_for
+from kvtool.kernels.norm import add_rms_norm
+from kvtool.kernels.rope import norm_rotate
+
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float16]  # the interpreter multiplies no bf16
-SHARED_MEMORY = 99 * 1024  # bytes that a program may use on sm_89
 TILES = [Tile(1, 512, 2), Tile(4, 128, 2), Tile(16, 64, 1, 2, dot=True), Tile(32, 128, 2, 3, dot=True)]
 TABLED = sorted({tile for entries in products.TILES.values() for *_, tile in entries}, key=repr)
 TILES += TABLED if ON_GPU else []
 SHAPES = [(8, 64), (40, 200), (12, 1024)]  # outputs and columns of a product
 SHAPES += [(4608, 3584), (1536, 8960), (1000, 1032), (130, 4864), (50000, 896)] if ON_GPU else []
 
-runs = pytest.mark.skipif(not ON_GPU and not INTERPRETED, reason="needs a GPU or Triton's interpreter")
 examples = settings(deadline=None, max_examples=200 if ON_GPU else 6)
 seeds = st.integers(0, 2**31)
 tokens = st.integers(1, 300 if ON_GPU else 4)
@@ -172,71 +164,26 @@ def test_a_norm_within_the_product(
     assert error(stream, exact_stream) < 5e-3
 
 
-@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the same tests run here as they are")
-def test_in_the_interpreter() -> None:
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
-
-
-class SM89:
-    """Triton's driver of a GPU that is not here."""
-
-    def get_current_target(self) -> object:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 89, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def usage(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, SHARED and so on of a compiled kernel; what does not fit in registers is on the stack."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        listed = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", listed)}
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@compiles
 def test_every_kernel_compiles_for_a_4090_without_spills(monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    compiled = []
-    monkeypatch.setattr(driver, "_active", SM89())
-    monkeypatch.setattr(
-        JITFunction,
-        "__getitem__",
-        lambda kernel, grid: lambda *args, **options: compiled.append(kernel.warmup(*args, grid=grid, **options)),
-    )
-    for size in (896, 3584, 8192):
-        x = torch.empty(3, size, dtype=torch.bfloat16)
-        add_rms_norm(x, x.clone(), x[0], 1e-6)
-    silu_mul(x)
-    for dim, rotated in ((64, 64), (96, 72), (256, 256)):
-        cos, sin = Rotary(Rope(rotated, 1e4), 10, dtype=torch.bfloat16, device=CPU)(torch.arange(3))
-        norm_rotate(torch.empty(3, 9, dim, dtype=torch.bfloat16), 5, cos, sin, x[:2, :dim], 1e-6)
     tiles = {(rows, tile) for (major, rows), entries in products.TILES.items() for *_, tile in entries if major == 8}
-    for (rows, tile), gated in product(sorted(tiles, key=repr), (False, True)):
-        weight = torch.empty(16 * tile.outputs, tile.depth + 16, dtype=torch.bfloat16)
-        x, bias = weight[:rows].contiguous(), weight[:, 0].contiguous()
-        gemv(x, weight, bias, tile, gated=gated)
-        if not tile.dot:
-            norm_gemv(x, Prologue(x, x[0], 1e-6), weight, bias, tile, gated=gated)
-    assert len(compiled) > 6
-    for kernel in compiled:
-        used = usage(kernel.asm["cubin"])
-        assert kernel.metadata.shared <= SHARED_MEMORY, kernel.metadata
-        assert used["STACK"] == used["LOCAL"] == 0, (used, kernel.metadata, kernel.src.constants)
+
+    def launch() -> None:
+        for size in (896, 3584, 8192):
+            x = torch.empty(3, size, dtype=torch.bfloat16)
+            add_rms_norm(x, x.clone(), x[0], 1e-6)
+        silu_mul(x)
+        for dim, rotated in ((64, 64), (96, 72), (256, 256)):
+            cos, sin = Rotary(Rope(rotated, 1e4), 10, dtype=torch.bfloat16, device=CPU)(torch.arange(3))
+            norm_rotate(torch.empty(3, 9, dim, dtype=torch.bfloat16), 5, cos, sin, x[:2, :dim], 1e-6)
+        for (rows, tile), gated in product(sorted(tiles, key=repr), (False, True)):
+            weight = torch.empty(16 * tile.outputs, tile.depth + 16, dtype=torch.bfloat16)
+            x, bias = weight[:rows].contiguous(), weight[:, 0].contiguous()
+            gemv(x, weight, bias, tile, gated=gated)
+            if not tile.dot:
+                norm_gemv(x, Prologue(x, x[0], 1e-6), weight, bias, tile, gated=gated)
+
+    assert check_compiled(launch, monkeypatch) > 6
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

@@ -191,6 +191,8 @@ def test_engines_that_do_not_fit_are_told_so_at_the_start():
         with pytest.raises(KVToolError) as caught:
             Engine(EngineConfig(**settings))  # type: ignore[arg-type]
         assert "--peer" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(KVToolError, match="KV of several ranks does not travel"):
+        engine(KVOptions(), handoff=to, tp=2)
     port = int(decode.info.kv_address.rpartition(":")[2])
     with pytest.raises(KVToolError, match="change --kv-port"):
         engine(KVOptions(), handoff=HandoffConfig("decode", SECRET, port=port))

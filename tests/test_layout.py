@@ -21,13 +21,15 @@ ROWS = [
     {"handoff"},
     {"scheduler"},
     {"scoring"},
+    {"ranks"},
     {"runner", "memory", "cuda_graph", "sampler", "grammar", "tokenizer", "chat_template"},
     {"models"},
     {"layers"},
     {"attention"},
     {"kv"},
     {"kernels"},
-    {"parallel"},
+    {"parallel", "p2p"},
+    {"processes"},
     {"request", "config", "errors"},
 ]
 ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}
@@ -117,3 +119,11 @@ def test_the_wheel_lists_every_package() -> None:
     assert listed is not None
     on_disk = {".".join(path.parent.parts) for path in SOURCES if path.stem == "__init__"}
     assert ast.literal_eval(listed[1]) == sorted(on_disk | {"kvtool.commands"})
+
+
+def test_the_wheel_holds_what_is_no_python() -> None:
+    listed = re.search(r"^kvtool = (\[.*?\])", (REPOSITORY / "pyproject.toml").read_text(), re.S | re.M)
+    assert listed is not None
+    root = REPOSITORY / "kvtool"
+    held = {path for glob in ast.literal_eval(listed[1]) for path in root.glob(glob) if path.is_file()}
+    assert held == {path for path in root.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}

@@ -9,12 +9,11 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from conftest import ServerProcess, children, kvtool, serving
+from conftest import ServerProcess, children, ended, kvtool, serving
 
 from kvtool.server.lifecycle import bind
 
@@ -49,14 +48,6 @@ def stopped_reader(server: ServerProcess) -> Iterator[None]:
     finally:
         client.kill()
         client.communicate()
-
-
-def ended(pid: int) -> bool:
-    """Gone, or waiting for a parent that does not look."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
 
 
 def seconds_until(condition: Any, most: float = 30) -> float:

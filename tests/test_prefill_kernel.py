@@ -1,13 +1,10 @@
 """Prefill attention in Triton against the definition of attention, in float64.
 
-On a GPU hundreds of drawn shapes run there; without one a few small ones run in Triton's interpreter, in a process of
-their own, as it replaces the compiler for good. That every kernel compiles for an RTX 4090 needs no GPU.
+On a GPU hundreds of drawn shapes run there; without one a few small ones run in Triton's interpreter. That kernels
+compile for an RTX 4090 needs no GPU.
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,16 +21,14 @@ from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.store import KVStore, Near
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from test_kernels import SM89, usage  # noqa: E402
+from compiled import INTERPRETED, ON_GPU, check_compiled, compiles, runs
 
-from kvtool.kernels import decode, prefill  # noqa: E402
+from kvtool.kernels import decode, prefill
 
-INTERPRETED = decode.INTERPRETED.value
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]  # the interpreter multiplies no bf16
-SHARED_MEMORY = 99 * 1024  # bytes that a program may use on sm_89
 LONGEST = 3000 if DEVICE == "cuda" else 90
 STEPS = 6 if DEVICE == "cuda" else 1  # a shape of tensors is compiled once
 EXAMPLES = settings(
@@ -58,8 +53,6 @@ OPTIONS = [
     KVOptions(nbits_key="16", nbits_value="2"),
     KVOptions(nbits="4", axis_value="channel", symmetric=True, q_group_size=32),
 ]
-
-runs = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or Triton's interpreter")
 
 
 class Prefilling:
@@ -204,35 +197,14 @@ def test_refusals_say_why(layer, reason):
     assert refused is None if reason is None else reason in refused
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.parametrize("head_dim", decode.HEAD_DIMS)
-@pytest.mark.parametrize("bits", ["16", "4", "fp8"])
+@compiles
+@pytest.mark.parametrize(("bits", "head_dim"), [("16", 128), ("fp8", 256), ("4", 80)])
 def test_kernels_compile_for_a_4090(bits, head_dim, monkeypatch):
     """Exact blocks, those with a tail, and those that pack on write, in large tiles and small ones."""
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
 
-    compiled = []
-    monkeypatch.setattr(driver, "_active", SM89())
-    monkeypatch.setattr(
-        JITFunction,
-        "__getitem__",
-        lambda kernel, grid: lambda *args, **options: compiled.append(kernel.warmup(*args, grid=grid, **options)),
-    )
-    for end, window in ((200, None), (2, None), (200, 50))[: 3 if head_dim == 128 else 2]:
-        layer = attention_layer((1, 7), head_dim, window)
-        Prefilling(KVOptions(nbits=bits), layer, [(0, end)], torch.bfloat16, 0, "cpu").prefill()
-    assert len(compiled) >= 2
-    for kernel in compiled:
-        used = usage(kernel.asm["cubin"])
-        assert kernel.metadata.shared <= SHARED_MEMORY, kernel.metadata
-        assert used["STACK"] == used["LOCAL"] == 0, (used, kernel.src.constants)
+    def launch():
+        for end, window in ((200, None), (2, None), (200, 50))[: 3 if bits == "16" else 1]:
+            layer = attention_layer((1, 7), head_dim, window)
+            Prefilling(KVOptions(nbits=bits), layer, [(0, end)], torch.bfloat16, 0, "cpu").prefill()
 
-
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the same tests run here as they are")
-def test_in_the_interpreter():
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
+    assert check_compiled(launch, monkeypatch)

@@ -1,15 +1,11 @@
 """Sampling in Triton against its definition in float64: the same token for the same uniform number.
 
-Where there is a GPU the kernels run on it; elsewhere Triton interprets them on small vocabularies, in a process of
-their own. That they compile for an RTX 4090 needs no GPU.
+Where there is a GPU the kernels run on it; elsewhere Triton interprets them on small vocabularies. That they compile
+for an RTX 4090 needs no GPU.
 """
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -23,21 +19,18 @@ from kvtool.sampler import Choices, Row, Sampler
 from kvtool.sampler import choose as definition
 from kvtool.sampler import greedy as sampler_greedy
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from test_fused_kernels import SHARED_MEMORY, SM89, usage  # noqa: E402
+from compiled import ON_GPU, check_compiled, compiles, runs
 
-from kvtool.kernels.sampling import choose, greedy  # noqa: E402
+from kvtool.kernels.sampling import choose, greedy
 
-INTERPRETED = triton.knobs.runtime.interpret
-ON_GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 VOCABS = [1000, 32_000, 151_936, 152_064] if ON_GPU else [40, 1024, 5000]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if ON_GPU else [torch.float16, torch.float32]
 SLOTS = 12
 TOLERANCE = 1e-5
 
-runs = pytest.mark.skipif(not ON_GPU and not INTERPRETED, reason="needs a GPU or Triton's interpreter")
 examples = settings(deadline=None, max_examples=300 if ON_GPU else 12)
 params = st.builds(
     SamplingParams,
@@ -213,33 +206,14 @@ def test_a_sequence_that_looks_back_counts_what_it_samples_on_the_device() -> No
             tokens.append(token)
 
 
-@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the same tests run here as they are")
-def test_in_the_interpreter() -> None:
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@compiles
 def test_the_kernels_compile_for_a_4090_without_spills(monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    compiled = []
-    monkeypatch.setattr(driver, "_active", SM89())
-    monkeypatch.setattr(
-        JITFunction,
-        "__getitem__",
-        lambda kernel, grid: lambda *args, **options: compiled.append(kernel.warmup(*args, grid=grid, **options)),
-    )
     rows = torch.zeros(2, len(Row._fields), dtype=torch.float64)
     counts, newest = torch.zeros(2, 151_936, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
-    for logits, allowed in ((counts.bfloat16(), None), (counts.float(), counts[:, :4748])):
-        choose(logits, rows, rows[0], rows[0], rows[0], allowed, counts, newest)
-        greedy(logits, newest, newest)
-    for kernel in compiled:
-        used = usage(kernel.asm["cubin"])
-        assert kernel.metadata.shared <= SHARED_MEMORY, kernel.metadata
-        assert used["STACK"] == used["LOCAL"] == 0, (used, kernel.src.constants)
+
+    def launch() -> None:
+        for logits, allowed in ((counts.bfloat16(), None), (counts.float(), counts[:, :4748])):
+            choose(logits, rows, rows[0], rows[0], rows[0], allowed, counts, newest)
+            greedy(logits, newest, newest)
+
+    assert check_compiled(launch, monkeypatch) >= 4

@@ -18,7 +18,9 @@ SPEC = KVSpec(2, StreamSpec(2, 32), StreamSpec(2, 32), 4)
 FORMATS = [resolve(o, SPEC) for o in (KVOptions(), KVOptions(nbits="4"), KVOptions(nbits="2", residual_length=64))]
 
 
-def scheduler(fmt: KVFormat, num_blocks: int = 8, seqs: int = 4, budget: int = 64, context: int = 512) -> Scheduler:
+def scheduler(
+    fmt: KVFormat, num_blocks: int = 8, seqs: int = 4, budget: int = 64, context: int = 512, micro_batches: int = 1
+) -> Scheduler:
     return Scheduler(
         fmt,
         num_blocks=num_blocks,
@@ -26,6 +28,7 @@ def scheduler(fmt: KVFormat, num_blocks: int = 8, seqs: int = 4, budget: int = 6
         max_num_batched_tokens=budget,
         max_model_len=context,
         eos_token_ids=[1],
+        num_micro_batches=micro_batches,
     )
 
 
@@ -187,3 +190,23 @@ def test_a_grammar_waits_for_its_own_tokens_only():
         assert not tested.grammar_awaits
     assert awaited == ["bound" in samples for samples in steps]
     assert awaited[:2] == [False, False] and sum(awaited) == 2
+
+
+def test_stages_of_a_pipeline_have_steps_of_their_own():
+    """Each sequence is in one of them, none before its last token is known; a prompt's chunks follow each other."""
+    s = scheduler(FORMATS[0], num_blocks=40, seqs=6, budget=64, micro_batches=3)
+    s.add(request("long", 150, 9), seed=0)
+    assert [[span.length for span in s.schedule().spans] for _ in range(4)] == [[64], [64], [22], []]
+    for _ in range(2):
+        assert s.update(StepResult([], [], [[]])) == []
+    assert [tokens.id for tokens in s.update(StepResult([7], [None], [[]]))] == ["long"]
+    for name in "abcde":
+        s.add(request(name, 5, 9), seed=0)
+    step(s)
+    batches = [s.schedule() for _ in range(4)]
+    assert [sorted(span.id for span in batch.spans) for batch in batches] == [["a", "long"], ["b", "c"], ["d", "e"], []]
+    for batch in batches[:3]:
+        assert len(s.update(result(batch))) == 2
+    while s.has_work:
+        step(s)
+    assert s.blocks.num_used == 0

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvtool.attention.cuda_backend import CudaDecode
 from kvtool.attention.flash_backend import PAGE, FlashAttention
 from kvtool.attention.layer import AttentionLayer
 from kvtool.attention.torch_backend import TorchAttention
@@ -82,6 +83,7 @@ class AttentionBackend:
 
 BACKENDS = (  # best first
     AttentionBackend("flash-attn", prefill=FlashAttention(), decode=FlashAttention(), block_size=PAGE),
+    AttentionBackend("cuda", prefill=TritonPrefill(), decode=CudaDecode()),
     AttentionBackend("triton", prefill=TritonPrefill(), decode=TritonDecode()),
     AttentionBackend("torch", prefill=TorchAttention(), decode=TorchAttention()),
 )

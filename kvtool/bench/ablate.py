@@ -76,7 +76,7 @@ def _cuda_graph(engine: EngineConfig) -> Variants:
 
 
 def _attention_backend(engine: EngineConfig) -> Variants:
-    return {name: replace(engine, attention_backend=name) for name in ("auto", "torch", "triton", "flash-attn")}
+    return {name: replace(engine, attention_backend=name) for name in ("auto", "torch", "triton", "cuda", "flash-attn")}
 
 
 KNOBS: dict[str, Callable[[EngineConfig], Variants]] = {

@@ -112,7 +112,7 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from kvtool.engine_process import cpu_threads
+    from kvtool.processes import cpu_threads
 
     torch.set_num_threads(cpu_threads())
     task = msgspec.json.decode(sys.stdin.buffer.readline(), type=Task)

@@ -102,6 +102,13 @@ class Rates(msgspec.Struct, frozen=True):
         """What these take at least."""
         return max(max(0.0, nbytes - self.cache_bytes) / self.bytes_per_s, flops / self.flops_per_s)
 
+    def times(self, devices: int) -> "Rates":
+        """Of so many together."""
+        if devices == 1:
+            return self
+        source, n = f"{devices} × {self.source}", devices
+        return Rates(source, n * self.bytes_per_s, n * self.flops_per_s, n * self.cache_bytes)
+
 
 class Floors(msgspec.Struct, frozen=True, kw_only=True):
     """Floors of one model on one machine.
@@ -190,17 +197,19 @@ def main() -> None:
     """The process: read what an engine says of itself, print its floors."""
     import torch
 
-    from kvtool.engine_process import cpu_threads
     from kvtool.models import load_config
+    from kvtool.processes import cpu_threads
 
     info = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineInfo)
     torch.set_num_threads(cpu_threads())
     dtype = getattr(torch, info.dtype)
     model = cost(load_config(Path(info.path)), dtype.itemsize, info.block_bytes / info.block_size)
+    device, peak = torch.device(info.device), peak_of(info.device, info.dtype)
+    devices = 1 if device.type == "cpu" else info.num_ranks
     floors = Floors(
         model=model,
-        rates=measure_rates(dtype, torch.device(info.device), model.weight_bytes),
-        peak=peak_of(info.device, info.dtype),
+        rates=measure_rates(dtype, device, model.weight_bytes).times(devices),
+        peak=peak and peak.times(devices),
         steps=True,
         max_num_seqs=info.max_num_seqs,
         least_weight_bytes=model.weight_bytes,
@@ -311,10 +320,9 @@ def foreign_floors(config: Path, gpu: str) -> Floors:
     peak = datasheet(name, eight_bit=True)
     if peak is None or (count and not (count.isdecimal() and int(count) > 0)):
         raise ConfigError(f"--gpu {gpu}: write NAME or NAME:COUNT, with a NAME of {', '.join(GPUS)}")
-    gpus = int(count or 1)
+    rates = peak.times(int(count or 1))
     model = load_config(config if config.is_dir() else config.parent)
     kv_token_bytes = 2 * 2 * model.num_layers * model.num_kv_heads * model.head_dim
-    rates = Rates(f"{gpus} × {peak.source}", gpus * peak.bytes_per_s, gpus * peak.flops_per_s, gpus * peak.cache_bytes)
     return Floors(
         model=cost(model, 2, kv_token_bytes),
         rates=rates,

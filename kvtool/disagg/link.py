@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from threading import Event
 
@@ -26,6 +25,7 @@ from kvtool.kv.store import KVStore
 from kvtool.kv.transfer import TRANSFERS, Route, dial_tcp, select
 from kvtool.kv.wire import Close, Identity
 from kvtool.models import load_config, resolve_model
+from kvtool.processes import command
 from kvtool.runner import choose_device, choose_dtype, kv_spec
 
 PLAIN_BYTES, WRITE_BYTES = 256 << 20, 4 << 20
@@ -91,9 +91,8 @@ class OtherEnd:
     """A process that does one job after the other, until this is left."""
 
     def __enter__(self) -> "OtherEnd":
-        code = "import sys; sys.path[0] = sys.argv[1]; from kvtool.disagg.link import main; main()"
-        command = [sys.executable, "-c", code, str(Path(__file__).parents[2])]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        argv = command("kvtool.disagg.link", "1")
+        self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -191,9 +190,9 @@ class OtherEnd:
             raise KVToolError("the process at the other end has ended")
 
 
-def main() -> None:
-    """The process at the other end."""
-    torch.set_num_threads(1)
+def main(threads: str) -> None:
+    """The process at the other end: jobs come on stdin, a line each."""
+    torch.set_num_threads(int(threads))
     for line in sys.stdin.buffer:
         job = msgspec.json.decode(line, type=Job)
         if job.case is None:
@@ -282,7 +281,9 @@ def survey(
         msgspec.structs.replace(asked, num_tokens=max(1, longest // SHORT)),
         asked,
         # In parts, as an engine sends it: what is gathered on a CPU must not hold up what is sent.
-        msgspec.structs.replace(asked, num_tokens=large, part_bytes=PART_BYTES[-1] if source == "cpu" else 0),
+        msgspec.structs.replace(
+            asked, num_tokens=large, part_bytes=PART_BYTES[-1] if source == "cpu" else 0, repeats=3
+        ),
     ]
     speeds: list[tuple[Case, Speed]] = []
     with OtherEnd() as other:

@@ -1,4 +1,4 @@
-"""Triton kernels, each beside the plain torch function that defines it. Importing one needs triton."""
+"""Kernels in Triton and CUDA C++, each beside the plain torch function that defines it. Importing one needs triton."""
 
 import torch
 from torch import Tensor

@@ -36,7 +36,7 @@ TILES: dict[tuple[int, str], tuple[int, int, int, int | None]] = {
     (8, "8"): (4, 2, 3, None),
     (8, "4"): (4, 2, 3, None),
     (8, "2"): (4, 2, 3, None),
-    (9, "16"): (4, 3, 4, None),
+    (9, "16"): (4, 3, 3, None),
     (9, "fp8"): (4, 3, 4, None),
     (9, "8"): (1, 3, 8, None),
     (9, "4"): (1, 3, 8, None),
@@ -175,18 +175,7 @@ def paged_decode(
         **chained(q.device),
     )
     if splits > 1:
-        step = min(128, triton.next_power_of_2(splits))
-        _merge_kernel[n * num_heads, triton.cdiv(head_dim, MERGED)](
-            partial,
-            lse,
-            out,
-            splits,
-            D=head_dim,
-            CHANNELS=MERGED,
-            STEP=step,
-            num_warps=max(1, step // 32),
-            **chained(q.device),
-        )
+        merge(partial, lse, out)
     return out
 
 
@@ -215,6 +204,23 @@ def paged_decode_reference(
         probs = (heads @ keys.transpose(1, 2) * scale).softmax(-1)
         out[i] = (probs @ values).flatten(0, 1)
     return out
+
+
+def merge(partial: Tensor, lse: Tensor, out: Tensor) -> None:
+    """The mean of `partial` [n, Hq, splits, D] weighed by 2 ** `lse` [n, Hq, splits], both fp32, into `out`."""
+    n, num_heads, splits, head_dim = partial.shape
+    step = min(128, triton.next_power_of_2(splits))
+    _merge_kernel[n * num_heads, triton.cdiv(head_dim, MERGED)](
+        partial,
+        lse,
+        out,
+        splits,
+        D=head_dim,
+        CHANNELS=MERGED,
+        STEP=step,
+        num_warps=max(1, step // 32),
+        **chained(out.device),
+    )
 
 
 def _far(stream: PackedStream, table: Tensor, far: range) -> Tensor:
@@ -246,9 +252,8 @@ def _or(array: Tensor | None, other: Tensor) -> Tensor:
 
 
 def _num_splits(rows: int, num_blocks: int, has_tail: bool, programs: int) -> int:
-    """Programs that share one sequence and KV head: enough to fill the device, never more than there are blocks."""
-    splits = min(max(1, programs // rows), num_blocks)
-    return splits + 1 if has_tail and splits > 1 else splits
+    """Programs that share one sequence and KV head: no more than run at once, or the last would run alone."""
+    return max(1, min(num_blocks + has_tail, programs // rows))
 
 
 def _fitting_warps(num_warps: int, elements: int, columns: int, capability: int) -> int:
@@ -347,11 +352,13 @@ def _decode_kernel(
     for _ in tl.static_range(V_SEGMENTS * V_PARTS):
         accs += (tl.zeros([V_PAD, N], tl.float32),)
 
+    # Programs share the blocks, as many as there are shares. The last has the tail too, which weighs as much as a block
+    # for each 16 tokens.
     splits = tl.num_programs(1)
-    far_splits = splits - 1 if TAIL and SPLIT else splits  # the tail has one for itself
     begin = first // BLOCK
     end = tl.cdiv(far, BLOCK)
-    share = tl.cdiv(tl.maximum(end - begin, 0), far_splits)
+    units = tl.maximum(tl.maximum(end - begin, 0) + tail_tokens // 16, 1)
+    share = tl.cdiv(units, splits)
     begin += split * share
     end = tl.minimum(begin + share, end)
     rows = tl.arange(0, BLOCK)
@@ -423,7 +430,7 @@ def _decode_kernel(
         v_scales = next_v_scales
 
     if TAIL:  # noqa: SIM102 (one is known when compiling, the other when running)
-        if split == splits - 1:
+        if split == tl.cdiv(units, share) - 1:
             slot = tl.load(slots_ptr + seq).to(tl.int64) * slot_stride * 8 + head * tail_tokens * D
             q_tail = _queries(q_ptr, 0, D, D, group_heads, N)
             for start_row in tl.range(0, tail_tokens, BLOCK, num_stages=1):

@@ -239,7 +239,7 @@ def _multiply_kernel(
                 piece = _stream_piece(x, residual, row, start + at, rows, depth, ADD)
                 squares += piece.to(tl.float32) * piece.to(tl.float32)
                 if ADD:
-                    inside = (start + at < depth) & (row < rows) & (tl.program_id(0) == 0)
+                    inside = tl.where((row < rows) & (tl.program_id(0) == 0), start + at < depth, False)
                     tl.store(stream + row * depth + start + at, piece, mask=inside)
             scale = tl.rsqrt(tl.sum(squares, 0) / depth + eps)
         value = tl.sum(sums[row], 1) * scale
@@ -250,13 +250,17 @@ def _multiply_kernel(
             if BIAS:
                 up_value += tl.load(bias + outputs + output, mask=output < outputs, other=0).to(tl.float32)
             value = silu(value) * up_value
-        tl.store(out + row * outputs + output, value.to(out.dtype.element_ty), mask=(output < outputs) & (row < rows))
+        tl.store(
+            out + row * outputs + output,
+            value.to(out.dtype.element_ty),
+            mask=tl.where(row < rows, output < outputs, False),
+        )
 
 
 @triton.jit
 def _stream_piece(x, residual, row, at, rows, depth, ADD: tl.constexpr):
     """[DEPTH] of a row, in its dtype."""
-    inside = (at < depth) & (row < rows)
+    inside = tl.where(row < rows, at < depth, False)
     piece = tl.load(x + row * depth + at, mask=inside, other=0)
     if ADD:
         before = tl.load(residual + row * depth + at, mask=inside, other=0)

@@ -1,7 +1,7 @@
 """KV formats: what the user's options mean for a model. Integers only; `codecs.py` does the arithmetic."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -67,17 +67,25 @@ class KVFormat:
         layers: one format per layer.
         block_size: tokens per packed block, B.
         residual: tokens kept at full precision behind every query, a multiple of B.
+        keeps_tail: none of these layers needs one, but others of the same model do.
     """
 
     layers: tuple[LayerFormat, ...]
     block_size: int
     residual: int
+    keeps_tail: bool = False
+
+    def of_layers(self, layers: range) -> "KVFormat":
+        """Of some of the layers, in the same blocks and tails."""
+        if len(layers) == len(self.layers):
+            return self
+        return replace(self, layers=self.layers[layers.start : layers.stop], keeps_tail=not self.packs_on_write)
 
     @cached_property
     def packs_on_write(self) -> bool:
         """Every token can be stored for good when it is written: no scale spans tokens and no window is kept."""
         streams = (stream for layer in self.layers for stream in (layer.key, layer.value))
-        return self.residual == 0 and all(stream.axis == "token" for stream in streams)
+        return self.residual == 0 and not self.keeps_tail and all(stream.axis == "token" for stream in streams)
 
     @property
     def tail_tokens(self) -> int:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from kvtool.kernels.decode import PackedStream
     from kvtool.kernels.pack import LayerWriter, Packing, Sealer
 
+ARRIVALS = 4096  # more than the programs that any GPU runs at once, two to a result
+
 
 class KVStore:
     """All KV memory of one engine. A block id or a tail slot is good for all layers.
@@ -49,6 +51,7 @@ class KVStore:
         self.layers: list[LayerKV] = []
         self._layer_blocks: list[Tensor] = []  # [num_blocks, bytes] of each layer
         self._faults = torch.zeros(1, dtype=torch.int32, device=device)
+        arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
         with_kernels = runs_kernels(self.blocks.device, dtype)
         tails = self.tails.view(dtype).view(num_tail_slots, layout.tail_bytes // spec.element_size)
         layer_tail = self.format.tail_tokens * (spec.key.elements + spec.value.elements)
@@ -67,7 +70,7 @@ class KVStore:
                 streams.append(Stream(stream_format, arrays, self._tail_view(tail_offset, shape)))
                 tail_offset += self.format.tail_tokens * stream.elements
             key, value = streams
-            self.layers.append(LayerKV(self.format, key, value, writer))
+            self.layers.append(LayerKV(self.format, key, value, arrivals, writer))
             block_offset += num_blocks * nbytes
         self.sealer = self._sealer() if with_kernels and not self.format.packs_on_write else None
 
@@ -108,6 +111,10 @@ class KVStore:
         fault = self._faults.clone()
         self._faults.zero_()
         return fault
+
+    def note_fault(self) -> None:
+        """As a kernel would: what torch has met, and the caller cannot end the step for."""
+        self._faults.fill_(1)
 
     def clear(self, blocks: Sequence[int], tail_slot: int) -> None:
         """Overwrite blocks and a tail with zeros."""
@@ -245,12 +252,14 @@ class LayerKV:
     """The store as one attention layer sees it.
 
     Attributes:
+        arrivals: [ARRIVALS] int32, zeros between kernels: programs that share a result count here who is done.
         writer: the kernels that write it; None where torch does.
     """
 
     format: KVFormat
     key: Stream
     value: Stream
+    arrivals: Tensor
     writer: "LayerWriter | None" = None
 
     @property

@@ -1,4 +1,4 @@
-"""Token embedding."""
+"""Token embedding, and the scores of tokens."""
 
 from collections.abc import Iterator
 
@@ -6,21 +6,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvtool.layers.linear import empty_parameter
+from kvtool.layers.linear import Slot, empty_parameter, linear
+from kvtool.parallel import Group
 
 
 class Embedding(nn.Module):
-    """One row per token id: ids [T] int64 → [T, hidden_size]."""
+    """One row per token id, to look ids up or to score them. Each rank has as many rows, the last ones fewer."""
 
     weight: Tensor
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, vocab_size: int, hidden_size: int, tp: Group, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
-        self.weight = empty_parameter(vocab_size, hidden_size, dtype=dtype, device=device)
+        self.vocab_size, self.tp = vocab_size, tp
+        self.num_rows = -(-vocab_size // tp.size)
+        self.first = tp.rank * self.num_rows
+        self.weight = empty_parameter(self.num_rows, hidden_size, dtype=dtype, device=device)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight)
+        """Rows of `ids` [T] int64: [T, hidden_size]."""
+        if self.tp.size == 1:
+            return F.embedding(ids, self.weight)
+        rows = ids - self.first
+        theirs = (rows < 0) | (rows >= self.num_rows)
+        found = F.embedding(rows.masked_fill(theirs, 0), self.weight)
+        return self.tp.all_reduce(found.masked_fill_(theirs[:, None], 0))
 
-    def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of all ids: hidden [N, hidden_size] → [N, vocab_size]."""
+        return self.tp.all_gather(linear(hidden, self.weight))[:, : self.vocab_size].contiguous()
+
+    def slots(self, path: str) -> Iterator[tuple[str, Slot]]:
         """Checkpoint name of the weight, and where it goes."""
-        yield f"{path}.weight", self.weight
+        held, width = max(0, min(self.num_rows, self.vocab_size - self.first)), self.weight.shape[1]
+        yield f"{path}.weight", Slot(self.weight[:held], (self.vocab_size, width), (self.first, 0))

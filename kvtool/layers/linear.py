@@ -1,12 +1,34 @@
 """Matrix products, with the names under which checkpoints store their weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.kernels import takes
+from kvtool.parallel import Group, Shard
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a stored tensor goes, or a rank's piece of it.
+
+    Attributes:
+        to: the memory, of the piece's shape.
+        shape: of the whole tensor.
+        start: its indices at which the piece begins.
+    """
+
+    to: Tensor
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, to: Tensor) -> "Slot":
+        return cls(to, tuple(to.shape), (0,) * to.ndim)
 
 
 def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -63,43 +85,68 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
-    def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
+    def slots(self, path: str) -> Iterator[tuple[str, Slot]]:
         """Checkpoint names of this layer's tensors, the layer's own name being `path`, and where each one goes."""
-        yield f"{path}.weight", self.weight
+        yield f"{path}.weight", Slot.whole(self.weight)
         if self.bias is not None:
-            yield f"{path}.bias", self.bias
+            yield f"{path}.bias", Slot.whole(self.bias)
+
+
+class RowLinear(Linear):
+    """y = x Wᵀ + b, of which each rank has some columns of W and those of x: x [T, inputs.size] → [T, out_features].
+
+    Row-parallel in the words of Megatron-LM (Shoeybi et al., 2019), which counts rows of Wᵀ. All ranks get the sum.
+    """
+
+    def __init__(
+        self, inputs: Shard, out_features: int, tp: Group, *, bias: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(inputs.size, out_features, bias=bias, dtype=dtype, device=device)
+        self.inputs, self.tp = inputs, tp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tp.all_reduce(linear(x, self.weight, self.bias if self.tp.rank == 0 else None))
+
+    def slots(self, path: str) -> Iterator[tuple[str, Slot]]:
+        for name, slot in super().slots(path):
+            if slot.to is self.weight:
+                slot = Slot(slot.to, (slot.shape[0], self.inputs.total), (0, self.inputs.start))
+            yield name, slot
 
 
 class MergedLinear(Linear):
     """Several products of the same x as one, their outputs side by side: q, k and v, or gate and up.
 
     Args:
-        parts: name in the checkpoint and out_features of each, in order.
+        parts: name in the checkpoint of each, in order, and which of its outputs this rank computes.
         stored_merged: the checkpoint, too, holds one tensor (phi3).
     """
 
     def __init__(
         self,
         in_features: int,
-        parts: dict[str, int],
+        parts: Mapping[str, Shard],
         *,
         bias: bool,
         stored_merged: bool,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        super().__init__(in_features, sum(parts.values()), bias=bias, dtype=dtype, device=device)
+        super().__init__(in_features, sum(part.size for part in parts.values()), bias=bias, dtype=dtype, device=device)
         self.parts = parts
         self.stored_merged = stored_merged
 
-    def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
-        if self.stored_merged:
-            yield from super().slots(path)
-            return
-        parent = path.rpartition(".")[0]
+    def slots(self, path: str) -> Iterator[tuple[str, Slot]]:
+        parent, totals = path.rpartition(".")[0], [part.total for part in self.parts.values()]
         for kind, merged in super().slots(""):
-            for part, rows in zip(self.parts, merged.split(list(self.parts.values())), strict=True):
-                yield f"{parent}.{part}{kind}", rows
+            pieces = merged.to.split([part.size for part in self.parts.values()])
+            firsts = accumulate(totals, initial=0)
+            for (name, part), first, piece in zip(self.parts.items(), firsts, pieces, strict=False):
+                if self.stored_merged:
+                    stored, rows, start = path, sum(totals), first + part.start
+                else:
+                    stored, rows, start = f"{parent}.{name}", part.total, part.start
+                yield f"{stored}{kind}", Slot(piece, (rows, *piece.shape[1:]), (start, *merged.start[1:]))
 
 
 class GatedLinear(MergedLinear):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.kernels import takes
-from kvtool.layers.linear import Linear, empty_parameter
+from kvtool.layers.linear import Linear, Slot, empty_parameter
 
 
 class RMSNorm(nn.Module):
@@ -49,9 +49,9 @@ class RMSNorm(nn.Module):
         x, residual = self(x, residual)
         return product(x), residual
 
-    def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
+    def slots(self, path: str) -> Iterator[tuple[str, Slot]]:
         """Checkpoint name of the weight, and where it goes."""
-        yield f"{path}.weight", self.weight
+        yield f"{path}.weight", Slot.whole(self.weight)
 
 
 class QKNorm(nn.Module):
@@ -75,8 +75,8 @@ class QKNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight[self.kind]
 
-    def slots(self, path: str) -> Iterator[tuple[str, Tensor]]:
+    def slots(self, path: str) -> Iterator[tuple[str, Slot]]:
         """Checkpoint names of the two weights, and where each one goes."""
         parent = path.rpartition(".")[0]
-        yield f"{parent}.q_norm.weight", self.weight[0]
-        yield f"{parent}.k_norm.weight", self.weight[1]
+        yield f"{parent}.q_norm.weight", Slot.whole(self.weight[0])
+        yield f"{parent}.k_norm.weight", Slot.whole(self.weight[1])

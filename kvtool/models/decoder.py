@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from kvtool.layers.embedding import Embedding
-from kvtool.layers.linear import GatedLinear, Linear, MergedLinear, linear
+from kvtool.layers.linear import GatedLinear, Linear, MergedLinear, RowLinear, Slot
 from kvtool.layers.norm import QKNorm, RMSNorm
 from kvtool.layers.rotary import Rotary, queries_and_keys
 from kvtool.models.architectures import ARCHITECTURES
 from kvtool.models.config import ModelConfig
+from kvtool.parallel import ONE_RANK, Group, Parallel
 
 # (layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) → [T, Hq, D]. q and k come normalised and rotated, all three as
 # strided views; scale, mask, sliding window and the KV store are the callee's.
@@ -20,29 +21,28 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class Attention(nn.Module):
     """Queries, keys and values of a layer, behind its norm: x and residual stream [T, hidden_size] → the same."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, layer: int, tp: Group, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         architecture = ARCHITECTURES[config.model_type]
         self.layer = layer
         self.head_dim = config.head_dim
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        heads, kv_heads = tp.shard(config.num_heads), tp.shard(config.num_kv_heads)
+        self.num_heads, self.num_kv_heads = heads.size, kv_heads.size
+        q_part, kv_part = heads.times(config.head_dim), kv_heads.times(config.head_dim)
         self.qkv_proj = MergedLinear(
             config.hidden_size,
-            {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
+            {"q_proj": q_part, "k_proj": kv_part, "v_proj": kv_part},
             bias=config.qkv_bias,
             stored_merged=architecture.stored_merged,
             dtype=dtype,
             device=device,
         )
         self.qk_norm = (
-            QKNorm(
-                config.num_heads, config.num_kv_heads, config.head_dim, config.rms_norm_eps, dtype=dtype, device=device
-            )
+            QKNorm(heads.size, kv_heads.size, config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
             if architecture.qk_norm
             else None
         )
-        self.o_proj = Linear(q_size, config.hidden_size, bias=config.o_bias, dtype=dtype, device=device)
+        self.o_proj = RowLinear(q_part, config.hidden_size, tp, bias=config.o_bias, dtype=dtype, device=device)
 
     def forward(
         self, norm: RMSNorm, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
@@ -56,19 +56,18 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Down(silu(gate(x)) · up(x)), behind its norm: x and residual stream [T, hidden_size] → the same."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, tp: Group, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
+        inner = tp.shard(config.intermediate_size)
         self.gate_up_proj = GatedLinear(
             config.hidden_size,
-            {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
+            {"gate_proj": inner, "up_proj": inner},
             bias=config.mlp_bias,
             stored_merged=ARCHITECTURES[config.model_type].stored_merged,
             dtype=dtype,
             device=device,
         )
-        self.down_proj = Linear(
-            config.intermediate_size, config.hidden_size, bias=config.mlp_bias, dtype=dtype, device=device
-        )
+        self.down_proj = RowLinear(inner, config.hidden_size, tp, bias=config.mlp_bias, dtype=dtype, device=device)
 
     def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         inner, residual = norm.into(self.gate_up_proj, x, residual)
@@ -78,12 +77,12 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each added to the residual stream by the norm that comes after it."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, layer: int, tp: Group, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.self_attn = Attention(config, layer, dtype=dtype, device=device)
+        self.self_attn = Attention(config, layer, tp, dtype=dtype, device=device)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.mlp = MLP(config, dtype=dtype, device=device)
+        self.mlp = MLP(config, tp, dtype=dtype, device=device)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
@@ -98,25 +97,44 @@ class Decoder(nn.Module):
 
     Args:
         max_len: tokens of the longest sequence it will see.
+        parallel: what this rank has of it: the shards of its group, of the layers of its stage.
     """
 
-    def __init__(self, config: ModelConfig, max_len: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_len: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        parallel: Parallel = ONE_RANK,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        tp, stage = parallel.tp, parallel.stage
+        self.config, self.stage, self.dtype = config, stage, dtype
+
+        def embedding() -> Embedding:
+            return Embedding(config.vocab_size, config.hidden_size, tp, dtype=dtype, device=device)
+
+        tied = config.tie_word_embeddings
+        self.embed_tokens = embedding() if stage.is_first or (stage.is_last and tied) else None
         self.rotary = Rotary(config.rope, max_len, dtype=dtype, device=device)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, dtype=dtype, device=device) for layer in range(config.num_layers)
+        self.layers = nn.ModuleDict(
+            {
+                str(layer): DecoderLayer(config, layer, tp, dtype=dtype, device=device)
+                for layer in stage.layers(config.num_layers)
+            }
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device)
+        self.norm = (
+            RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device) if stage.is_last else None
         )
+        self.lm_head = embedding() if stage.is_last and not tied else None
 
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states after the final norm, of T tokens of any number of sequences laid end to end.
+
+        A stage that is not the first takes them up where the stage before left them, whatever `ids` are; one that is
+        not the last hands them on, before any final norm.
 
         Args:
             ids: [T] int64.
@@ -127,20 +145,29 @@ class Decoder(nn.Module):
             [T, hidden_size] in the model's dtype.
         """
         cos, sin = self.rotary(positions)
-        x: Tensor = self.embed_tokens(ids)
+        x: Tensor
         residual: Tensor | None = None
-        for layer in self.layers:
+        if self.stage.is_first:
+            assert self.embed_tokens is not None
+            x = self.embed_tokens(ids)
+        else:
+            x = self.stage.receive(torch.empty(len(ids), self.config.hidden_size, dtype=self.dtype, device=ids.device))
+        for layer in self.layers.values():
             x, residual = layer(x, residual, cos, sin, attend)
+        if self.norm is None:
+            return self.stage.send(x if residual is None else x + residual)
         x, _ = self.norm(x, residual)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: hidden [N, hidden_size] → [N, vocab_size], in the model's dtype."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return linear(hidden, head.weight)
+        assert head is not None, "the last stage has one"
+        return head.logits(hidden)
 
-    def slots(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor that a checkpoint must hold, and where it goes. Leave out the "model." that files prepend."""
+    def slots(self) -> Iterator[tuple[str, Slot]]:
+        """Every tensor that a checkpoint must hold, and where it goes, one name for each piece. Leave out the "model."
+        that files prepend."""
         for path, module in self.named_modules():
             if isinstance(module, (Linear, Embedding, RMSNorm, QKNorm)):
                 yield from module.slots(path)

@@ -71,7 +71,7 @@ def cache_prompt(model: Decoder, layout: KVLayout, token_ids: list[int], dtype: 
     Raises:
         UnsupportedError: the format cannot hold what the model makes of them.
     """
-    device = model.embed_tokens.weight.device
+    device = next(model.parameters()).device
     num_blocks = layout.format.num_blocks(len(token_ids))
     store = KVStore(layout, num_blocks, 1, dtype, device)
     attention = PagedAttention(store, attention_layers(model.config))

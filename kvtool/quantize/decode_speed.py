@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvtool.attention import select
+from kvtool.attention import AttentionBackend, select
 from kvtool.attention.layer import AttentionLayer
 from kvtool.errors import CapacityError
 from kvtool.kv.batch import KVBatch, Span
@@ -15,7 +15,7 @@ from kvtool.kv.format import KVFormat, LayerFormat
 from kvtool.kv.hadamard import hadamard
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec
-from kvtool.kv.store import KVStore
+from kvtool.kv.store import KVStore, LayerKV
 
 FOOTPRINT = 4 << 30  # bytes read in turn, so that no cache holds them
 DTYPE = torch.bfloat16
@@ -52,7 +52,7 @@ def decode_speed(layer: AttentionLayer, spec: KVSpec, fmt: KVFormat, num_seqs: i
         bandwidth = read_bandwidth()
         store, batch = _filled_store(layout, num_seqs, context)
         q = torch.randn(num_seqs, layer.num_heads, layer.head_dim, dtype=DTYPE, device="cuda")
-        backends = [select(layer, kv, "triton") for kv in store.layers[: len(kinds)]]  # no other can be captured
+        backends = [_capturable(layer, kv) for kv in store.layers[: len(kinds)]]
 
         def decode(index: int) -> Tensor:
             kv, backend = store.layers[index], backends[index % len(kinds)]
@@ -69,6 +69,12 @@ def decode_speed(layer: AttentionLayer, spec: KVSpec, fmt: KVFormat, num_seqs: i
         nbytes=num_seqs * step_bytes(_layout(spec, fmt, fmt.layers), context),
         bandwidth=bandwidth,
     )
+
+
+def _capturable(layer: AttentionLayer, kv: LayerKV) -> AttentionBackend:
+    """The backend that runs by default; where no graph can hold that, an error that says why no kernel takes `kv`."""
+    backend = select(layer, kv)
+    return backend if backend.decode.is_capturable else select(layer, kv, "triton")
 
 
 def step_bytes(layout: KVLayout, context: int) -> int:

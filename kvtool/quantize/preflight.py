@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.config import Bits, EngineConfig, KVOptions
-from kvtool.errors import UnsupportedError
+from kvtool.errors import CapacityError, UnsupportedError
 from kvtool.kv.format import KVFormat, StreamFormat, resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.plan import completed, sidecar_of
@@ -116,7 +116,13 @@ def preflight(config: EngineConfig) -> EngineConfig:
     file = _file_of(config)
     verdict = _read(file)
     if verdict is None:
-        verdict = _examine_folder(config)
+        try:
+            verdict = _examine_folder(config)
+        except (CapacityError, torch.OutOfMemoryError):
+            if config.num_ranks == 1:
+                raise
+            print("warning: no preflight: the model is too large for one device", file=sys.stderr, flush=True)
+            return config
         _write(file, verdict)
     for line in verdict.lines():
         print(line, file=sys.stderr, flush=True)
@@ -248,7 +254,8 @@ def calibration_windows(tokenizer: Tokenizer, most: int, device: torch.device) -
 
 
 def _examine_folder(config: EngineConfig) -> Verdict:
-    model = ScoringModel(replace(config, max_model_len=None))  # the text may be longer than what will be served
+    alone = replace(config, tp=1, pp=1, max_model_len=None)  # the text may be longer than what will be served
+    model = ScoringModel(alone)
     tokenizer = Tokenizer.load(model.path, model.model_config.vocab_size)
     windows = calibration_windows(tokenizer, min(TOKENS, model.model_config.max_position), model.device)
     verdict = examine(model.model, windows, model.layout(KVOptions()).spec, config.kv)

@@ -103,9 +103,8 @@ async def serve(
         else:
             server.stop_at_once()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop, number)
-    try:
+    async def serve_engine() -> None:
+        nonlocal server
         async with running(engine, config.preflight) as client:
             info = client.info
             tokenizer = await asyncio.to_thread(Tokenizer.load, Path(info.path), info.vocab_size)
@@ -132,7 +131,20 @@ async def serve(
             except OSError as error:  # somebody was faster
                 raise unusable(host, port, error) from error
             on_ready(info, f"http://{f'[{host}]' if ':' in host else host}:{port}")
-            await server.serve_beside(listener)
+            await server.serve_beside(listener.dup())
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    try:
+        while True:
+            try:
+                await serve_engine()
+                break
+            except EngineDeadError:
+                if server is None or received or not engine.restart:
+                    raise
+                print("the engine ended; starting it again", file=sys.stderr, flush=True)
+                server = None
     except asyncio.CancelledError:
         if not received:
             raise

@@ -1,0 +1,175 @@
+"""Decode attention over integer codes in CUDA C++, which chooses what lies in which register as Triton cannot.
+
+It computes what `decode.paged_decode` computes, under the same definition, where `refuses` does not say otherwise; the
+kernel, `decode.cu`, is compiled when it is first called for a format and a shape of heads.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvtool.kernels.decode import PackedStream, _num_sms, _num_splits, merge
+from kvtool.kernels.launch import capability
+from kvtool.kernels.nvrtc import Kernel, compile_cubin
+
+HEAD_DIMS = (64, 128)
+MAX_GROUP_HEADS = 16
+# What the kernel reads, as (bits, axis); a key and a value of it go together as they please. All are asymmetric.
+KEYS = (("8", "channel"), ("4", "channel"), ("2", "channel"))
+VALUES = (("8", "token"), ("4", "token"), ("2", "token"))
+MIN_PIECE = 16  # channels of a row of bytes that share a token's scale
+MERGED_WITHIN = 32  # splits that the last program of a sequence merges; a kernel with many programs merges more
+
+# Warps, pipeline stages of each, programs per SM and tokens of a tile for up to 8 query heads to a KV head, by (KiB of
+# shared memory of an SM, bits of the wider stream); and for more heads. 100 KiB has an RTX 4090, which was never timed:
+# its rows are those of which two programs or more fit.
+TILES: dict[tuple[int, str], tuple[int, int, int, int]] = {
+    (100, "8"): (2, 2, 2, 32),
+    (100, "4"): (4, 2, 2, 32),
+    (100, "2"): (4, 2, 3, 32),
+    (228, "8"): (4, 2, 3, 32),
+    (228, "4"): (4, 2, 3, 64),
+    (228, "2"): (4, 2, 3, 64),
+}
+WIDE_TILES: dict[int, tuple[int, int, int, int]] = {100: (2, 2, 2, 32), 228: (4, 2, 2, 32)}
+
+SOURCE = "".join((Path(__file__).parent / name).read_text() for name in ("warp.cuh", "decode.cu"))
+
+
+def refuses(key: PackedStream, value: PackedStream, num_heads: int) -> str | None:
+    """Why `paged_decode` cannot read these streams, or None if it can."""
+    head_dim, group_heads = key.tail.shape[-1], num_heads // key.tail.shape[1]
+    if key.tail.dtype not in (torch.bfloat16, torch.float16):
+        return f"it runs in bfloat16 or float16, not {str(key.tail.dtype).removeprefix('torch.')}"
+    if head_dim not in HEAD_DIMS or value.tail.shape[-1] != head_dim:
+        return f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, the same for K and V"
+    if group_heads > MAX_GROUP_HEADS:
+        return f"{group_heads} query heads share a KV head; it takes up to {MAX_GROUP_HEADS}"
+    for name, stream, known in (("key", key, KEYS), ("value", value, VALUES)):
+        if (stream.bits, stream.axis) not in known:
+            return f"no kernel for {name}s of {stream.bits} bits per {stream.axis}"
+        if stream.zero is None:
+            return f"no kernel for symmetric {name}s"
+    if value.piece(head_dim) < MIN_PIECE:
+        return f"groups of {value.group} cut values of head_dim {head_dim} into pieces under {MIN_PIECE} channels"
+    return None
+
+
+def paged_decode(
+    q: Tensor,
+    key: PackedStream,
+    value: PackedStream,
+    block_table: Tensor,
+    positions: Tensor,
+    visible: Tensor,
+    tail_slots: Tensor,
+    arrivals: Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    out: Tensor,
+) -> None:
+    """`decode.paged_decode`, into `out`.
+
+    Args:
+        arrivals: int32, as many zeros as sequences times KV heads of which two programs can run at once; zeros
+            afterwards. Kernels of one stream can share them.
+    """
+    n, num_heads, head_dim = q.shape
+    kv_heads = key.codes.shape[1]
+    kernel = _kernel(q.device, tuple(constants(key, value, block_table, num_heads, q.device).items()))
+    programs = kernel.programs_per_sm * _num_sms(q.device)
+    splits = _num_splits(n * kv_heads, block_table.shape[1], key.tail.shape[2] > 0, programs)
+    assert splits == 1 or n * kv_heads <= len(arrivals)
+    partial = torch.empty(n, num_heads, splits, head_dim, dtype=torch.float32, device=q.device) if splits > 1 else None
+    lse = torch.empty(n, num_heads, splits, dtype=torch.float32, device=q.device) if splits > 1 else None
+    merges = splits > MERGED_WITHIN
+    tables = [block_table, positions, visible, tail_slots]
+    outputs = [out, partial, lse, None if merges else arrivals]
+    values = arguments(q.contiguous(), outputs, tables, key, value, scale=scale, sliding_window=sliding_window)
+    kernel((n * kv_heads, splits), values, chained=capability(q.device) >= 9)
+    if partial is not None and lse is not None and merges:
+        merge(partial, lse, out)
+
+
+def constants(
+    key: PackedStream, value: PackedStream, block_table: Tensor, num_heads: int, device: torch.device
+) -> dict[str, object]:
+    """Macros that the kernel is compiled with."""
+    columns = -(-num_heads // key.tail.shape[1] // 8)
+    warps, stages, per_sm, tokens = _tile(max(key.bits, value.bits, key=int), columns, _shared_kib(device))
+    return {
+        "D": key.tail.shape[-1],
+        "K_BITS": key.bits,
+        "V_BITS": value.bits,
+        "V_GROUP": value.group,
+        "BLOCK": key.codes.shape[2],
+        "TILE": tokens,
+        "COLUMNS": columns,
+        "BF16": int(key.tail.dtype == torch.bfloat16),
+        "WARPS": warps,
+        "STAGES": stages,
+        "PER_SM": per_sm,
+        "CHAINED": int(capability(device) >= 9),
+        "Index": "int" if block_table.dtype == torch.int32 else "long\tlong",
+    }
+
+
+def arguments(
+    q: Tensor,
+    outputs: list[Tensor | None],
+    tables: list[Tensor],
+    key: PackedStream,
+    value: PackedStream,
+    *,
+    scale: float,
+    sliding_window: int | None,
+) -> list[object]:
+    """What the kernel takes, in its order."""
+    assert len({table.dtype for table in tables}) == 1
+    return [
+        q,
+        *outputs,
+        *tables,
+        _Stream.of(key),
+        _Stream.of(value),
+        ctypes.c_float(scale * 1.4426950408889634),  # exp2 is what the hardware has
+        ctypes.c_int(tables[0].stride(0)),
+        ctypes.c_int(key.codes.stride(0) // 16),
+        ctypes.c_int(key.tail.stride(0) * key.tail.itemsize // 16),
+        ctypes.c_int(key.codes.shape[1]),
+        ctypes.c_int(q.shape[1] // key.codes.shape[1]),
+        ctypes.c_int(key.tail.shape[2]),
+        ctypes.c_int(sliding_window or 1 << 30),
+    ]
+
+
+class _Stream(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "tail")]
+
+    @classmethod
+    def of(cls, stream: PackedStream) -> "_Stream":
+        return cls(*(x.data_ptr() for x in (stream.codes, stream.scale, stream.zero, stream.tail)))
+
+
+def _tile(bits: str, columns: int, shared_kib: int) -> tuple[int, int, int, int]:
+    return TILES[shared_kib, bits] if columns == 1 else WIDE_TILES[shared_kib]
+
+
+@cache
+def _kernel(device: torch.device, macros: tuple[tuple[str, object], ...]) -> Kernel:
+    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    cubin = compile_cubin(SOURCE, architecture, dict(macros))
+    with torch.cuda.device(device):
+        return Kernel(cubin, "paged_decode", 32 * int(dict(macros)["WARPS"]))
+
+
+@cache
+def _shared_kib(device: torch.device) -> int:
+    """Of an SM, as TILES knows it."""
+    if device.type != "cuda":
+        return 100
+    return 228 if torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 228 << 10 else 100

@@ -1,0 +1,118 @@
+// What a warp can do that C++ has no words for. Registers of packed pairs are `u32`, the earlier element low.
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct alignas(8) Words2 { u32 x[2]; };
+struct alignas(16) Words4 { u32 x[4]; };
+struct alignas(16) Floats4 { float x[4]; };
+
+__device__ inline u32 lane_id() { return threadIdx.x % 32; }
+
+// Bytes of (b:a) as the nibbles of `selector` say, the lowest first.
+__device__ inline u32 permute(u32 a, u32 b, u32 selector) {
+    u32 d;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+    return d;
+}
+
+__device__ inline float exp2_of(float x) {
+    float d;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
+    return d;
+}
+
+__device__ inline float log2_of(float x) {
+    float d;
+    asm("lg2.approx.f32 %0, %1;" : "=f"(d) : "f"(x));
+    return d;
+}
+
+// Two products of fp16.
+__device__ inline u32 multiply(u32 a, u32 b) {
+    u32 d;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+template <bool BFLOAT> __device__ inline u32 round_pair(float low, float high) {
+    u32 d;
+    if constexpr (BFLOAT) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+template <bool BFLOAT> __device__ inline float widen(u16 x) {
+    float d;
+    if constexpr (BFLOAT) d = __uint_as_float((u32)x << 16);
+    else asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"(x));
+    return d;
+}
+
+// d += a · b: 16 rows, 16 deep, 8 columns. Lane 4g + t holds of `a` rows g, g + 8, g, g + 8 at depths 2t, 2t, 2t + 8,
+// 2t + 8 (and the one behind each), of `b` column g at depths 2t and 2t + 8, of `d` row g and then row g + 8 in columns
+// 2t and 2t + 1.
+template <bool BFLOAT> __device__ inline void multiply_add(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    if constexpr (BFLOAT)
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    else
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Lane 4g + t gives elements 2t and 2t + 1 of row g of an 8 × 8 matrix, and gets those of its transpose.
+__device__ inline u32 transpose(u32 x) {
+    u32 d;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(x));
+    return d;
+}
+
+__device__ inline float shuffle(float x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
+__device__ inline int shuffle(int x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
+__device__ inline float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
+__device__ inline bool any_lane(bool x) { return __any_sync(0xffffffff, x); }
+
+// 16 bytes from global to shared memory, on their way until their group is awaited.
+__device__ inline void copy_async(void* to, const void* from) {
+    u32 shared = (u32)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+}
+
+__device__ inline void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all but the newest `N` groups have come, those of the other lanes too.
+template <int N> __device__ inline void await_groups() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+    __syncwarp();
+}
+
+// What another program has written, past this multiprocessor's own cache.
+__device__ inline float load_written(const float* from) {
+    float x;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
+    return x;
+}
+__device__ inline Floats4 load_written4(const float* from) {
+    Floats4 d;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+        : "=f"(d.x[0]), "=f"(d.x[1]), "=f"(d.x[2]), "=f"(d.x[3]) : "l"(from) : "memory");
+    return d;
+}
+
+__device__ inline void await_inputs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ inline void start_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}

@@ -1,0 +1,210 @@
+"""Ranks that share a model: what each one holds of it, and that together they answer as one does."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import make_checkpoint
+from safetensors.torch import load_file, save_file
+
+from kvtool.config import EngineConfig, KVOptions
+from kvtool.engine import Engine
+from kvtool.errors import ConfigError
+from kvtool.kv.format import resolve
+from kvtool.models import Decoder, load_config, load_model, resolve_model
+from kvtool.p2p import wrong_copies
+from kvtool.parallel import Group, Parallel, Stage
+from kvtool.request import Request, SamplingParams, Tokens
+from kvtool.runner import kv_spec
+
+CPU = torch.device("cpu")
+MIB = 1 << 20
+PLAN = KVOptions(layer_bits=(("16", "16"), ("16", "8"), ("4", "2"), ("8", "4")))  # blocks are sealed from layer 2 on
+CONFIG = EngineConfig(
+    dtype="float64", device="cpu", kv_cache_memory=32 * MIB, max_num_seqs=6, max_num_batched_tokens=64
+)
+
+
+def part(folder: Path, tp: tuple[int, int], pp: tuple[int, int] = (0, 1), load_format: str = "auto") -> Decoder:
+    """What one rank loads; it does not compute."""
+    return load_model(
+        folder,
+        load_config(folder),
+        dtype=torch.float32,
+        device=CPU,
+        load_format=load_format,  # type: ignore[arg-type]
+        parallel=Parallel(tp=Group(*tp), stage=Stage(*pp)),
+    )
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_shards_are_pieces_of_the_model(model_type: str, size: int, load_format: str, tmp_path: Path) -> None:
+    make_checkpoint(model_type, tmp_path, attention_bias=True)
+    whole = part(tmp_path, (0, 1), load_format=load_format)
+    shards = [part(tmp_path, (rank, size), load_format=load_format) for rank in range(size)]
+    names = {name for name, _ in whole.slots()}
+    for name, stored in gathered([whole]).items():
+        assert torch.equal(gathered(shards)[name], stored), name
+    assert all({name for name, _ in shard.slots()} == names for shard in shards)
+    held = [sum(parameter.numel() for parameter in shard.parameters()) for shard in shards]
+    assert max(held) < 1.15 * sum(p.numel() for p in whole.parameters()) / size
+
+
+def gathered(models: list[Decoder]) -> dict[str, torch.Tensor]:
+    """Stored tensors put together again from the ranks' pieces; NaN where nobody holds anything."""
+    tensors: dict[str, torch.Tensor] = {}
+    for model in models:
+        for name, slot in model.slots():
+            into = tensors.setdefault(name, torch.full(slot.shape, torch.nan))
+            into[tuple(slice(first, first + n) for first, n in zip(slot.start, slot.to.shape, strict=True))] = slot.to
+    return tensors
+
+
+def test_stages_hold_their_layers_and_nothing_else(tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path)
+    whole, stages = part(tmp_path, (0, 1)), [part(tmp_path, (0, 1), (index, 2)) for index in range(2)]
+    names = [name for stage in stages for name, _ in stage.slots()]
+    assert sorted(names) == sorted(name for name, _ in whole.slots())
+    for name, stored in gathered([whole]).items():
+        assert torch.equal(gathered(stages)[name], stored), name
+
+
+def requests(vocab_size: int) -> list[Request]:
+    """More than run at once, of many kinds; most are greedy. Two of them wait for others to be forked from."""
+    rng = random.Random(7)
+    made = []
+    for i in range(8):
+        prompt = [rng.randrange(10, vocab_size) for _ in range(rng.choice([1, 20, 70, 150]))]
+        params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=2)
+        if i == 1:
+            params = SamplingParams(seed=3, top_p=0.9, presence_penalty=0.5, max_tokens=20, ignore_eos=True)
+        if i == 2:
+            params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, prompt_logprobs=1)
+        made.append(Request(str(i), prompt, params))
+    forks = [Request(f"fork{i}", made[-1].prompt, SamplingParams(seed=i, max_tokens=9), fork_of="7") for i in range(2)]
+    return made + forks
+
+
+def answers(config: EngineConfig, asked: list[Request]) -> dict[str, list[Tokens]]:
+    """What an engine says to each request, and that it then holds nothing more."""
+    engine = Engine(config)
+    try:
+        for request in asked:
+            engine.submit(request)
+        news: dict[str, list[Tokens]] = {}
+        while engine.has_work:
+            for tokens in engine.step():
+                assert tokens.error is None
+                news.setdefault(tokens.id, []).append(tokens)
+        stats = engine.stats()
+        assert stats.used_blocks == stats.used_tails == stats.running == 0
+        return news
+    finally:
+        engine.close()
+
+
+def assert_same_answers(got: dict[str, list[Tokens]], expected: dict[str, list[Tokens]]) -> None:
+    assert got.keys() == expected.keys()
+    for name, tokens in expected.items():
+        assert [t.token_ids for t in got[name]] == [t.token_ids for t in tokens], name
+        for ours, theirs in zip(got[name], tokens, strict=True):
+            for mine, other in ((ours.logprobs, theirs.logprobs), (ours.prompt_logprobs, theirs.prompt_logprobs)):
+                for a, b in zip(mine or (), other or (), strict=True):
+                    assert a.top_ids == b.top_ids
+                    assert [a.logprob, *a.top_logprobs] == pytest.approx([b.logprob, *b.top_logprobs], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "kv"),
+    [
+        (2, 1, KVOptions()),
+        (2, 1, KVOptions(nbits="4")),
+        (2, 1, PLAN),
+        (4, 1, KVOptions(nbits="4")),  # two ranks to each KV head
+        (1, 2, KVOptions(nbits="4")),
+        (1, 2, PLAN),  # the first stage alone would need no tail
+    ],
+)
+def test_ranks_together_answer_as_one_does(tp: int, pp: int, kv: KVOptions) -> None:
+    config, asked = replace(CONFIG, kv=kv), requests(4000)
+    expected = answers(config, asked)
+    assert len({tuple(tokens[-1].token_ids) for tokens in expected.values()}) > 3, "prompts must tell answers apart"
+    assert_same_answers(answers(replace(config, tp=tp, pp=pp, run_ahead=True), asked), expected)
+
+
+def test_ranks_share_what_does_not_divide_and_has_biases(tmp_path: Path) -> None:
+    """199 ids on two ranks, biases on all projections, three layers on two stages; sequences make room."""
+    make_checkpoint("llama", tmp_path, attention_bias=True, mlp_bias=True)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    asked = [Request(str(i), [(7 * i + n) % 199 for n in range(60)], params) for i in range(5)]
+    config = replace(CONFIG, model=str(tmp_path), kv_cache_memory=MIB // 2, swap_space=MIB, prefix_caching=False)
+    expected = answers(config, asked)
+    assert_same_answers(answers(replace(config, tp=2, pp=2, kv_cache_memory=MIB // 4), asked), expected)
+
+
+def test_what_one_rank_cannot_hold_fails_its_request_alone(tmp_path: Path) -> None:
+    """A token whose keys are beyond fp16 in the second KV head, which only the second rank has."""
+    make_checkpoint("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    embedding, keys = tensors["model.embed_tokens.weight"], tensors["model.layers.1.self_attn.k_proj.weight"]
+    embedding[:, 0], embedding[5] = 0, 0
+    embedding[5, 0] = 1e6  # all that is left of it behind a norm
+    for layer in range(2):
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            tensors[f"model.layers.{layer}.{name}.weight"][0] = 0  # nothing else gets into that channel
+    keys[16:, 0] = 1e5
+    save_file(tensors, tmp_path / "model.safetensors")
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    asked = [Request(str(i), [10 + i] * 70, params) for i in range(3)]
+    config = replace(CONFIG, model=str(tmp_path), kv=KVOptions(nbits="4"), prefix_caching=False)
+    expected = answers(config, asked)
+    engine = Engine(replace(config, tp=2, run_ahead=True))
+    try:
+        for request in (*asked[:2], Request("bad", [5] * 70, params), asked[2]):
+            engine.submit(request)
+        got: dict[str, list[Tokens]] = {}
+        while engine.has_work:
+            for tokens in engine.step():
+                got.setdefault(tokens.id, []).append(tokens)
+    finally:
+        engine.close()
+    (bad,) = got.pop("bad")
+    assert bad.error and "cannot be quantised" in bad.error
+    assert {name: [t.token_ids for t in tokens] for name, tokens in got.items()} == {
+        name: [t.token_ids for t in tokens] for name, tokens in expected.items()
+    }
+
+
+def test_a_stage_keeps_the_tail_that_another_needs() -> None:
+    spec = kv_spec(load_config(resolve_model("tiny")), torch.float64)
+    whole = resolve(PLAN, spec)
+    first, last = whole.of_layers(range(0, 2)), whole.of_layers(range(2, 4))
+    assert not whole.packs_on_write
+    assert (first.tail_tokens, last.tail_tokens) == (whole.tail_tokens,) * 2
+    assert first.layers + last.layers == whole.layers
+
+
+@pytest.mark.parametrize(
+    ("ranks", "why"),
+    [
+        ({"tp": 3}, "--tp 3: does not divide the model's 4 query heads"),
+        ({"pp": 5}, "--pp 5: the model has only 4 layers"),
+    ],
+)
+def test_ranks_that_do_not_fit_the_model_are_refused(ranks: dict[str, int], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        Engine(replace(CONFIG, **ranks))  # type: ignore[arg-type]
+
+
+def test_copies_that_arrive_wrong_are_named() -> None:
+    devices = [torch.device("cpu", 0), torch.device("cpu", 1)]
+
+    def broken(x: torch.Tensor, target: torch.device) -> torch.Tensor:
+        return x.clone() if target == devices[0] else torch.zeros_like(x)
+
+    assert list(wrong_copies(devices)) == []
+    assert list(wrong_copies(devices, broken)) == ["copies from cpu:0 to cpu:1 arrive wrong"]

@@ -1,0 +1,214 @@
+// A GPU of one program at a time, on a CPU: what warp.cuh gives a kernel, and `run`, which launches it.
+//
+// Each thread of a program is a fiber. What needs a warp or a program waits until all of its threads are there, and what
+// is copied to shared memory comes as late as it may (or at once: `eager`), so that a missing wait shows. Products are
+// summed in float64 and rounded once.
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <numeric>
+#include <random>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __constant__
+#define __shared__
+#define __launch_bounds__(...)
+
+using std::max, std::min;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+struct alignas(8) Words2 { u32 x[2]; };
+struct alignas(16) Words4 { u32 x[4]; };
+struct alignas(16) Floats4 { float x[4]; };
+struct Index3 { unsigned x, y, z; };
+
+constexpr int MAX_THREADS = 512, STACK = 1 << 18;
+Words4 dynamic[1 << 14];  // shared memory
+static Index3 threadIdx, blockIdx, gridDim;
+static int current, num_threads;
+static bool eager;
+
+struct Copy { void* to; const void* from; };
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    std::vector<std::vector<Copy>> groups;  // of copies under way; the last is open
+    bool done;
+};
+static Fiber fibers[MAX_THREADS];
+static ucontext_t home;
+
+struct Barrier {
+    int arrived = 0;
+    unsigned generation = 0;
+    void wait(int count) {
+        unsigned mine = generation;
+        if (++arrived == count) arrived = 0, generation++;
+        while (generation == mine) swapcontext(&fibers[current].context, &home);
+    }
+};
+static Barrier warps[MAX_THREADS / 32], program;
+
+static void __syncwarp() { warps[current / 32].wait(32); }
+static void __syncthreads() { program.wait(num_threads); }
+static void __threadfence() {}
+static int atomicAdd(int* to, int x) { return std::exchange(*to, *to + x); }
+static u32 lane_id() { return threadIdx.x % 32; }
+
+template <int N> struct Lanes { u32 x[32][N]; };
+
+// What each lane of a warp gives, for all of them.
+template <int N> static Lanes<N> exchange(const u32 (&mine)[N]) {
+    static u32 given[MAX_THREADS][8];
+    memcpy(given[current], mine, sizeof mine);
+    __syncwarp();
+    Lanes<N> all;
+    for (int i = 0; i < 32; i++) memcpy(all.x[i], given[current / 32 * 32 + i], sizeof mine);
+    __syncwarp();
+    return all;
+}
+
+template <typename To, typename From> static To bits(From from) {
+    To to;
+    static_assert(sizeof to == sizeof from);
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+static float __uint_as_float(u32 x) { return bits<float>(x); }
+
+template <bool BFLOAT> static float widen(u16 x) {
+    return BFLOAT ? bits<float>((u32)x << 16) : (float)bits<_Float16>(x);
+}
+
+template <bool BFLOAT> static u16 rounded(float x) {
+    u32 word = bits<u32>(x);
+    return BFLOAT ? word + 0x7fff + (word >> 16 & 1) >> 16 : bits<u16>((_Float16)x);
+}
+
+template <bool BFLOAT> static u32 round_pair(float low, float high) {
+    return rounded<BFLOAT>(low) | (u32)rounded<BFLOAT>(high) << 16;
+}
+
+static u32 permute(u32 a, u32 b, u32 selector) {
+    u64 both = (u64)b << 32 | a;
+    u32 d = 0;
+    for (int i = 0; i < 4; i++) d |= (u32)(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return d;
+}
+
+static float exp2_of(float x) { return exp2f(x); }
+static float log2_of(float x) { return log2f(x); }
+
+static u32 multiply(u32 a, u32 b) {
+    return round_pair<false>(widen<false>(a) * widen<false>(b), widen<false>(a >> 16) * widen<false>(b >> 16));
+}
+
+template <bool BFLOAT> static void multiply_add(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    Lanes<6> all = exchange({a[0], a[1], a[2], a[3], b[0], b[1]});
+    float rows[16][16], columns[16][8];
+    for (int lane = 0; lane < 32; lane++)
+        for (int e = 0; e < 2; e++) {
+            int g = lane / 4, depth = lane % 4 * 2 + e;
+            for (int i = 0; i < 4; i++) rows[g + i % 2 * 8][depth + i / 2 * 8] = widen<BFLOAT>(all.x[lane][i] >> 16 * e);
+            for (int i = 0; i < 2; i++) columns[depth + i * 8][g] = widen<BFLOAT>(all.x[lane][4 + i] >> 16 * e);
+        }
+    int g = lane_id() / 4, t = lane_id() % 4;
+    for (int j = 0; j < 4; j++) {
+        double sum = d[j];
+        for (int k = 0; k < 16; k++) sum += (double)rows[g + j / 2 * 8][k] * columns[k][2 * t + j % 2];
+        d[j] = (float)sum;
+    }
+}
+
+static u32 transpose(u32 x) {
+    Lanes<1> all = exchange({x});
+    int g = lane_id() / 4, t = lane_id() % 4;
+    u32 d = 0;
+    for (int e = 0; e < 2; e++) d |= (all.x[(2 * t + e) * 4 + g / 2][0] >> g % 2 * 16 & 0xffff) << 16 * e;
+    return d;
+}
+
+static int shuffle(int x, int lane) { return exchange({(u32)x}).x[lane & 31][0]; }
+static float shuffle(float x, int lane) { return bits<float>(exchange({bits<u32>(x)}).x[lane & 31][0]); }
+static float shuffle_xor(float x, int mask) { return shuffle(x, lane_id() ^ mask); }
+
+static bool any_lane(bool x) {
+    Lanes<1> all = exchange({(u32)x});
+    return std::any_of(all.x, all.x + 32, [](auto& lane) { return lane[0]; });
+}
+
+static void copy_async(void* to, const void* from) {
+    if (((uintptr_t)to | (uintptr_t)from) % 16) fputs("a copy is not aligned\n", stderr), abort();
+    if (eager) memcpy(to, from, 16);
+    else fibers[current].groups.back().push_back({to, from});
+}
+
+static void end_group() { fibers[current].groups.emplace_back(); }
+
+template <int N> static void await_groups() {
+    auto& groups = fibers[current].groups;
+    while ((int)groups.size() - 1 > N) {
+        for (auto& copy : groups[0]) memcpy(copy.to, copy.from, 16);
+        groups.erase(groups.begin());
+    }
+    __syncwarp();
+}
+
+static float load_written(const float* from) { return *from; }
+static Floats4 load_written4(const float* from) { return *(const Floats4*)from; }
+static void await_inputs() {}
+static void start_next() {}
+
+#include "decode.cu"
+
+static const void* const* arguments;
+
+template <typename... A, size_t... I> static void call(void (*kernel)(A...), std::index_sequence<I...>) {
+    kernel(*(std::remove_reference_t<A>*)arguments[I]...);
+}
+
+template <typename... A> static void call(void (*kernel)(A...)) { call(kernel, std::index_sequence_for<A...>()); }
+
+static void thread() {
+    call(paged_decode);
+    fibers[current].done = true;
+}
+
+// All programs of a grid, in an order drawn by `seed`, which also says whether copies are eager.
+extern "C" void run(int x, int y, const void* const* given, int seed) {
+    arguments = given, eager = seed % 2, num_threads = WARPS * 32, gridDim = {(unsigned)x, (unsigned)y, 1};
+    std::vector<unsigned> order(x * y);
+    std::iota(order.begin(), order.end(), 0);
+    std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+    for (unsigned index : order) {
+        blockIdx = {index % x, index / x, 0};
+        memset(dynamic, 0xff, sizeof dynamic);
+        for (int i = 0; i < num_threads; i++) {
+            Fiber& fiber = fibers[i];
+            fiber.stack.resize(STACK), fiber.groups.assign(1, {}), fiber.done = false;
+            getcontext(&fiber.context);
+            fiber.context.uc_stack.ss_sp = fiber.stack.data(), fiber.context.uc_stack.ss_size = STACK;
+            fiber.context.uc_link = &home;
+            makecontext(&fiber.context, thread, 0);
+        }
+        for (int left = num_threads; left;)
+            for (current = 0; current < num_threads; current++)
+                if (!fibers[current].done) {
+                    threadIdx = {(unsigned)current, 0, 0};
+                    swapcontext(&home, &fibers[current].context);
+                    left -= fibers[current].done;
+                }
+    }
+}
