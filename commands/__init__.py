@@ -16,11 +16,12 @@ from .bench_ttft import bench_ttft
 from .mla_size import mla_size
 from .moe_ep import moe_ep
 from .options import BUNDLES, Command, shared
+from .pd_disagg import pd_disagg
 from .perplexity import perplexity
 from .quantize_kv import quantize_kv
 from .serve import serve
 
-COMMANDS = (serve, bench_ttft, bench_throughput, quantize_kv, perplexity, mla_size, moe_ep)
+COMMANDS = (serve, bench_ttft, bench_throughput, quantize_kv, perplexity, pd_disagg, moe_ep, mla_size)
 ALL_BUNDLES = BUNDLES | {"bench": bench_options, "results": result_options}
 
 EPILOG = "Any option can also come from KVTOOL_<OPTION> or from --config; the command line goes first, then those."

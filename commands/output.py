@@ -101,6 +101,7 @@ class Report:
         tables: more of them below, over parts of the rows or other columns.
         charts: for .html and .png.
         notes: lines for people: what figures mean, what is odd about them.
+        summary: of all rows, in JSON beside them; None leaves it out.
     """
 
     command: str
@@ -110,6 +111,7 @@ class Report:
     tables: Sequence[Table] = ()
     charts: Sequence[Chart] = ()
     notes: Sequence[str] = ()
+    summary: Mapping[str, Any] | None = None
 
     @property
     def all_tables(self) -> list[Table]:
@@ -251,6 +253,7 @@ def as_json(report: Report) -> str:
         "environment": environment(),
         "config": report.config,
         "rows": report.rows,
+        **({} if report.summary is None else {"summary": report.summary}),
     }
     return json.dumps(_plain(document), indent=2, allow_nan=False) + "\n"
 

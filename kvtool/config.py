@@ -38,6 +38,31 @@ class KVOptions:
 
 
 @dataclass(frozen=True)
+class HandoffConfig:
+    """An engine's part where one engine computes prompts and another their answers.
+
+    Attributes:
+        role: "prefill" pushes the KV of a prompt to the engine that a request names, "decode" takes it in.
+        secret: that all of them know.
+        peers: of "prefill": the decode engines that it may push to, each HOST:PORT.
+        host, port: of "decode": where KV arrives; port 0 picks a free one.
+        transfer: "auto" or a name from `kvtool.kv.transfer.TRANSFERS`.
+        timeout: seconds that peers have to answer when "prefill" starts, and in which KV must have come to "decode",
+            which then computes the prompt itself.
+        fault: make all transfers fail in this way, to see what happens.
+    """
+
+    role: Literal["prefill", "decode"]
+    secret: str = field(repr=False)
+    peers: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 0
+    transfer: str = "auto"
+    timeout: float = 60.0
+    fault: Literal["corrupt", "drop", "delay"] | None = None
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """One engine: the model, where it runs, and how much it may hold.
 
@@ -53,7 +78,8 @@ class EngineConfig:
         kv_cache_memory: bytes of KV cache of each rank, blocks and tails together; None: what is left on a GPU, 1 GiB
             on CPU.
         gpu_memory_utilization: share of the whole GPU that weights, workspace and cache may take.
-        swap_space: bytes of this machine's memory for sequences that must make room.
+        swap_space: bytes of this machine's memory for sequences that must make room; with `handoff` as much again for
+            those on their way.
         prefix_caching: prompts share the packed blocks of their common beginnings.
         attention_backend: "auto" or a name from `kvtool.attention.BACKENDS`.
         cuda_graph: on a GPU, launch decode steps whole.
@@ -68,6 +94,7 @@ class EngineConfig:
         dist_timeout: seconds that ranks wait for each other when they start.
         local_rank: of this machine's devices, the first to use.
         restart: when a rank has died, start all anew.
+        handoff: how it shares requests with other engines; None: it does not.
     """
 
     model: str = "tiny"
@@ -95,6 +122,7 @@ class EngineConfig:
     local_rank: int = 0
     restart: bool = False
     kv: KVOptions = field(default_factory=KVOptions)
+    handoff: HandoffConfig | None = None
 
     @property
     def num_ranks(self) -> int:

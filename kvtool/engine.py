@@ -1,6 +1,7 @@
 """The engine: requests in, tokens out, one step at a time."""
 
 import random
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,14 +15,29 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtool.config import EngineConfig
-from kvtool.errors import CapacityError, KVToolError, RequestError, UnsupportedError
+from kvtool.config import EngineConfig, HandoffConfig
+from kvtool.errors import CapacityError, ConfigError, KVToolError, RequestError, UnsupportedError
 from kvtool.grammar import GrammarCompiler, Matcher
+from kvtool.handoff import Inlet, Pusher
+from kvtool.kv.receiver import Arrival, Loss
+from kvtool.kv.wire import Identity
+from kvtool.models.resolve import fingerprint
 from kvtool.ranks import Ranks
-from kvtool.request import EngineInfo, EngineStats, FinishReason, Request, SamplingParams, ScheduledBatch, Tokens
+from kvtool.request import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    Handoff,
+    Request,
+    SamplingParams,
+    ScheduledBatch,
+    Tokens,
+)
 from kvtool.runner import Handle, Runner
 from kvtool.scheduler import Scheduler
 from kvtool.tokenizer import Detokenizer, Tokenizer
+
+LEAST_HANDOFF_BYTES = 1 << 28  # of sequences between two engines
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,12 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         start = time.perf_counter()
+        if config.handoff and config.num_ranks > 1:
+            raise ConfigError(
+                f"--role {config.handoff.role}: KV of several ranks does not travel; leave out --tp, --pp"
+            )
+        self._pusher: Pusher | None = None
+        self._inlet: Inlet | None = None
         self.ranks = Ranks(config) if config.num_ranks * config.nnodes > 1 else None
         self.runner = self.ranks.runner if self.ranks else Runner(config)
         store, model = self.runner.store, self.runner.model_config
@@ -75,6 +97,8 @@ class Engine:
             num_micro_batches=config.pp,
         )
         self._num_micro_batches = config.pp
+        if config.handoff:
+            self._hand_off(config, config.handoff)
         self._runs_ahead = self.runner.device.type == "cuda" if config.run_ahead is None else config.run_ahead
         self._under_way: deque[Launched] = deque()
         self._seeds = random.Random(config.seed)
@@ -84,6 +108,8 @@ class Engine:
         self._queued: dict[str, float] = {}  # for how long, of those that have no token yet
         self._matchers: dict[str, Matcher] = {}  # of requests with a grammar
         self._ids = count()
+        self.arrivals = self.losses = 0  # of requests that other engines have begun, or should have
+        self._imported: dict[str, Arrival] = {}  # of requests that have no token of ours yet
         self._arrivals: dict[str, deque[Tokens]] = {}  # of `generate` and `stream`, by request
         elements, block_bytes, tail_bytes, kv_bytes = self.runner.on_all_ranks
         self.info = EngineInfo(
@@ -108,7 +134,23 @@ class Engine:
             kv_tokens=store.num_blocks * store.format.block_size + config.max_num_seqs * store.format.tail_tokens,
             kv_tokens_16bit=kv_bytes // (2 * elements),
             start_seconds=time.perf_counter() - start,
+            kv_address=self._inlet.address if self._inlet else "",
         )
+
+    def _hand_off(self, config: EngineConfig, handoff: HandoffConfig) -> None:
+        """Find the engines to share requests with, or let them come."""
+        weights = f"seed {config.seed} " if config.load_format == "dummy" else ""
+        identity = Identity.of(weights + fingerprint(self.runner.path), self.runner.store.layout, self.runner.dtype)
+        most_bytes = max(config.swap_space, LEAST_HANDOFF_BYTES)
+        if handoff.role == "prefill":
+            self._pusher = Pusher(handoff, self.runner.store, identity, most_bytes)
+        else:
+            self._inlet = Inlet(handoff, self.runner.store, identity, most_bytes)
+
+    @property
+    def bell(self) -> socket.socket | None:
+        """Readable when `take_arrivals` has something to take; None where nothing can arrive."""
+        return self._inlet.bell if self._inlet else None
 
     @property
     def has_work(self) -> bool:
@@ -128,15 +170,66 @@ class Engine:
         ):
             if not all(token in known for token in ids):
                 raise RequestError(f"{name}: token ids must be from 0 to {known[-1]}", name)
+        if request.push_to is not None or request.is_pushed:
+            self._submit_shared(request)
+            return
         matcher = self.prepare_grammars().start(params.grammar) if params.grammar else None
-        self.scheduler.add(request, self._seeds.getrandbits(63) if params.seed is None else params.seed)
+        self.scheduler.add(request, self._seed(params))
         self._submitted[request.id] = time.perf_counter()
         if matcher:
             self._matchers[request.id] = matcher
 
+    def _submit_shared(self, request: Request) -> None:
+        """Queue a request whose prompt is pushed from here, or wait for one that is pushed here.
+
+        Raises:
+            RequestError: it could never run, or is none that two engines can share.
+        """
+        asked = request.params
+        if asked.grammar or asked.prompt_logprobs is not None or asked.logprobs is not None:
+            raise RequestError("a grammar and log-probabilities need one engine; send the request to one", "push_to")
+        if request.is_pushed:
+            if self._inlet is None:
+                raise RequestError("no KV can arrive here; start the engine with --role decode", "is_pushed")
+            self.scheduler.check(request)
+            self._inlet.expect(request)
+        else:
+            if self._pusher is None:
+                raise RequestError("KV cannot be pushed from here; start the engine with --role prefill", "push_to")
+            self._pusher.check(request)
+            self.scheduler.add(request, self._seed(asked))
+            self._pusher.begin(request)
+        self._submitted[request.id] = time.perf_counter()
+
+    def take_arrivals(self) -> list[Tokens]:
+        """Queue the requests that other engines have done their part of, or that they will not; answers that are whole
+        already."""
+        news = []
+        for request, event in self._inlet.take() if self._inlet else ():
+            if isinstance(event, Loss):
+                self.losses += 1
+                self.scheduler.add(request, self._seed(request.params))
+                continue
+            self.arrivals += 1
+            self._imported[request.id] = event
+            first = event.close
+            whole = self.scheduler.add_imported(
+                request, self._seed(request.params), first.first_token, first.num_cached_tokens
+            )
+            news += [self._follow(self._with_times(tokens), {}) for tokens in whole]
+        return news
+
+    def _seed(self, params: SamplingParams) -> int:
+        return self._seeds.getrandbits(63) if params.seed is None else params.seed
+
     def abort(self, request_id: str) -> None:
         """Drop a request and free its memory."""
         self.scheduler.abort(request_id)
+        self._imported.pop(request_id, None)
+        if self._inlet:
+            self._inlet.abort(request_id)
+        if self._pusher:
+            self._pusher.abort(request_id)
         self._matchers.pop(request_id, None)
         self._submitted.pop(request_id, None)
         self._queued.pop(request_id, None)
@@ -152,7 +245,17 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What the engine is doing now."""
-        return self.scheduler.stats()
+        stats = self.scheduler.stats()
+        if self._inlet is None:
+            return stats
+        awaited = self._inlet.num_awaited
+        return msgspec.structs.replace(
+            stats,
+            waiting=stats.waiting + awaited,
+            awaited=awaited,
+            arrivals_total=self.arrivals,
+            losses_total=self.losses,
+        )
 
     def step(self) -> list[Tokens]:
         """Take in a step of the model over what the scheduler chooses, its successor being under way; the new tokens.
@@ -182,11 +285,26 @@ class Engine:
         faults: dict[str, str] = {}
         allowed = self._allowed(batch, faults)
         try:
-            outcome: Handle | UnsupportedError | CapacityError = (self.ranks or self.runner).launch(batch, allowed)
+            launch = self.ranks.launch if self.ranks else self._launch_here
+            outcome: Handle | UnsupportedError | CapacityError = launch(batch, allowed)
         except (UnsupportedError, CapacityError) as error:
             outcome = error
+        if self._pusher:
+            self._pusher.launched(batch)
+        if self._inlet:
+            for imported in batch.imports:
+                self._inlet.release(imported.id)
         self._under_way.append(Launched(outcome, faults))
         return True
+
+    def _launch_here(self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None) -> Handle:
+        """Start a step that may take in what other engines have computed, and send on what it computes."""
+        return self.runner.launch(
+            batch,
+            allowed,
+            landings=self._inlet.landings if self._inlet else None,
+            on_layer=self._pusher.on_layer(batch) if self._pusher else None,
+        )
 
     def _collect(self) -> list[Tokens]:
         """Wait for the oldest step under way and take in what it yielded."""
@@ -198,13 +316,23 @@ class Engine:
         except (UnsupportedError, CapacityError) as error:
             self._under_way.clear()
             news = self.scheduler.fail(str(error))
-        return [self._follow(self._with_queue_time(tokens), faults) for tokens in news]
+        if self._pusher:
+            for tokens in news:
+                self._pusher.follow(tokens)
+        return [self._follow(self._with_times(tokens), faults) for tokens in news]
 
-    def _with_queue_time(self, tokens: Tokens) -> Tokens:
-        """`tokens`, if they are a request's first, with how long it had waited; a fork has waited for the prompt."""
+    def _with_times(self, tokens: Tokens) -> Tokens:
+        """`tokens`, if they are a request's first, with how long it had waited, and how it came from another engine; a
+        fork has waited for the prompt."""
         self._submitted.pop(tokens.id, None)
-        queued = self._queued.pop(tokens.id, None)
-        return tokens if queued is None else msgspec.structs.replace(tokens, queue_seconds=queued)
+        queued, arrival = self._queued.pop(tokens.id, None), self._imported.pop(tokens.id, None)
+        if queued is None and arrival is None:
+            return tokens
+        handoff = None
+        if arrival:
+            first, now = arrival.close, time.perf_counter()
+            handoff = Handoff(first.scheduled, first.prefilled, arrival.received, now, arrival.nbytes)
+        return msgspec.structs.replace(tokens, queue_seconds=queued or 0.0, handoff=handoff)
 
     def _allowed(self, batch: ScheduledBatch, faults: dict[str, str]) -> NDArray[np.int32] | None:
         """Bitmask of the ids that each sample may take; None where no grammar has a say."""

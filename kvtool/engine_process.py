@@ -42,12 +42,14 @@ def serve(connection: socket.socket, started: list[Engine]) -> None:
     gc.collect()
     gc.freeze()  # or Python looks through torch and the model time and again, between steps
     connection.sendall(ready)
+    inbox.bell = engine.bell
     Thread(target=_prepare, args=[engine], daemon=True).start()
     decoder = msgspec.msgpack.Decoder(Request | Abort | FlushCache)
     while True:
         news = []
         for body in inbox.poll() if engine.has_work else inbox.wait():
             news += _take(engine, decoder.decode(body))
+        news += engine.take_arrivals()
         if engine.has_work:
             news += engine.step()
         connection.sendall(frame(Update(news, engine.stats())))

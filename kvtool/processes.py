@@ -34,12 +34,16 @@ def frame(message: object) -> bytes:
 class Inbox:
     """Frames that have arrived on a socket.
 
+    Attributes:
+        bell: another socket, which ends a wait when it is readable; None: there is none.
+
     Raises:
         EOFError: the other end has closed.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection, self._buffer = connection, bytearray()
+        self.bell: socket.socket | None = None
 
     def poll(self) -> Iterator[bytes]:
         """Frames that are here already, before an EOFError."""
@@ -52,8 +56,10 @@ class Inbox:
             raise EOFError
 
     def wait(self) -> Iterator[bytes]:
-        """At least one frame."""
+        """At least one frame, unless the bell rings."""
         while (body := self._next()) is None:
+            if self.bell and self.bell in select.select([self._connection, self.bell], [], [])[0]:
+                return
             if not self._receive():
                 raise EOFError
         yield body

@@ -76,6 +76,8 @@ class Request(msgspec.Struct, frozen=True, tag="request"):
         id: the caller's, unique among the requests that run.
         cache_salt: prefixes are shared among requests of the same salt only.
         fork_of: id of a request submitted just before, of the same prompt and salt, whose computed prompt it shares.
+        push_to: HOST:PORT of the engine that goes on behind the first token, and gets the KV; here it ends with that.
+        is_pushed: another engine computes the prompt, and pushes it here under the same id.
     """
 
     id: str
@@ -83,6 +85,8 @@ class Request(msgspec.Struct, frozen=True, tag="request"):
     params: SamplingParams
     cache_salt: str = ""
     fork_of: str | None = None
+    push_to: str | None = None
+    is_pushed: bool = False
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -103,6 +107,24 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     top_logprobs: list[float]
 
 
+class Handoff(msgspec.Struct, frozen=True, array_like=True):
+    """How a request came from another engine; times are seconds on this engine's `time.perf_counter`.
+
+    Attributes:
+        scheduled: the first step with the prompt began, there.
+        prefilled: the first token was known, there.
+        received: its KV was here, checked.
+        answered: the first step here was done, with which the first token is told.
+        num_bytes: that came for it, headers included.
+    """
+
+    scheduled: float
+    prefilled: float
+    received: float
+    answered: float
+    num_bytes: int
+
+
 class Tokens(msgspec.Struct, frozen=True, tag="tokens", gc=False):
     """New tokens of a request; the last message of a request carries its `finish_reason`.
 
@@ -114,6 +136,7 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens", gc=False):
         prompt_logprobs: in the first message, if asked for: of every prompt token but the first.
         num_cached_tokens: in the first message: tokens of the prompt that a prefix hit saved.
         queue_seconds: in the first message: from submission to the first step that computed something of it.
+        handoff: in the first message, if another engine has computed the prompt.
     """
 
     id: str
@@ -125,6 +148,7 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens", gc=False):
     prompt_logprobs: list[TokenLogprobs] | None = None
     num_cached_tokens: int = 0
     queue_seconds: float = 0.0
+    handoff: Handoff | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -132,6 +156,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
     Attributes:
         running, waiting: requests; of those that wait, `swapped` have their memory in the swap space.
+        awaited: requests whose prompt another engine computes, and whose KV has not come.
         used_blocks, cached_blocks: owned by a request; owned by none but kept for prefix hits. The rest is free.
         sealed_blocks: known by their content, owned or cached.
         used_tails: tail slots of running requests.
@@ -141,6 +166,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         swap_outs_total, swap_ins_total: blocks moved to the swap space and back.
         preemptions_total: requests that had to give up their memory; of those, `recomputations_total` found the swap
             space full and were computed again.
+        arrivals_total, losses_total: requests whose KV came from another engine, or should have.
     """
 
     running: int = 0
@@ -159,6 +185,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     swap_ins_total: int = 0
     preemptions_total: int = 0
     recomputations_total: int = 0
+    awaited: int = 0
+    arrivals_total: int = 0
+    losses_total: int = 0
 
 
 class Update(msgspec.Struct, frozen=True, tag="update"):
@@ -233,6 +262,13 @@ class Swap(msgspec.Struct, frozen=True):
     units: list[int]
 
 
+class Import(msgspec.Struct, frozen=True):
+    """A sequence that another engine has computed, and where its last blocks and its tail go."""
+
+    id: str
+    memory: Memory
+
+
 class Fork(msgspec.Struct, frozen=True):
     """Copy what two sequences cannot share: the tail, and a block that is not full (-1: there is none)."""
 
@@ -248,7 +284,7 @@ class ScheduledBatch(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         spans: decodes first, then other spans of one token, then longer ones, as the KV store wants them.
         samples: what the step yields, in the order of the runner's answer.
-        swap_outs, wipes, swap_ins: done in this order before the model runs.
+        swap_outs, wipes, swap_ins, imports: done in this order before the model runs.
         forks: done after it.
     """
 
@@ -257,6 +293,7 @@ class ScheduledBatch(msgspec.Struct, frozen=True, kw_only=True):
     swap_outs: list[Swap] = []
     wipes: list[Memory] = []
     swap_ins: list[Swap] = []
+    imports: list[Import] = []
     forks: list[Fork] = []
 
 
@@ -292,6 +329,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
         max_num_seqs, tail_bytes: sequences that run at once, and the bytes of one's tail.
         num_swap_units: blocks' worth of swap space.
         prefix_caching: prompts can share their beginnings.
+        kv_address: HOST:PORT where KV arrives; empty where none does.
         kv_bytes: bytes of blocks and tails, as allocated.
         kv_tokens: tokens that fit, blocks and tails together.
         kv_tokens_16bit: tokens that the same bytes would hold at 2 bytes an element.
@@ -319,6 +357,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
     kv_tokens: int
     kv_tokens_16bit: int
     start_seconds: float
+    kv_address: str = ""
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):

@@ -1,6 +1,6 @@
 """The model on its device: a scheduled batch goes in, sampled token ids come out."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
+from kvtool.kv.staging import Staged
 from kvtool.kv.swap import SwapSpace
 from kvtool.memory import DeviceMemory, allocate, cache_memory, capacity, check_context, size
 from kvtool.models import load_config, load_model, resolve_model
@@ -138,20 +139,31 @@ class Runner:
         self.newest.index_copy_(0, slots, ids)
 
     @torch.inference_mode()
-    def launch(self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None = None) -> Handle:
+    def launch(
+        self,
+        batch: ScheduledBatch,
+        allowed: NDArray[np.int32] | None = None,
+        landings: Mapping[str, Staged] | None = None,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> Handle:
         """Start one step.
 
         Args:
             allowed: [len(batch.samples), ceil(vocab_size / 32)]: bit i % 32 of word i // 32 is set where token i may
                 be chosen.
+            landings: what the batch imports, by id.
+            on_layer: called with each layer that has written its keys and values, unless the step is a graph.
 
         Raises:
             UnsupportedError: the cache's format cannot hold what the model makes of these tokens.
             CapacityError: the GPU has no memory left for so large a step.
         """
         self._move(batch)
+        for imported in batch.imports:
+            assert landings is not None
+            landings[imported.id].store_in(self.store, imported.memory.blocks, imported.memory.slot)
         try:
-            return self._run(batch, allowed)
+            return self._run(batch, allowed, on_layer)
         except torch.OutOfMemoryError as error:
             self.store.take_fault()  # whoever comes next has nothing to do with it
             raise CapacityError(
@@ -159,13 +171,15 @@ class Runner:
                 "lower --gpu-memory-utilization, --max-num-batched-tokens or --max-num-seqs"
             ) from error
 
-    def _run(self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None) -> Handle:
+    def _run(
+        self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None, on_layer: Callable[[int], None] | None
+    ) -> Handle:
         """Compute the spans and sample."""
         if self.graphs and self.graphs.decodes.holds(batch):
             kv_batch, logits, greedy = self.graphs.decodes.launch(batch)
             self.store.seal(kv_batch)
             return self._sample(batch, logits, greedy, allowed, [])
-        kv_batch, hidden = self._hidden_states(batch)
+        kv_batch, hidden = self._hidden_states(batch, on_layer)
         with self._faults_noted():
             self.store.seal(kv_batch)
         for fork in batch.forks:
@@ -182,7 +196,7 @@ class Runner:
             hidden = hidden[on_device({"rows": np.array(rows, np.int64)}, self.device)["rows"]]
         return self._sample(batch, self.model.logits(hidden), None, allowed, prompt_scores)
 
-    def _hidden_states(self, batch: ScheduledBatch) -> tuple[KVBatch, Tensor]:
+    def _hidden_states(self, batch: ScheduledBatch, on_layer: Callable[[int], None] | None) -> tuple[KVBatch, Tensor]:
         """Where the step's tokens stand, and their hidden states."""
         if self.graphs and (room := self.graphs.prompts.room(batch)):
             return self.graphs.prompts.launch(batch, room)
@@ -190,11 +204,11 @@ class Runner:
         known = [token for span in batch.spans for token in span.token_ids]
         sampled = self.newest[kv_batch.tail_slots[: sum(not span.token_ids for span in batch.spans)]]
         ids = torch.cat([sampled, on_device({"known": np.array(known, np.int64)}, self.device)["known"]])
-        return kv_batch, self._compute(ids, kv_batch)
+        return kv_batch, self._compute(ids, kv_batch, on_layer)
 
-    def _compute(self, ids: Tensor, kv_batch: KVBatch) -> Tensor:
+    def _compute(self, ids: Tensor, kv_batch: KVBatch, on_layer: Callable[[int], None] | None = None) -> Tensor:
         """Hidden states of the tokens `ids`."""
-        hidden: Tensor = self.model(ids, kv_batch.positions, partial(self._attend, kv_batch))
+        hidden: Tensor = self.model(ids, kv_batch.positions, partial(self._attend, kv_batch, on_layer))
         return hidden
 
     def _sample(
@@ -334,10 +348,21 @@ class Runner:
         self.newest.zero_()
         return DeviceMemory(int(total * config.gpu_memory_utilization), others, weights, workspace)
 
-    def _attend(self, batch: KVBatch, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(
+        self,
+        batch: KVBatch,
+        on_layer: Callable[[int], None] | None,
+        layer: int,
+        q: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> Tensor:
+        index, out = layer - self._layers.start, None
         with self._faults_noted():
-            return self.attention(layer - self._layers.start, q, key, value, batch)
-        return torch.zeros_like(q)
+            out = self.attention(index, q, key, value, batch)
+        if on_layer:
+            on_layer(index)
+        return torch.zeros_like(q) if out is None else out
 
     @contextmanager
     def _faults_noted(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from kvtool.request import (
     EngineStats,
     FinishReason,
     Fork,
+    Import,
     Memory,
     Request,
     Sample,
@@ -44,6 +45,8 @@ class Sequence:
         num_computed_tokens: how many have, or in the steps under way get, their keys and values in the store.
         num_pending: tokens that steps under way will yield; they come after `tokens`.
         num_cached_tokens: of the prompt, found in the prefix cache at its first admission; -1 before that.
+        num_told: tokens of the answer that have been given out.
+        is_imported: another engine has computed the prompt, and what it has made of it waits outside the store.
         blocks: packed blocks it owns or shares, in order of position.
         num_held_tokens: how many tokens they and the tail have room for.
         num_sealed: how many of them, from the first, are known by their digests.
@@ -66,6 +69,8 @@ class Sequence:
     num_computed_tokens: int = 0
     num_pending: int = 0
     num_cached_tokens: int = -1
+    num_told: int = 0
+    is_imported: bool = False
     blocks: list[int] = field(default_factory=list)
     num_held_tokens: int = 0
     num_sealed: int = 0
@@ -160,6 +165,7 @@ class Scheduler:
         self._under_way: deque[UnderWay] = deque()
         self._swap_outs: list[Swap] = []
         self._swap_ins: list[Swap] = []
+        self._imports: list[Import] = []
         self._wipes: list[Memory] = []
         self._forks: list[Fork] = []
 
@@ -178,6 +184,25 @@ class Scheduler:
         Raises:
             RequestError: it could never run: no prompt, or more tokens than the context or the cache can hold.
         """
+        self.waiting.append(self._sequence(request, seed))
+
+    def add_imported(self, request: Request, seed: int, first_token: int, num_cached_tokens: int) -> list[Tokens]:
+        """Queue a request whose prompt and first token another engine has computed, as if it had been swapped out here;
+        its answer, if that was all of it."""
+        sequence = self._sequence(request, seed)
+        sequence.tokens.append(first_token)
+        sequence.num_cached_tokens = num_cached_tokens
+        if self._finish_reason(sequence):
+            return [self._news(sequence, None)]
+        sequence.num_computed_tokens, sequence.is_imported = len(request.prompt), True
+        self.waiting.append(sequence)
+        return []
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError if it could never run."""
+        self._sequence(request, seed=0)
+
+    def _sequence(self, request: Request, seed: int) -> Sequence:
         length, params = len(request.prompt), request.params
         _check_sampling(params)
         if length == 0:
@@ -203,7 +228,9 @@ class Scheduler:
             raise RequestError(
                 f"min_tokens is {params.min_tokens}, but the answer has room for {max_length - length}", "min_tokens"
             )
-        self.waiting.append(Sequence(request, list(request.prompt), max_length, seed, self._root(request)))
+        if request.push_to is not None:
+            max_length = length + 1
+        return Sequence(request, list(request.prompt), max_length, seed, self._root(request))
 
     def schedule(self) -> ScheduledBatch:
         """The spans of the next step, with memory for each. Without spans: what is under way must be known before."""
@@ -333,9 +360,10 @@ class Scheduler:
             swap_outs=self._swap_outs,
             wipes=self._wipes,
             swap_ins=self._swap_ins,
+            imports=self._imports,
             forks=self._forks,
         )
-        self._swap_outs, self._wipes, self._swap_ins, self._forks = [], [], [], []
+        self._swap_outs, self._wipes, self._swap_ins, self._imports, self._forks = [], [], [], [], []
         self._under_way.append(UnderWay([sequence for _, sequence, _ in work], [taker for taker, _ in takers]))
         return batch
 
@@ -401,6 +429,10 @@ class Scheduler:
         self._own(sequence, needed)
         if sequence.units:
             self._swap_in(sequence)
+        elif sequence.is_imported:
+            blocks = sequence.blocks[len(found) : self.format.num_blocks(sequence.num_computed_tokens)]
+            self._imports.append(Import(sequence.id, Memory(blocks, sequence.slot)))
+            sequence.is_imported = False
         else:
             sequence.num_computed_tokens = len(found) * self.format.block_size
         if sequence.num_cached_tokens < 0:
@@ -446,11 +478,13 @@ class Scheduler:
 
     def _news(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> Tokens:
         """What is said of a sequence's newest token."""
-        reason, first = self._finish_reason(sequence), sequence.num_generated == 1
+        reason, first = self._finish_reason(sequence), sequence.num_told == 0
+        new = sequence.tokens[len(sequence.request.prompt) + sequence.num_told :]
+        sequence.num_told += len(new)
         scored = first and sequence.params.prompt_logprobs is not None
         return Tokens(
             sequence.id,
-            sequence.tokens[-1:],
+            new,
             reason,
             logprobs=[logprobs] if logprobs else None,
             prompt_logprobs=sequence.prompt_logprobs if scored else None,

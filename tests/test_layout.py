@@ -18,6 +18,7 @@ ROWS = [
     {"quantize", "expert_parallel", "sizing"},
     {"perplexity"},
     {"client", "engine"},
+    {"handoff"},
     {"scheduler"},
     {"scoring"},
     {"ranks"},

@@ -18,9 +18,9 @@ from kvtool.config import EngineConfig, KVOptions
 from kvtool.errors import ModelError
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
-from kvtool.models.resolve import EMBEDDED
+from kvtool.models.resolve import EMBEDDED, fingerprint
 from kvtool.quantize.cache_file import cache_prompt, read_cache, write_cache
-from kvtool.quantize.preflight import Verdict, as_ranges, calibration_windows, examine, fingerprint, preflight
+from kvtool.quantize.preflight import Verdict, as_ranges, calibration_windows, examine, preflight
 from kvtool.scoring import ScoringModel, Window
 from kvtool.tokenizer import Tokenizer
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvtool.layers.linear import gated_linear
 from kvtool.layers.moe import Experts
 from kvtool.models.config import Fields
+from kvtool.parallel import Shard
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def random_experts(
     shape: LayerShape, experts: Sequence[int], seed: int, dtype: torch.dtype, device: torch.device
 ) -> Experts:
     """Weights of `experts`; the same wherever an expert stands, and however often."""
-    made = Experts(len(experts), shape.hidden_size, shape.intermediate_size, dtype=dtype, device=device)
+    inner = Shard.whole(shape.intermediate_size)
+    made = Experts(len(experts), shape.hidden_size, inner, dtype=dtype, device=device)
     generator = torch.Generator(device)
     for index, expert in enumerate(experts):
         generator.manual_seed(seed + 1 + expert)

@@ -118,7 +118,7 @@ class KVStore:
 
     def clear(self, blocks: Sequence[int], tail_slot: int) -> None:
         """Overwrite blocks and a tail with zeros."""
-        index = self._index(blocks)
+        index = self.index(blocks)
         for layer in self._layer_blocks:
             layer.index_fill_(0, index, 0)
         self.tail(tail_slot).zero_()
@@ -131,21 +131,32 @@ class KVStore:
 
     def gather_blocks(self, blocks: Sequence[int]) -> Tensor:
         """The bytes of `blocks`, [n, block_bytes] uint8, each with its layers behind each other."""
-        index = self._index(blocks)
-        return torch.cat([layer[index] for layer in self._layer_blocks], dim=1)
+        index = self.index(blocks)
+        return torch.cat([_words(layer).index_select(0, index) for layer in self._layer_blocks], dim=1).view(
+            torch.uint8
+        )
 
     def scatter_blocks(self, blocks: Sequence[int], data: Tensor) -> None:
         """Write what `gather_blocks` gave."""
         parts = data.split([layer.shape[1] for layer in self._layer_blocks], dim=1)
-        index = self._index(blocks)
-        for layer, part in zip(self._layer_blocks, parts, strict=True):
-            layer[index] = part
+        index = self.index(blocks)
+        for layer, part in enumerate(parts):
+            self.scatter_layer(layer, index, part.contiguous())
+
+    def gather_layer(self, layer: int, index: Tensor, out: Tensor) -> None:
+        """Copy the bytes that are one layer's of the blocks of an `index` to `out`, [n, layer_block_bytes] uint8."""
+        torch.index_select(_words(self._layer_blocks[layer]), 0, index, out=_words(out))
+
+    def scatter_layer(self, layer: int, index: Tensor, data: Tensor) -> None:
+        """Write what `gather_layer` gave, from whatever device."""
+        data = data.to(self.blocks.device, non_blocking=True)
+        _words(self._layer_blocks[layer]).index_copy_(0, index, _words(data))
 
     def tail(self, slot: int) -> Tensor:
         """The bytes of one tail slot, [tail_bytes] uint8."""
         return self.tails[slot * self.layout.tail_bytes : (slot + 1) * self.layout.tail_bytes]
 
-    def _index(self, blocks: Sequence[int]) -> Tensor:
+    def index(self, blocks: Sequence[int]) -> Tensor:
         """`blocks` on the device; with a list torch would wait for the GPU, once for each layer."""
         return on_device({"blocks": integers(blocks, len(blocks))}, self.blocks.device)["blocks"]
 
@@ -320,6 +331,11 @@ class LayerKV:
             tokens = rows[:, None] + torch.arange(self.format.block_size, device=rows.device)
             for stream, x in ((self.key, near.key), (self.value, near.value)):
                 stream.write_blocks(x[tokens].transpose(1, 2), blocks)
+
+
+def _words(data: Tensor) -> Tensor:
+    """Bytes eight at a time: torch copies rows on a CPU by element."""
+    return data.view(torch.int64)
 
 
 def runs_kernels(device: torch.device, dtype: torch.dtype) -> bool:

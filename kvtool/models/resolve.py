@@ -1,5 +1,7 @@
 """From what a user calls a model to a folder on disk."""
 
+import hashlib
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ EMBEDDED = {"tiny": ASSETS / "tiny"}
 SHAPES = ASSETS / "shapes.json"  # fields of published models' config.json, by the models' names
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 UNWANTED = ["*/*", "consolidated*"]  # the same weights once more, in their makers' own layout
+PAGES, PAGE_BYTES = 1024, 4096  # of a weight file; they stand for all of it
 
 
 def resolve_model(name: str) -> Path:
@@ -47,6 +50,19 @@ def resolve_config(name: str) -> Fields:
     if (found := _on_disk(name)) is None:
         return read_fields(_download(name, lambda: hf_hub_download(name, "config.json"), list(shapes.values)))
     return read_fields(found / "config.json" if found.is_dir() else found)
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells a model's weights and configuration from others': of long files, up to 4 MiB in evenly spaced pages."""
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            digest.update(f"{file.name} {size} ".encode())
+            for start in range(0, size, max(PAGE_BYTES, size // PAGES)):
+                stream.seek(start)
+                digest.update(stream.read(PAGE_BYTES))
+    return digest.hexdigest()
 
 
 def _on_disk(name: str) -> Path | None:

@@ -28,7 +28,7 @@ from kvtool.kv.spec import KVSpec
 from kvtool.layers.mla import MLA
 from kvtool.models import Decoder, resolve_model
 from kvtool.models.decoder import Attention
-from kvtool.models.resolve import EMBEDDED
+from kvtool.models.resolve import EMBEDDED, fingerprint
 from kvtool.quantize.layer_errors import LayerActivations, attend_packed, calibrate, outlier, relative_error
 from kvtool.runner import choose_device
 from kvtool.scoring import ScoringModel
@@ -41,7 +41,6 @@ OUTLIER = 8.0  # a channel this many times the median one explains a collapse; w
 UNHELD = 1e9  # the error of a format whose fp16 scales cannot hold the numbers
 TOKENS = 1024  # of calibration text
 EDITION = 1  # of verdicts: another one when what is stored, or what options mean, changes
-PAGES, PAGE_BYTES = 1024, 4096  # of a weight file; they stand for all of it
 WIDTHS: dict[Bits, int] = {"2": 2, "4": 4, "8": 8, "fp8": 8, "16": 16}
 
 
@@ -280,19 +279,6 @@ def _file_of(config: EngineConfig) -> Path:
     ]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "kvtool" / "preflight" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.json"
-
-
-def fingerprint(folder: Path) -> str:
-    """Tells a model's weights and configuration from others': of long files, up to 4 MiB in evenly spaced pages."""
-    digest = hashlib.sha256()
-    for file in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            digest.update(f"{file.name} {size} ".encode())
-            for start in range(0, size, max(PAGE_BYTES, size // PAGES)):
-                stream.seek(start)
-                digest.update(stream.read(PAGE_BYTES))
-    return digest.hexdigest()
 
 
 def _read(file: Path) -> Verdict | None:

@@ -12,7 +12,7 @@ from kvtool.request import Request as EngineRequest
 from kvtool.server.generation import Answer, Defaults, Piece, TextEngine, TextRequest, collect
 from kvtool.server.logprobs import GenerateLogprobs, of_each
 from kvtool.server.protocol import GenerateBody, GenerateSampling
-from kvtool.server.responses import EngineArg, cache_salt
+from kvtool.server.responses import EngineArg, cache_salt, shared_with
 from kvtool.server.streaming import stream, while_connected
 
 router = APIRouter()
@@ -39,6 +39,7 @@ async def generate(body: GenerateBody, engine: EngineArg, http: Request) -> Resp
         prompt_logprobs=body.num_prompt_logprobs,
         ids=request_ids(body.rid, len(prompts.items), sampling.num_choices),
         cache_salt=cache_salt(body.cache_salt, http),
+        shared=shared_with(http),
     )
     engine.warn_of_unknown([*body.unknown, *sampling.unknown])
     requests = await while_connected(http, engine.prepare(asked))

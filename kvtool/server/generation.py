@@ -41,6 +41,23 @@ class QueueFullError(KVToolError):
     headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
 
 
+class NotSharedError(KVToolError):
+    """A request of which two engines cannot do a part each."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A request of which this engine does a part.
+
+    Attributes:
+        id: under which its KV travels.
+        push_to: HOST:PORT of the engine that goes on behind the first token; None: that is this one.
+    """
+
+    id: str
+    push_to: str | None
+
+
 @dataclass(frozen=True)
 class Defaults:
     """Sampling where a body says nothing."""
@@ -65,6 +82,7 @@ class TextRequest:
         ids: of each answer, as the client wants them called; None: as it comes.
         cache_salt: as in Request.
         tools: calls of tools are told from the answer's text.
+        shared: another engine does the other part.
     """
 
     field: str
@@ -77,6 +95,7 @@ class TextRequest:
     ids: Sequence[str] | None = None
     cache_salt: str = ""
     tools: bool = False
+    shared: Shared | None = None
 
 
 @dataclass(kw_only=True)
@@ -216,7 +235,7 @@ class TextEngine:
                 )
                 for choice in range(n)
             )
-        return requests
+        return [shared_part(asked.shared, requests)] if asked.shared and shareable(asked, requests) else requests
 
     def check_length(self, field: str, length: int) -> None:
         """Refuse a text that can never fit, before time is spent on its tokens.
@@ -345,6 +364,28 @@ class TextEngine:
         finally:
             times.whole = time.perf_counter() - started
             self.observer.finished(times, len(request.prompt), generated, reason)
+
+
+def shareable(asked: TextRequest, requests: Sequence[Request]) -> bool:
+    """Two engines can do a part each of what is asked; one that should go on does all of it otherwise.
+
+    Raises:
+        NotSharedError: they cannot, and this engine should only begin.
+    """
+    assert asked.shared
+    params = requests[0].params
+    plain = params.grammar is None and params.logprobs is None and params.prompt_logprobs is None
+    if len(requests) == 1 and plain:
+        return True
+    if asked.shared.push_to is not None:
+        raise NotSharedError("several answers, grammars and log-probabilities are for one engine alone")
+    return False
+
+
+def shared_part(shared: Shared, requests: Sequence[Request]) -> Request:
+    """The part of this engine in a request."""
+    (whole,) = requests
+    return msgspec.structs.replace(whole, id=shared.id, push_to=shared.push_to, is_pushed=shared.push_to is None)
 
 
 class Reader:

@@ -109,7 +109,11 @@ async def serve(
             info = client.info
             tokenizer = await asyncio.to_thread(Tokenizer.load, Path(info.path), info.vocab_size)
             name = config.served_model_name or info.model
-            configuration = {"engine": asdict(engine), "server": asdict(replace(config, api_key=None))}
+            handoff = engine.handoff and replace(engine.handoff, secret="")
+            configuration = {
+                "engine": asdict(replace(engine, handoff=handoff)),
+                "server": asdict(replace(config, api_key=None)),
+            }
             metrics = Metrics(client, name)
             text_engine = TextEngine(
                 client,

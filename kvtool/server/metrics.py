@@ -123,6 +123,7 @@ def gauges(info: EngineInfo, stats: EngineStats) -> list[tuple[str, float, str]]
     return [
         ("vllm:num_requests_running", stats.running, "Requests that run."),
         ("vllm:num_requests_waiting", stats.waiting, "Requests that wait."),
+        ("kvtool:awaited_requests", stats.awaited, "Waiting requests whose KV is to come from another engine."),
         ("vllm:num_requests_swapped", stats.swapped, "Waiting requests whose memory is in the swap space."),
         ("vllm:kv_cache_usage_perc", usage, "Share of the KV cache's blocks that requests own, 0 to 1."),
         ("vllm:gpu_cache_usage_perc", usage, "The same, by its older name."),
@@ -149,6 +150,8 @@ def counters(stats: EngineStats) -> list[tuple[str, float, str]]:
         ("kvtool:prefix_partial_hits", stats.partial_hits_total, "Requests that found some of it."),
         ("kvtool:swap_out_blocks", stats.swap_outs_total, "Blocks moved to the swap space."),
         ("kvtool:swap_in_blocks", stats.swap_ins_total, "Blocks moved back."),
+        ("kvtool:kv_arrivals", stats.arrivals_total, "Requests whose KV came from another engine."),
+        ("kvtool:kv_losses", stats.losses_total, "Requests whose KV should have, and was computed here."),
         ("kvtool:recomputations", stats.recomputations_total, "Preempted requests that are computed again."),
     ]
 

@@ -16,7 +16,7 @@ from kvtool.request import TokenLogprobs
 from kvtool.server.generation import Answer, Piece, TextEngine, TextRequest, collect
 from kvtool.server.logprobs import CompletionLogprobs, chat_logprobs, of_each, prompt_logprobs
 from kvtool.server.protocol import ChatBody, CompletionBody, OpenAIBody, Prompt
-from kvtool.server.responses import EngineArg, UnknownModelError, cache_salt
+from kvtool.server.responses import EngineArg, UnknownModelError, cache_salt, shared_with
 from kvtool.server.streaming import stream, while_connected
 from kvtool.tokenizer import Tokenizer
 
@@ -90,6 +90,7 @@ def text_request(
         prompt_logprobs=body.num_prompt_logprobs,
         cache_salt=cache_salt(body.cache_salt, http),
         tools=tools,
+        shared=shared_with(http),
     )
 
 

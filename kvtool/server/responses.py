@@ -1,5 +1,6 @@
 """What every route needs to answer: the engine, and errors in OpenAI's form."""
 
+import re
 import reprlib
 from typing import Annotated, Any
 
@@ -10,7 +11,9 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from kvtool.errors import EngineDeadError, KVToolError, RequestError
-from kvtool.server.generation import ContextLengthError, QueueFullError, TextEngine
+from kvtool.server.generation import ContextLengthError, NotSharedError, QueueFullError, Shared, TextEngine
+
+SHARED_HEADER = "x-kvtool-shared"
 
 
 def _engine(request: Request) -> TextEngine:
@@ -28,6 +31,21 @@ def cache_salt(asked: str | None, request: Request) -> str:
     """Who may share prefixes with a request: those of the same salt, by default those of the same API key."""
     of_key: str = getattr(request.state, "cache_salt", "")
     return asked or of_key
+
+
+def shared_with(request: Request) -> Shared | None:
+    """What a router says of a request that two engines share: `ID`, or `ID HOST:PORT` where the other one goes on.
+
+    Raises:
+        RequestError: it says something else.
+    """
+    text = request.headers.get(SHARED_HEADER)
+    if text is None:
+        return None
+    words = re.fullmatch(r"([\w-]{1,64})(?: (\S{1,256}))?", text)
+    if words is None:
+        raise RequestError(f"{SHARED_HEADER}: {text:.80} is neither ID nor ID HOST:PORT")
+    return Shared(words[1], words[2])
 
 
 class UnknownModelError(RequestError):
@@ -48,6 +66,8 @@ def error_of(error: Exception) -> tuple[int, dict[str, Any]]:
         return 400, error_body(400, str(error), error.param, "context_length_exceeded")
     if isinstance(error, RequestError):
         return 400, error_body(400, str(error), error.param)
+    if isinstance(error, NotSharedError):
+        return 409, error_body(409, str(error), code="not_shared")
     if isinstance(error, QueueFullError):
         return 429, error_body(429, str(error), code="queue_full")
     if isinstance(error, EngineDeadError):

@@ -1,0 +1,298 @@
+"""Packed KV on its way from one store to another: what is sent, who may send it, and over what.
+
+A prefill side *pushes* a sequence's sealed blocks while it still computes, layer by layer, then its tail and its first
+token. Each sequence travels alone over one of a few connections, so that what is refused costs that sequence only:
+
+    Hello, Welcome, Proof     both know the secret: HMAC-SHA256 over both nonces, which also give the session's key
+    Peer, Peer                model and format must be the same; the sender chooses a transfer that both take
+    Choice, Pong …            the choice; the offset of the clocks
+    Open → Accepted           for each sequence: tokens, their hash, sizes; the receiver must expect just that
+      Part, bytes …             layers and blocks, and a checksum of the bytes behind it
+      Close, bytes              first token and times; the tail
+    → Received
+
+Frames are msgpack of at most 64 KiB, each with a MAC under the session's key and its number, so that a frame recorded
+elsewhere or before is no frame here. Nothing reaches a store before the whole sequence has been checked. The MAC covers
+the checksum and not the bytes: it is no guard against somebody who rewrites them on their way, which needs a network
+that encrypts.
+"""
+
+import hashlib
+import hmac
+import secrets
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from kvtool.errors import KVToolError
+from kvtool.kv.blocks import block_digest
+from kvtool.kv.channels import Channel
+from kvtool.kv.layout import KVLayout
+
+VERSION = 1
+NONCE_BYTES = MAC_BYTES = 32
+PINGS = 5  # by which the offset of the clocks is found
+ROW_WORDS = 1024  # of 8 bytes, to one sum of a checksum
+
+
+class TransferError(KVToolError):
+    """A transfer that cannot be; costs the sequence that was to travel."""
+
+
+class Refusal(TransferError):
+    """The peer's word that it does not take what was offered; the connection is good for another."""
+
+
+# What is said, in order
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    version: int
+    nonce: bytes
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    nonce: bytes
+    mac: bytes
+
+
+class Proof(msgspec.Struct, frozen=True, tag="proof"):
+    mac: bytes
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    reason: str
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """What must be the same at both ends.
+
+    Attributes:
+        model: fingerprint of configuration and weights.
+        kv_format: for people.
+        layout: fingerprint of format, shape and dtype.
+    """
+
+    model: str
+    kv_format: str
+    layout: str
+
+    @classmethod
+    def of(cls, model: str, layout: KVLayout, dtype: torch.dtype) -> "Identity":
+        exact = repr((layout.spec, layout.format, dtype)).encode()
+        name = f"{layout.format.describe_layers()}, {str(dtype).removeprefix('torch.')}"
+        return cls(model, name, hashlib.sha256(exact).hexdigest())
+
+    def difference(self, other: "Identity") -> str | None:
+        """Why sequences of `other` are none of ours."""
+        if self.model != other.model:
+            return f"it has another model ({other.model[:12]}, here {self.model[:12]}); start both with one --model"
+        if self.layout != other.layout:
+            return f"its KV format is {other.kv_format}; here it is {self.kv_format}; start both with the same options"
+        return None
+
+
+class Peer(msgspec.Struct, frozen=True, tag="peer"):
+    """Who one is, and which transfers one takes, best first."""
+
+    identity: Identity
+    device: str
+    transfers: list[str]
+
+
+class Choice(msgspec.Struct, frozen=True, tag="choice"):
+    transfer: str
+
+
+class Meeting(msgspec.Struct, frozen=True, tag="meeting"):
+    """Where a transfer's own connection begins: a port of the receiver's; 0 where there is none."""
+
+    port: int
+
+
+class Window(msgspec.Struct, frozen=True, tag="window"):
+    """Where NIXL may write: a device of -1 is the host."""
+
+    metadata: bytes
+    address: int
+    device: int
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    pass
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    clock: float
+
+
+class Open(msgspec.Struct, frozen=True, tag="open"):
+    """A sequence comes, of `num_tokens` computed tokens whose hash is `tokens`."""
+
+    id: str
+    tokens: bytes
+    num_tokens: int
+    num_blocks: int
+    block_bytes: int
+    tail_bytes: int
+
+
+class Accepted(msgspec.Struct, frozen=True, tag="accepted"):
+    pass
+
+
+class Part(msgspec.Struct, frozen=True, tag="part"):
+    """Bytes follow: layer by layer, from `first_layer` to `end_layer`, blocks `first_block` to `end_block`."""
+
+    first_layer: int
+    end_layer: int
+    first_block: int
+    end_block: int
+    checksum: bytes
+
+
+class Close(msgspec.Struct, frozen=True, tag="close"):
+    """All has been sent but the tail, which follows.
+
+    Attributes:
+        first_token: what the prompt was answered with.
+        num_cached_tokens: of the prompt, that the sender need not compute.
+        scheduled, prefilled: when the first step with this prompt began, and when the first token was there, on the
+            receiver's clock.
+        checksum: of the tail.
+    """
+
+    first_token: int
+    num_cached_tokens: int
+    scheduled: float
+    prefilled: float
+    checksum: bytes
+
+
+class Drop(msgspec.Struct, frozen=True, tag="drop"):
+    """The sequence does not come after all."""
+
+    reason: str
+
+
+class Received(msgspec.Struct, frozen=True, tag="received"):
+    pass
+
+
+def token_hash(token_ids: Sequence[int]) -> bytes:
+    """SHA-256 of a sequence's tokens."""
+    return block_digest(b"", token_ids)
+
+
+def checksum(pieces: Sequence[Tensor]) -> bytes:
+    """SHA-256 of sums of 8 KiB each (as 64-bit words, modulo 2^64) of uint8 tensors, whose sizes divide by 8.
+
+    Finds what goes wrong on the way at the speed of memory, on a GPU as well: any change within a word, and rows that
+    are lost, doubled or in the wrong place.
+    """
+    sums = []
+    for piece in pieces:
+        words = piece.view(-1).view(torch.int64)
+        whole = len(words) // ROW_WORDS * ROW_WORDS
+        sums += [words[:whole].view(-1, ROW_WORDS).sum(1), words[whole:].sum()[None]]
+    return hashlib.sha256(torch.cat(sums).cpu().numpy().tobytes()).digest() if sums else b""
+
+
+# An authenticated way
+
+
+class Session:
+    """Frames of one connection, each with its MAC; tensors as the channel moves them.
+
+    Attributes:
+        channel: can be replaced by one that moves tensors otherwise, over the same frames.
+        nbytes: sent or received, frames and tensors.
+    """
+
+    def __init__(self, channel: Channel, key: bytes, is_sender: bool) -> None:
+        self.channel, self.nbytes = channel, 0
+        self._key, self._names = key, (b"s", b"r") if is_sender else (b"r", b"s")
+        self._counts = [0, 0]
+
+    def say(self, message: msgspec.Struct) -> None:
+        body = msgspec.msgpack.encode(message)
+        frame = body + self._mac(0, body)
+        self.channel.send_frame(frame)
+        self.nbytes += len(frame)
+
+    def hear(self, kind: Any) -> Any:
+        """The next frame, which must be of `kind`.
+
+        Raises:
+            TransferError: it is no frame of this session, another one, or a refusal.
+        """
+        frame = self.channel.receive_frame()
+        self.nbytes += len(frame)
+        body, mac = frame[:-MAC_BYTES], frame[-MAC_BYTES:]
+        if not hmac.compare_digest(mac, self._mac(1, body)):
+            raise TransferError("a frame that is not of this session (forged, replayed or damaged)")
+        return decoded(body, kind)
+
+    def send(self, pieces: Sequence[Tensor]) -> None:
+        self.channel.send(pieces)
+        self.nbytes += sum(piece.nbytes for piece in pieces)
+
+    def receive(self, pieces: Sequence[Tensor]) -> None:
+        self.channel.receive(pieces)
+        self.nbytes += sum(piece.nbytes for piece in pieces)
+
+    def _mac(self, way: int, body: bytes) -> bytes:
+        number = struct.pack("<Q", self._counts[way])
+        self._counts[way] += 1
+        return hmac.digest(self._key, self._names[way] + number + body, "sha256")
+
+
+def decoded(body: bytes, kind: Any) -> Any:
+    try:
+        message = msgspec.msgpack.decode(body, type=kind | Refused)
+    except msgspec.DecodeError as error:
+        raise TransferError(f"a frame out of turn or of another version ({error})") from error
+    if isinstance(message, Refused):
+        raise Refusal(message.reason)
+    return message
+
+
+def _prove(secret: bytes, what: bytes, hello: Hello, nonce: bytes) -> bytes:
+    return hmac.digest(secret, what + struct.pack("<I", hello.version) + hello.nonce + nonce, "sha256")
+
+
+def greet(channel: Channel, secret: bytes) -> Session:
+    """Begin a session, as the sender.
+
+    Raises:
+        TransferError: the peer knows another secret or speaks another version.
+    """
+    hello = Hello(VERSION, secrets.token_bytes(NONCE_BYTES))
+    channel.send_frame(msgspec.msgpack.encode(hello))
+    welcome = decoded(channel.receive_frame(), Welcome)
+    if not hmac.compare_digest(welcome.mac, _prove(secret, b"receiver", hello, welcome.nonce)):
+        raise TransferError("it has another --kv-secret")
+    channel.send_frame(msgspec.msgpack.encode(Proof(_prove(secret, b"sender", hello, welcome.nonce))))
+    return Session(channel, _prove(secret, b"session", hello, welcome.nonce), is_sender=True)
+
+
+def admit(channel: Channel, secret: bytes) -> Session:
+    """Begin a session, as the receiver.
+
+    Raises:
+        TransferError: the peer does not know the secret, or speaks another version.
+    """
+    hello, nonce = decoded(channel.receive_frame(), Hello), secrets.token_bytes(NONCE_BYTES)
+    if hello.version != VERSION or len(hello.nonce) != NONCE_BYTES:
+        reason = f"it speaks version {VERSION} of kvtool's transfer; here it is {hello.version}; install one kvtool"
+        channel.send_frame(msgspec.msgpack.encode(Refused(reason)))
+        raise TransferError(f"a peer of version {hello.version}; this is {VERSION}")
+    channel.send_frame(msgspec.msgpack.encode(Welcome(nonce, _prove(secret, b"receiver", hello, nonce))))
+    proof = decoded(channel.receive_frame(), Proof)
+    if not hmac.compare_digest(proof.mac, _prove(secret, b"sender", hello, nonce)):
+        raise TransferError("a peer without the secret")
+    return Session(channel, _prove(secret, b"session", hello, nonce), is_sender=False)

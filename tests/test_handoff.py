@@ -1,0 +1,198 @@
+"""Requests that two engines share: the answer is that of one engine, whatever happens to the other."""
+
+import random
+import time
+
+import pytest
+from test_engine import FORMATS, MIB, engine, prompts
+
+from kvtool.config import EngineConfig, HandoffConfig, KVOptions
+from kvtool.engine import Engine
+from kvtool.errors import KVToolError, RequestError
+from kvtool.request import Request, SamplingParams, Tokens
+
+SECRET = "only these tests know"
+
+
+def pair(kv: KVOptions, fault: str | None = None, timeout: float = 30.0, **overrides: object) -> tuple[Engine, Engine]:
+    """A prefill and a decode engine."""
+    decode = engine(kv, handoff=HandoffConfig("decode", SECRET, timeout=timeout), **overrides)
+    to = HandoffConfig("prefill", SECRET, peers=(decode.info.kv_address,), fault=fault)  # type: ignore[arg-type]
+    return engine(kv, handoff=to, **overrides), decode
+
+
+def share(
+    prefill: Engine, decode: Engine, asked: list[list[int]], params: SamplingParams, seconds: float = 60
+) -> dict[str, list[Tokens]]:
+    """What the decode engine says of all requests, each begun by the other."""
+    said: dict[str, list[Tokens]] = {}
+    unfinished = set()
+    for index, prompt in enumerate(asked):
+        unfinished.add(name := str(index))
+        decode.submit(Request(name, prompt, params, is_pushed=True))
+        prefill.submit(Request(name, prompt, params, push_to=decode.info.kv_address))
+    deadline = time.monotonic() + seconds
+    while unfinished:
+        assert time.monotonic() < deadline, decode.stats()
+        if prefill.has_work:
+            prefill.step()
+        news = decode.take_arrivals()
+        if decode.has_work:
+            news += decode.step()
+        for tokens in news:
+            assert tokens.error is None
+            said.setdefault(tokens.id, []).append(tokens)
+            if tokens.finish_reason:
+                unfinished.discard(tokens.id)
+    return said
+
+
+def ids(said: dict[str, list[Tokens]]) -> list[list[int]]:
+    return [[token for tokens in said[str(i)] for token in tokens.token_ids] for i in range(len(said))]
+
+
+def assert_nothing_is_held(tested: Engine) -> None:
+    stats = tested.stats()
+    assert (stats.running, stats.waiting, stats.used_blocks, stats.used_tails, stats.awaited) == (0, 0, 0, 0, 0)
+
+
+def alone(kv: KVOptions, asked: list[list[int]], params: SamplingParams) -> list[list[int]]:
+    return [completion.token_ids for completion in engine(kv).generate(asked, params)]
+
+
+@pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())
+def test_two_engines_answer_as_one_would(kv):
+    asked, params = [*prompts(5, 200), [7] * 64, [9] * 129, [3]], SamplingParams(max_tokens=30, ignore_eos=True, seed=3)
+    prefill, decode = pair(kv, max_num_batched_tokens=50, run_ahead=kv.nbits == "4")
+    said = share(prefill, decode, asked, params)
+    assert ids(said) == alone(kv, asked, params)
+    layout = decode.runner.store.layout
+    for index, prompt in enumerate(asked):
+        first, *later = said[str(index)]
+        assert len(first.token_ids) == 2 and first.handoff and not any(tokens.handoff for tokens in later)
+        assert layout.bytes_for([len(prompt)]) < first.handoff.num_bytes < layout.bytes_for([len(prompt)]) + 8192
+        h = first.handoff
+        assert h.scheduled < h.prefilled < h.received < h.answered
+    assert decode.stats().arrivals_total == len(asked) and decode.stats().losses_total == 0
+    for tested in (prefill, decode):
+        assert_nothing_is_held(tested)
+
+
+def test_what_has_come_is_a_prefix_hit_for_others():
+    kv, params = KVOptions(nbits="4"), SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    prefill, decode = pair(kv)
+    prompt = random.Random(1).choices(range(3, 4000), k=300)
+    said = share(prefill, decode, [prompt], params)
+    again = share(prefill, decode, [prompt], params)
+    assert ids(again) == ids(said)
+    assert said["0"][0].num_cached_tokens == 0 and again["0"][0].num_cached_tokens == 256, "as the prefill side says"
+    assert decode.generate([[*prompt, 5, 6]], params)[0].token_ids == alone(kv, [[*prompt, 5, 6]], params)[0]
+    assert decode.stats().prefix_hits_total == 256
+
+
+def test_a_decode_side_that_is_short_of_memory_waits_swaps_and_answers_alike():
+    kv, params = KVOptions(nbits="4"), SamplingParams(temperature=0, max_tokens=140, ignore_eos=True)
+    asked = prompts(6, 100)
+    layout = engine(kv).runner.store.layout
+    memory = (layout.format.num_blocks(240) + 4) * layout.block_bytes + 6 * layout.tail_bytes
+    prefill, decode = pair(kv, kv_cache_memory=memory, max_num_seqs=6, prefix_caching=False)
+    assert ids(share(prefill, decode, asked, params)) == alone(kv, asked, params)
+    assert decode.stats().preemptions_total > 0
+    assert_nothing_is_held(decode)
+
+
+def test_an_answer_of_one_token_needs_no_decode_step():
+    params = SamplingParams(temperature=0, max_tokens=1)
+    prefill, decode = pair(KVOptions())
+    said = share(prefill, decode, [[5] * 70], params)
+    assert [tokens.finish_reason for tokens in said["0"]] == ["length"] and len(ids(said)[0]) == 1
+    assert_nothing_is_held(decode)
+
+
+@pytest.mark.parametrize("fault", ["corrupt", "drop", "delay"])
+def test_a_transfer_that_fails_is_computed_again_and_answers_alike(fault, caplog):
+    kv, params, asked = KVOptions(nbits="4"), SamplingParams(temperature=0, max_tokens=8), prompts(2, 200)
+    prefill, decode = pair(kv, fault)
+    said = share(prefill, decode, asked, params)
+    assert ids(said) == alone(kv, asked, params)
+    stats = decode.stats()
+    assert (stats.arrivals_total, stats.losses_total) == ((2, 0) if fault == "delay" else (0, 2))
+    assert ("checksum is wrong" in caplog.text) == (fault == "corrupt")
+    for tested in (prefill, decode):
+        assert_nothing_is_held(tested)
+
+
+def test_what_is_not_pushed_in_time_is_computed_here():
+    kv, params = KVOptions(nbits="4"), SamplingParams(temperature=0, max_tokens=8)
+    _, decode = pair(kv, timeout=0.3)
+    decode.submit(Request("0", [5] * 100, params, is_pushed=True))
+    assert decode.stats().awaited == 1 and not decode.has_work
+    tokens: list[int] = []
+    while len(tokens) < 8:
+        decode.take_arrivals()
+        for news in decode.step() if decode.has_work else ():
+            tokens += news.token_ids
+    assert [tokens] == alone(kv, [[5] * 100], params)
+
+
+def test_aborts_leave_nothing_behind_whenever_they_come():
+    kv, params = KVOptions(nbits="4"), SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
+    prefill, decode = pair(kv, max_num_batched_tokens=40)
+    rng, receiver = random.Random(3), decode._inlet._receiver  # type: ignore[union-attr]
+    room = receiver.staging.free_bytes
+    for attempt in range(12):
+        name = f"r{attempt}"
+        decode.submit(Request(name, prompts(1, 1)[0] * 150, params, is_pushed=True))
+        prefill.submit(Request(name, prompts(1, 1)[0] * 150, params, push_to=decode.info.kv_address))
+        for _ in range(rng.randrange(8)):
+            for tested in (prefill, decode):
+                tested.take_arrivals()
+                if tested.has_work:
+                    tested.step()
+        for tested in rng.sample([prefill, decode], 2):
+            tested.abort(name)
+    deadline = time.monotonic() + 30
+    while prefill.has_work or decode.has_work or receiver.staging.free_bytes < room:
+        assert time.monotonic() < deadline
+        for tested in (prefill, decode):
+            tested.take_arrivals()
+            if tested.has_work:
+                tested.step()
+    for tested in (prefill, decode):
+        assert_nothing_is_held(tested)
+    assert ids(share(prefill, decode, [[5] * 99], params)) == alone(kv, [[5] * 99], params)
+
+
+def test_requests_that_two_engines_cannot_share_are_refused():
+    prefill, decode = pair(KVOptions())
+    for tested, request, says in (
+        (prefill, Request("a", [5], SamplingParams(), push_to="elsewhere:1"), "no --peer of this engine"),
+        (prefill, Request("b", [5], SamplingParams(), is_pushed=True), "--role decode"),
+        (decode, Request("c", [5], SamplingParams(), push_to="x"), "--role prefill"),
+        (decode, Request("d", [5], SamplingParams(logprobs=1), is_pushed=True), "need one engine"),
+        (decode, Request("e", [], SamplingParams(), is_pushed=True), "prompt is empty"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            tested.submit(request)
+        assert_nothing_is_held(tested)
+
+
+def test_engines_that_do_not_fit_are_told_so_at_the_start():
+    _, decode = pair(KVOptions(nbits="4"))
+    to = HandoffConfig("prefill", SECRET, peers=(decode.info.kv_address,), timeout=1)
+    for other in (
+        {"kv": KVOptions(nbits="8")},
+        {"dtype": "float32"},
+        {"handoff": HandoffConfig("prefill", "another", peers=to.peers)},
+        {"handoff": HandoffConfig("prefill", SECRET, peers=to.peers, transfer="nccl")},
+        {"handoff": HandoffConfig("prefill", SECRET, peers=("nowhere",))},
+    ):
+        settings = {"dtype": "float64", "kv": KVOptions(nbits="4"), "kv_cache_memory": 64 * MIB, "handoff": to} | other
+        with pytest.raises(KVToolError) as caught:
+            Engine(EngineConfig(**settings))  # type: ignore[arg-type]
+        assert "--peer" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(KVToolError, match="KV of several ranks does not travel"):
+        engine(KVOptions(), handoff=to, tp=2)
+    port = int(decode.info.kv_address.rpartition(":")[2])
+    with pytest.raises(KVToolError, match="change --kv-port"):
+        engine(KVOptions(), handoff=HandoffConfig("decode", SECRET, port=port))

@@ -1,0 +1,349 @@
+"""KV from one process to another: what arrives is what was sent, and what should not arrive costs one sequence."""
+
+import multiprocessing
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtool.config import KVOptions
+from kvtool.errors import UnsupportedError
+from kvtool.kv import receiver as receiving
+from kvtool.kv import transfer, wire
+from kvtool.kv.channels import SocketChannel
+from kvtool.kv.format import resolve
+from kvtool.kv.layout import KVLayout
+from kvtool.kv.receiver import Arrival, Loss, Receiver
+from kvtool.kv.sender import Sender
+from kvtool.kv.spec import KVSpec, StreamSpec
+from kvtool.kv.store import KVStore
+from kvtool.kv.transfer import Route
+from kvtool.kv.wire import Close, Identity, Refusal, TransferError
+
+SPEC = KVSpec(3, StreamSpec(2, 32), StreamSpec(2, 32), 4)
+FORMATS = {
+    "16": KVOptions(),
+    "4": KVOptions(nbits="4"),
+    "2, window": KVOptions(nbits="2"),
+    "fp8": KVOptions(nbits="fp8"),
+    "mixed": KVOptions(layer_bits=(("8", "4"), ("4", "2"), ("16", "16"))),
+}
+SECRET = b"only we know"
+TOKENS = [(7 * i) % 199 for i in range(300)]
+NOTHING = Close(5, 64, 1.0, 2.0, b"")
+
+
+def layout(name: str) -> KVLayout:
+    return KVLayout(SPEC, resolve(FORMATS[name], SPEC))
+
+
+def store(name: str, seed: int = 0) -> KVStore:
+    """Of 12 blocks and 3 tails, full of noise."""
+    made = KVStore(layout(name), 12, 3, torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    for memory in (made.blocks, made.tails):
+        memory.copy_(torch.randint(0, 256, memory.shape, generator=generator, dtype=torch.uint8))
+    return made
+
+
+def identity(name: str, model: str = "m") -> Identity:
+    return Identity.of(model, layout(name), torch.float32)
+
+
+def receiver(name: str, secret: bytes = SECRET, model: str = "m", **settings: object) -> Receiver:
+    return Receiver(layout(name), identity(name, model), secret, **settings)  # type: ignore[arg-type]
+
+
+def push_all(sender: Sender, name: str, source: KVStore, request_id: str, by_layer: bool) -> None:
+    """Send TOKENS from blocks 11, 10, … and slot 2, in two steps."""
+    push = sender.begin(request_id, TOKENS)
+    count = layout(name).format.num_blocks(len(TOKENS))
+    blocks = list(range(11, 11 - count, -1))
+    for end in (count // 2, count):
+        for layer in range(3) if by_layer else ():
+            push.put_blocks(range(layer, layer + 1), end, source, blocks)
+        push.put_blocks(range(3), end, source, blocks)
+    push.put_tail(source.tail(2))
+    push.close(NOTHING)
+
+
+def be_sender(port: int, name: str, asked: str, ids: list[str]) -> None:
+    """A process that pushes the same sequence under several ids."""
+    torch.set_num_threads(1)
+    source = store(name)
+    dial = lambda: transfer.dial_tcp("127.0.0.1", port)  # noqa: E731
+    sender = Sender("receiver", dial, layout(name), identity(name), SECRET, asked=asked)
+    sender.connect(20)
+    for index, request_id in enumerate(ids):
+        push_all(sender, name, source, request_id, by_layer=index % 2 == 0)
+    sender.close()
+
+
+def events(tested: Receiver, count: int, seconds: float = 60) -> list[Arrival | Loss]:
+    found: list[Arrival | Loss] = []
+    deadline = time.monotonic() + seconds
+    while len(found) < count:
+        assert time.monotonic() < deadline, found
+        found += tested.take()
+        time.sleep(0.005)
+    return found
+
+
+def assert_holds(arrival: Arrival, name: str) -> None:
+    """It is what `push_all` sends, wherever it is put."""
+    source, target = store(name), store(name, seed=1)
+    count = layout(name).format.num_blocks(len(TOKENS))
+    blocks = [3, 9, 1, 0, 7, 2, 5, 4, 6][:count]
+    arrival.staged.store_in(target, blocks[1:], 1)  # the first is there already
+    sent = source.gather_blocks(list(range(11, 11 - count, -1)))
+    assert torch.equal(target.gather_blocks(blocks[1:]), sent[1:])
+    assert torch.equal(target.tail(1), source.tail(2))
+    others = [block for block in range(12) if block not in blocks[1:]]
+    assert torch.equal(target.gather_blocks(others), store(name, seed=1).gather_blocks(others))
+
+
+@contextmanager
+def listening(tested: Receiver) -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        tested.listen(listener)
+        yield listener.getsockname()[1]
+        tested.close()
+
+
+@pytest.mark.parametrize(("name", "asked"), [("4", "auto"), ("2, window", "gloo"), ("mixed", "nixl")])
+def test_what_another_process_sends_arrives_bit_for_bit(name, asked):
+    if asked == "nixl":
+        pytest.importorskip("nixl")
+    tested = receiver(name)
+    ids = ["a", "b", "c", "d"]
+    for request_id in ids:
+        tested.expect(request_id, TOKENS, 60)
+    with listening(tested) as port:
+        process = multiprocessing.get_context("spawn").Process(target=be_sender, args=(port, name, asked, ids))
+        process.start()
+        arrivals = events(tested, 4)
+        process.join(20)
+        assert process.exitcode == 0
+    assert sorted(arrival.id for arrival in arrivals) == ids
+    predicted = layout(name).bytes_for([len(TOKENS)])
+    for arrival in arrivals:
+        assert isinstance(arrival, Arrival)
+        assert_holds(arrival, name)
+        assert predicted < arrival.nbytes < predicted + 4096
+        assert (arrival.close.first_token, arrival.close.num_cached_tokens) == (5, 64)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_sender_in_the_same_process_needs_no_socket(name):
+    tested = receiver(name)
+    sender = Sender("here", tested.attach, layout(name), identity(name), SECRET)
+    sender.connect(1)
+    assert sender.transfer and sender.transfer.name == "in-process"
+    for request_id in "abcdef":
+        tested.expect(request_id, TOKENS, 60)
+        push_all(sender, name, store(name), request_id, by_layer=request_id in "ace")
+    arrivals = events(tested, 6)
+    for arrival in arrivals:
+        assert isinstance(arrival, Arrival)
+        assert_holds(arrival, name)
+    sender.close()
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_checksum_tells_what_goes_wrong(data):
+    sizes = data.draw(st.lists(st.integers(1, 3000), min_size=1, max_size=3))
+    pieces = [torch.randint(0, 256, (8 * size,), dtype=torch.uint8) for size in sizes]
+    before = wire.checksum(pieces)
+    assert wire.checksum([piece.clone().view(-1, 8) for piece in pieces]) == before
+    piece = data.draw(st.sampled_from(pieces))
+    at = data.draw(st.integers(0, len(piece) - 1))
+    piece[at] ^= data.draw(st.integers(1, 255))
+    assert wire.checksum(pieces) != before
+
+
+def test_tables_say_why_a_transfer_is_refused():
+    assert transfer.select(Route("cpu", "cpu", True)).name == "in-process"
+    assert transfer.select(Route("cpu", "cpu", False)).name == "tcp"
+    assert transfer.select(Route("cpu", "cpu", False), "gloo").name == "gloo"
+    with pytest.raises(UnsupportedError, match="nccl: it moves memory of GPUs, and an end is on a CPU"):
+        transfer.select(Route("cpu", "cuda", False), "nccl")
+    with pytest.raises(UnsupportedError, match="gloo: the peer does not take it"):
+        transfer.select(Route("cpu", "cpu", False), "gloo", ["tcp"])
+    with pytest.raises(UnsupportedError, match="must be one of auto, in-process"):
+        transfer.select(Route("cpu", "cpu", False), "pigeon")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"secret": b"another"}, "another --kv-secret"),
+        ({"model": "other"}, "it has another model"),
+        ({"name": "2, window"}, "its KV format is K 2 bits"),
+    ],
+)
+def test_peers_that_do_not_fit_part_at_once(settings, says):
+    tested = receiver(**{"name": "4"} | settings)
+    sender = Sender("h:1", tested.attach, layout("4"), identity("4"), SECRET)
+    with pytest.raises(TransferError, match=rf"--peer h:1: .*{says}") as caught:
+        sender.connect(1)
+    assert "\n" not in str(caught.value)
+
+
+def test_peers_of_different_versions_part_at_once(monkeypatch):
+    tested = receiver("4")
+    channel = tested.attach()
+    channel.send_frame(msgspec.msgpack.encode(wire.Hello(2, b"n" * 32)))
+    with pytest.raises(TransferError, match="version 1 of kvtool's transfer; here it is 2"):
+        wire.decoded(channel.receive_frame(), wire.Welcome)
+
+
+def test_nobody_at_the_other_end_is_an_error_within_its_time():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    sender = Sender("127.0.0.1:9", lambda: transfer.dial_tcp("127.0.0.1", port), layout("4"), identity("4"), SECRET)
+    started = time.monotonic()
+    with pytest.raises(Exception, match=r"--peer 127\.0\.0\.1:9: nobody answers"):
+        sender.connect(0.5)
+    assert time.monotonic() - started < 10
+
+
+@pytest.fixture
+def link() -> Iterator[tuple[Receiver, wire.Session]]:
+    """A receiver that expects "a", and a session of a sender who can be of ill will."""
+    tested = receiver("4")
+    tested.expect("a", TOKENS, 60)
+    sender = Sender("r", tested.attach, layout("4"), identity("4"), SECRET)
+    yield tested, sender._link().session
+    tested.close()
+
+
+def opening(**changes: object) -> wire.Open:
+    of = layout("4")
+    count = of.format.num_blocks(len(TOKENS))
+    right = wire.Open("a", wire.token_hash(TOKENS), len(TOKENS), count, of.block_bytes, of.tail_bytes)
+    return msgspec.structs.replace(right, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"id": "b"}, "an unknown request"),
+        ({"tokens": b"x" * 32}, "other tokens"),
+        ({"num_tokens": 1 << 40, "num_blocks": 1 << 34}, "but should be"),
+        ({"block_bytes": 16}, "but should be"),
+        ({"tail_bytes": 0}, "but should be"),
+    ],
+)
+def test_an_opening_that_is_not_expected_is_refused_and_the_next_is_taken(link, changes, says, monkeypatch, caplog):
+    monkeypatch.setattr(receiving, "REGISTER_SECONDS", 0.05)
+    _, session = link
+    session.say(opening(**changes))
+    with pytest.raises(Refusal, match=says):
+        session.hear(wire.Accepted)
+    assert says in caplog.text
+    session.say(opening())
+    session.hear(wire.Accepted)
+
+
+def test_a_sequence_comes_once(link, monkeypatch):
+    monkeypatch.setattr(receiving, "REGISTER_SECONDS", 0.05)
+    tested, _ = link
+    sender = Sender("r", tested.attach, layout("4"), identity("4"), SECRET)
+    sender.connect(1)
+    for _ in range(2):
+        push_all(sender, "4", store("4"), "a", by_layer=False)
+    sender.close()
+    assert [type(event) for event in tested.take()] == [Arrival]
+
+
+BLOCK = torch.zeros(1, layout("4").layer_block_bytes(0), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ((0, 1, 1, 2), "not the next"),
+        ((0, 4, 0, 1), "not the next"),
+        ((0, 1, 0, 1000), "not the next"),
+        ((-1, 1, 0, 1), "not the next"),
+        ((1, 1, 0, 1), "not the next"),
+        ((0, 1, 0, 1), "checksum is wrong"),
+        (None, "parts are missing"),
+    ],
+)
+def test_a_bad_part_costs_its_sequence_and_gives_the_memory_back(link, part, says):
+    tested, session = link
+    free = tested.staging.free_bytes
+    session.say(opening())
+    session.hear(wire.Accepted)
+    session.say(wire.Part(*part, b"wrong") if part else NOTHING)
+    if says == "checksum is wrong":
+        session.send([BLOCK])
+    (loss,) = events(tested, 1)
+    assert isinstance(loss, Loss) and loss.id == "a" and says in loss.reason
+    assert tested.staging.free_bytes == free
+
+
+def test_a_frame_that_is_played_again_ends_the_connection(link):
+    tested, session = link
+    sent: list[bytes] = []
+    original = session.channel.send_frame
+    session.channel.send_frame = lambda body: (sent.append(body), original(body))  # type: ignore[method-assign]
+    session.say(opening(id="b", tokens=b""))
+    with pytest.raises(TransferError):
+        session.hear(wire.Accepted)
+    original(sent[0])
+    with pytest.raises(OSError, match="closed"):
+        session.hear(wire.Accepted)
+    assert tested.take() == []
+
+
+def test_what_does_not_come_in_time_is_lost_and_what_breaks_off_too(link):
+    tested, session = link
+    tested.expect("late", TOKENS, 0.1)
+    session.say(opening())
+    session.hear(wire.Accepted)
+    session.channel.close()
+    lost = {event.id: event for event in events(tested, 2)}
+    assert isinstance(lost["late"], Loss) and "in time" in lost["late"].reason
+    assert isinstance(lost["a"], Loss)
+
+
+def test_more_than_there_is_room_for_is_refused():
+    tested = receiver("4", most_bytes=1000)
+    tested.expect("a", TOKENS, 60)
+    session = Sender("r", tested.attach, layout("4"), identity("4"), SECRET)._link().session
+    session.say(opening())
+    with pytest.raises(Refusal, match="no room"):
+        session.hear(wire.Accepted)
+
+
+def test_a_sender_whose_peer_is_slow_holds_no_more_than_it_may():
+    tested = receiver("4")
+    tested.expect("a", TOKENS, 60)
+    sender = Sender("r", tested.attach, layout("4"), identity("4"), SECRET, most_bytes=1000)
+    sender.connect(1)
+    push_all(sender, "4", store("4"), "a", by_layer=False)
+    (loss,) = events(tested, 1)
+    assert isinstance(loss, Loss) and "too much waits to be sent" in loss.reason
+    sender.close()
+    assert sender._staging.free_bytes == 1000
+
+
+@pytest.mark.parametrize("data", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff\xff\xff\xff", b"\x02\0\0\0{}", b"\0\0\0\0"])
+def test_strangers_are_shown_out(data):
+    tested = receiver("4")
+    with listening(tested) as port, socket.create_connection(("127.0.0.1", port), 10) as stranger:
+        stranger.sendall(data)
+        stranger.shutdown(socket.SHUT_WR)
+        assert stranger.recv(100) == b""
+        channel = SocketChannel(socket.create_connection(("127.0.0.1", port), 10))
+        wire.greet(channel, SECRET)
+        channel.close()
