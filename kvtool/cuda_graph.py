@@ -17,7 +17,8 @@ from kvtool.kv.format import KVFormat
 from kvtool.request import ScheduledBatch, ScheduledSpan
 from kvtool.sampler import greedy
 
-SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+STEP = 64  # between the largest
 
 # Rooms of steps with prompts. Sizes finer than a product's tile of rows would save nothing. Decodes that are nobody's
 # cost little, but the more there could be, the fewer programs share one.
@@ -124,7 +125,7 @@ class Inputs(NamedTuple):
 
 
 class DecodeGraphs:
-    """Steps of up to `SIZES[-1]` tokens: decodes, and prompts so short that their tokens can run as rows of their own.
+    """Steps of few tokens: decodes, and prompts so short that their tokens can run as rows of their own.
 
     A step of n runs as the next larger size that was captured; what is too much repeats the last row, which then
     computes and writes the same bytes twice. All inputs go to the device in one transfer, but for the block table.
@@ -133,19 +134,23 @@ class DecodeGraphs:
         step: the model on a batch; what it runs is captured, so it must not look at any value.
         fmt: of the KV store.
         newest: [max_num_seqs + 1], ids that were sampled last, by slot, and one that nobody reads.
+
+    Attributes:
+        sizes: of `SIZES`, those that so many sequences need.
     """
 
     def __init__(self, step: Step, fmt: KVFormat, newest: Tensor, table: BlockTable) -> None:
         self._step, self._format, self._newest, self._table = step, fmt, newest, table
-        device, shape = newest.device, len(Inputs._fields)
-        self._inputs = {size: torch.zeros(shape, size, dtype=torch.int64, device=device) for size in SIZES}
-        self._staged = {size: torch.zeros(shape, size, dtype=torch.int64).pin_memory() for size in SIZES}
+        device, shape, most = newest.device, len(Inputs._fields), len(newest) - 1
+        self.sizes = [size for size in SIZES if size <= 256 or size < most + STEP]
+        self._inputs = {size: torch.zeros(shape, size, dtype=torch.int64, device=device) for size in self.sizes}
+        self._staged = {size: torch.zeros(shape, size, dtype=torch.int64).pin_memory() for size in self.sizes}
         self._sent = torch.cuda.Event()
         self._captured: dict[int, Captured] = {}
         self._logits = torch.empty(0, device=device)  # of all sizes; the largest makes it
 
     def capture(self, sizes: Sequence[int], capturer: Capturer) -> None:
-        """Capture some of `SIZES`, the largest first, so that the smaller ones find its memory."""
+        """Capture some of `sizes`, the largest first, so that the smaller ones find its memory."""
         for size in sorted(sizes, reverse=True):
             graph, outputs = capturer.capture(partial(self._run, size))
             self._captured[size] = Captured(graph, *outputs)
@@ -155,7 +160,7 @@ class DecodeGraphs:
         fmt, prompts = self._format, [span for span in batch.spans if span.token_ids]
         return (
             bool(self._captured)
-            and sum(span.length for span in batch.spans) <= SIZES[-1]
+            and sum(span.length for span in batch.spans) <= self.sizes[-1]
             and sum(span.length * span.end for span in prompts) <= MOST_READ
             and not batch.forks
             and not any(span.targets for span in prompts)
@@ -171,7 +176,7 @@ class DecodeGraphs:
         rows = decode_rows(self._format, batch.spans, ends, nobody=len(self._newest) - 1)
         samples = integers((sample.span for sample in batch.samples), len(batch.samples))
         length, count = rows.shape[1], len(samples)
-        size = next(size for size in SIZES if size >= length)
+        size = next(size for size in self.sizes if size >= length)
         self._sent.synchronize()  # what is staged has been read
         staged = self._staged[size].numpy()
         staged[:-1, :length], staged[:-1, length:] = rows, rows[:, -1:]
@@ -372,7 +377,7 @@ class StepGraphs:
         """Capture all of them; `largest`: only those that need most memory."""
         capturer = Capturer()
         self.prompts.capture(self.prompts.rooms[-1:] if largest else self.prompts.rooms, capturer)
-        self.decodes.capture(SIZES[-1:] if largest else SIZES, capturer)
+        self.decodes.capture(self.decodes.sizes[-1:] if largest else self.decodes.sizes, capturer)
 
     def forget(self, slots: Iterable[int]) -> None:
         """The sequences in these slots are new, or have moved."""

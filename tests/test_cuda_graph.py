@@ -115,8 +115,8 @@ def test_experts_and_latents_are_as_exact_as_torch_in_the_same_dtype(model_type,
 @pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())
 def test_chunks_of_prompts_run_as_graphs_beside_decodes(kv):
     asked = requests(9, longest=900)
-    torch_error = error(engine(kv, attention_backend="torch", cuda_graph=False, max_num_batched_tokens=300), kv, asked)
-    tested = engine(kv, max_num_batched_tokens=300)
+    torch_error = error(engine(kv, attention_backend="torch", cuda_graph=False, max_num_batched_tokens=256), kv, asked)
+    tested = engine(kv, max_num_batched_tokens=256)
     graphs, rooms = tested.runner.graphs.prompts, set()
     launch = graphs.launch
 
@@ -147,13 +147,13 @@ def test_a_prompt_of_any_length_has_the_same_scores_with_a_graph_and_without(len
 
 def test_more_sequences_than_a_graph_holds_run_without_one():
     kv = KVOptions(nbits="4")
-    tested = engine(kv, max_num_seqs=300, kv_cache_memory=512 * MIB)
+    tested = engine(kv, max_num_seqs=600, kv_cache_memory=512 * MIB)
     assert tested.runner.graphs
     params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
-    asked = [Request(str(i), [5 + i] * 9, params) for i in range(280)]
+    asked = [Request(str(i), [5 + i] * 9, params) for i in range(560)]
     asked += [Request("longer", [9] * 9, SamplingParams(temperature=0, max_tokens=90, ignore_eos=True))]
     got = answers(tested, asked)
-    assert [len(got[request.id]) for request in asked] == [9] * 280 + [90]
+    assert [len(got[request.id]) for request in asked] == [9] * 560 + [90]
 
 
 def test_what_cannot_be_packed_is_found_after_a_graph_too():
