@@ -332,6 +332,8 @@ class Runner:
             self.graphs = self._graphs(config)
             torch.cuda.reset_peak_memory_stats(self.device)
             self.collect(self.launch(largest))
+            if self.store.sealer:
+                self.store.sealer.compile()
             if self.graphs:
                 self.graphs.capture(largest=True)
             torch.cuda.synchronize(self.device)

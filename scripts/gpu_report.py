@@ -165,7 +165,7 @@ def seconds(engine: Engine, ins: Sequence[int], outs: Sequence[int], repeats: in
     """Least time to answer prompts of so many random ids with so many tokens, all at once."""
     rng, best = random.Random(0), float("inf")
     for _ in range(repeats):
-        prompts = [[rng.randrange(10, 150000) for _ in range(n)] for n in ins]
+        prompts = [[rng.randrange(10, engine.info.vocab_size) for _ in range(n)] for n in ins]
         requests = [
             Request(str(i), prompt, SamplingParams(temperature=0, max_tokens=n, ignore_eos=True))
             for i, (prompt, n) in enumerate(zip(prompts, outs, strict=True))
@@ -207,7 +207,7 @@ def step_seconds(engine: Engine, count: int, length: int, out: int) -> float:
     to just before one ends. (A difference of two whole runs would have the noise of long prompts in it.)"""
     rng, params = random.Random(0), SamplingParams(temperature=0, max_tokens=out, ignore_eos=True)
     for i in range(count):
-        engine.submit(Request(str(i), [rng.randrange(10, 150000) for _ in range(length)], params))
+        engine.submit(Request(str(i), [rng.randrange(10, engine.info.vocab_size) for _ in range(length)], params))
     got, first, last = [0] * count, None, None
     while engine.has_work:
         news = engine.step()

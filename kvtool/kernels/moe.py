@@ -164,7 +164,7 @@ def group_reference(ids: Tensor, num_experts: int, rows: int) -> Groups:
     experts = ids.flatten().long().clamp(max=num_experts)
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
     counts = counts.scatter_add_(0, experts, torch.ones_like(experts))
-    counts[num_experts] = 0  # what is elsewhere has no tiles
+    counts[num_experts:].zero_()  # what is elsewhere has no tiles
     sizes = (counts + rows - 1) // rows
     ends = sizes.cumsum(0)
     tile = torch.arange(most_tiles(len(experts), num_experts, rows), device=ids.device)

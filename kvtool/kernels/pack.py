@@ -212,6 +212,11 @@ class Sealer:
             pairs.setdefault((layer.key, layer.value, layer.tail_key, layer.tail_value), []).append(layer)
         self._groups = [(same[0], _starts(same).to(blocks.device)) for same in pairs.values()]
 
+    def compile(self) -> None:
+        """Have the kernels ready before the first block is complete, when everybody would wait for them."""
+        nothing = torch.zeros(1, 1, dtype=torch.int64, device=self.blocks.device)
+        self.seal(nothing[0], nothing[0], nothing)
+
     def seal(self, positions: Tensor, tail_slots: Tensor, block_table: Tensor) -> None:
         """Pack what the tokens at `positions` [n] completed; a token that completes no block (position 0) costs little.
 
@@ -360,7 +365,7 @@ def _write_blocks(
         _write_head(x, value_token_stride, block, head, faults, VALUE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _seal(
     positions,
     tail_slots,
