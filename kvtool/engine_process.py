@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import traceback
 from threading import Thread
 
@@ -105,4 +106,5 @@ def main(fd: str) -> None:
     with contextlib.suppress(EOFError, ConnectionError):
         serve(connection, started)
     _dismiss(started)
-    gc.freeze()  # or Python looks through all of torch for garbage before it ends, a second long
+    sys.stderr.flush()
+    os._exit(0)  # or Python looks through all of torch for garbage first, a second long, and Triton lists what is left

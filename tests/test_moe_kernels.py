@@ -79,6 +79,7 @@ def test_routing(routing: Routing, tokens: int, seed: int) -> None:
 
 
 @runs
+@pytest.mark.skipif(INTERPRETED, reason="numpy, unlike a GPU, finds no largest of NaN alone")
 @pytest.mark.parametrize("routing", ROUTINGS, ids=str)
 def test_nan_is_routed_somewhere(routing: Routing) -> None:
     bias = torch.zeros(routing.num_experts, device=DEVICE) if routing.scores == "sigmoid" else None

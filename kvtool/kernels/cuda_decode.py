@@ -21,7 +21,7 @@ MAX_GROUP_HEADS = 16
 KEYS = (("8", "channel"), ("4", "channel"), ("2", "channel"))
 VALUES = (("8", "token"), ("4", "token"), ("2", "token"))
 MIN_PIECE = 16  # channels of a row of bytes that share a token's scale
-MERGED_WITHIN = 32  # splits: the last program of a sequence merges them, and a kernel of many programs merges more
+MERGED_WITHIN = 4  # splits that the last program of a sequence merges; of more, a kernel of many programs is quicker
 
 # Warps, pipeline stages of each, programs per SM and tokens of a tile for up to 8 query heads to a KV head, by (KiB of
 # shared memory of an SM, bits of the wider stream); and for more heads. 100 KiB has an RTX 4090, which was never timed:

@@ -470,6 +470,6 @@ def _combine_kernel(
     for index in tl.static_range(TOP_K):
         pair = token * TOP_K + index
         is_here = tl.load(ids + pair) < num_experts
-        row = tl.load(rows + pair * size + column, mask=inside & is_here, other=0).to(tl.float32)
+        row = tl.load(rows + pair * size + column, mask=tl.where(is_here, inside, False), other=0).to(tl.float32)
         total += row * tl.load(weights + pair).to(tl.float32)
     tl.store(out + token * size + column, total.to(out.dtype.element_ty), mask=inside)
