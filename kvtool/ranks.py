@@ -44,6 +44,7 @@ from kvtool.processes import Inbox, command, cpu_threads, frame
 from kvtool.request import ScheduledBatch, StepResult
 from kvtool.runner import Handle, Runner, choose_device
 
+INTERFACES = {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}  # environment variables
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 6.0  # a rank that says nothing for so long hangs
 RANK_0_SILENT_SECONDS = 8.0  # which also prepares grammars, and may be slow to speak meanwhile
@@ -205,6 +206,7 @@ class Ranks:
         self._launched: deque[tuple[int, Handle]] = deque()
         self._token_ids: dict[int, int] = {}
         self._closing = False
+        self._named_by_the_user = INTERFACES & os.environ.keys()
         check_copies(config)
         atexit.register(self.dismiss)
         try:
@@ -288,6 +290,8 @@ class Ranks:
         self.dismiss()
         if dist.is_initialized():
             leave()
+        for variable in INTERFACES - self._named_by_the_user:
+            os.environ.pop(variable, None)
         for process in self._processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(END_SECONDS)
@@ -696,5 +700,5 @@ def use_interface(address: str) -> None:
             with contextlib.suppress(OSError):
                 found = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
                 if socket.inet_ntoa(found[20:24]) == own:
-                    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-                    os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+                    for variable in INTERFACES:
+                        os.environ.setdefault(variable, name)

@@ -21,6 +21,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():  # before triton is imported: without a GPU kernels are interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+os.environ.pop("COLUMNS", None)  # of whoever runs the tests: what is printed to a pipe is as wide as it needs to be
+
 REPOSITORY = Path(__file__).parents[1]
 CACHE = TemporaryDirectory(prefix="kvtool-tests-")  # what is found out about models, by all servers under test
 START_SECONDS = 120  # generous: CI machines may run other things beside

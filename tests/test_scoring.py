@@ -88,7 +88,7 @@ def test_what_a_format_cannot_hold_is_an_error(tmp_path: Path) -> None:
     make_checkpoint("llama", tmp_path)
     model = ScoringModel(EngineConfig(str(tmp_path), "float32"))
     with torch.inference_mode():
-        for layer in model.model.layers:
+        for layer in model.model.layers.values():
             layer.self_attn.qkv_proj.weight.mul_(1e6)  # keys beyond fp16
     with pytest.raises(UnsupportedError):
         list(model.log_probs(windows(100), KVOptions(nbits="4")))
