@@ -364,7 +364,7 @@ class Ranks:
 
 
 def _end_with_stdin() -> None:
-    sys.stdin.buffer.read()
+    os.read(sys.stdin.fileno(), 1)  # a read of sys.stdin itself would hold a lock that Python wants when it ends
     os._exit(1)
 
 

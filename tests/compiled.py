@@ -1,4 +1,4 @@
-"""What Triton makes of kernels for an RTX 4090, where there is none; and where they run as they are."""
+"""What Triton makes of kernels for GPUs that are not here, an RTX 4090 first; and where they run as they are."""
 
 import os
 import re
@@ -6,12 +6,14 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import triton
 
-SHARED_MEMORY = 99 * 1024  # bytes that a program may use on sm_89
+SHARED_MEMORY = {89: 99 * 1024, 90: 227 * 1024}  # bytes that a program may use, by compute capability
 STACK = 32  # bytes of a thread: so little the ptxas of Triton 3.9 puts there, where that of 3.6 puts nothing
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -20,16 +22,19 @@ runs = pytest.mark.skipif(not ON_GPU and not INTERPRETED, reason="needs a GPU or
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing: test_compiled_kernels.py does")
 
 
-class SM89:
-    """Triton's driver of a GPU that is not here."""
+class Driver:
+    """Triton's, of a GPU of this compute capability that is not here."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
 
     def get_current_target(self) -> object:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 89, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.capability  # what was compiled is kept by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -45,23 +50,38 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", listed)}
 
 
-def check_compiled(launch: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Compile for sm_89 what `launch` would launch, each kernel within its bounds; how many those are."""
+def compile_for(capability: int, monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> list[Any]:
+    """A list that every kernel launched from now on is compiled into; `modules` choose tiles by the capability."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    compiled = []
+    from kvtool.kernels import launch
+
+    compiled: list[Any] = []
 
     def getitem(kernel: JITFunction, grid: object) -> Callable[..., None]:
         return lambda *args, **options: compiled.append(kernel.warmup(*args, grid=grid, **options))
 
-    monkeypatch.setattr(driver, "_active", SM89())
+    monkeypatch.setattr(driver, "_active", Driver(capability))
+    for module in (launch, *modules):
+        monkeypatch.setattr(module, "capability", lambda device: capability // 10)
     monkeypatch.setattr(JITFunction, "__getitem__", getitem)
+    return compiled
+
+
+def check_fits(kernel: Any, capability: int = 89) -> None:
+    """Within shared memory, and next to nothing on the stack."""
+    used = usage(kernel.asm["cubin"])
+    assert kernel.metadata.shared <= SHARED_MEMORY[capability], kernel.metadata
+    assert used["STACK"] <= STACK and used["LOCAL"] == 0, (used, kernel.metadata, kernel.src.constants)
+
+
+def check_compiled(launch: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Compile for sm_89 what `launch` would launch, each kernel within its bounds; how many those are."""
+    compiled = compile_for(89, monkeypatch)
     launch()
     for kernel in compiled:
-        used = usage(kernel.asm["cubin"])
-        assert kernel.metadata.shared <= SHARED_MEMORY, kernel.metadata
-        assert used["STACK"] <= STACK and used["LOCAL"] == 0, (used, kernel.metadata, kernel.src.constants)
+        check_fits(kernel)
     return len(compiled)
 
 

@@ -4,14 +4,9 @@ Where there is a GPU the kernels run on it; elsewhere Triton interprets them on 
 That they compile for an RTX 4090 and an H100 needs no GPU.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from compiling import check_fits, compile_for
+from compiled import ON_GPU, check_fits, compile_for, compiles, runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,8 +27,6 @@ triton = pytest.importorskip("triton")
 
 from kvtool.kernels import mla_decode, mla_inputs, mla_prefill  # noqa: E402
 
-INTERPRETED = triton.knobs.runtime.interpret
-ON_GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float16]  # the interpreter multiplies no bf16
 OPTIONS = [
@@ -53,9 +46,6 @@ OPTIONS = [
 
 def name(options: KVOptions) -> str:
     return " ".join(f"{key}={value}" for key, value in vars(options).items() if value is not None) or "16"
-
-
-runs = pytest.mark.skipif(not ON_GPU and not INTERPRETED, reason="needs a GPU or Triton's interpreter")
 
 
 class Decoding:
@@ -225,16 +215,7 @@ def test_a_captured_step_serves_other_sequences(nbits):
     assert torch.equal(out, mla_decode.latent_decode(*case.arguments(), scale=0.1))
 
 
-@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the same tests run here as they are")
-def test_in_the_interpreter():
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@compiles
 @pytest.mark.parametrize("capability", [89, 90])
 @pytest.mark.parametrize("options", OPTIONS[:5], ids=name)
 def test_it_compiles_without_spills(options, capability, monkeypatch):

@@ -4,14 +4,9 @@ Where there is a GPU they run on it; elsewhere Triton interprets them on small s
 they compile for an RTX 4090 and an H100 needs no GPU.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from compiling import check_fits, compile_for
+from compiled import INTERPRETED, ON_GPU, check_fits, compile_for, compiles, runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,12 +20,9 @@ from kvtool.layers.moe import MoE, MoEShape  # noqa: E402
 from kvtool.layers.norm import RMSNorm  # noqa: E402
 from kvtool.parallel import ALONE  # noqa: E402
 
-INTERPRETED = triton.knobs.runtime.interpret
-ON_GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float16]  # the interpreter multiplies no bf16
 
-runs = pytest.mark.skipif(not ON_GPU and not INTERPRETED, reason="needs a GPU or Triton's interpreter")
 seeds = st.integers(0, 2**31)
 
 ROUTINGS = [
@@ -181,16 +173,7 @@ def test_a_captured_layer_serves_other_tokens(tokens: int) -> None:
         assert torch.equal(out, run(x))
 
 
-@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the same tests run here as they are")
-def test_in_the_interpreter() -> None:
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "passed" in done.stdout
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@compiles
 @pytest.mark.parametrize("capability", [89, 90])
 def test_every_kernel_compiles_without_spills(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = compile_for(capability, monkeypatch, moe)
