@@ -95,10 +95,6 @@ class Tokenizer:
         """What a token, also a special one, adds to a text; it may end in half a character."""
         return self.spell(token_id, first=False, skip_special_tokens=False) or b""
 
-    def token_text(self, token_id: int) -> str:
-        """`token_bytes` as a text; bytes that are no UTF-8 by themselves become U+FFFD."""
-        return self.token_bytes(token_id).decode(errors="replace")
-
     def spell(self, token_id: int, first: bool, skip_special_tokens: bool) -> bytes | None:
         """What a token adds to a text, None if it has no part in it.
 
