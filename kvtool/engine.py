@@ -111,7 +111,7 @@ class Engine:
         self.arrivals = self.losses = 0  # of requests that other engines have begun, or should have
         self._imported: dict[str, Arrival] = {}  # of requests that have no token of ours yet
         self._arrivals: dict[str, deque[Tokens]] = {}  # of `generate` and `stream`, by request
-        elements, block_bytes, tail_bytes, kv_bytes = self.runner.on_all_ranks
+        elements, block_bytes, tail_bytes, kv_bytes, weight_bytes = self.runner.on_all_ranks
         self.info = EngineInfo(
             model=config.model,
             path=str(self.runner.path),
@@ -121,6 +121,8 @@ class Engine:
             dtype=str(self.runner.dtype).removeprefix("torch."),
             device=str(self.runner.device),
             num_ranks=config.num_ranks,
+            quantization=self.runner.quantization,
+            weight_bytes=weight_bytes,
             kv_format=self.runner.format.describe(),
             bits_per_element=8 * block_bytes / (store.format.block_size * elements),
             block_size=store.format.block_size,

@@ -322,6 +322,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
         eos_token_ids: ids that end an answer.
         dtype, device: as resolved, of rank 0.
         num_ranks: processes that share the model, on GPUs a device each.
+        quantization: how weights are kept, as `--quantization` names it; "none": in 16 bits, or as `dtype` says.
+        weight_bytes: of all ranks together.
         kv_format: one line for people.
         bits_per_element: honest bits of a packed element.
         block_size: tokens of a packed block.
@@ -344,6 +346,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
     dtype: str
     device: str
     num_ranks: int
+    quantization: str
+    weight_bytes: int
     kv_format: str
     bits_per_element: float
     block_size: int

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvtool.attention import PagedAttention, block_size
 from kvtool.attention.layer import AttentionLayer
+from kvtool.calibration import choose_quantization
 from kvtool.config import EngineConfig
 from kvtool.cuda_graph import MOST_WORK, StepGraphs, as_kv_span
 from kvtool.errors import CapacityError, ConfigError, UnsupportedError
@@ -82,12 +83,14 @@ class Runner:
         parallel: this rank's place among all.
         path: local folder of the model.
         model_config: what the checkpoint is.
+        quantization: how weights are kept, as `--quantization` names it; "none": in 16 bits, or as the dtype says.
         max_model_len: tokens of prompt and answer together, as asked for or as model and cache allow.
         format: of the cache of all layers.
         store: this rank's part of it, sized from the configuration; all have as many blocks.
         swap_space: for sequences that must make room.
         memory: what a GPU holds beside the store.
-        on_all_ranks: elements of a token, bytes of a block, of a tail and of the cache, of all ranks together.
+        on_all_ranks: elements of a token, bytes of a block, of a tail, of the cache and of the weights, of all ranks
+            together.
     """
 
     def __init__(self, config: EngineConfig, parallel: Parallel = ONE_RANK) -> None:
@@ -96,6 +99,9 @@ class Runner:
         self.model_config = load_config(self.path)
         self.dtype = choose_dtype(config, self.model_config, self.device)
         check_context(config, self.model_config)
+        quantization = choose_quantization(config, self.model_config, self.path, self.device)
+        stored = self.model_config.quantization
+        self.quantization = stored.method if stored else quantization.method if quantization else "none"
         spec = kv_spec(self.model_config, self.dtype)
         self.format = resolve(config.kv, spec, block_size(config.attention_backend))
         self._layers = parallel.stage.layers(self.model_config.num_layers)
@@ -111,6 +117,7 @@ class Runner:
                     seed=config.seed,
                     max_model_len=config.max_model_len,
                     parallel=parallel,
+                    quantization=quantization,
                 )
             self.max_model_len = config.max_model_len or self.model_config.max_position
             self.newest = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.device)
@@ -126,7 +133,11 @@ class Runner:
                 self.swap_space = SwapSpace(self.store, num_units)
             self.graphs = self._graphs(config)
             self.on_all_ranks = parallel.total(
-                layout.spec.elements, layout.block_bytes, layout.tail_bytes, self.store.nbytes
+                layout.spec.elements,
+                layout.block_bytes,
+                layout.tail_bytes,
+                self.store.nbytes,
+                self.model.weight_bytes,
             )
             if self.graphs:
                 self._capture(self.graphs)
@@ -290,8 +301,8 @@ class Runner:
         (is_capturable,) = self.parallel.least(config.cuda_graph and self.attention.is_capturable)
         if not is_capturable:
             return None
-        fmt, weights = self.store.format, sum(weight.numel() for weight in self.model.layers.parameters())
-        most_tokens = min(MOST_WORK // weights, config.max_num_batched_tokens)
+        fmt = self.store.format
+        most_tokens = min(MOST_WORK // self.model.layer_elements, config.max_num_batched_tokens)
         (most_tokens,) = self.parallel.least(most_tokens if self.attention.captures_prompts else 0)
         # Stages but the last have no logits, and nobody looks at what comes of their hidden states.
         head = self.model.logits if self.parallel.stage.is_last else torch.Tensor.contiguous

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvtool.attention import PagedAttention, block_size
+from kvtool.calibration import choose_quantization
 from kvtool.config import Bits, EngineConfig, KVOptions
 from kvtool.errors import ConfigError, UnsupportedError
 from kvtool.kv.batch import KVBatch, Span
@@ -76,6 +77,7 @@ class ScoringModel:
         self.path = resolve_model(config.model)
         self.model_config = load_config(self.path)
         self.dtype = choose_dtype(config, self.model_config, self.device)
+        quantization = choose_quantization(config, self.model_config, self.path, self.device)
         with torch.inference_mode():
             self.model = load_model(
                 self.path,
@@ -85,6 +87,7 @@ class ScoringModel:
                 load_format=config.load_format,
                 seed=config.seed,
                 max_model_len=config.max_model_len,
+                quantization=quantization,
             )
         self.max_model_len = min(config.max_model_len or self.model_config.max_position, self.model_config.max_position)
         self._attention_layers = attention_layers(self.model_config)
@@ -106,8 +109,8 @@ class ScoringModel:
     def fingerprint(self) -> str:
         """Names the weights, by some thousand elements of each tensor: training again changes nearly all of them."""
         digest = hashlib.sha256(repr(self.model_config).encode())
-        for name, slot in self.model.slots():
-            sample = slot.to.flatten()[:: max(1, slot.to.numel() // 4096)]
+        for name, weight in self.model.weights():
+            sample = weight.flatten()[:: max(1, weight.numel() // 4096)]
             digest.update(name.encode() + sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 

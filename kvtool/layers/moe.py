@@ -100,6 +100,8 @@ def mix_reference(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights
 class Router(Linear):
     """x [T, hidden_size] → each token's experts and their weights, as `route` gives them."""
 
+    weight: Tensor
+
     def __init__(self, hidden_size: int, routing: Routing, *, dtype: torch.dtype, device: torch.device) -> None:
         wide = torch.promote_types(dtype, torch.float32)
         super().__init__(hidden_size, routing.num_experts, bias=False, dtype=dtype, device=device)

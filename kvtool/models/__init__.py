@@ -2,7 +2,17 @@
 
 from kvtool.models.config import ModelConfig, load_config
 from kvtool.models.decoder import Attend, Decoder
+from kvtool.models.quantization import Quantization, check_quantization
 from kvtool.models.resolve import resolve_model
 from kvtool.models.weights import load_model
 
-__all__ = ["Attend", "Decoder", "ModelConfig", "load_config", "load_model", "resolve_model"]
+__all__ = [
+    "Attend",
+    "Decoder",
+    "ModelConfig",
+    "Quantization",
+    "check_quantization",
+    "load_config",
+    "load_model",
+    "resolve_model",
+]

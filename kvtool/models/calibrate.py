@@ -1,0 +1,220 @@
+"""4-bit weights that know what they will be multiplied with: GPTQ (Frantar et al., arXiv:2210.17323) and AWQ (Lin et
+al., arXiv:2306.00978), layer by layer, on what the layers quantised before make of a text.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvtool.layers.linear import Linear
+from kvtool.layers.quantized import Int4Matrix, group_size, int4_codes, int4_grid
+from kvtool.models.decoder import MLP, Attention, Decoder, DecoderLayer
+
+STEP_TOKENS = 8192  # that go through a layer at once, in whole windows
+SHRINKS = tuple(1 - i / 20 for i in range(11))  # of a group's range: what lies beyond is cut off, the rest gets finer
+EXPONENTS = tuple(i / 20 for i in range(20))  # of a channel's size in AWQ's scales
+DAMPING = 0.01  # of a Hessian's mean diagonal
+BLOCK = 128  # columns among which errors are spread one by one
+
+
+@dataclass
+class Inputs:
+    """What a product's inputs were, summed over the tokens of a text.
+
+    Attributes:
+        hessian: [K, K], Σ x xᵀ; an error E of the weights costs tr(E H Eᵀ) of its outputs' squared error.
+        sizes: [K], Σ |x|.
+    """
+
+    hessian: Tensor
+    sizes: Tensor
+
+    @classmethod
+    def none(cls, columns: int, device: torch.device) -> "Inputs":
+        return cls(torch.zeros(columns, columns, device=device), torch.zeros(columns, device=device))
+
+    def add(self, x: Tensor) -> None:
+        """Take in x [T, K]."""
+        wide = x.float()
+        self.hessian.addmm_(wide.t(), wide)
+        self.sizes += wide.abs().sum(0)
+
+    def divide(self, scales: Tensor) -> None:
+        """As if each input had been divided by its scale."""
+        self.hessian /= scales * scales[:, None]
+        self.sizes /= scales
+
+
+class Calibration:
+    """A text on its way through a model whose layers are quantised one after the other.
+
+    Args:
+        model: everything but its layers is filled.
+        method: "gptq" or "awq".
+        windows: ids of pieces of the text, all of one length.
+    """
+
+    def __init__(self, model: Decoder, method: str, windows: Sequence[Sequence[int]]) -> None:
+        assert model.embed_tokens is not None
+        ids = torch.tensor(windows, device=model.embed_tokens.weight.device)
+        self.config, self.dtype, self.method, self.length = model.config, model.dtype, method, ids.shape[1]
+        self.cos, self.sin = model.rotary(torch.arange(self.length, device=ids.device))
+        self.x = model.embed_tokens(ids.flatten())
+        self.residual: Tensor | None = None
+
+    def quantize(self, layer: DecoderLayer, linears: Iterable[Linear]) -> None:
+        """Replace the weights of these products of the next layer, which is filled, and let the text through it."""
+        seen = {linear: Inputs.none(linear.weight.shape[1], self.x.device) for linear in linears}
+        hooks = [linear.register_forward_pre_hook(lambda module, x: seen[module].add(x[0])) for linear in seen]
+        self._through(layer)
+        for hook in hooks:
+            hook.remove()
+        weights = {linear: linear.dense(torch.float32).clone() for linear in seen}
+        if self.method == "awq":
+            _fold(layer, weights, seen)
+        form = gptq if self.method == "gptq" else nearest
+        for linear, inputs in seen.items():
+            linear.replace(form(weights.pop(linear), inputs.hessian, self.dtype))
+        self.x, self.residual = self._through(layer)
+
+    def _through(self, layer: DecoderLayer) -> tuple[Tensor, Tensor]:
+        """What the layer makes of the text: x and residual stream."""
+        windows = max(1, STEP_TOKENS // self.length)
+        step = windows * self.length
+        pieces = []
+        for start in range(0, len(self.x), step):
+            x = self.x[start : start + step].clone()
+            residual = None if self.residual is None else self.residual[start : start + step].clone()
+            count = len(x) // self.length
+            cos, sin = (table.repeat(count, 1, 1, 1) for table in (self.cos, self.sin))
+            pieces.append(layer(x, residual, cos, sin, self._attend))
+        x, residual = map(torch.cat, zip(*pieces, strict=True))
+        return x, residual
+
+    def _attend(self, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention within each window."""
+        q, key, value = (x.unflatten(0, (-1, self.length)).transpose(1, 2) for x in (q, key, value))
+        window, mask = self.config.sliding_window[layer], None
+        if window is not None and window < self.length:
+            mask = torch.ones(self.length, self.length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        out = F.scaled_dot_product_attention(
+            q, key, value, attn_mask=mask, is_causal=mask is None, scale=self.config.softmax_scale, enable_gqa=True
+        )
+        return out.transpose(1, 2).flatten(0, 1)
+
+
+def gptq(weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Int4Matrix:
+    """Codes of which each makes up for the errors of those before it, the columns that matter most being the first.
+
+    Groups and their grids are those of the weights as they are (GPTQ's `static_groups`), so that columns stay in place.
+
+    Args:
+        weight: float32 [N, K].
+        hessian: float32 [K, K], of `Inputs`.
+        dtype: of the model.
+    """
+    scales, zeros = _grid(weight, hessian, dtype)
+    group, order = weight.shape[1] // scales.shape[1], hessian.diagonal().argsort(descending=True)
+    factor = _inverse_factor(hessian[order][:, order])
+    left, codes = weight[:, order], torch.empty_like(weight)
+    for start in range(0, len(order), BLOCK):
+        block = slice(start, min(start + BLOCK, len(order)))
+        errors = torch.empty_like(left[:, block])
+        for i, column in enumerate(order[block].tolist()):
+            scale, zero, now = scales[:, column // group], zeros[:, column // group], start + i
+            code = int4_codes(left[:, now], scale, zero)
+            codes[:, column] = code
+            errors[:, i] = (left[:, now] - (code - zero) * scale) / factor[now, now]
+            left[:, now + 1 : block.stop] -= errors[:, i, None] * factor[now, now + 1 : block.stop]
+        left[:, block.stop :] -= errors @ factor[block, block.stop :]
+    return Int4Matrix(codes.to(torch.uint8), scales.to(dtype), zeros.to(dtype))
+
+
+def nearest(weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Int4Matrix:
+    """The nearest codes, on grids that suit the inputs; shapes as of `gptq`."""
+    scales, zeros = _grid(weight, hessian, dtype)
+    groups = weight.unflatten(1, (scales.shape[1], -1))
+    codes = int4_codes(groups, scales[..., None], zeros[..., None]).flatten(1)
+    return Int4Matrix(codes.to(torch.uint8), scales.to(dtype), zeros.to(dtype))
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """Upper triangular U with Uᵀ U = H⁻¹ [K, K], damped; inputs that are always 0 have no say."""
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += DAMPING * diagonal.mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
+
+
+def _grid(weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [N, K / G], each group's range shrunk so that nearest codes cost its outputs least."""
+    size = group_size(weight.shape[1])
+    groups = weight.unflatten(1, (-1, size))
+    blocks = torch.stack([hessian[i : i + size, i : i + size] for i in range(0, len(hessian), size)])
+    scales, zeros = int4_grid(groups, dtype)
+    least = torch.full_like(scales, torch.inf)
+    for shrink in SHRINKS:
+        new_scales, new_zeros = int4_grid(groups, dtype, shrink)
+        errors = (int4_codes(groups, new_scales, new_zeros) - new_zeros) * new_scales - groups
+        cost = (torch.einsum("ngi,gij->ngj", errors, blocks) * errors).sum(-1, keepdim=True)
+        better = cost < least
+        least, scales, zeros = (
+            torch.where(better, new, old) for new, old in ((cost, least), (new_scales, scales), (new_zeros, zeros))
+        )
+    return scales[..., 0], zeros[..., 0]
+
+
+# --- AWQ's scales -----------------------------------------------------------------------------------------------------
+
+
+def _fold(layer: DecoderLayer, weights: Mapping[Linear, Tensor], seen: Mapping[Linear, Inputs]) -> None:
+    """Make columns with large inputs larger, so that their weights are rounded less, and what those inputs come from
+    smaller: gains of a norm, or rows of the product before. `weights` and `seen` change with them."""
+    attention, mlp = layer.self_attn, layer.mlp
+    assert isinstance(attention, Attention) and isinstance(mlp, MLP)
+    values_are_inputs = attention.num_heads == attention.num_kv_heads
+    chains: tuple[tuple[Linear, Linear], ...] = (
+        (mlp.down_proj, mlp.gate_up_proj),
+        (attention.o_proj, attention.qkv_proj),
+    )
+    for product, before in chains:
+        if product in seen and before in seen and (product is mlp.down_proj or values_are_inputs):
+            scales = _best_scales(weights[product], seen[product].hessian, seen[product].sizes)
+            rows = slice(-len(scales), None)  # ups come after gates, values after queries and keys
+            weights[before][rows] /= scales[:, None]
+            if before.bias is not None:
+                before.bias[rows] /= scales
+            weights[product].mul_(scales)
+            seen[product].divide(scales)
+    for norm, product in (
+        (layer.input_layernorm, attention.qkv_proj),
+        (layer.post_attention_layernorm, mlp.gate_up_proj),
+    ):
+        if product in seen:
+            gain = norm.weight.float()
+            divided = gain / _best_scales(weights[product], seen[product].hessian, seen[product].sizes)
+            scales = torch.where(gain == 0, 1, gain / divided.to(norm.weight.dtype))  # as the norm's dtype has them
+            norm.weight.copy_(divided)
+            weights[product].mul_(scales)
+            seen[product].divide(scales)
+
+
+def _best_scales(weight: Tensor, hessian: Tensor, sizes: Tensor) -> Tensor:
+    """For each column [K] the mean size of its inputs to a power, of which rounding costs the outputs least."""
+    best, least = torch.ones_like(sizes), None
+    for exponent in EXPONENTS:
+        scales = (sizes / sizes.mean()).clamp(min=1e-4) ** exponent
+        scales /= (scales.max() * scales.min()).sqrt()
+        groups = (weight * scales).unflatten(1, (-1, group_size(weight.shape[1])))
+        step, zeros = int4_grid(groups, torch.float32)
+        errors = ((int4_codes(groups, step, zeros) - zeros) * step).flatten(1) / scales - weight
+        cost = (errors @ hessian * errors).sum()
+        if least is None or cost < least:
+            best, least = scales, cost
+    return best
