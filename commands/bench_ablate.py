@@ -25,6 +25,8 @@ ABLATION = (
     Column("hit rate", "hit_rate", ".0%"),
     Column("KV B/token", "kv_bytes_per_token", ",.0f"),
     Column("tokens that fit", "kv_tokens", ",d"),
+    Column("weights, B", "weight_bytes", ",d"),
+    Column("up in, s", "start_seconds", ",.1f"),
     Column("memory, MiB", "memory_mib", ",.0f"),
     Column("GPU use", "gpu_utilization", ".0%"),
     Column("ΔPPL", "perplexity_change", "+.3%"),
@@ -49,6 +51,7 @@ Knob = Literal[
     "prefix-cache",
     "cuda-graph",
     "attention-backend",
+    "quantization",
     "kv-allocation",
     "stack",
 ]

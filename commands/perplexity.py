@@ -1,7 +1,7 @@
 """`kvtool perplexity`: what KV formats do to a model's predictions."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,7 +45,8 @@ ORIGINAL_TEXT = (
     Column("bits/byte", "bits_per_byte", ".5f"),
 )
 DEFINITIONS = (
-    "KLD: nats, from the predictions with a 16-bit cache; ΔPPL: from paired differences.",
+    "KLD: nats, from the predictions with a 16-bit cache and weights as the checkpoint has them; ΔPPL: from paired "
+    "differences.",
     "bits of an element, B/token: of packed tokens, scales and zeros included; tail B: newest tokens at full "
     "precision, for each running sequence. All of a model that is served in 16 bits.",
 )
@@ -109,6 +110,8 @@ def perplexity(
     kv_formats = parse_formats(formats, engine.kv)
     documents = read_documents(Path(data) if data else SAMPLE, field)
     model = ScoringModel(engine)
+    plain = replace(engine, quantization="auto", keep_layers=(), calibration=None)
+    reference = ScoringModel(plain) if model.quantization else None
     task = make_task(
         protocol,
         documents,
@@ -132,9 +135,10 @@ def perplexity(
 
     def show_scores(scores: "list[FormatScore]") -> None:
         rows = [asdict(score) for score in scores]
+        weights = f", weights {engine.quantization}" if reference else ""
         what = (
-            f"{engine.model} in {model.dtype_name} on {model.device}, {protocol}: {len(task.windows):,} windows of "
-            f"{task.window:,} tokens, {scores[0].tokens:,} of {task.num_tokens:,} places scored."
+            f"{engine.model} in {model.dtype_name}{weights} on {model.device}, {protocol}: {len(task.windows):,} windows "
+            f"of {task.window:,} tokens, {scores[0].tokens:,} of {task.num_tokens:,} places scored."
         )
         notes = [what, *DEFINITIONS]
         show(Report("perplexity", config, rows, COLUMNS, tables(rows), charts(rows), notes), output)
@@ -142,7 +146,15 @@ def perplexity(
     kept, keep = (Path(file) if file else None for file in (baseline, save_baseline))
     try:
         with progress("scoring") as on_progress:
-            scores = score_formats(model, task, kv_formats, baseline=kept, save_baseline=keep, on_progress=on_progress)
+            scores = score_formats(
+                model,
+                task,
+                kv_formats,
+                reference=reference,
+                baseline=kept,
+                save_baseline=keep,
+                on_progress=on_progress,
+            )
     except Interrupted as interrupt:
         show_scores(interrupt.scores)
         raise

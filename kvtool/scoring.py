@@ -59,6 +59,7 @@ class ScoringModel:
     Attributes:
         path: local folder of the model.
         model_config: what the checkpoint is.
+        quantization: what became of its weights when they were loaded.
         model: the decoder, on `device` in `dtype`.
         max_model_len: tokens of the longest window.
 
@@ -77,7 +78,7 @@ class ScoringModel:
         self.path = resolve_model(config.model)
         self.model_config = load_config(self.path)
         self.dtype = choose_dtype(config, self.model_config, self.device)
-        quantization = choose_quantization(config, self.model_config, self.path, self.device)
+        self.quantization = choose_quantization(config, self.model_config, self.path, self.device)
         with torch.inference_mode():
             self.model = load_model(
                 self.path,
@@ -87,7 +88,7 @@ class ScoringModel:
                 load_format=config.load_format,
                 seed=config.seed,
                 max_model_len=config.max_model_len,
-                quantization=quantization,
+                quantization=self.quantization,
             )
         self.max_model_len = min(config.max_model_len or self.model_config.max_position, self.model_config.max_position)
         self._attention_layers = attention_layers(self.model_config)

@@ -14,7 +14,7 @@ from kvtool.layers.quantized import Int4Matrix, group_size, int4_codes, int4_gri
 from kvtool.models.decoder import MLP, Attention, Decoder, DecoderLayer
 
 STEP_TOKENS = 8192  # that go through a layer at once, in whole windows
-SHRINKS = tuple(1 - i / 20 for i in range(11))  # of a group's range: what lies beyond is cut off, the rest gets finer
+SHRINKS = tuple(1 - i / 40 for i in range(13))  # of a group's range: what lies beyond is cut off, the rest gets finer
 EXPONENTS = tuple(i / 20 for i in range(20))  # of a channel's size in AWQ's scales
 DAMPING = 0.01  # of a Hessian's mean diagonal
 BLOCK = 128  # columns among which errors are spread one by one
@@ -178,18 +178,19 @@ def _fold(layer: DecoderLayer, weights: Mapping[Linear, Tensor], seen: Mapping[L
     smaller: gains of a norm, or rows of the product before. `weights` and `seen` change with them."""
     attention, mlp = layer.self_attn, layer.mlp
     assert isinstance(attention, Attention) and isinstance(mlp, MLP)
-    values_are_inputs = attention.num_heads == attention.num_kv_heads
-    chains: tuple[tuple[Linear, Linear], ...] = (
-        (mlp.down_proj, mlp.gate_up_proj),
-        (attention.o_proj, attention.qkv_proj),
+    heads = attention.num_kv_heads, attention.num_heads // attention.num_kv_heads, attention.head_dim
+    chains: tuple[tuple[Linear, Linear, tuple[int, int, int]], ...] = (
+        (mlp.down_proj, mlp.gate_up_proj, (1, 1, mlp.down_proj.inputs.size)),
+        (attention.o_proj, attention.qkv_proj, heads),
     )
-    for product, before in chains:
-        if product in seen and before in seen and (product is mlp.down_proj or values_are_inputs):
-            scales = _best_scales(weights[product], seen[product].hessian, seen[product].sizes)
-            rows = slice(-len(scales), None)  # ups come after gates, values after queries and keys
-            weights[before][rows] /= scales[:, None]
+    for product, before, shape in chains:
+        if product in seen and before in seen:
+            scales = _best_scales(weights[product], seen[product], shape)
+            of_rows = scales.view(shape)[:, 0].flatten()
+            rows = slice(-len(of_rows), None)  # ups come after gates, values after queries and keys
+            weights[before][rows] /= of_rows[:, None]
             if before.bias is not None:
-                before.bias[rows] /= scales
+                before.bias[rows] /= of_rows
             weights[product].mul_(scales)
             seen[product].divide(scales)
     for norm, product in (
@@ -198,15 +199,21 @@ def _fold(layer: DecoderLayer, weights: Mapping[Linear, Tensor], seen: Mapping[L
     ):
         if product in seen:
             gain = norm.weight.float()
-            divided = gain / _best_scales(weights[product], seen[product].hessian, seen[product].sizes)
+            divided = gain / _best_scales(weights[product], seen[product], (1, 1, len(gain)))
             scales = torch.where(gain == 0, 1, gain / divided.to(norm.weight.dtype))  # as the norm's dtype has them
             norm.weight.copy_(divided)
             weights[product].mul_(scales)
             seen[product].divide(scales)
 
 
-def _best_scales(weight: Tensor, hessian: Tensor, sizes: Tensor) -> Tensor:
-    """For each column [K] the mean size of its inputs to a power, of which rounding costs the outputs least."""
+def _best_scales(weight: Tensor, inputs: Inputs, shape: tuple[int, int, int]) -> Tensor:
+    """For each column [K] the mean size of its inputs to a power, of which rounding costs the outputs least.
+
+    Args:
+        shape: of the columns; those that differ in the second index alone have one scale, being heads that read the same
+            values.
+    """
+    sizes = inputs.sizes.view(shape).mean(1, keepdim=True).expand(shape).flatten()
     best, least = torch.ones_like(sizes), None
     for exponent in EXPONENTS:
         scales = (sizes / sizes.mean()).clamp(min=1e-4) ** exponent
@@ -214,7 +221,7 @@ def _best_scales(weight: Tensor, hessian: Tensor, sizes: Tensor) -> Tensor:
         groups = (weight * scales).unflatten(1, (-1, group_size(weight.shape[1])))
         step, zeros = int4_grid(groups, torch.float32)
         errors = ((int4_codes(groups, step, zeros) - zeros) * step).flatten(1) / scales - weight
-        cost = (errors @ hessian * errors).sum()
+        cost = (errors @ inputs.hessian * errors).sum()
         if least is None or cost < least:
             best, least = scales, cost
     return best

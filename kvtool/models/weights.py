@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -176,11 +177,12 @@ class Checkpoint:
             parts = [name.removesuffix(".weight") for name in dict(linear.slots(path)) if name.endswith(".weight")]
             if not any(part in self.quantized for part in parts):
                 continue
-            matrices = {part: self._read(part, model.dtype) for part in parts if part in self.quantized}
-            if isinstance(linear, RowLinear) and not matrices[path].cuts(linear.inputs):
-                linear.share_outputs()
             weight = linear.weight
             assert isinstance(weight, Tensor)
+            read = partial(self._read, dtype=model.dtype, device=weight.device)
+            matrices = {part: read(part) for part in parts if part in self.quantized}
+            if isinstance(linear, RowLinear) and not matrices[path].cuts(linear.inputs):
+                linear.share_outputs()
             pieces: list[Matrix] = []
             for part, slot in zip(
                 parts, (s for name, s in linear.slots(path) if name.endswith(".weight")), strict=True
@@ -191,14 +193,14 @@ class Checkpoint:
                 else:
                     _fill(slot, self.plain[f"{part}.weight"], self.buffer)
                     pieces.append(Dense(slot.to.clone()))
-            linear.replace(side_by_side(pieces).to(weight.device))
+            linear.replace(side_by_side(pieces))
 
-    def _read(self, part: str, dtype: torch.dtype) -> Int4Matrix | EightBitMatrix:
+    def _read(self, part: str, dtype: torch.dtype, device: torch.device) -> Int4Matrix | EightBitMatrix:
         assert self.stored is not None
         tensors = {}
         for suffix, tensor in self.quantized[part].items():
             with safe_open(tensor.file, "pt") as file:
-                tensors[suffix] = file.get_tensor(tensor.name)
+                tensors[suffix] = file.get_tensor(tensor.name).to(device)
         try:
             return read_matrix(self.stored, tensors, dtype)
         except ValueError as error:
