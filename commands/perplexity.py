@@ -135,10 +135,10 @@ def perplexity(
 
     def show_scores(scores: "list[FormatScore]") -> None:
         rows = [asdict(score) for score in scores]
-        weights = f", weights {engine.quantization}" if reference else ""
+        name = f"{engine.model} with weights in {engine.quantization}" if reference else engine.model
         what = (
-            f"{engine.model} in {model.dtype_name}{weights} on {model.device}, {protocol}: {len(task.windows):,} windows "
-            f"of {task.window:,} tokens, {scores[0].tokens:,} of {task.num_tokens:,} places scored."
+            f"{name} in {model.dtype_name} on {model.device}, {protocol}: {len(task.windows):,} windows of "
+            f"{task.window:,} tokens, {scores[0].tokens:,} of {task.num_tokens:,} places scored."
         )
         notes = [what, *DEFINITIONS]
         show(Report("perplexity", config, rows, COLUMNS, tables(rows), charts(rows), notes), output)

@@ -45,10 +45,10 @@ def choose_quantization(
         )
     if config.load_format == "dummy":
         raise ConfigError(f"--quantization {method}: a text shows nothing about random weights; use w4a16")
-    return Quantization(method, config.keep_layers, calibration_windows(config.calibration, model, path))
+    return Quantization(method, config.keep_layers, text_windows(config.calibration, model, path))
 
 
-def calibration_windows(file: str | None, model: ModelConfig, path: Path) -> list[list[int]]:
+def text_windows(file: str | None, model: ModelConfig, path: Path) -> list[list[int]]:
     """Pieces of a text, evenly spread over it, as ids of the model's tokenizer. All have one length.
 
     Raises:

@@ -111,7 +111,7 @@ class Engine:
         self.arrivals = self.losses = 0  # of requests that other engines have begun, or should have
         self._imported: dict[str, Arrival] = {}  # of requests that have no token of ours yet
         self._arrivals: dict[str, deque[Tokens]] = {}  # of `generate` and `stream`, by request
-        elements, block_bytes, tail_bytes, kv_bytes, weight_bytes = self.runner.on_all_ranks
+        elements, block_bytes, tail_bytes, kv_bytes, weight_bytes, step_bytes = self.runner.on_all_ranks
         self.info = EngineInfo(
             model=config.model,
             path=str(self.runner.path),
@@ -123,6 +123,7 @@ class Engine:
             num_ranks=config.num_ranks,
             quantization=self.runner.quantization,
             weight_bytes=weight_bytes,
+            step_bytes=step_bytes,
             kv_format=self.runner.format.describe(),
             bits_per_element=8 * block_bytes / (store.format.block_size * elements),
             block_size=store.format.block_size,
@@ -142,6 +143,7 @@ class Engine:
     def _hand_off(self, config: EngineConfig, handoff: HandoffConfig) -> None:
         """Find the engines to share requests with, or let them come."""
         weights = f"seed {config.seed} " if config.load_format == "dummy" else ""
+        weights += f"{self.runner.quantization} {config.keep_layers} {config.calibration} "
         identity = Identity.of(weights + fingerprint(self.runner.path), self.runner.store.layout, self.runner.dtype)
         most_bytes = max(config.swap_space, LEAST_HANDOFF_BYTES)
         if handoff.role == "prefill":
@@ -461,4 +463,4 @@ class Engine:
 def _cache_identity(runner: Runner) -> bytes:
     """Names all that the bytes of a block depend on, beside its tokens."""
     store, model = runner.store, runner.model_config
-    return repr((str(runner.path), model, store.format, store.dtype, runner.device.type)).encode()
+    return repr((str(runner.path), runner.quantization, model, store.format, store.dtype, runner.device.type)).encode()

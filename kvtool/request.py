@@ -323,7 +323,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
         dtype, device: as resolved, of rank 0.
         num_ranks: processes that share the model, on GPUs a device each.
         quantization: how weights are kept, as `--quantization` names it; "none": in 16 bits, or as `dtype` says.
-        weight_bytes: of all ranks together.
+        weight_bytes, step_bytes: of all ranks together, and those of them that a step reads.
         kv_format: one line for people.
         bits_per_element: honest bits of a packed element.
         block_size: tokens of a packed block.
@@ -348,6 +348,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
     num_ranks: int
     quantization: str
     weight_bytes: int
+    step_bytes: int
     kv_format: str
     bits_per_element: float
     block_size: int

@@ -89,8 +89,8 @@ class Runner:
         store: this rank's part of it, sized from the configuration; all have as many blocks.
         swap_space: for sequences that must make room.
         memory: what a GPU holds beside the store.
-        on_all_ranks: elements of a token, bytes of a block, of a tail, of the cache and of the weights, of all ranks
-            together.
+        on_all_ranks: elements of a token, bytes of a block, of a tail, of the cache, of the weights and of those that a
+            step reads, of all ranks together.
     """
 
     def __init__(self, config: EngineConfig, parallel: Parallel = ONE_RANK) -> None:
@@ -138,6 +138,7 @@ class Runner:
                 layout.tail_bytes,
                 self.store.nbytes,
                 self.model.weight_bytes,
+                self.model.step_bytes,
             )
             if self.graphs:
                 self._capture(self.graphs)

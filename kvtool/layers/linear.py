@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvtool.errors import UnsupportedError
 from kvtool.kernels import takes
 from kvtool.layers.quantized import Matrix
 from kvtool.parallel import Group, Shard
@@ -131,8 +132,16 @@ class RowLinear(Linear):
         self.inputs, self.tp, self.by_outputs = inputs, tp, False
 
     def share_outputs(self) -> None:
-        """Have some of the outputs, of a weight yet to be filled. The ranks must divide their number."""
+        """Have some of the outputs, of a weight yet to be filled.
+
+        Raises:
+            UnsupportedError: there are not as many for each rank.
+        """
         assert isinstance(self.weight, Tensor)
+        if len(self.weight) % self.tp.size:
+            raise UnsupportedError(
+                f"--tp {self.tp.size}: cuts groups of quantised columns, and does not divide {len(self.weight)} outputs"
+            )
         columns, rows = self.inputs.total, self.tp.shard(len(self.weight)).size
         self.by_outputs = True
         self.weight = empty_parameter(rows, columns, dtype=self.weight.dtype, device=self.weight.device)

@@ -5,6 +5,7 @@ parts of a fused layer are put side by side, in that form.
 """
 
 from collections.abc import Sequence
+from math import gcd
 from typing import ClassVar, cast
 
 import torch
@@ -78,6 +79,11 @@ class Int4Matrix(Matrix):
     def group_size(self) -> int:
         return self.shape[1] // self.scales.shape[1]
 
+    @property
+    def codes(self) -> Tensor:
+        """uint8 [N, K]."""
+        return unpack_w4(self.weight)
+
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         x = x if self.order is None else x[:, self.order]
         return w4a16_linear(x, self.weight, self.scales, self.zeros, bias)
@@ -94,7 +100,7 @@ class Int4Matrix(Matrix):
         assert self.cuts(columns)
         groups = slice(columns.start // self.group_size, (columns.start + columns.size) // self.group_size)
         lines = slice(rows.start, rows.start + rows.size)
-        codes = unpack_w4(self.weight)[lines, columns.start : columns.start + columns.size]
+        codes = self.codes[lines, columns.start : columns.start + columns.size]
         return Int4Matrix(codes, self.scales[lines, groups], self.zeros[lines, groups], self.order)
 
 
@@ -194,7 +200,7 @@ def side_by_side(parts: Sequence[Matrix]) -> Matrix:
         return first
     if isinstance(first, Int4Matrix) and all(isinstance(part, Int4Matrix) and _alike(first, part) for part in others):
         four = cast(Sequence[Int4Matrix], parts)
-        codes = torch.cat([unpack_w4(part.weight) for part in four])
+        codes = torch.cat([part.codes for part in four])
         scales, zeros = torch.cat([part.scales for part in four]), torch.cat([part.zeros for part in four])
         return Int4Matrix(codes, scales, zeros, first.order)
     if isinstance(first, EightBitMatrix) and all(type(part) is type(first) for part in others):
@@ -213,9 +219,10 @@ def _alike(one: Int4Matrix, other: Int4Matrix) -> bool:
 # --- rounding to nearest ---------------------------------------------------------------------------------------------
 
 
-def group_size(columns: int) -> int:
-    """Columns to a scale, where nobody has said: the first of `GROUPS` that divides them, or all."""
-    return next((size for size in GROUPS if columns % size == 0), columns)
+def group_size(*columns: int) -> int:
+    """Columns to a scale, for matrices of so many: the first of `GROUPS` that fits all of them, or what does."""
+    common = gcd(*columns)
+    return next((size for size in GROUPS if common % size == 0), common)
 
 
 def int4_grid(groups: Tensor, dtype: torch.dtype, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -242,14 +249,14 @@ def int4_codes(weights: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     return ((weights / scales).round() + zeros).clamp(0, 15)
 
 
-def rounded(weight: Tensor, method: str) -> Matrix:
-    """`weight` [N, K], each element rounded to the nearest: "w8a8", "fp8", or "w4a16" in groups of `group_size`."""
+def rounded(weight: Tensor, method: str, group: int) -> Matrix:
+    """`weight` [N, K], each element rounded to the nearest: "w8a8", "fp8", or "w4a16" in groups of so many columns."""
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if method == "w8a8":
         return Int8Matrix(*int8_rows(wide))
     if method == "fp8":
         return Fp8Matrix(*fp8_rows(wide))
-    groups = wide.unflatten(1, (-1, group_size(weight.shape[1])))
+    groups = wide.unflatten(1, (-1, group))
     scales, zeros = int4_grid(groups, weight.dtype)
     codes = int4_codes(groups, scales, zeros).to(torch.uint8).flatten(1)
     return Int4Matrix(codes, scales[..., 0].to(weight.dtype), zeros[..., 0].to(weight.dtype))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.layers.linear import Linear
-from kvtool.layers.quantized import Int4Matrix, group_size, int4_codes, int4_grid
+from kvtool.layers.quantized import Int4Matrix, int4_codes, int4_grid
 from kvtool.models.decoder import MLP, Attention, Decoder, DecoderLayer
 
 STEP_TOKENS = 8192  # that go through a layer at once, in whole windows
@@ -54,13 +54,15 @@ class Calibration:
     Args:
         model: everything but its layers is filled.
         method: "gptq" or "awq".
+        group: columns to a scale.
         windows: ids of pieces of the text, all of one length.
     """
 
-    def __init__(self, model: Decoder, method: str, windows: Sequence[Sequence[int]]) -> None:
+    def __init__(self, model: Decoder, method: str, group: int, windows: Sequence[Sequence[int]]) -> None:
         assert model.embed_tokens is not None
         ids = torch.tensor(windows, device=model.embed_tokens.weight.device)
-        self.config, self.dtype, self.method, self.length = model.config, model.dtype, method, ids.shape[1]
+        self.config, self.dtype, self.method, self.group = model.config, model.dtype, method, group
+        self.length = ids.shape[1]
         self.cos, self.sin = model.rotary(torch.arange(self.length, device=ids.device))
         self.x = model.embed_tokens(ids.flatten())
         self.residual: Tensor | None = None
@@ -74,10 +76,10 @@ class Calibration:
             hook.remove()
         weights = {linear: linear.dense(torch.float32).clone() for linear in seen}
         if self.method == "awq":
-            _fold(layer, weights, seen)
+            _fold(layer, weights, seen, self.group, getattr(torch, self.config.dtype))
         form = gptq if self.method == "gptq" else nearest
         for linear, inputs in seen.items():
-            linear.replace(form(weights.pop(linear), inputs.hessian, self.dtype))
+            linear.replace(form(weights.pop(linear), inputs.hessian, self.group, self.dtype))
         self.x, self.residual = self._through(layer)
 
     def _through(self, layer: DecoderLayer) -> tuple[Tensor, Tensor]:
@@ -106,7 +108,7 @@ class Calibration:
         return out.transpose(1, 2).flatten(0, 1)
 
 
-def gptq(weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Int4Matrix:
+def gptq(weight: Tensor, hessian: Tensor, group: int, dtype: torch.dtype) -> Int4Matrix:
     """Codes of which each makes up for the errors of those before it, the columns that matter most being the first.
 
     Groups and their grids are those of the weights as they are (GPTQ's `static_groups`), so that columns stay in place.
@@ -114,10 +116,11 @@ def gptq(weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Int4Matrix:
     Args:
         weight: float32 [N, K].
         hessian: float32 [K, K], of `Inputs`.
+        group: columns to a scale.
         dtype: of the model.
     """
-    scales, zeros = _grid(weight, hessian, dtype)
-    group, order = weight.shape[1] // scales.shape[1], hessian.diagonal().argsort(descending=True)
+    scales, zeros = _grid(weight, hessian, group, dtype)
+    order = hessian.diagonal().argsort(descending=True)
     factor = _inverse_factor(hessian[order][:, order])
     left, codes = weight[:, order], torch.empty_like(weight)
     for start in range(0, len(order), BLOCK):
@@ -133,10 +136,10 @@ def gptq(weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Int4Matrix:
     return Int4Matrix(codes.to(torch.uint8), scales.to(dtype), zeros.to(dtype))
 
 
-def nearest(weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> Int4Matrix:
-    """The nearest codes, on grids that suit the inputs; shapes as of `gptq`."""
-    scales, zeros = _grid(weight, hessian, dtype)
-    groups = weight.unflatten(1, (scales.shape[1], -1))
+def nearest(weight: Tensor, hessian: Tensor, group: int, dtype: torch.dtype) -> Int4Matrix:
+    """The nearest codes, on grids that suit the inputs; arguments as of `gptq`."""
+    scales, zeros = _grid(weight, hessian, group, dtype)
+    groups = weight.unflatten(1, (-1, group))
     codes = int4_codes(groups, scales[..., None], zeros[..., None]).flatten(1)
     return Int4Matrix(codes.to(torch.uint8), scales.to(dtype), zeros.to(dtype))
 
@@ -152,11 +155,10 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     return factor
 
 
-def _grid(weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _grid(weight: Tensor, hessian: Tensor, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scales and zeros [N, K / G], each group's range shrunk so that nearest codes cost its outputs least."""
-    size = group_size(weight.shape[1])
-    groups = weight.unflatten(1, (-1, size))
-    blocks = torch.stack([hessian[i : i + size, i : i + size] for i in range(0, len(hessian), size)])
+    groups = weight.unflatten(1, (-1, group))
+    blocks = torch.stack([hessian[i : i + group, i : i + group] for i in range(0, len(hessian), group)])
     scales, zeros = int4_grid(groups, dtype)
     least = torch.full_like(scales, torch.inf)
     for shrink in SHRINKS:
@@ -173,9 +175,16 @@ def _grid(weight: Tensor, hessian: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
 # --- AWQ's scales -----------------------------------------------------------------------------------------------------
 
 
-def _fold(layer: DecoderLayer, weights: Mapping[Linear, Tensor], seen: Mapping[Linear, Inputs]) -> None:
+def _fold(
+    layer: DecoderLayer,
+    weights: Mapping[Linear, Tensor],
+    seen: Mapping[Linear, Inputs],
+    group: int,
+    stored: torch.dtype,
+) -> None:
     """Make columns with large inputs larger, so that their weights are rounded less, and what those inputs come from
-    smaller: gains of a norm, or rows of the product before. `weights` and `seen` change with them."""
+    smaller: gains of a norm, to numbers that `stored` has, or rows of the product before. `weights` and `seen` change
+    with them."""
     attention, mlp = layer.self_attn, layer.mlp
     assert isinstance(attention, Attention) and isinstance(mlp, MLP)
     heads = attention.num_kv_heads, attention.num_heads // attention.num_kv_heads, attention.head_dim
@@ -185,7 +194,7 @@ def _fold(layer: DecoderLayer, weights: Mapping[Linear, Tensor], seen: Mapping[L
     )
     for product, before, shape in chains:
         if product in seen and before in seen:
-            scales = _best_scales(weights[product], seen[product], shape)
+            scales = _best_scales(weights[product], seen[product], group, shape)
             of_rows = scales.view(shape)[:, 0].flatten()
             rows = slice(-len(of_rows), None)  # ups come after gates, values after queries and keys
             weights[before][rows] /= of_rows[:, None]
@@ -199,26 +208,26 @@ def _fold(layer: DecoderLayer, weights: Mapping[Linear, Tensor], seen: Mapping[L
     ):
         if product in seen:
             gain = norm.weight.float()
-            divided = gain / _best_scales(weights[product], seen[product], (1, 1, len(gain)))
-            scales = torch.where(gain == 0, 1, gain / divided.to(norm.weight.dtype))  # as the norm's dtype has them
+            divided = (gain / _best_scales(weights[product], seen[product], group, (1, 1, len(gain)))).to(stored)
+            scales = torch.where(divided == 0, 1, gain / divided.float())
             norm.weight.copy_(divided)
             weights[product].mul_(scales)
             seen[product].divide(scales)
 
 
-def _best_scales(weight: Tensor, inputs: Inputs, shape: tuple[int, int, int]) -> Tensor:
+def _best_scales(weight: Tensor, inputs: Inputs, group: int, shape: tuple[int, int, int]) -> Tensor:
     """For each column [K] the mean size of its inputs to a power, of which rounding costs the outputs least.
 
     Args:
-        shape: of the columns; those that differ in the second index alone have one scale, being heads that read the same
-            values.
+        shape: of the columns; those that differ in the second index alone, as heads that read the same values do, have
+            one scale.
     """
     sizes = inputs.sizes.view(shape).mean(1, keepdim=True).expand(shape).flatten()
     best, least = torch.ones_like(sizes), None
     for exponent in EXPONENTS:
         scales = (sizes / sizes.mean()).clamp(min=1e-4) ** exponent
         scales /= (scales.max() * scales.min()).sqrt()
-        groups = (weight * scales).unflatten(1, (-1, group_size(weight.shape[1])))
+        groups = (weight * scales).unflatten(1, (-1, group))
         step, zeros = int4_grid(groups, torch.float32)
         errors = ((int4_codes(groups, step, zeros) - zeros) * step).flatten(1) / scales - weight
         cost = (errors @ inputs.hessian * errors).sum()

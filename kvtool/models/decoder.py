@@ -206,6 +206,12 @@ class Decoder(nn.Module):
         return sum(tensor.nbytes for _, tensor in self.weights())
 
     @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that computing a token reads: of all but an embedding that is none of the output's."""
+        embedding = self.embed_tokens if self.lm_head or not self.stage.is_last else None
+        return self.weight_bytes - (embedding.weight.nbytes if embedding else 0)
+
+    @property
     def layer_elements(self) -> int:
         """Elements of the layers' weights, however many bits each has."""
         quantized = (m.weight for m in self.layers.modules() if isinstance(m, Linear) and isinstance(m.weight, Matrix))

@@ -49,18 +49,19 @@ class Conversion:
 
     Args:
         model: everything but its layers is filled.
+        group: columns to a scale, of 4-bit weights.
     """
 
-    def __init__(self, quantization: Quantization, model: Decoder) -> None:
-        self.quantization, self.model = quantization, model
+    def __init__(self, quantization: Quantization, model: Decoder, group: int) -> None:
+        self.quantization, self.model, self.group = quantization, model, group
         calibrated = quantization.method in ("gptq", "awq")
-        self.calibration = Calibration(model, quantization.method, quantization.windows) if calibrated else None
+        self.calibration = Calibration(model, quantization.method, group, quantization.windows) if calibrated else None
 
     def prepare(self, layer: int) -> None:
         """Before a layer's weights are filled: what they must be like."""
         rows = [linear for linear in self._taken(layer) if isinstance(linear, RowLinear)]
         for linear in rows if self.quantization.method == "w4a16" else ():
-            if linear.inputs.size % group_size(linear.inputs.total):
+            if linear.inputs.size % self.group:
                 linear.share_outputs()
 
     def __call__(self, layer: int) -> None:
@@ -71,11 +72,17 @@ class Conversion:
             self.calibration.quantize(module, self._taken(layer))
             return
         for linear in self._taken(layer):
-            linear.replace(rounded(linear.dense(self.model.dtype), self.quantization.method))
+            linear.replace(rounded(linear.dense(self.model.dtype), self.quantization.method, self.group))
 
     def _taken(self, layer: int) -> list[Linear]:
         linears = self.model.linears(layer)
         return [linear for path, linear in linears.items() if not self.quantization.keeps(path, linear)]
+
+
+def common_group(plan: Decoder) -> int:
+    """Columns to a scale that fit all products of a model's layers."""
+    slots = [dict(of.slots(path)) for layer in plan.layers for path, of in plan.linears(int(layer)).items()]
+    return group_size(*{slot.shape[1] for of in slots for slot in of.values() if len(slot.shape) == 2})
 
 
 def named(path: str, linear: Linear) -> list[str]:

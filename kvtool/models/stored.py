@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvtool.layers.quantized import GROUPS, EightBitMatrix, Fp8Matrix, Int4Matrix, Int8Matrix
+from kvtool.layers.quantized import GROUPS, EightBitMatrix, Fp8Matrix, Int4Matrix, Int8Matrix, Matrix
 
 Kind = Literal["gptq", "awq", "int4", "int8", "fp8"]  # the last three in the manner of compressed-tensors
 FLOATS = ("F16", "BF16", "F32")
@@ -109,6 +109,30 @@ def read_matrix(
     fitting = next((size for size in GROUPS if group % size == 0), group)
     scales, zeros = (x.to(dtype).repeat_interleave(group // fitting, 1) for x in (scales, zeros))
     return Int4Matrix(codes if order is None else codes[:, order], scales, zeros, order)
+
+
+def write_matrix(stored: StoredQuantization, matrix: Matrix) -> dict[str, Tensor]:
+    """What `read_matrix` makes this matrix of, whose columns are in order."""
+    if isinstance(matrix, EightBitMatrix):
+        return {"weight": matrix.weight, "weight_scale": matrix.scales[:, None].contiguous()}
+    assert isinstance(matrix, Int4Matrix) and matrix.order is None
+    codes, scales, zeros = matrix.codes, matrix.scales.half(), matrix.zeros.to(torch.uint8)
+    if stored.kind == "int4":
+        return {
+            "weight_packed": as_words(codes, dim=1),
+            "weight_scale": scales,
+            "weight_shape": torch.tensor(codes.shape),
+            "weight_zero_point": as_words(zeros, dim=0),
+        }
+    if stored.kind == "gptq":
+        words = as_words(zeros.t(), dim=1)
+        tensors = {"qweight": as_words(codes.t(), dim=0), "qzeros": words - ADD_ONE if stored.less_one else words}
+        groups = torch.arange(codes.shape[1], dtype=torch.int32) // matrix.group_size
+        return tensors | {"scales": scales.t().contiguous(), "g_idx": groups}
+    order = torch.tensor(AWQ_ORDER, device=codes.device)
+    shuffled = (x.t().unflatten(1, (-1, 8))[..., order].flatten(1) for x in (codes, zeros))
+    qweight, qzeros = (as_words(x, dim=1) for x in shuffled)
+    return {"qweight": qweight, "qzeros": qzeros, "scales": scales.t().contiguous()}
 
 
 def _four_bits(

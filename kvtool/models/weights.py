@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from kvtool.layers.norm import QKNorm, RMSNorm
 from kvtool.layers.quantized import Dense, EightBitMatrix, Int4Matrix, Matrix, side_by_side
 from kvtool.models.config import ModelConfig, read_fields, refuse_lfs_pointer
 from kvtool.models.decoder import Decoder
-from kvtool.models.quantization import Conversion, Quantization
+from kvtool.models.quantization import Conversion, Quantization, common_group, named
 from kvtool.models.stored import StoredQuantization, marker, pieces_of, read_matrix
 from kvtool.parallel import ONE_RANK, Parallel, Shard
 
@@ -87,15 +86,15 @@ def load_model(
     weights.fill(model)
     if not whole:
         with _within_memory(folder, device, torch.OutOfMemoryError):
-            _add_layers(model, weights, parallel.stage.layers(config.num_layers), quantization)
+            conversion = Conversion(quantization, model, common_group(plan)) if quantization else None
+            _add_layers(model, weights, parallel.stage.layers(config.num_layers), conversion)
     return model
 
 
 def _add_layers(
-    model: Decoder, weights: "RandomWeights | Checkpoint", layers: Iterable[int], quantization: Quantization | None
+    model: Decoder, weights: "RandomWeights | Checkpoint", layers: Iterable[int], conversion: Conversion | None
 ) -> None:
     """Make, fill and quantise one layer after the other."""
-    conversion = quantization and Conversion(quantization, model)
     for layer in layers:
         model.add_layer(layer)
         if conversion:
@@ -174,24 +173,19 @@ class Checkpoint:
             UnsupportedError: they cannot be shared out among the ranks.
         """
         for path, linear in model.linears(layer).items():
-            parts = [name.removesuffix(".weight") for name in dict(linear.slots(path)) if name.endswith(".weight")]
-            if not any(part in self.quantized for part in parts):
+            names = dict.fromkeys(named(path, linear))
+            if not any(name in self.quantized for name in names):
                 continue
-            weight = linear.weight
-            assert isinstance(weight, Tensor)
-            read = partial(self._read, dtype=model.dtype, device=weight.device)
-            matrices = {part: read(part) for part in parts if part in self.quantized}
+            device = next(slot.to.device for _, slot in linear.slots(path))
+            matrices = {name: self._read(name, model.dtype, device) for name in names if name in self.quantized}
             if isinstance(linear, RowLinear) and not matrices[path].cuts(linear.inputs):
                 linear.share_outputs()
             pieces: list[Matrix] = []
-            for part, slot in zip(
-                parts, (s for name, s in linear.slots(path) if name.endswith(".weight")), strict=True
-            ):
-                if part in matrices:
-                    rows, columns = map(Shard, slot.shape, slot.start, slot.to.shape)
-                    pieces.append(matrices.pop(part).cut(rows, columns))
+            for name, (_, slot) in zip(named(path, linear), linear.slots(path), strict=False):  # biases come last
+                if name in matrices:
+                    pieces.append(matrices[name].cut(*map(Shard, slot.shape, slot.start, slot.to.shape)))
                 else:
-                    _fill(slot, self.plain[f"{part}.weight"], self.buffer)
+                    _fill(slot, self.plain[f"{name}.weight"], self.buffer)
                     pieces.append(Dense(slot.to.clone()))
             linear.replace(side_by_side(pieces))
 
