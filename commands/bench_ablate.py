@@ -69,7 +69,7 @@ def ablation(
     concurrency: int,
 ) -> None:
     """Measure each setting in an engine of its own, and hold it against the first."""
-    from kvtool.bench.ablate import FORMATS, KNOBS, format_scores, measure_variants, stack
+    from kvtool.bench.ablate import KNOBS, SCORED, format_scores, measure_variants, stack
 
     config = config | {"workload": [workload.describe()], "ablate": knob}
     if knob == "kv-allocation":
@@ -81,7 +81,7 @@ def ablation(
     where = replace(bench.where, floor=False)
     measure = partial(measure_variants, where, variants, workload, concurrency, bench.how, baseline=knob == "stack")
     result = drive(bench, results, measure)
-    if knob in FORMATS and not result.stopped:
+    if knob in SCORED and not result.stopped:
         scores = format_scores({row["variant"]: variants[row["variant"]] for row in result.rows})
         result = replace(result, rows=[row | scores[row["variant"]] for row in result.rows])
     form = Form(command, (Column(knob, "variant"), *ABLATION), lambda rows: (), lambda results: [])

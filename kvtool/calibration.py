@@ -38,11 +38,6 @@ def choose_quantization(
         return None
     if not calibrated:
         return Quantization(method, config.keep_layers)
-    if config.num_ranks > 1:
-        raise ConfigError(
-            f"--quantization {method}: several ranks cannot look at a text together; "
-            "save the weights with scripts/quantize_weights.py first"
-        )
     if config.load_format == "dummy":
         raise ConfigError(f"--quantization {method}: a text shows nothing about random weights; use w4a16")
     return Quantization(method, config.keep_layers, text_windows(config.calibration, model, path))

@@ -4,7 +4,7 @@
     scripts/quantize_weights.py --model Qwen/Qwen2.5-7B-Instruct --method awq --output Qwen2.5-7B-AWQ
     kvtool serve --model Qwen2.5-7B-AWQ
 
-gptq and awq are saved as GPTQ (its first format) and AWQ (gemm) checkpoints, w4a16, w8a8 and fp8 as compressed-tensors.
+awq is saved as an AWQ checkpoint (gemm), gptq and w4a16 as GPTQ (its first format), w8a8 and fp8 as compressed-tensors.
 Embedding and output projection stay as they are; so do layers that --keep-layers names, which loaders tell by their
 tensors. Nothing is written before all is computed.
 """
@@ -33,7 +33,7 @@ from kvtool.models.stored import Kind, StoredQuantization, pieces_of, write_matr
 from kvtool.parallel import Shard
 from kvtool.runner import choose_device, choose_dtype
 
-KINDS: dict[str, Kind] = {"gptq": "gptq", "awq": "awq", "w4a16": "int4", "w8a8": "int8", "fp8": "fp8"}
+KINDS: dict[str, Kind] = {"gptq": "gptq", "awq": "awq", "w4a16": "gptq", "w8a8": "int8", "fp8": "fp8"}
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model")  # beside the weights: tokenizer, template, generation defaults
 
 
@@ -128,27 +128,24 @@ def as_stored(name: str) -> str:
 
 def quantization_config(method: str, group: int, keep: list[str]) -> dict[str, Any]:
     """What config.json says of it, in the words of the tools that others read it with."""
-    if method == "gptq":
+    if method in ("gptq", "w4a16"):
         common = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "static_groups": True}
         return common | {"sym": False, "lm_head": False, "checkpoint_format": "gptq", "pack_dtype": "int32"}
     if method == "awq":
         common = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
         return common | {"modules_to_not_convert": keep or None}
-    bits, kind = (4, "int") if method == "w4a16" else (8, "int" if method == "w8a8" else "float")
-    weights: dict[str, Any] = {"num_bits": bits, "type": kind, "dynamic": False}
-    weights |= (
-        {"strategy": "group", "group_size": group, "symmetric": False}
-        if bits == 4
-        else {"strategy": "channel", "symmetric": True}
-    )
-    inputs = {"num_bits": 8, "type": kind, "dynamic": True, "strategy": "token", "symmetric": True}
-    form = {"w4a16": "pack-quantized", "w8a8": "int-quantized", "fp8": "float-quantized"}[method]
-    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None if bits == 4 else inputs}
+    eight_bits = {"num_bits": 8, "type": "int" if method == "w8a8" else "float", "symmetric": True}
+    scheme = {
+        "targets": ["Linear"],
+        "weights": eight_bits | {"strategy": "channel", "dynamic": False},
+        "input_activations": eight_bits | {"strategy": "token", "dynamic": True},
+        "output_activations": None,
+    }
     return {
         "quant_method": "compressed-tensors",
-        "format": form,
+        "format": "int-quantized" if method == "w8a8" else "float-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": scheme | {"output_activations": None}},
+        "config_groups": {"group_0": scheme},
         "ignore": ["lm_head", *keep],
         "kv_cache_scheme": None,
     }

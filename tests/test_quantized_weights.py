@@ -245,7 +245,9 @@ def test_eight_bits_say_what_sixteen_say_on_tiny() -> None:
 @pytest.mark.parametrize("model_type", ["qwen2", "phi3"])
 def test_saved_weights_are_those_that_were_computed(method: Any, model_type: str, tmp_path: Path) -> None:
     make_checkpoint(model_type, tmp_path / "from", **SHAPE)
-    tokenizer_of_tiny(tmp_path / "from")
+    add_tokenizer(tmp_path / "from")
+    text = tmp_path / "text.txt"
+    text.write_text((resolve_model("tiny") / "sample.txt").read_text()[:3000])
     script = load_script("quantize_weights")
     engine = EngineConfig(
         model=str(tmp_path / "from"),
@@ -253,6 +255,7 @@ def test_saved_weights_are_those_that_were_computed(method: Any, model_type: str
         device="cpu",
         quantization=method,
         keep_layers=("layers.1.mlp.*",),
+        calibration=str(text) if method in ("gptq", "awq") else None,
     )
     script.save(engine, tmp_path / "to")
     saved, config = load(tmp_path / "to", torch.float32), load_config(tmp_path / "from")
@@ -263,8 +266,9 @@ def test_saved_weights_are_those_that_were_computed(method: Any, model_type: str
     assert (tmp_path / "to" / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize("method", ["w4a16", "w8a8", "fp8"])
-def test_transformers_opens_what_was_saved(method: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "tolerance"), [("fp8", 1e-5), ("w8a8", 0.06)])
+def test_transformers_opens_what_was_saved(method: Any, tolerance: float, tmp_path: Path) -> None:
+    """fp8 to the digit; int8 activations reach to max|x| / 127.5 there."""
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM
 
@@ -274,7 +278,7 @@ def test_transformers_opens_what_was_saved(method: Any, tmp_path: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "to", dtype=torch.float32)
     with torch.inference_mode():
         expected = theirs(torch.tensor([IDS])).logits[0]
-    assert error(logits(load(tmp_path / "to", torch.float32)), expected) < 2e-2
+    assert error(logits(load(tmp_path / "to", torch.float32)), expected) < tolerance
 
 
 def load_script(name: str) -> Any:
@@ -285,12 +289,12 @@ def load_script(name: str) -> Any:
     return module
 
 
-def tokenizer_of_tiny(folder: Path) -> None:
-    """One of as many tokens as the small checkpoints have."""
+def add_tokenizer(folder: Path) -> None:
+    """One of fewer tokens than the small checkpoints have."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {chr(33 + i) if i < 90 else f"<{i}>": i for i in range(199)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<198>"))
+    vocabulary = {chr(32 + i): i for i in range(95)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
@@ -338,7 +342,13 @@ def test_two_ranks_answer_as_one_does(tmp_path: Path) -> None:
     said = []
     for tp in (1, 2):
         config = EngineConfig(
-            model=str(tmp_path), dtype="float64", device="cpu", kv_cache_memory=1 << 22, tp=tp, kv=KVOptions(nbits="4")
+            model=str(tmp_path),
+            dtype="float64",
+            device="cpu",
+            kv_cache_memory=1 << 22,
+            max_num_seqs=2,
+            tp=tp,
+            kv=KVOptions(nbits="4"),
         )
         engine = Engine(config)
         try:

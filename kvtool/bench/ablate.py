@@ -107,15 +107,8 @@ KNOBS: dict[str, Callable[[EngineConfig], Variants]] = {
     "quantization": _quantization,
 }
 ON_GPUS = ("+ fused attention", "+ CUDA graphs")
-FORMATS = (
-    "nbits",
-    "axis",
-    "symmetry",
-    "residual",
-    "group",
-    "block-size",
-    "quantization",
-)  # these change what the model says
+FORMATS = ("nbits", "axis", "symmetry", "residual", "group", "block-size")
+SCORED = (*FORMATS, "quantization")  # these change what the model says
 
 
 def stack(engine: EngineConfig) -> Variants:

@@ -112,18 +112,11 @@ def read_matrix(
 
 
 def write_matrix(stored: StoredQuantization, matrix: Matrix) -> dict[str, Tensor]:
-    """What `read_matrix` makes this matrix of, whose columns are in order."""
+    """What `read_matrix` makes this matrix of, whose columns are in order; of 4 bits as GPTQ or AWQ have it."""
     if isinstance(matrix, EightBitMatrix):
         return {"weight": matrix.weight, "weight_scale": matrix.scales[:, None].contiguous()}
     assert isinstance(matrix, Int4Matrix) and matrix.order is None
     codes, scales, zeros = matrix.codes, matrix.scales.half(), matrix.zeros.to(torch.uint8)
-    if stored.kind == "int4":
-        return {
-            "weight_packed": as_words(codes, dim=1),
-            "weight_scale": scales,
-            "weight_shape": torch.tensor(codes.shape),
-            "weight_zero_point": as_words(zeros, dim=0),
-        }
     if stored.kind == "gptq":
         words = as_words(zeros.t(), dim=1)
         tensors = {"qweight": as_words(codes.t(), dim=0), "qzeros": words - ADD_ONE if stored.less_one else words}
