@@ -72,10 +72,11 @@ __device__ inline void fetch(char* stage, Stream key, Stream value, u64 block, i
     }
 }
 
-// The first channel of the word of lane t of which `step` takes a part.
+// The first of the four channels side by side that lane t has of a step of the first product. Of codes 0 and 2 come first.
 __device__ inline int query_channel(int step, int t) {
     if (step < L / 16) return step % PARTS * ROW + step / PARTS / 4 * 64 + t * 16 + step / PARTS % 4 * 4;
-    return L + t * 16 + (step - L / 16) * 4;
+    step -= L / 16;
+    return L + (ROPE_BITS == 16 ? step / 2 * 32 + t * 8 + step % 2 * 4 : t * 16 + step * 4);
 }
 
 // Bytes 0 and 2, 1 and 3 of a word: of 8 bits as they are, of less with all of their parts.
@@ -99,34 +100,41 @@ struct Warp {
 
     // Leave `queries` [heads, L + R] in shared memory as operands.
     __device__ inline void set_queries(const u16* queries, int heads, float scale) {
+        // Nothing is done before all is asked for: what a program waits for here, it waits for alone.
         float* tops = (float*)(shared + TOPS);
-        for (int head = warp; head < HEADS; head += WARPS) {
-            const u16* own = queries + min(head, heads - 1) * (L + R);
-            float top = 1e-20f;
-            for (int i = 0; i < (L + R) / 32; i++) top = fmaxf(top, fabsf(widen<BF16>(own[i * 32 + lane])));
-            for (int mask = 1; mask < 32; mask *= 2) top = fmaxf(top, shuffle_xor(top, mask));
-            if (lane == 0) tops[head] = __uint_as_float(__float_as_uint(top) & 0x7f800000);
+        float largest[HEADS / WARPS];
+#pragma unroll
+        for (int i = 0; i < HEADS / WARPS; i++) {
+            largest[i] = 1e-20f;
+#pragma unroll
+            for (int channel = lane * 8; channel < L + R; channel += 256) {
+                u32 words[4];
+                read<16>(words, queries + min(warp + i * WARPS, heads - 1) * (L + R) + channel);
+                for (u32 word : words)
+                    for (int e = 0; e < 2; e++) largest[i] = fmaxf(largest[i], fabsf(widen<BF16>((u16)(word >> 16 * e))));
+            }
+        }
+        for (int i = 0; i < HEADS / WARPS; i++) {
+            for (int mask = 1; mask < 32; mask *= 2) largest[i] = fmaxf(largest[i], shuffle_xor(largest[i], mask));
+            if (lane == 0) tops[warp + i * WARPS] = __uint_as_float(__float_as_uint(largest[i]) & 0x7f800000);
         }
         __syncthreads();
-        for (int step = warp; step < QUERY_STEPS; step += WARPS) {
-            Words4 operand;
+#pragma unroll
+        for (int i = 0; i < QUERY_STEPS; i += WARPS) {
+            int step = i + warp;
+            if (step >= QUERY_STEPS) break;
+            const bool exact = ROPE_BITS == 16 && step >= L / 16;
+            u32 operand[4];
             for (int h = 0; h < 2; h++) {
-                const u16* own = queries + min(g + 8 * h, heads - 1) * (L + R);
-                float factor = power_of_2(QUERY_BOOST) / tops[g + 8 * h];
-                if (ROPE_BITS == 16 && step >= L / 16) {
-                    int at = step - L / 16, channel = L + at / 2 * 32 + t * 8 + at % 2 * 4;
-                    for (int j = 0; j < 2; j++)
-                        operand.x[2 * j + h] = round_pair<BF16>(widen<BF16>(own[channel + 2 * j]) * factor,
-                                                                widen<BF16>(own[channel + 2 * j + 1]) * factor);
-                } else {
-                    if (step < L / 16) factor *= power_of_2(-BITS * (step % PARTS));
-                    int channel = query_channel(step, t);
-                    for (int j = 0; j < 2; j++)
-                        operand.x[2 * j + h] = round_pair<false>(widen<BF16>(own[channel + j]) * factor,
-                                                                 widen<BF16>(own[channel + j + 2]) * factor);
-                }
+                u32 words[2];
+                read<8>(words, queries + min(g + 8 * h, heads - 1) * (L + R) + query_channel(step, t));
+                float factor = power_of_2(QUERY_BOOST) / tops[g + 8 * h], x[4];
+                if (step < L / 16) factor *= power_of_2(-BITS * (step % PARTS));
+                for (int e = 0; e < 4; e++) x[e] = widen<BF16>((u16)(words[e / 2] >> e % 2 * 16)) * factor;
+                for (int j = 0; j < 2; j++)
+                    operand[2 * j + h] = exact ? round_pair<BF16>(x[2 * j], x[2 * j + 1]) : round_pair<false>(x[j], x[j + 2]);
             }
-            *(Words4*)(shared + QUERY + step * 512 + lane * 16) = operand;
+            *(Words4*)(shared + QUERY + step * 512 + lane * 16) = {operand[0], operand[1], operand[2], operand[3]};
         }
         for (int h = 0; h < 2; h++) to_log2[h] = tops[g + 8 * h] * scale * power_of_2(24 - QUERY_BOOST);
         __syncthreads();
@@ -299,7 +307,7 @@ struct Warp {
         if (warp * RUN + RUN > far)
             for (int o = 0; o < OCTETS; o++)
                 for (int e = 0; e < 2; e++)
-                    if (warp * RUN + 8 * o + t + 4 * e >= far) s[o][e] = s[o][2 + e] = -1.0f / 0.0f;
+                    if (warp * RUN + 8 * o + t + 4 * e >= far) s[o][e] = s[o][2 + e] = __uint_as_float(0xff800000);  // -∞
         u32 zero[OCTETS], ones[OCTETS];
         for (int o = 0; o < OCTETS; o++) {
             int token = warp * RUN + 8 * o + token_of(g), at = warp * OCTETS + o;
@@ -384,7 +392,7 @@ struct Warp {
             for (int e = 0; e < 2; e++) {
                 int row = first + warp * RUN + 8 * o + t + 4 * e;
                 int at = position - (position - row + tail_tokens) % tail_tokens;  // the newest that it can hold
-                if (row >= tail_tokens || at < near) s[o][e] = s[o][2 + e] = -1.0f / 0.0f;
+                if (row >= tail_tokens || at < near) s[o][e] = s[o][2 + e] = __uint_as_float(0xff800000);  // -∞
             }
         u32 p[OCTETS][2];
         const float unit[2] = {scale, scale};
@@ -512,7 +520,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) latent_decode(
             for (int i = 0; i < WARPS; i++) sum += sums[(i * HEADS + own) * SUMS + column];
             return sum;
         };
-        const float total = fmaxf(sum_of(GROUPS), 1e-37f);
+        const float total = fmaxf(sum_of(GROUPS), 1e-37f), inverse = 1 / total;
 #pragma unroll
         for (int piece = 0; piece < PIECES; piece++)
 #pragma unroll
@@ -524,7 +532,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) latent_decode(
                     Floats4 x;
                     for (int i = 0; i < 4; i++) {
                         float sum = w.acc[w.tile_of(piece, (at + i) % WIDTH, part)][2 * h + (at + i) / WIDTH];
-                        x.x[i] = (sum * power_of_2(24 - BITS * part) + zero) / total;
+                        x.x[i] = (sum * power_of_2(24 - BITS * part) + zero) * inverse;
                     }
                     if (own >= heads) continue;
                     if (alone)
