@@ -46,7 +46,7 @@ DTYPE = torch.bfloat16
 LIMIT = 1e-2  # of relative errors
 # Warps, tokens of a tile, stages, programs per SM and operands in registers, as `cuda_mla_decode.TILES` has them.
 SWEEP = {
-    "8": [(4, 64, 2, 2, 8), (8, 64, 2, 2, 0), (8, 64, 3, 1, 0), (8, 64, 4, 1, 16), (8, 128, 2, 1, 0), (4, 32, 3, 2, 0)],
+    "8": [(4, 64, 2, 2, 4), (8, 64, 2, 2, 0), (8, 64, 3, 1, 0), (8, 64, 4, 1, 16), (8, 128, 2, 1, 0), (4, 32, 3, 2, 0)],
     "4": [
         (4, 64, 3, 2, 8),
         (4, 64, 2, 2, 0),
@@ -130,10 +130,10 @@ def sweep_table(num_heads: int, formats: list[str], bandwidth: float) -> bool:
     num_seqs, length = WORKLOADS[0]
     tiles, good = cuda_mla_decode.TILES, True
     head(f"{num_seqs}×{length}", "KV")
-    for nbits in (nbits for nbits in formats if (228, nbits) in tiles):
+    for nbits in formats:
         step = Step(num_heads, nbits, num_seqs, length)
         show("Triton", nbits, *step.measured(step.kernels()["Triton"]), bandwidth)
-        for tile in dict.fromkeys([tiles[228, nbits], *SWEEP[nbits]]):
+        for tile in dict.fromkeys([tiles[228, nbits], *SWEEP[nbits]]) if nbits in SWEEP else ():
             tiles[228, nbits] = tile
             good &= show(" ".join(map(str, tile)), nbits, *step.measured(step.kernels()["CUDA"]), bandwidth)
     return good

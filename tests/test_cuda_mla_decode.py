@@ -35,7 +35,7 @@ DIMS = (cuda_mla_decode.LATENT_DIM, cuda_mla_decode.ROPE_DIM)
 VARIANTS = [
     (OPTIONS[0], torch.bfloat16, (4, 32, 3, 1, 0)),
     (OPTIONS[1], torch.bfloat16, (4, 64, 3, 2, 6)),
-    (OPTIONS[1], torch.float16, (8, 128, 2, 1, 0)),
+    (OPTIONS[3], torch.float16, (8, 128, 2, 1, 0)),
     (OPTIONS[2], torch.bfloat16, (4, 64, 3, 2, 0)),
     (OPTIONS[4], torch.float16, (4, 128, 2, 1, 0)),
     (OPTIONS[5], torch.bfloat16, (8, 64, 2, 1, 0)),
@@ -74,11 +74,11 @@ def emulated(case: Decoding, splits: int, merges: bool, seed: int) -> torch.Tens
     return out if merges or splits == 1 else emulator.merged(partial, lse)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=12)
 @given(
     variant=st.sampled_from(VARIANTS),
     num_heads=st.sampled_from([8, 16, 20]),
-    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=2),
+    lengths=st.lists(st.integers(1, 250), min_size=1, max_size=2),
     splits=st.sampled_from([1, 2, 3, 9]),
     merges=st.booleans(),
     seed=st.integers(0, 2**31 - 1),
