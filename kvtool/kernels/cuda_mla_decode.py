@@ -23,13 +23,13 @@ ROPE_KEYS = (("16", "token"), ("8", "channel"))
 LATENTS = (("8", "token"), ("4", "token"), ("2", "token"))
 
 # Warps, tokens of a tile, pipeline stages, programs per SM and operands of queries that stay in registers, by (KiB of
-# shared memory of an SM, bits of latents). None was timed yet.
+# shared memory of an SM, bits of latents). Of 228 KiB, those of 8 and 4 bits were timed on an H200; no other was timed.
 TILES: dict[tuple[int, str], tuple[int, int, int, int, int]] = {
     (100, "8"): (4, 32, 3, 1, 0),
     (100, "4"): (4, 64, 3, 1, 0),
     (100, "2"): (4, 64, 3, 1, 0),
     (228, "8"): (4, 64, 2, 2, 0),
-    (228, "4"): (4, 64, 3, 2, 0),
+    (228, "4"): (4, 64, 2, 2, 0),
     (228, "2"): (4, 64, 3, 2, 0),
 }
 
