@@ -4,6 +4,8 @@ Where there is a GPU they run on it; elsewhere Triton interprets them on small s
 they compile for an RTX 4090 and an H100 needs no GPU.
 """
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from compiled import INTERPRETED, ON_GPU, check_fits, compile_for, compiles, runs
@@ -88,17 +90,19 @@ def test_nan_is_routed_somewhere(routing: Routing) -> None:
     here=st.sampled_from([1.0, 0.5]),
     skew=st.sampled_from([0.0, 0.1, 1.0]),
     same=st.booleans(),
+    counted=st.booleans(),
     seed=seeds,
 )
 def test_pairs_stand_by_expert(
-    tokens: int, experts: tuple[int, int], rows: int, here: float, skew: float, same: bool, seed: int
+    tokens: int, experts: tuple[int, int], rows: int, here: float, skew: float, same: bool, counted: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
     ids, num_experts = chosen(tokens, experts[1], experts[0], skew), max(1, int(experts[0] * here))
     if same:  # as NaN may be routed
         ids[:] = ids[0, 0].clone()
     expected = moe.group_reference(ids, num_experts, rows)
-    groups, count = moe.group(ids, num_experts, rows), int(expected.num_tiles)
+    with patch.object(moe, "COMPARED", 0 if counted else 1 << 20):  # pairs that are placed without counting
+        groups, count = moe.group(ids, num_experts, rows), int(expected.num_tiles)
     assert int(groups.num_tiles) == count <= len(groups.tiles)
     assert torch.equal(groups.pairs, expected.pairs)
     assert torch.equal(groups.tiles[:count], expected.tiles[:count])
@@ -185,8 +189,9 @@ def test_every_kernel_compiles_without_spills(capability: int, monkeypatch: pyte
     ids, weights = torch.empty(8, 6, dtype=torch.int32), torch.empty(8, 6)
     for rows in (8, 16, 32, 64, 128):
         groups = moe.group(ids, 64, rows)
+        moe.group(torch.empty(4 * moe.COMPARED, 6, dtype=torch.int32), 64, rows)
         inner = moe.grouped_product(torch.empty(8, hidden, dtype=torch.bfloat16), gate_up, groups, 6, gated=True)
         moe.combine(moe.grouped_product(inner, down, groups), ids, weights, 64, None)
-    assert len(compiled) == 3 + 5 * 4
+    assert len(compiled) == 3 + 5 * 7
     for kernel in compiled:
         check_fits(kernel, capability)

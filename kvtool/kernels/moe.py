@@ -17,6 +17,7 @@ from kvtool.kernels.activation import silu
 from kvtool.kernels.launch import await_inputs, capability, chained
 
 COMPARED = 4096  # pairs: up to so many are ranked by comparing each with each, which one launch does
+SPAN = 256  # pairs that are counted together where there are more
 MIXED = 512  # elements of a token that one program sums
 
 
@@ -136,12 +137,14 @@ def route(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor
 def group(ids: Tensor, num_experts: int, rows: int) -> Groups:
     """Pairs of ids [T, top_k] by expert, in tiles of `rows`."""
     num_pairs = ids.numel()
-    if num_pairs > COMPARED:
-        return group_reference(ids, num_experts, rows)
     pairs, tiles, num_tiles = (
         torch.empty(shape, dtype=torch.int32, device=ids.device)
         for shape in ((num_pairs,), (most_tiles(num_pairs, num_experts, rows), 3), (1,))
     )
+    groups = Groups(pairs, tiles, num_tiles, rows)
+    if num_pairs > COMPARED:
+        _count_and_place(ids, groups, num_experts)
+        return groups
     _group_kernel[(triton.cdiv(num_pairs, 32) + 1,)](
         ids,
         pairs,
@@ -156,7 +159,20 @@ def group(ids: Tensor, num_experts: int, rows: int) -> Groups:
         num_warps=8,
         **chained(ids.device),
     )
-    return Groups(pairs, tiles, num_tiles, rows)
+    return groups
+
+
+def _count_and_place(ids: Tensor, groups: Groups, num_experts: int) -> None:
+    """Fill `groups` by counting: pairs of each expert in each span, where each span's first one goes, then all."""
+    num_pairs, width = ids.numel(), triton.next_power_of_2(num_experts + 2)
+    spans = triton.cdiv(num_pairs, SPAN)
+    counts = torch.empty(spans + 1, width, dtype=torch.int32, device=ids.device)  # a span's; last the experts' firsts
+    sizes = {"EXPERTS": width, "num_warps": 8, **chained(ids.device)}
+    _count_kernel[(spans,)](ids, counts, num_pairs, num_experts, SPAN=SPAN, STEP=32, **sizes)
+    _offsets_kernel[(1,)](
+        counts, groups.tiles, groups.num_tiles, spans, num_experts, ROWS=groups.rows, STEP=32, **sizes
+    )
+    _place_kernel[(spans,)](ids, counts, groups.pairs, num_pairs, num_experts, spans, SPAN=SPAN, STEP=32, **sizes)
 
 
 def group_reference(ids: Tensor, num_experts: int, rows: int) -> Groups:
@@ -369,6 +385,12 @@ def _cut(
     for start in range(0, num_pairs, STEP):
         experts = _experts_of(ids, start + tl.arange(0, STEP), num_pairs, num_experts)[None, :]
         counts += tl.sum((experts == expert[:, None]).to(tl.int32), 1)
+    _write_tiles(tiles, num_tiles, expert, counts, num_experts, ROWS)
+
+
+@triton.jit
+def _write_tiles(tiles, num_tiles, expert, counts, num_experts, ROWS: tl.constexpr):
+    """The tiles of experts, of whose pairs there are `counts`."""
     counts = tl.where(expert < num_experts, counts, 0)
     sizes = (counts + ROWS - 1) // ROWS
     tile = tl.cumsum(sizes, 0) - sizes
@@ -380,6 +402,82 @@ def _cut(
         tl.store(to + 1, first + index * ROWS, mask=is_there)
         tl.store(to + 2, tl.minimum(counts - index * ROWS, ROWS), mask=is_there)
     tl.store(num_tiles, tl.sum(sizes, 0))
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_experts"])
+def _count_kernel(
+    ids,
+    counts,
+    num_pairs,
+    num_experts,
+    EXPERTS: tl.constexpr,
+    SPAN: tl.constexpr,
+    STEP: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """Program (span): how many of its pairs each expert has."""
+    span = tl.program_id(0)
+    expert = tl.arange(0, EXPERTS)
+    own = tl.zeros([EXPERTS], tl.int32)
+    await_inputs(CHAINED)
+    for start in range(0, SPAN, STEP):
+        experts = _experts_of(ids, span * SPAN + start + tl.arange(0, STEP), num_pairs, num_experts)[None, :]
+        own += tl.sum((experts == expert[:, None]).to(tl.int32), 1)
+    tl.store(counts + span * EXPERTS + expert, own)
+
+
+@triton.jit(do_not_specialize=["spans", "num_experts"])
+def _offsets_kernel(
+    counts,
+    tiles,
+    num_tiles,
+    spans,
+    num_experts,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """One program: counts become those of the spans before, behind them stands each expert's first place."""
+    expert, step = tl.arange(0, EXPERTS), tl.arange(0, STEP)
+    total = tl.zeros([EXPERTS], tl.int32)
+    await_inputs(CHAINED)
+    for start in range(0, spans, STEP):
+        span = start + step
+        at = counts + span[:, None] * EXPERTS + expert[None, :]
+        inside = (span < spans)[:, None]
+        own = tl.load(at, mask=inside, other=0)
+        tl.store(at, total[None, :] + tl.cumsum(own, 0) - own, mask=inside)
+        total += tl.sum(own, 0)
+    tl.store(counts + spans * EXPERTS + expert, tl.cumsum(total, 0) - total)
+    _write_tiles(tiles, num_tiles, expert, total, num_experts, ROWS)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_experts", "spans"])
+def _place_kernel(
+    ids,
+    counts,
+    pairs,
+    num_pairs,
+    num_experts,
+    spans,
+    EXPERTS: tl.constexpr,
+    SPAN: tl.constexpr,
+    STEP: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """Program (span): each pair behind those of its expert that come before it."""
+    span = tl.program_id(0)
+    own = span * SPAN + tl.arange(0, SPAN)
+    await_inputs(CHAINED)
+    expert = _experts_of(ids, own, num_pairs, num_experts)
+    place = tl.load(counts + span * EXPERTS + expert) + tl.load(counts + spans * EXPERTS + expert)
+    for start in range(0, SPAN, STEP):
+        other = span * SPAN + start + tl.arange(0, STEP)
+        experts = _experts_of(ids, other, num_pairs, num_experts)
+        is_before = (experts[None, :] == expert[:, None]) & (other[None, :] < own[:, None])
+        place += tl.sum(is_before.to(tl.int32), 1)
+    tl.store(pairs + place, own, mask=own < num_pairs)
 
 
 @triton.jit
