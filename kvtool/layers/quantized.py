@@ -16,6 +16,7 @@ from kvtool.kernels.w4a16 import dequantize_w4, pack_w4, unpack_w4, w4a16_linear
 from kvtool.kernels.w8a8 import fp8_linear, fp8_rows, int8_rows, w8a8_linear
 from kvtool.parallel import Shard
 
+ROUNDED_AT_ONCE = 1 << 24  # elements, of which some copies in float32 are made
 GROUPS = (128, 64, 32)  # columns that share a scale, the preferred number first
 
 
@@ -251,6 +252,11 @@ def int4_codes(weights: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 def rounded(weight: Tensor, method: str, group: int) -> Matrix:
     """`weight` [N, K], each element rounded to the nearest: "w8a8", "fp8", or "w4a16" in groups of so many columns."""
+    pieces = weight.split(max(1, ROUNDED_AT_ONCE // weight.shape[1]))
+    return side_by_side([_rounded(piece, method, group) for piece in pieces])
+
+
+def _rounded(weight: Tensor, method: str, group: int) -> Matrix:
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if method == "w8a8":
         return Int8Matrix(*int8_rows(wide))

@@ -88,6 +88,8 @@ def load_model(
         with _within_memory(folder, device, torch.OutOfMemoryError):
             conversion = Conversion(quantization, model, common_group(plan)) if quantization else None
             _add_layers(model, weights, parallel.stage.layers(config.num_layers), conversion)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what is measured next is without what only loading took
     return model
 
 
