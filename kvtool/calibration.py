@@ -40,11 +40,15 @@ def choose_quantization(
         return Quantization(method, config.keep_layers)
     if config.load_format == "dummy":
         raise ConfigError(f"--quantization {method}: a text shows nothing about random weights; use w4a16")
-    return Quantization(method, config.keep_layers, text_windows(config.calibration, model, path))
+    return Quantization(
+        method,
+        config.keep_layers,
+        text_windows(config.calibration, config.max_model_len or model.max_position, model, path),
+    )
 
 
-def text_windows(file: str | None, model: ModelConfig, path: Path) -> list[list[int]]:
-    """Pieces of a text, evenly spread over it, as ids of the model's tokenizer. All have one length.
+def text_windows(file: str | None, longest: int, model: ModelConfig, path: Path) -> list[list[int]]:
+    """Pieces of a text, evenly spread over it, as ids of the model's tokenizer. All have one length, at most `longest`.
 
     Raises:
         ConfigError: the file cannot be read, or is too short.
@@ -56,8 +60,8 @@ def text_windows(file: str | None, model: ModelConfig, path: Path) -> list[list[
     except OSError as error:
         raise ConfigError(f"--calibration {name}: cannot be read: {error.strerror}") from error
     ids = Tokenizer.load(path, model.vocab_size).encode(text)
-    length = min(WINDOW, model.max_position, len(ids))
-    if length < min(LEAST_TOKENS, model.max_position):
+    if len(ids) < LEAST_TOKENS:
         raise ConfigError(f"--calibration {name}: holds {len(ids)} tokens; give at least {LEAST_TOKENS}")
+    length = min(WINDOW, longest, len(ids))
     count = min(WINDOWS, len(ids) // length)
     return [ids[start : start + length] for start in range(0, len(ids) // count * count, len(ids) // count)]

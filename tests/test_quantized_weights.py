@@ -22,7 +22,7 @@ from quantized_checkpoints import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kvtool.calibration import choose_quantization
+from kvtool.calibration import choose_quantization, text_windows
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
 from kvtool.errors import ConfigError, KVToolError, ModelError, UnsupportedError
@@ -236,6 +236,17 @@ def test_eight_bits_say_what_sixteen_say_on_tiny() -> None:
     assert (w8a8 == exact).float().mean() > 0.9
     assert (fp8 == exact).float().mean() > 0.9
     assert (w4a16 == exact).float().mean() > 0.72
+
+
+def test_a_text_is_read_in_pieces_that_the_model_can_take(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"One two three four. \xff" * 100)
+    config = load_config(resolve_model("tiny"))
+    pieces = text_windows(str(tmp_path / "text.txt"), 96, config, resolve_model("tiny"))
+    assert {len(piece) for piece in pieces} == {96}
+    assert len(pieces) >= 4
+    (tmp_path / "short.txt").write_text("One two three")
+    with pytest.raises(ConfigError, match=r"short\.txt: holds 3 tokens; give at least 256"):
+        text_windows(str(tmp_path / "short.txt"), 96, config, resolve_model("tiny"))
 
 
 # --- saved ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvtool.errors import UnsupportedError
 from kvtool.layers.linear import Linear
 from kvtool.layers.quantized import Int4Matrix, int4_codes, int4_grid
 from kvtool.models.decoder import MLP, Attention, Decoder, DecoderLayer
@@ -63,17 +64,23 @@ class Calibration:
         ids = torch.tensor(windows, device=model.embed_tokens.weight.device)
         self.config, self.dtype, self.method, self.group = model.config, model.dtype, method, group
         self.length = ids.shape[1]
-        self.cos, self.sin = model.rotary(torch.arange(self.length, device=ids.device))
+        self.rotary, self.places = model.rotary, torch.arange(self.length, device=ids.device)
         self.x = model.embed_tokens(ids.flatten())
         self.residual: Tensor | None = None
 
     def quantize(self, layer: DecoderLayer, linears: Iterable[Linear]) -> None:
-        """Replace the weights of these products of the next layer, which is filled, and let the text through it."""
+        """Replace the weights of these products of the next layer, which is filled, and let the text through it.
+
+        Raises:
+            UnsupportedError: their inputs are no numbers.
+        """
         seen = {linear: Inputs.none(linear.weight.shape[1], self.x.device) for linear in linears}
         hooks = [linear.register_forward_pre_hook(lambda module, x: seen[module].add(x[0])) for linear in seen]
         self._through(layer)
         for hook in hooks:
             hook.remove()
+        if not all(bool(inputs.hessian.isfinite().all()) for inputs in seen.values()):
+            raise UnsupportedError(f"--quantization {self.method}: the model makes of the text what is no number")
         weights = {linear: linear.dense(torch.float32).clone() for linear in seen}
         if self.method == "awq":
             _fold(layer, weights, seen, self.group, getattr(torch, self.config.dtype))
@@ -90,8 +97,7 @@ class Calibration:
         for start in range(0, len(self.x), step):
             x = self.x[start : start + step].clone()
             residual = None if self.residual is None else self.residual[start : start + step].clone()
-            count = len(x) // self.length
-            cos, sin = (table.repeat(count, 1, 1, 1) for table in (self.cos, self.sin))
+            cos, sin = self.rotary(self.places.repeat(len(x) // self.length))
             pieces.append(layer(x, residual, cos, sin, self._attend))
         x, residual = map(torch.cat, zip(*pieces, strict=True))
         return x, residual

@@ -212,13 +212,13 @@ class RandomWeights:
 
     def fill(self, model: Decoder, within: str = "") -> None:
         """Fill what the model has under paths that begin with `within`."""
-        example = next(model.parameters())
-        if example.device.type == "meta":
+        device = model.rotary.table.device
+        if device.type == "meta":
             return
         # Drawing billions of numbers takes minutes on CPU. Repeating one block, of a length prime to every row's, takes
         # seconds, and no two rows come out equal.
-        generator, length = torch.Generator(example.device).manual_seed(self.seed), 1_000_003
-        block = (torch.randn(length, generator=generator, device=example.device) * 0.02).to(example.dtype)
+        generator, length = torch.Generator(device).manual_seed(self.seed), 1_000_003
+        block = (torch.randn(length, generator=generator, device=device) * 0.02).to(model.dtype)
         block = torch.cat([block, block])
         for name, slot in model.slots(within):
             width, columns = math.prod(slot.shape[1:]), slice(sum(slot.start[1:]), None)
