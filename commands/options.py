@@ -167,6 +167,9 @@ def engine_config(
         Literal["auto", "w8a8", "fp8", "gptq", "awq", "w4a16"],
         model_option("--quantization", help="Bits of weights; auto: the checkpoint's own, others round 16-bit ones."),
     ] = EngineConfig.quantization,
+    quantize_head: Annotated[
+        bool, model_option("--quantize-head/--no-quantize-head", help="Round the output projection as well.")
+    ] = EngineConfig.quantize_head,
     keep_layers: Annotated[
         str | None,
         model_option("--keep-layers", metavar="GLOBS", help="Layers to keep in 16 bits: 'layers.0.*,*.down_proj'."),
@@ -286,6 +289,7 @@ def engine_config(
         seed=seed,
         load_format=load_format,
         quantization=quantization,
+        quantize_head=quantize_head,
         keep_layers=tuple(glob.strip() for glob in keep_layers.split(",")) if keep_layers else (),
         calibration=calibration,
         max_model_len=max_model_len,

@@ -110,7 +110,7 @@ def perplexity(
     kv_formats = parse_formats(formats, engine.kv)
     documents = read_documents(Path(data) if data else SAMPLE, field)
     model = ScoringModel(engine)
-    plain = replace(engine, quantization="auto", keep_layers=(), calibration=None)
+    plain = replace(engine, quantization="auto", quantize_head=False, keep_layers=(), calibration=None)
     reference = ScoringModel(plain) if model.quantization else None
     task = make_task(
         protocol,

@@ -30,18 +30,19 @@ def choose_quantization(
         ModelError: a text is wanted, and the folder has no usable tokenizer.
     """
     method = config.quantization
-    check_quantization(method, config.keep_layers, model, device)
+    check_quantization(method, config.keep_layers, config.quantize_head, model, device)
     calibrated = method in ("gptq", "awq") and model.quantization is None
     if config.calibration and not calibrated:
         raise ConfigError("--calibration is for --quantization gptq and awq of a 16-bit checkpoint")
     if method == "auto" or model.quantization:
         return None
     if not calibrated:
-        return Quantization(method, config.keep_layers)
+        return Quantization(method, config.quantize_head, config.keep_layers)
     if config.load_format == "dummy":
         raise ConfigError(f"--quantization {method}: a text shows nothing about random weights; use w4a16")
     return Quantization(
         method,
+        config.quantize_head,
         config.keep_layers,
         text_windows(config.calibration, config.max_model_len or model.max_position, model, path),
     )

@@ -143,7 +143,7 @@ class Engine:
     def _hand_off(self, config: EngineConfig, handoff: HandoffConfig) -> None:
         """Find the engines to share requests with, or let them come."""
         weights = f"seed {config.seed} " if config.load_format == "dummy" else ""
-        weights += f"{self.runner.quantization} {config.keep_layers} {config.calibration} "
+        weights += f"{self.runner.quantization} {config.quantize_head} {config.keep_layers} {config.calibration} "
         identity = Identity.of(weights + fingerprint(self.runner.path), self.runner.store.layout, self.runner.dtype)
         most_bytes = max(config.swap_space, LEAST_HANDOFF_BYTES)
         if handoff.role == "prefill":

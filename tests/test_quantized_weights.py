@@ -184,6 +184,20 @@ def test_bytes_are_those_of_the_arithmetic(method: Any, load_format: Any, tmp_pa
     assert model.layer_elements == plain.layer_elements
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_rounded_where_that_is_asked(tied: bool, tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path, **SHAPE, tie_word_embeddings=tied)
+    options = {"dtype": torch.bfloat16, "quantization": Quantization("w8a8")}
+    plain = load(tmp_path, **options)
+    model = load(tmp_path, **options | {"quantization": Quantization("w8a8", head=True)})
+    rows, columns = 199, 128
+    held, rounded_head = 2 * rows * columns, rows * columns + 4 * rows
+    assert model.weight_bytes - plain.weight_bytes == (rounded_head if tied else rounded_head - held)
+    assert model.step_bytes - plain.step_bytes == rounded_head - held
+    assert plain.step_bytes == plain.weight_bytes - (0 if tied else held)
+    assert 0 < error(logits(model).float(), logits(plain).float()) < 0.05
+
+
 def test_dummies_of_a_quantised_checkpoint_need_no_weights(tmp_path: Path) -> None:
     make_checkpoint("llama", tmp_path, **SHAPE)
     edit_config(tmp_path, quantization_config=RECIPES["gptq"].config)
@@ -479,13 +493,13 @@ def test_what_contradicts_a_checkpoint_is_refused(asked: str, keep: tuple[str, .
     make_checkpoint("llama", tmp_path, **SHAPE)
     edit_config(tmp_path, quantization_config=GPTQ)
     with pytest.raises(ConfigError, match=why):
-        check_quantization(asked, keep, load_config(tmp_path), CPU)
+        check_quantization(asked, keep, False, load_config(tmp_path), CPU)
 
 
 def test_experts_and_latents_are_refused(tmp_path: Path) -> None:
     make_checkpoint("mixtral", tmp_path, num_local_experts=4)
     with pytest.raises(UnsupportedError, match="models with experts run with 16-bit weights only"):
-        check_quantization("w8a8", (), load_config(tmp_path), CPU)
+        check_quantization("w8a8", (), False, load_config(tmp_path), CPU)
 
 
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
@@ -513,5 +527,5 @@ def test_gpus_that_cannot_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     config = load_config(resolve_model("tiny"))
     with pytest.raises(UnsupportedError, match=r"--quantization fp8: NVIDIA A100 cannot.*8\.9 can; use w4a16"):
-        check_quantization("fp8", (), config, torch.device("cuda"))
-    check_quantization("w8a8", (), config, torch.device("cuda"))
+        check_quantization("fp8", (), False, config, torch.device("cuda"))
+    check_quantization("w8a8", (), False, config, torch.device("cuda"))

@@ -86,6 +86,7 @@ def _quantization(engine: EngineConfig) -> Variants:
         name: replace(
             engine,
             quantization=method,  # type: ignore[arg-type]
+            quantize_head=engine.quantize_head and method != "auto",
             keep_layers=engine.keep_layers if method != "auto" else (),
             calibration=engine.calibration if method in calibrated else None,
         )

@@ -184,9 +184,13 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: hidden [N, hidden_size] → [N, vocab_size], in the model's dtype."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        assert head is not None, "the last stage has one"
-        return head.logits(hidden)
+        assert self.head is not None, "the last stage has one"
+        return self.head.logits(hidden)
+
+    @property
+    def head(self) -> Embedding | None:
+        """What scores ids, on the last stage."""
+        return (self.lm_head or self.embed_tokens) if self.stage.is_last else None
 
     def linears(self, layer: int) -> dict[str, Linear]:
         """The products of a layer, by their paths in the model."""
@@ -207,9 +211,10 @@ class Decoder(nn.Module):
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of weights that computing a token reads: of all but an embedding that is none of the output's."""
-        embedding = self.embed_tokens if self.lm_head or not self.stage.is_last else None
-        return self.weight_bytes - (embedding.weight.nbytes if embedding else 0)
+        """Bytes of weights that computing a token reads: of all but an embedding that only looks ids up."""
+        embedding = self.embed_tokens
+        scores = embedding is None or (embedding is self.head and embedding.scorer is None)
+        return self.weight_bytes - (embedding.weight.nbytes if embedding is not None and not scores else 0)
 
     @property
     def layer_elements(self) -> int:

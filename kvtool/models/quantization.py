@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from kvtool.errors import ConfigError, UnsupportedError
+from kvtool.layers.embedding import Embedding
 from kvtool.layers.linear import Linear, RowLinear
 from kvtool.layers.quantized import group_size, rounded
 from kvtool.models.calibrate import Calibration
@@ -19,15 +20,17 @@ LEAST_CAPABILITY = {"fp8": (8, 9), "w8a8": (7, 5)}  # of GPUs whose tensor cores
 
 @dataclass(frozen=True)
 class Quantization:
-    """What becomes of a 16-bit checkpoint's linear layers. Embedding and output projection stay as they are.
+    """What becomes of a 16-bit checkpoint's linear layers. The embedding stays as it is.
 
     Attributes:
+        head: the output projection is rounded, too; of one that is the embedding a copy.
         keep: globs of layers' names, as checkpoints have them, that stay as they are, too; of a fused layer all does
             where one part does.
         windows: ids of pieces of a text, all of one length, that "gptq" and "awq" look at.
     """
 
     method: Literal["w8a8", "fp8", "w4a16", "gptq", "awq"]
+    head: bool = False
     keep: tuple[str, ...] = ()
     windows: Sequence[Sequence[int]] = ()
 
@@ -56,6 +59,15 @@ class Conversion:
         self.quantization, self.model, self.group = quantization, model, group
         calibrated = quantization.method in ("gptq", "awq")
         self.calibration = Calibration(model, quantization.method, group, quantization.windows) if calibrated else None
+
+        if quantization.head and model.head is not None:
+            self._round(model.head)
+
+    def _round(self, head: Embedding) -> None:
+        method = "w4a16" if self.calibration else self.quantization.method
+        head.scorer = rounded(head.weight, method, self.group)
+        if head is self.model.lm_head:
+            del head.weight
 
     def prepare(self, layer: int) -> None:
         """Before a layer's weights are filled: what they must be like."""
@@ -94,11 +106,12 @@ def _matches(name: str, glob: str) -> bool:
     return fnmatchcase(name, glob.removeprefix("model."))
 
 
-def check_quantization(asked: str, keep: Sequence[str], model: ModelConfig, device: torch.device) -> None:
+def check_quantization(asked: str, keep: Sequence[str], head: bool, model: ModelConfig, device: torch.device) -> None:
     """Check that weights can be kept as asked, or as the checkpoint has them.
 
     Args:
         asked: "auto", as the checkpoint has them, or a method.
+        keep, head: as of `Quantization`.
 
     Raises:
         ConfigError: what was asked for contradicts the checkpoint, or itself.
@@ -107,8 +120,9 @@ def check_quantization(asked: str, keep: Sequence[str], model: ModelConfig, devi
     stored = model.quantization and model.quantization.method
     if stored and asked not in ("auto", stored):
         raise ConfigError(f"--quantization {asked}: the checkpoint's weights are quantised already, as {stored}")
-    if keep and (stored or asked == "auto"):
-        raise ConfigError("--keep-layers goes with a --quantization of a 16-bit checkpoint")
+    if (keep or head) and (stored or asked == "auto"):
+        name = "--keep-layers" if keep else "--quantize-head"
+        raise ConfigError(f"{name} goes with a --quantization of a 16-bit checkpoint")
     method = stored or asked
     if method == "auto":
         return

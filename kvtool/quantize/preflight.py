@@ -273,7 +273,7 @@ def _file_of(config: EngineConfig) -> Path:
         LIMIT,
         fingerprint(resolve_model(config.model)),
         asdict(config.kv),
-        [config.quantization, config.keep_layers, config.calibration],
+        [config.quantization, config.quantize_head, config.keep_layers, config.calibration],
         config.dtype,
         choose_device(config.device).type,
         [hashlib.sha256(file.read_bytes()).hexdigest() for file in plans if file.is_file()],
