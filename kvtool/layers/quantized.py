@@ -231,18 +231,22 @@ def int4_grid(groups: Tensor, dtype: torch.dtype, shrink: float = 1.0) -> tuple[
 
     Args:
         groups: [..., G], in float32 at least.
-        dtype: of a model; scales are numbers that bfloat16 has for such a model, else those that float16 has, in which
-            checkpoints hold them.
+        dtype: of the model.
         shrink: of the range.
 
     Returns:
         Scales and zeros [..., 1] in the dtype of `groups`.
     """
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
-    stored = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
-    scales = ((high - low) * (shrink / 15)).to(stored).to(groups.dtype)
+    scales = stored_scales((high - low) * (shrink / 15), dtype)
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     return scales, (-low * shrink / scales).round().clamp(0, 15)
+
+
+def stored_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scales` as numbers that bfloat16 has for a model of that dtype, else those of float16, in which checkpoints hold
+    them."""
+    return scales.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16).to(scales.dtype)
 
 
 def int4_codes(weights: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from kvtool.errors import UnsupportedError
 from kvtool.layers.linear import Linear
-from kvtool.layers.quantized import Int4Matrix, int4_codes, int4_grid
+from kvtool.layers.quantized import Int4Matrix, int4_codes, int4_grid, stored_scales
 from kvtool.models.decoder import MLP, Attention, Decoder, DecoderLayer
 
 STEP_TOKENS = 8192  # that go through a layer at once, in whole windows
 SHRINKS = tuple(1 - i / 40 for i in range(13))  # of a group's range: what lies beyond is cut off, the rest gets finer
+FITS = 3  # of the scales to the codes, where these stay the nearest
+USUAL_SHRINK = 0.85  # that the best scales are looked for with
 EXPONENTS = tuple(i / 20 for i in range(20))  # of a channel's size in AWQ's scales
 DAMPING = 0.01  # of a Hessian's mean diagonal
 BLOCK = 128  # columns among which errors are spread one by one
@@ -144,7 +146,7 @@ def gptq(weight: Tensor, hessian: Tensor, group: int, dtype: torch.dtype) -> Int
 
 def nearest(weight: Tensor, hessian: Tensor, group: int, dtype: torch.dtype) -> Int4Matrix:
     """The nearest codes, on grids that suit the inputs; arguments as of `gptq`."""
-    scales, zeros = _grid(weight, hessian, group, dtype)
+    scales, zeros = _grid(weight, hessian, group, dtype, FITS)
     groups = weight.unflatten(1, (-1, group))
     codes = int4_codes(groups, scales[..., None], zeros[..., None]).flatten(1)
     return Int4Matrix(codes.to(torch.uint8), scales.to(dtype), zeros.to(dtype))
@@ -161,19 +163,32 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     return factor
 
 
-def _grid(weight: Tensor, hessian: Tensor, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scales and zeros [N, K / G], each group's range shrunk so that nearest codes cost its outputs least."""
+def _grid(weight: Tensor, hessian: Tensor, group: int, dtype: torch.dtype, fits: int = 0) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [N, K / G] with which nearest codes cost its outputs least: the best of some shrunk ranges, and
+    then, so many times, the scales that suit the codes best."""
     groups = weight.unflatten(1, (-1, group))
     blocks = torch.stack([hessian[i : i + group, i : i + group] for i in range(0, len(hessian), group)])
+
+    def cost(errors: Tensor) -> Tensor:
+        return (torch.einsum("ngi,gij->ngj", errors, blocks) * errors).sum(-1, keepdim=True)
+
+    def fit(scales: Tensor, zeros: Tensor) -> Tensor:
+        numbers = int4_codes(groups, scales, zeros) - zeros
+        along = torch.einsum("ngi,gij->ngj", numbers, blocks)
+        best = (along * groups).sum(-1, keepdim=True) / (along * numbers).sum(-1, keepdim=True)
+        return torch.where(best > 0, stored_scales(best, dtype), scales)  # NaN where all numbers, or inputs, are 0
+
     scales, zeros = int4_grid(groups, dtype)
     least = torch.full_like(scales, torch.inf)
-    for shrink in SHRINKS:
-        new_scales, new_zeros = int4_grid(groups, dtype, shrink)
-        errors = (int4_codes(groups, new_scales, new_zeros) - new_zeros) * new_scales - groups
-        cost = (torch.einsum("ngi,gij->ngj", errors, blocks) * errors).sum(-1, keepdim=True)
-        better = cost < least
+    for trial in range(len(SHRINKS) + fits):
+        if trial < len(SHRINKS):
+            new_scales, new_zeros = int4_grid(groups, dtype, SHRINKS[trial])
+        else:
+            new_scales, new_zeros = fit(scales, zeros), zeros
+        new = cost((int4_codes(groups, new_scales, new_zeros) - new_zeros) * new_scales - groups)
+        better = new < least
         least, scales, zeros = (
-            torch.where(better, new, old) for new, old in ((cost, least), (new_scales, scales), (new_zeros, zeros))
+            torch.where(better, found, old) for found, old in ((new, least), (new_scales, scales), (new_zeros, zeros))
         )
     return scales[..., 0], zeros[..., 0]
 
@@ -234,7 +249,7 @@ def _best_scales(weight: Tensor, inputs: Inputs, group: int, shape: tuple[int, i
         scales = (sizes / sizes.mean()).clamp(min=1e-4) ** exponent
         scales /= (scales.max() * scales.min()).sqrt()
         groups = (weight * scales).unflatten(1, (-1, group))
-        step, zeros = int4_grid(groups, torch.float32)
+        step, zeros = int4_grid(groups, torch.float32, USUAL_SHRINK)
         errors = ((int4_codes(groups, step, zeros) - zeros) * step).flatten(1) / scales - weight
         cost = (errors @ inputs.hessian * errors).sum()
         if least is None or cost < least:
