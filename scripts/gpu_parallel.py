@@ -133,7 +133,7 @@ def measure_collectives(rank: int, address: str, model: dict[str, Any]) -> list[
     use_interface("127.0.0.1")
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    parallel = join(store, rank, 2, 1, device)
+    parallel = join(store, rank, 2, 1, 1, device)
     hidden, vocab = model["hidden_size"], model["vocab_size"]
     rows = []
     for count in ROWS:
