@@ -79,7 +79,7 @@ def mix(
         gate_up: [E, 2 · I, K], the gates first; down: [E, K, I].
         ids: [T, top_k] integers, from E on of experts that are elsewhere; weights: [T, top_k].
         shared: [T, K], added to the result, or None.
-        elsewhere: how many experts are; what falls to them needs no rows here.
+        elsewhere: how many experts are elsewhere; what falls to them takes no rows here.
 
     Returns:
         [T, K] of x's dtype.
