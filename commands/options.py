@@ -234,7 +234,7 @@ def engine_config(
     tp: Annotated[
         int | None,
         ranks_option(
-            "--tp", min=1, max=MOST_RANKS, help="GPUs that share each layer (tensor parallelism; default: --ep)."
+            "--tp", min=1, max=MOST_RANKS, help="GPUs that share each layer (tensor parallelism; default: as --ep)."
         ),
     ] = None,
     ep: Annotated[
@@ -243,8 +243,8 @@ def engine_config(
             "--ep",
             min=1,
             max=MOST_RANKS,
-            help="Of a mixture, share experts out whole, in so many parts, among the --tp GPUs, which share attention "
-            "as before (expert parallelism); 1: each GPU has a part of every expert.",
+            help="Parts into which these GPUs divide a layer's experts, whole ones to each (expert parallelism); 1: "
+            "each GPU has a piece of every expert. They share attention either way.",
         ),
     ] = EngineConfig.ep,
     pp: Annotated[
