@@ -85,8 +85,8 @@ class EngineConfig:
         cuda_graph: on a GPU, launch decode steps whole.
         run_ahead: launch a step while the last one computes, its tokens unknown to the host; None: on a GPU.
         tp: ranks that share each layer (tensor parallelism), a process each and on GPUs a device each.
-        ep: parts into which these ranks divide the experts of a mixture, each with some of them whole (expert
-            parallelism), or where `tp` is a multiple, shared by `tp / ep` ranks; 1: every rank has a part of each.
+        ep: parts into which those ranks divide a layer's experts, whole ones to each rank, or to `tp / ep` ranks that
+            share them (expert parallelism); 1: each rank has a piece of every expert.
         pp: stages of layers, each of `tp` ranks, that steps run through (pipeline parallelism).
         all_reduce: how GPUs sum up what each has of a layer's output: "symmetric-memory" has small sums read directly
             from each other's memory; "auto": that where it works.

@@ -122,7 +122,8 @@ class EngineCollector(Collector):
             family = GaugeMetricFamily(name, text, labels=["model_name", "layer"])
             for layer, value in by_layer.items():
                 family.add_metric([self._model_name, str(layer)], value)
-            yield family
+            if by_layer:
+                yield family
 
     def _family(self, kind: Any, name: str, value: float, text: str, **labels: object) -> Metric:
         family: Metric = kind(name, text, labels=["model_name", *labels])
