@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtool.attention import PagedAttention, block_size
+from kvtool.attention.latents import LatentQueries
 from kvtool.attention.layer import AttentionLayer
 from kvtool.config import EngineConfig
 from kvtool.cuda_graph import MOST_WORK, StepGraphs, as_kv_span, most_rows
@@ -376,7 +377,7 @@ class Runner:
         batch: KVBatch,
         on_layer: Callable[[int], None] | None,
         layer: int,
-        q: Tensor,
+        q: Tensor | LatentQueries,
         key: Tensor,
         value: Tensor,
     ) -> Tensor:
@@ -385,7 +386,10 @@ class Runner:
             out = self.attention(index, q, key, value, batch)
         if on_layer:
             on_layer(index)
-        return torch.zeros_like(q) if out is None else out
+        if out is None:
+            out = q.empty() if isinstance(q, LatentQueries) else torch.empty_like(q)
+            out.zero_()
+        return out
 
     @contextmanager
     def _faults_noted(self) -> Iterator[None]:

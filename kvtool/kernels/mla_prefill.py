@@ -51,7 +51,18 @@ def latent_prefill(
     if far_blocks is None:
         far_key, far_value = key.codes, value.codes
     else:
-        far_key, far_value = (_unpacked(stream, far_blocks, q.dtype) for stream in (key, value))
+        far_key, far_value = (
+            q.new_empty(
+                len(far_blocks),
+                1,
+                block_size,
+                stream.tail.shape[-1],
+                dtype=None if stream.bits == "16" else torch.float16,  # as in `kvtool.kernels.prefill.unpack`
+            )
+            for stream in (key, value)
+        )
+        unpack(key, far_blocks, far_key)
+        unpack(value, far_blocks, far_value)
     nears = (q, q) if near_key is None or near_value is None else (near_key, near_value)
     assert nears[0].stride(-1) == nears[1].stride(-1) == 1
     _latent_prefill_kernel[(len(cut) * head_blocks,)](
@@ -86,12 +97,9 @@ def latent_prefill(
     )
 
 
-def _unpacked(stream: PackedStream, blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """Blocks [F] of a stream decoded, [F, 1, B, D]: as in `kvtool.kernels.prefill.unpack`."""
-    block_size, dim = stream.codes.shape[2], stream.tail.shape[-1]
-    out = torch.empty(
-        len(blocks), 1, block_size, dim, dtype=dtype if stream.bits == "16" else torch.float16, device=blocks.device
-    )
+def unpack(stream: PackedStream, blocks: Tensor, out: Tensor) -> None:
+    """Decode blocks [F] of a stream to `out` [F or more, 1, B, D], of the model's dtype where they are of 16 bits."""
+    block_size, dim = out.shape[2:]
     arrays = (stream.codes, _or(stream.scale, stream.codes), _or(stream.zero, stream.codes), out)
     kind = {"BITS": stream.bits, "CHANNEL": stream.axis == "channel", "GROUP": stream.group or dim}
     kind["ZERO"] = stream.zero is not None
@@ -108,7 +116,6 @@ def _unpacked(stream: PackedStream, blocks: Tensor, dtype: torch.dtype) -> Tenso
             **{f"{letter}_{name}": value for letter in "KV" for name, value in kind.items()},
             num_warps=8,
         )
-    return out
 
 
 @triton.jit(

@@ -380,8 +380,13 @@ def _keys(ptr, stride, count, N: tl.constexpr, D: tl.constexpr, MASKED: tl.const
 
 @triton.jit
 def _attend(acc, m, total, q, k, v, to_log2, keep, MASKED: tl.constexpr):
-    """One step of softmax(q kᵀ) v: maxima `m` in units of log2, sums `total`, both [M], and `acc` [M, D]."""
-    s = tl.dot(q, tl.trans(k))
+    """One step of softmax(q kᵀ) v."""
+    return _gather(acc, m, total, tl.dot(q, tl.trans(k)), v, to_log2, keep, MASKED)
+
+
+@triton.jit
+def _gather(acc, m, total, s, v, to_log2, keep, MASKED: tl.constexpr):
+    """One step of softmax(s) v: maxima `m` in units of log2, sums `total`, both [M], and `acc` [M, D]."""
     if MASKED:
         s = tl.where(keep, s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1) * to_log2)
@@ -474,4 +479,4 @@ def _unpack(
             if ZERO:
                 x += tl.load(zero + block * 8 + at, mask=mask, other=0).to(tl.float32)
             x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)  # a scale rounded up can lead beyond
-            tl.store(out + row * D + channel, x.to(tl.float16), mask=inside)
+            tl.store(out + row * D + channel, x.to(out.dtype.element_ty), mask=inside)
