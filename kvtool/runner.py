@@ -311,8 +311,8 @@ class Runner:
         if not is_capturable:
             return None
         fmt, weights = self.store.format, sum(weight.numel() for weight in self.model.layers.parameters())
-        most_tokens = min(MOST_WORK // weights, config.max_num_batched_tokens)
-        (most_tokens,) = self.parallel.least(most_tokens if self.attention.captures_prompts else 0)
+        most_tokens, captured = min(MOST_WORK // weights, config.max_num_batched_tokens), self.attention.captured_tokens
+        (most_tokens,) = self.parallel.least(most_tokens if captured is None else min(most_tokens, captured))
         # Stages but the last have no logits, and nobody looks at what comes of their hidden states.
         head = self.model.logits if self.parallel.stage.is_last else torch.Tensor.contiguous
         return StepGraphs(

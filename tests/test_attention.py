@@ -141,10 +141,8 @@ def test_a_prompt_expands_where_that_costs_less():
     latent, rope, nope, value = 512, 64, 128, 128
     queries = LatentQueries(torch.empty(1, 1, nope), torch.empty(1, 1, latent + rope), torch.empty(1, 256, latent))
     for start, end in ((0, 2), (0, 5000), (1000, 1150), (1000, 1155), (100_000, 100_170), (100_000, 100_171)):
-        spans = KVBatch.build(
-            resolve(KVOptions(), SHAPES[-1][0]), [Span(start, end, range(-(-end // 64)), 0)]
-        ).prompts.spans
+        batch = KVBatch.build(resolve(KVOptions(), SHAPES[-1][0]), [Span(start, end, range(-(-end // 64)), 0)])
         pairs = sum(t + 1 for t in range(start, end))
         absorbed = (end - start) * latent * (nope + value) + pairs * (2 * latent + rope)
         expanded = end * latent * (nope + value) + pairs * (nope + rope + value)
-        assert queries.expand(spans) == (expanded < absorbed)
+        assert queries.expand(batch.prompts.spans) == (expanded < absorbed)
