@@ -16,7 +16,7 @@ from torch import Tensor
 from kvtool.kernels.decode import PackedStream, _next_power_of_2, _num_sms
 from kvtool.kernels.launch import capability
 from kvtool.kernels.mla_prefill import unpack
-from kvtool.kernels.prefill import Tile, _gather, _keys
+from kvtool.kernels.prefill import Tile, _first_near, _gather, _keys, _tile
 
 WORKSPACE = 128 << 20  # bytes of a piece: of decoded blocks, and of the keys and values that are made of them
 
@@ -149,28 +149,14 @@ def _expanded_kernel(
     read together with what is at full precision. Other names are those of `kvtool.kernels.prefill`."""
     PAD: tl.constexpr = _next_power_of_2(VALUE)
     head = tl.program_id(0) % heads
-    tile = tiles_ptr + tl.program_id(0) // heads * 7
-    span = tl.load(tile)
-    t_first = tl.load(tile + 1).to(tl.int32)
-    start = tl.load(tile + 3).to(tl.int32)
-    token = tl.load(tile + 2) - start  # of position 0
-    t_last = tl.minimum(t_first + M, tl.load(tile + 4).to(tl.int32)) - 1
-    near_first = tl.load(tile + 5).to(tl.int32)
-    near_row = tl.load(tile + 6) - near_first  # likewise
-    far_row = (tl.load(firsts_ptr + span) * BLOCK - first_row).to(tl.int32)  # likewise
+    tile = tl.program_id(0) // heads
+    span, token, t_first, t_last, near_first, near_row = _tile(tiles_ptr, tile, M)
+    far_row = (tl.load(firsts_ptr + span) * BLOCK - first_row).to(tl.int32)  # of position 0
 
     # Rows past the last query repeat it, and are not stored.
     row = tl.arange(0, M)
     position = tl.minimum(t_first + row, t_last)
-    if EXACT:
-        v_first, v_last = near_first, near_first
-        v = tl.full([M], 0, tl.int32) + near_first
-    elif NEAR:
-        v_first = tl.load(visible_ptr + token + t_first).to(tl.int32)
-        v_last = tl.load(visible_ptr + token + t_last).to(tl.int32)
-        v = tl.load(visible_ptr + token + position).to(tl.int32)
-    else:
-        v_first, v_last, v = t_first + 1, t_last + 1, position + 1
+    v_first, v_last, v = _first_near(visible_ptr, token, t_first, t_last, position, near_first, EXACT, NEAR)
 
     line = token - num_decodes + position
     nope = _queries(nope_ptr + head * nope_head_stride, line, nope_stride, NOPE)
