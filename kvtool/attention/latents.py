@@ -30,6 +30,10 @@ class LatentQueries:
     products: Tensor
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.nope.dtype
+
+    @property
     def latent_dim(self) -> int:
         return self.products.shape[2]
 

@@ -78,7 +78,7 @@ def _chunk(
     """
     width = first_near if visible is None else kv.format.visible(span.end - 1)
     device = blocks.device
-    far_key, far_value = _read_span(kv, blocks, width, near.key.dtype)
+    far_key, far_value = _read_span(kv, blocks, width, q.dtype)
     position = torch.arange(span.start, span.end, device=device)[:, None]
     far_at, near_at = torch.arange(width, device=device), torch.arange(first_near, span.end, device=device)
     from_near = torch.full_like(position, first_near) if visible is None else visible[:, None]
@@ -91,7 +91,7 @@ def _chunk(
 
 def _packed_chunk(q: Tensor | LatentQueries, kv: LayerKV, blocks: Tensor, span: Span, layer: AttentionLayer) -> Tensor:
     """Queries of one span where everything, the span itself included, is read from blocks."""
-    key, value = _read_span(kv, blocks, span.end, kv.key.tail.dtype)
+    key, value = _read_span(kv, blocks, span.end, q.dtype)
     at = torch.arange(span.end, device=blocks.device)
     position = torch.arange(span.start, span.end, device=blocks.device)[:, None]
     return _attend(q, key, value, (at <= position) & _in_window(at, position, layer), layer)
