@@ -217,13 +217,13 @@ def test_expanded_prompts_equal_torch_in_float64(options, num_heads, dims, lengt
         + [(torch.randn(end, 1, latent + rope, device=DEVICE) * scale).to(dtype)]
         for _, end in bounds
     ]
-    for store_dtype, name in ((dtype, "triton"), (torch.float64, "torch")):
+    for store_dtype, backend in ((dtype, "triton"), (torch.float64, "torch")):
         spec = KVSpec(1, StreamSpec(1, rope), StreamSpec(1, latent), store_dtype.itemsize, latent=True)
         fmt = resolve(options, spec)
         counts = [fmt.num_blocks(end) for _, end in bounds]
         ids = torch.randperm(sum(counts)).split(counts)
         store = KVStore(KVLayout(spec, fmt), sum(counts) + 1, len(bounds), store_dtype, DEVICE)
-        attend = PagedAttention(store, [layer], name)
+        attend = PagedAttention(store, [layer], backend)
         spans = [Span(*bound, own.tolist(), slot) for slot, (bound, own) in enumerate(zip(bounds, ids, strict=True))]
         for is_now in (False, True):
             parts = [(s, slice(s.start, s.end) if is_now else slice(0, s.start)) for s in spans if is_now or s.start]
