@@ -79,7 +79,7 @@ def load_model(
     with _within_memory(folder, device):
         longest = max_model_len or config.max_position
         model = Decoder(config, longest, dtype=dtype, device=device, parallel=parallel, has_layers=whole)
-    plan = model if whole and parallel.stage.count == 1 else Decoder(config, 1, dtype=torch.bfloat16, device=META)
+    plan = model if whole and model.is_whole else Decoder(config, 1, dtype=torch.bfloat16, device=META)
     if quantization:
         quantization.check(plan)
     weights = RandomWeights(seed) if load_format == "dummy" else Checkpoint(plan, tensors)
