@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _RecordFunctionFast
 
 from kvtool.attention.cuda_backend import CudaDecode
 from kvtool.attention.flash_backend import PAGE, FlashAttention
@@ -143,8 +144,10 @@ class PagedAttention:
             key = hadamard(key)
         if kv.value.format.rotate:
             value = hadamard(value)
-        near = kv.write(key, value, batch)
-        out = self.backends[index].forward(q, near, kv, batch, layer)
+        with _RecordFunctionFast("kvtool::write"):
+            near = kv.write(key, value, batch)
+        with _RecordFunctionFast("kvtool::attention"):
+            out = self.backends[index].forward(q, near, kv, batch, layer)
         return hadamard(out) if kv.value.format.rotate else out
 
 

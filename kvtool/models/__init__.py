@@ -3,6 +3,6 @@
 from kvtool.models.config import ModelConfig, load_config
 from kvtool.models.decoder import Attend, Decoder
 from kvtool.models.resolve import resolve_model
-from kvtool.models.weights import load_model
+from kvtool.models.weights import load_model, weight_bytes
 
-__all__ = ["Attend", "Decoder", "ModelConfig", "load_config", "load_model", "resolve_model"]
+__all__ = ["Attend", "Decoder", "ModelConfig", "load_config", "load_model", "resolve_model", "weight_bytes"]
