@@ -1,5 +1,6 @@
 """Where the time of steps goes: traces of some of them, as torch's profiler writes them, and what each comes to."""
 
+import atexit
 import json
 import os
 import re
@@ -127,22 +128,22 @@ class StepProfiler:
     Args:
         folder: where traces go, as `traces_folder` gives it.
         name: of this process in the files' names.
-        is_silent: no table, as that of another process stands for all.
+        is_follower: another process prints the table; here, steps end in another thread than they begin in.
     """
 
-    def __init__(self, folder: Path, name: str, device: torch.device, *, is_silent: bool = False) -> None:
-        self._folder, self._name, self._device, self._is_silent = folder, name, device, is_silent
+    def __init__(self, folder: Path, name: str, device: torch.device, *, is_follower: bool = False) -> None:
+        self._folder, self._name, self._device, self._is_follower = folder, name, device, is_follower
         self._begun = self._done = 0  # steps
-        self._first, self._end = 1, 4  # of the steps that are traced, or will be
+        self._steps = range(1, 4)  # that are traced, or will be
         self._trace: profile | None = None
-        self._runs = False  # the trace does
+        self._untold: tuple[range, Path] | None = None  # a trace that is written, and no table yet
 
     def begin_step(self) -> None:
         """A step is about to be launched."""
-        if self._begun == self._first:
-            self._start()
-        elif self._begun == self._end:
+        if self._begun == self._steps.stop:
             self._stop()
+        if self._begun == self._steps.start:
+            self._start()
         self._begun += 1
 
     def end_step(self, held: Callable[[], MemoryParts]) -> None:
@@ -151,12 +152,16 @@ class StepProfiler:
         Args:
             held: tells what the device holds.
         """
+        if self._is_follower:
+            return
         self._done += 1
-        if self._trace and self._done == self._end:
+        if self._trace and self._done == self._steps.stop:
             self._stop()
-            self._write(self._trace, held)
-            self._trace, self._first = None, 4 * self._first
-            self._end = self._first + MOST_STEPS
+        if self._untold and self._done >= self._untold[0].stop:
+            steps, path = self._untold
+            times = step_times(json.loads(path.read_bytes())["traceEvents"])
+            print(_table(times, held(), steps, self._device, path), file=sys.stderr, flush=True)
+            self._untold = None
 
     def _start(self) -> None:
         # What torch writes on stderr of its own doings; and with CUDA graphs, its profiler must not be torn down.
@@ -166,23 +171,21 @@ class StepProfiler:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             activities.append(ProfilerActivity.CUDA)
-        self._trace, self._runs = profile(activities=activities), True
+        self._trace = profile(activities=activities)
         self._trace.start()
+        atexit.register(self._trace.stop)  # torch complains of one that still runs
 
     def _stop(self) -> None:
-        if self._trace and self._runs:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            self._trace.stop()
-            self._runs = False
-
-    def _write(self, trace: profile, held: Callable[[], MemoryParts]) -> None:
-        path = _new_file(self._folder, f"{self._name}-step{self._first}")
-        trace.export_chrome_trace(str(path))
-        if not self._is_silent:
-            times = step_times(json.loads(path.read_bytes())["traceEvents"])
-            steps = range(self._first, self._end)
-            print(_table(times, held(), steps, self._device, path), file=sys.stderr, flush=True)
+        if self._trace is None:
+            return
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        atexit.unregister(self._trace.stop)
+        self._trace.stop()
+        path = _new_file(self._folder, f"{self._name}-step{self._steps.start}")
+        self._trace.export_chrome_trace(str(path))
+        self._trace, self._untold = None, (self._steps, path)
+        self._steps = range(4 * self._steps.start, 4 * self._steps.start + MOST_STEPS)
 
 
 def traces_folder(name: str) -> Path:

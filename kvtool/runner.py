@@ -136,7 +136,7 @@ class Runner:
                 self._capture(self.graphs)
         if folder:
             name = config.handoff.role if config.handoff else f"rank{parallel.rank}"
-            self.profiler = StepProfiler(folder, name, self.device, is_silent=parallel.rank > 0)
+            self.profiler = StepProfiler(folder, name, self.device, is_follower=parallel.rank > 0)
 
     def held(self) -> MemoryParts:
         """What the device holds, of this rank."""

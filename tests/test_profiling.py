@@ -128,6 +128,18 @@ def test_a_profiled_engine_says_the_same_and_what_it_took(tmp_path: Path, capsys
     assert "weights 21.6MiB, KV codes 3.4MiB, scales and zeros" in said
 
 
+def test_each_rank_traces_its_own_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Followers collect steps in another thread than they launch them in, and leave the table to the first."""
+    engine = Engine(EngineConfig(tp=2, kv_cache_memory=1 << 22, max_num_seqs=1, profile=str(tmp_path)))
+    engine.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=14, ignore_eos=True))
+    engine.close()
+    assert {file.name for file in tmp_path.iterdir()} == {f"rank{r}-step{s}.json" for r in (0, 1) for s in (1, 4)}
+    for file in tmp_path.iterdir():
+        times = step_times(json.loads(file.read_bytes())["traceEvents"])
+        assert {"communication", "GEMM", "attention"} <= times.parts.keys()
+    assert capsys.readouterr().err.count("profile of steps") == 2
+
+
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
     """A command in this process: exit status, stdout, stderr."""
     monkeypatch.setattr(sys, "argv", ["kvtool", *arguments])
