@@ -1,6 +1,5 @@
 """Where the time of steps goes: traces of some of them, as torch's profiler writes them, and what each comes to."""
 
-import atexit
 import json
 import os
 import re
@@ -121,9 +120,9 @@ def _innermost(intervals: Sequence[Interval]) -> Iterator[tuple[str, str, int]]:
 
 
 class StepProfiler:
-    """Traces steps 1 to 3, 4 to 11, 16 to 23, 64 to 71, … of a model: a short run is seen, a long one under its load,
-    and few of the steps are slowed down by it. Each trace is a file for chrome://tracing or Perfetto, and a table on
-    stderr. Step 0, in which whatever is lazy is made, is in none.
+    """Traces steps 1 to 3, 4 to 11, 16 to 23, 64 to 71, … of a model, or fewer where there is nothing more to do: a
+    short run is seen, a long one under its load, and few of the steps are slowed down by it. Each trace is a file for
+    chrome://tracing or Perfetto, and a table on stderr. Step 0, in which whatever is lazy is made, is in none.
 
     Args:
         folder: where traces go, as `traces_folder` gives it.
@@ -155,13 +154,15 @@ class StepProfiler:
         if self._is_follower:
             return
         self._done += 1
-        if self._trace and self._done == self._steps.stop:
+        if self._done == self._steps.stop:
             self._stop()
         if self._untold and self._done >= self._untold[0].stop:
-            steps, path = self._untold
-            times = step_times(json.loads(path.read_bytes())["traceEvents"])
-            print(_table(times, held(), steps, self._device, path), file=sys.stderr, flush=True)
-            self._untold = None
+            self._tell(held)
+
+    def rest(self, held: Callable[[], MemoryParts]) -> None:
+        """There is nothing to do: a trace ends here, or waiting would count as a step's time."""
+        self._stop()
+        self._tell(held)
 
     def _start(self) -> None:
         # What torch writes on stderr of its own doings; and with CUDA graphs, its profiler must not be torn down.
@@ -173,19 +174,24 @@ class StepProfiler:
             activities.append(ProfilerActivity.CUDA)
         self._trace = profile(activities=activities)
         self._trace.start()
-        atexit.register(self._trace.stop)  # torch complains of one that still runs
 
     def _stop(self) -> None:
         if self._trace is None:
             return
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        atexit.unregister(self._trace.stop)
         self._trace.stop()
         path = _new_file(self._folder, f"{self._name}-step{self._steps.start}")
         self._trace.export_chrome_trace(str(path))
-        self._trace, self._untold = None, (self._steps, path)
+        self._trace, self._untold = None, (range(self._steps.start, self._begun), path)
         self._steps = range(4 * self._steps.start, 4 * self._steps.start + MOST_STEPS)
+
+    def _tell(self, held: Callable[[], MemoryParts]) -> None:
+        if self._untold:
+            steps, path = self._untold
+            times = step_times(json.loads(path.read_bytes())["traceEvents"])
+            print(_table(times, held(), steps, self._device, path), file=sys.stderr, flush=True)
+            self._untold = None
 
 
 def traces_folder(name: str) -> Path:
@@ -218,7 +224,8 @@ def _new_file(folder: Path, name: str) -> Path:
 
 def _table(times: StepTimes, memory: MemoryParts, steps: range, device: torch.device, path: Path) -> str:
     """For people."""
-    lines = [f"profile of steps {steps[0]} to {steps[-1]} on {device}: {path}"]
+    which = f"steps {steps.start} to {steps.stop - 1}" if len(steps) > 1 else f"step {steps.start}"
+    lines = [f"profile of {which} on {device}: {path}"]
     rows = {**times.parts, "in all": times.total}
     for name, seconds in rows.items():
         share = seconds / times.total if times.total else 0.0

@@ -154,6 +154,8 @@ class ScoringModel:
         attention = PagedAttention(store, self._attention_layers, self.config.attention_backend)
         for batch in batches:
             yield from self._forward(batch, attention)
+        if self._profiler:
+            self._profiler.rest(partial(self._held, store))
 
     @torch.inference_mode()
     def _forward(self, batch: Sequence[Window], attention: PagedAttention) -> list[Tensor]:
