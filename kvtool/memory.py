@@ -15,7 +15,8 @@ CPU_KV_CACHE_MEMORY = 1 << 30
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """What a GPU's memory is needed for beside the KV cache, in bytes, as measured by running the largest step.
+    """What a GPU's memory is needed for beside the KV cache, in bytes: as measured by running the largest step, or as
+    `kvtool.sizing.fit` counts it beforehand.
 
     Attributes:
         usable: of the whole GPU, what --gpu-memory-utilization allows.
