@@ -89,6 +89,7 @@ def measure(model: str, nbits: str, batch: int, context: int, step: int) -> dict
         "gpu": torch.cuda.get_device_name(),
         "case": case,
         "start_seconds": engine.info.start_seconds,
+        "compile_seconds": engine.info.compile_seconds,
         "predicted": {**asdict(predicted), "total": predicted.total},
         "measured": {**asdict(held), "total": total - free},
     }
