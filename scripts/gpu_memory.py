@@ -39,7 +39,9 @@ CASES = [  # model, KV bits, sequences, tokens of each, tokens of a step
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default=",".join(map(str, range(len(CASES)))), help="numbers of cases, from 0")
+    parser.add_argument(
+        "--cases", default=",".join(map(str, range(len(CASES)))), help="numbers of cases, from 0; 0,0 starts twice"
+    )
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="JSON file for all rows")
     args = parser.parse_args()
@@ -88,20 +90,21 @@ def measure(model: str, nbits: str, batch: int, context: int, step: int) -> dict
     return {
         "gpu": torch.cuda.get_device_name(),
         "case": case,
-        "start_seconds": engine.info.start_seconds,
-        "compile_seconds": engine.info.compile_seconds,
+        "start_s": round(engine.info.start_seconds, 1),
+        "compile_s": round(engine.info.compile_seconds, 1),
         "predicted": {**asdict(predicted), "total": predicted.total},
         "measured": {**asdict(held), "total": total - free},
     }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    table = Table("MiB", *rows[0]["predicted"], "apart", box=None, title=rows[0]["gpu"])
+    table = Table("MiB", *rows[0]["predicted"], "apart", "start s", "compiling s", box=None, title=rows[0]["gpu"])
     for row in rows:
         apart = row["predicted"]["total"] / row["measured"]["total"] - 1
         for which in ("predicted", "measured"):
             parts = [f"{nbytes / 2**20:,.0f}" for nbytes in row[which].values()]
-            table.add_row(f"{row['case']}: {which}", *parts, f"{apart:+.2%}" if which == "measured" else "")
+            ends = [f"{apart:+.2%}", f"{row['start_s']}", f"{row['compile_s']}"] if which == "measured" else []
+            table.add_row(f"{row['case']}: {which}", *parts, *ends)
     Console(width=180).print(table)
 
 
