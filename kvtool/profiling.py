@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +73,7 @@ def step_times(events: Sequence[Event]) -> StepTimes:
     return StepTimes(total / 1e9, in_order, {name: time / 1e9 for name, time in others.most_common()})
 
 
+@cache
 def kind_of(name: str) -> str:
     """The class that an event of this name belongs to."""
     return next((kind for kind, pattern in CLASSES.items() if re.search(pattern, name, re.IGNORECASE)), OTHER)

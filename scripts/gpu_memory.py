@@ -84,6 +84,8 @@ def measure(model: str, nbits: str, batch: int, context: int, step: int) -> dict
         rng = random.Random(0)
         prompts = [[rng.randrange(10, engine.info.vocab_size) for _ in range(context - ANSWER)] for _ in range(batch)]
         engine.generate(prompts, SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True))
+        costly = SamplingParams(temperature=1, repetition_penalty=1.1, logprobs=1, prompt_logprobs=1, max_tokens=4)
+        engine.generate([prompt[:64] for prompt in prompts], costly)
         free, _ = torch.cuda.mem_get_info()  # torch gives nothing back, so this is the peak
         held = engine.runner.held()
     case = f"{model}, {nbits} bits, {batch} × {context:,} tokens, {step:,} a step"
