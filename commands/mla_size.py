@@ -136,6 +136,9 @@ def mla_size(
             help="Tell in all parts whether our engine fits on such GPUs, with --context and --batch; once for each.",
         ),
     ] = None,
+    ep: Annotated[
+        int | None, fit_option("--ep", min=1, max=1024, help="Of --fit: parts into which --tp GPUs divide experts.")
+    ] = None,
     pp: Annotated[
         int | None, fit_option("--pp", min=1, max=1024, help="Of --fit: stages of layers, of --tp GPUs each.")
     ] = None,
@@ -152,7 +155,9 @@ def mla_size(
     gpu_memory_utilization: Annotated[
         float, size_option("--gpu-memory-utilization", min=0.01, max=1.0, help="Share of it that may be used.")
     ] = 0.9,
-    tp: Annotated[int, size_option("--tp", min=1, max=1024, help="GPUs that share heads and weights.")] = 1,
+    tp: Annotated[
+        int, size_option("--tp", min=1, max=1024, help="GPUs that share heads and weights (experts whole or not).")
+    ] = 1,
     weight_bits: Annotated[
         Literal["16", "8", "4"],
         size_option("--weight-bits", help="Of a weight; scales are left out, but of --fit counted."),
@@ -178,6 +183,7 @@ def mla_size(
         engine = EngineConfig(
             kv=kv,
             tp=tp,
+            ep=ep or 1,
             pp=pp or 1,
             max_num_seqs=batch or 1,
             max_num_batched_tokens=max_num_batched_tokens or EngineConfig.max_num_batched_tokens,
@@ -189,8 +195,8 @@ def mla_size(
         if not all(row["fits"] for row in report.rows):
             raise typer.Exit(1)
         return
-    if pp or max_num_batched_tokens:
-        raise ConfigError("--pp and --max-num-batched-tokens are for --fit; add it")
+    if ep or pp or max_num_batched_tokens:
+        raise ConfigError("--ep, --pp and --max-num-batched-tokens are for --fit; add it")
     names = model or DEFAULT_MODELS
     asked = [name.strip().upper() for name in schemes.split(",")] if schemes else None
     if chosen == "theory":

@@ -47,6 +47,11 @@ def prompt_rooms(max_num_seqs: int, most_tokens: int) -> list[Room]:
     return [Room(decodes, size) for size in sizes for decodes in DECODES if decodes < 4 * max_num_seqs]
 
 
+def most_rows(max_num_batched_tokens: int) -> int:
+    """Tokens that the model sees at once at most: those of a step, and nobody's, which fill up a graph."""
+    return max(max_num_batched_tokens + DECODES[-1], SIZES[-1])
+
+
 class BlockTable:
     """The blocks of the sequences that decode, on the device by slot; a graph adds the newest one by itself.
 

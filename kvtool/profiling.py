@@ -24,7 +24,7 @@ CLASSES: dict[str, str] = {
     "communication": r"nccl|all_reduce|all_gather|^kvtool::communication$",
     "sampling": r"^_(survey|choose|largest|first_largest)$|^kvtool::sampling$",
     "seal": r"^_(seal|write_blocks)$|^kvtool::seal$",
-    "attention": r"_decode_kernel$|^_merge_kernel$|^(paged|latent)_decode$|_prefill_kernel$|^_unpack_kernel$|^_latent_kernel$"
+    "attention": r"^_(decode|merge|prefill|latent_prefill|unpack|latent|expanded)_kernel$|^(paged|latent)_decode$"
     r"|flash|fmha|^kvtool::attention$",
     "norm, rope, write": r"^_(add_rms_norm|norm_rotate|rotate_and_norm|silu_mul|read_near|write_tokens)$"
     r"|^kvtool::(rope|write)$|^aten::(rms_norm|silu|mul_|add_)$",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvtool.attention import PagedAttention, block_size
+from kvtool.attention.latents import LatentQueries
 from kvtool.config import Bits, EngineConfig, KVOptions
 from kvtool.errors import ConfigError, UnsupportedError
 from kvtool.kv.batch import KVBatch, Span
@@ -69,10 +70,8 @@ class ScoringModel:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        if config.num_ranks > 1:
-            raise UnsupportedError(
-                f"--tp {config.tp} --pp {config.pp}: a model is scored on one device; leave them out"
-            )
+        if config.num_ranks * config.ep > 1:
+            raise UnsupportedError(f"{config.rank_options}: a model is scored on one device; leave them out")
         folder = traces_folder(config.profile) if config.profile else None
         self.config = config
         self.device = choose_device(config.device)
@@ -189,7 +188,9 @@ class ScoringModel:
         return MemoryParts.of(store.layout, store.num_blocks, tails, weight_bytes(self.model), None)
 
 
-def _attend(attention: PagedAttention, batch: KVBatch, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _attend(
+    attention: PagedAttention, batch: KVBatch, layer: int, q: Tensor | LatentQueries, key: Tensor, value: Tensor
+) -> Tensor:
     return attention(layer, q, key, value, batch)
 
 

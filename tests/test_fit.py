@@ -121,6 +121,13 @@ def test_what_fits_is_what_the_engine_would_take(gib: float, context: int, batch
     assert found.fits == (batch <= most) == (context <= longest)
 
 
+def test_experts_are_shared_out_either_way() -> None:
+    whole = fit("Qwen3-30B-A3B", engine(4096, tp=1), "H200", None, "16").parts
+    pieces, experts = (fit("Qwen3-30B-A3B", engine(4096, tp=4, ep=ep), "H200", None, "16").parts for ep in (1, 4))
+    assert pieces.weights == experts.weights < whole.weights / 3
+    assert pieces.codes == experts.codes == whole.codes // 4
+
+
 def test_more_gpus_hold_less_each() -> None:
     def parts(**settings: int) -> Fit:
         return fit("Llama-3.1-8B", engine(8192, 64, "4", **settings), "4090", None, "16")
@@ -178,6 +185,7 @@ def test_the_default_is_the_embedded_model_at_its_context(run: Run) -> None:
         (["--fit", "H200", "--context", "4096"], "--context 4096: the context of tiny is 2048"),
         (["--fit", "H200", "--tp", "3"], "--tp 3"),
         (["--fit", "H200", "--pp", "5"], "--pp 5"),
+        (["--fit", "H200", "--model", "Qwen3-30B-A3B", "--tp", "4", "--ep", "3"], "--ep 3: does not divide --tp 4"),
         (["--pp", "2"], "are for --fit"),
         (["--fit", "H200", "--weight-bits", "3"], "--weight-bits"),
         (["--fit", "H200", "--model", "/no/such/folder"], "/no/such/folder"),

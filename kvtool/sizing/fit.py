@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 
+from kvtool.attention import ABSORBED_TOKENS
 from kvtool.config import EngineConfig
 from kvtool.cuda_graph import MOST_WORK, decode_sizes, prompt_rooms
 from kvtool.errors import ConfigError
@@ -16,7 +17,7 @@ from kvtool.kv.fixed import MOST_FAR
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.layers.linear import Linear
-from kvtool.layers.moe import Router
+from kvtool.layers.moe import MoEShape, Router
 from kvtool.memory import DeviceMemory, MemoryParts
 from kvtool.models import Decoder, ModelConfig, parse_config
 from kvtool.models.resolve import resolve_config
@@ -67,7 +68,7 @@ class Fit:
 
     Attributes:
         gpu: its name.
-        tp, pp: ranks, each on one of them.
+        tp, ep, pp: ranks, each on one of them, as in `EngineConfig`.
         format: of the cache.
         context, batch: tokens of each of so many sequences.
         parts: bytes of the GPU that holds most.
@@ -79,6 +80,7 @@ class Fit:
     model: str
     gpu: str
     tp: int
+    ep: int
     pp: int
     weight_bits: int
     format: str
@@ -110,6 +112,8 @@ def fit(name: str, engine: EngineConfig, gpu: str, gpu_memory: int | None, weigh
     if (found := find_gpu(gpu)) is None:
         raise ConfigError(f"--fit {gpu}: must be one of {', '.join(GPUS)}")
     model = parse_config(resolve_config(name))
+    if engine.tp % engine.ep:
+        raise ConfigError(f"--ep {engine.ep}: does not divide --tp {engine.tp}, whose ranks share the experts out")
     check_model(engine, model)
     context, batch = engine.max_model_len or model.max_position, engine.max_num_seqs
     if context > model.max_position:
@@ -125,6 +129,7 @@ def fit(name: str, engine: EngineConfig, gpu: str, gpu_memory: int | None, weigh
         model=name,
         gpu=found[0],
         tp=engine.tp,
+        ep=engine.ep,
         pp=engine.pp,
         weight_bits=int(weights),
         format=stages[0].format.describe(),
@@ -152,7 +157,7 @@ class RankPlan:
     def __init__(self, config: ModelConfig, engine: EngineConfig, stage: int, weights: WeightFormat | None) -> None:
         self._config, self._engine, self._weights = config, engine, weights
         tp, pp = engine.tp, engine.pp
-        self._parallel = Parallel(stage * tp, tp * pp, Group(0, tp), Stage(stage, pp))
+        self._parallel = Parallel(stage * tp, tp * pp, Group(0, tp, ep=engine.ep), Stage(stage, pp))
         self.format = resolve(engine.kv, kv_spec(config, DTYPE))
         layers = self._parallel.stage.layers(config.num_layers)
         self._layout = KVLayout(kv_spec(config, DTYPE, self._parallel), self.format.of_layers(layers))
@@ -203,7 +208,7 @@ class RankPlan:
             kv_heads = shard(config.num_kv_heads).size
             attention = (2 * heads + 3 * kv_heads) * config.head_dim  # projected, and rotated
         inner = [
-            experts.routing.top_k * (shard(experts.intermediate_size).size + config.hidden_size)
+            experts.routing.top_k * (self._expert_columns(experts) + config.hidden_size)
             + 3 * shard(experts.shared_size).size
             + config.hidden_size
             if experts
@@ -212,11 +217,17 @@ class RankPlan:
         ]
         return STREAMS * config.hidden_size + attention + max(inner)
 
+    def _expert_columns(self, experts: MoEShape) -> int:
+        _, columns = self._parallel.tp.shard_experts(experts.routing.num_experts, experts.intermediate_size)
+        return columns.size
+
     def _layer_bytes(self, tokens: int) -> int:
         return tokens * self._elements * DTYPE.itemsize
 
     def _unpacked(self, tokens: int) -> int:
-        """Of blocks that prompts read, decoded for them."""
+        """Of what prompts read, decoded for them; of latents, keys and values that are made of them."""
+        if self._config.mla:
+            return WORKSPACE
         if all(layer.key.bits == layer.value.bits == "16" for layer in self.format.layers):
             return 0
         spec = self._layout.spec
@@ -235,9 +246,12 @@ class RankPlan:
         if not self._engine.cuda_graph:
             return 0
         matrices = sum(parameter.numel() for parameter in self._model.layers.parameters())
-        rooms = prompt_rooms(batch, min(MOST_WORK // matrices, self._engine.max_num_batched_tokens))
+        tokens = min(MOST_WORK // matrices, self._engine.max_num_batched_tokens)
+        absorbs = self._config.mla is not None
+        rooms = prompt_rooms(batch, min(tokens, ABSORBED_TOKENS) if absorbs else tokens)
         decodes = decode_sizes(batch)[-1]
-        rows = max(decodes, rooms[-1].decodes + rooms[-1].tokens if rooms else 0)
-        step = self._layer_bytes(rows) + (self._unpacked(MOST_FAR * self.format.block_size) if rooms else 0)
+        rows = max([decodes, *(room.decodes + room.tokens for room in rooms)])
+        far = 0 if absorbs or not rooms else self._unpacked(MOST_FAR * self.format.block_size)
+        step = self._layer_bytes(rows) + far
         outputs = self._config.vocab_size if self._parallel.stage.is_last else self._config.hidden_size
         return 2 * (step + CUBLAS) + 3 * decodes * outputs * DTYPE.itemsize
