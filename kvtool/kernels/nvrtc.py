@@ -28,6 +28,11 @@ class _Config(ctypes.Structure):
     ]
 
 
+def source(*names: str) -> str:
+    """Of a kernel in these files of this folder, behind what all kernels use."""
+    return "".join((Path(__file__).parent / name).read_text() for name in ("words.cuh", "warp.cuh", *names))
+
+
 def compile_cubin(source: str, architecture: str, constants: dict[str, object]) -> bytes:
     """Machine code of `source` for "sm_90" and the like, with `constants` as macros. Needs no GPU."""
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
@@ -55,11 +60,14 @@ def refuses_to_compile() -> str | None:
 class Kernel:
     """The kernel `name` of a compiled module, on the current device; `shared_bytes` is a constant of that module.
 
+    Args:
+        carveout: percent of a multiprocessor's memory that is no cache but shared; -1 leaves it to the driver.
+
     Attributes:
         programs_per_sm: how many run at once on a multiprocessor.
     """
 
-    def __init__(self, cubin: bytes, name: str, threads: int) -> None:
+    def __init__(self, cubin: bytes, name: str, threads: int, carveout: int = 100) -> None:
         torch.cuda.current_stream()  # makes the context that the module is loaded into
         driver, module, self._function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
         _check(driver.cuModuleLoadData(ctypes.byref(module), cubin), "CUDA")
@@ -69,7 +77,7 @@ class Kernel:
         _check(found, "CUDA")
         _check(driver.cuMemcpyDtoH_v2(ctypes.byref(shared), address, size), "CUDA")
         _check(driver.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared.value), "CUDA")
-        _check(driver.cuFuncSetAttribute(self._function, _SHARED_CARVEOUT, 100), "CUDA")  # percent
+        _check(driver.cuFuncSetAttribute(self._function, _SHARED_CARVEOUT, carveout), "CUDA")
         self._threads, self._shared = threads, shared.value
         resident, size = ctypes.c_int(), ctypes.c_size_t(shared.value)
         count = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor
