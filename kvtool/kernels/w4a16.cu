@@ -102,8 +102,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) w4a16(
                         total[i][n][2 * h + e] += scale * (sums[i][n][2 * h + e] - zero * ones[n][e]);
             }
     };
-    if (CHAINED) await_inputs();
-    if (CHAINED) start_next();
+    if (CHAINED) {
+        start_next();
+        await_inputs();
+    }
     for (int index = warp; index < chunks;)
 #pragma unroll
         for (int stage = 0; stage < STAGES; stage++, index += WARPS)
