@@ -6,7 +6,6 @@ one in CUDA C++. That they compile for an RTX 4090 and an H200 needs no GPU.
 
 import os
 from dataclasses import dataclass
-from math import gcd
 
 import pytest
 import torch
@@ -165,11 +164,3 @@ def test_programs_fit_a_multiprocessor_without_spills(major: int, architecture: 
             used = usage(nvrtc.compile_cubin(nvrtc.source("w4a16.cu") + bound, architecture, macros))
             assert used["REG"] * tile.warps * 32 * tile.per_sm <= 65536
             assert used["STACK"] == used["LOCAL"] == 0
-
-
-def test_groups_are_read_as_long_as_they_are() -> None:
-    """What a lane reads at once covers no two groups, whichever multiple of 32 they are."""
-    for group in range(32, 1024, 32):
-        x, scales = torch.empty(1, 4 * group), torch.empty(1, 4)
-        columns = 8 * w4a16_gemv.constants(x, scales, GEMV_TILES[0], x.device)["READ"]
-        assert group % columns == 0 and gcd(group, 128) == columns

@@ -10,8 +10,9 @@
 // scale. Warps share the columns of a program's outputs, a chunk each in turn, and meet once, at the end.
 //
 // A lane is 4g + t. A product takes its columns in any order: each t has READ neighbouring bytes of a chunk, so that what
-// a lane reads of weights and of x lies side by side. READ is as long as a chunk stays within a group.
+// a lane reads of weights and of x lies side by side. A chunk stays within one group of GROUP columns.
 
+constexpr int READ = GROUP % 128 == 0 ? 16 : GROUP % 64 == 0 ? 8 : 4;
 constexpr int CHUNK = 8 * READ, WORDS = READ / 4;  // columns, and of each lane words of 8 codes
 constexpr int OUTPUTS = 16 * TILES, ROWS = 8 * COLUMNS;
 constexpr int MEETING_ROW = OUTPUTS + 4;  // floats of a row of x where warps meet
@@ -24,55 +25,54 @@ struct Chunk {
     u16 scale[TILES][2], zero[TILES][2];
 };
 
-// First column of the low nibbles of word `word` of lane t, within a chunk; that of the high ones is 16 behind.
-__device__ inline int column_of(int t, int word) {
-    int byte = t * READ + word * 4;
-    return byte / 16 * 32 + byte % 16;
-}
-
 extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) w4a16(
     const u16* x,       // [rows, depth]
     const char* weight, // [outputs, depth / 2]
-    const u16* scales,  // [outputs, groups]
+    const u16* scales,  // [outputs, depth / GROUP]
     const u16* zeros,
     const u16* bias,    // [outputs], or null
     u16* out,           // [rows, outputs]
     int rows,
     int outputs,
-    int depth,
-    int groups
+    int depth
 ) {
     extern __shared__ Words4 dynamic[];
     const int warp = threadIdx.x / 32, lane = lane_id(), g = lane / 4, t = lane % 4;
-    const int first = blockIdx.x * OUTPUTS, chunks = depth / CHUNK, chunks_of_group = chunks / groups;
+    const int first = blockIdx.x * OUTPUTS, chunks = depth / CHUNK;
     if (CHAINED && threadIdx.x == 0)
         prefetch(weight + (u64)first * (depth / 2), (u32)min(outputs - first, OUTPUTS) * (depth / 2));
 
-    u64 lines[TILES][2];
+    const char* codes_of[TILES][2];
+    u32 groups_of[TILES][2];
     for (int i = 0; i < TILES; i++)
-        for (int h = 0; h < 2; h++) lines[i][h] = min(first + i * 16 + h * 8 + g, outputs - 1);
+        for (int h = 0; h < 2; h++) {
+            u32 line = min(first + i * 16 + h * 8 + g, outputs - 1);
+            codes_of[i][h] = weight + (u64)line * (depth / 2) + t * READ;
+            groups_of[i][h] = line * (depth / GROUP);
+        }
     auto fetch = [&](Chunk& chunk, int index) {
         if (index >= chunks) return;
-        int group = index / chunks_of_group;
         for (int i = 0; i < TILES; i++)
             for (int h = 0; h < 2; h++) {
-                read_once<READ>(chunk.codes[i][h], weight + lines[i][h] * (depth / 2) + index * (4 * READ) + t * READ);
-                chunk.scale[i][h] = scales[lines[i][h] * groups + group];
-                chunk.zero[i][h] = zeros[lines[i][h] * groups + group];
+                read_once<READ>(chunk.codes[i][h], codes_of[i][h] + index * (4 * READ));
+                u32 group = groups_of[i][h] + index / (GROUP / CHUNK);
+                chunk.scale[i][h] = scales[group];
+                chunk.zero[i][h] = zeros[group];
             }
     };
     Chunk held[STAGES];
 #pragma unroll
     for (int stage = 0; stage < STAGES; stage++) fetch(held[stage], warp + stage * WARPS);
 
+    const int column = t * READ / 16 * 32 + t * READ % 16;  // of a chunk, of the first low nibble; the high one's is 16 on
+    const u16* rows_of_x[COLUMNS];  // columns of a product that are no rows of x repeat its last one
+    for (int n = 0; n < COLUMNS; n++) rows_of_x[n] = x + (u64)min(n * 8 + g, rows - 1) * depth + column;
     float total[TILES][COLUMNS][4] = {};
     auto add = [&](const Chunk& chunk, int index) {
-        u32 pairs[COLUMNS][2][2 * WORDS] = {};  // of x, for low nibbles and for high ones
+        u32 pairs[COLUMNS][2][2 * WORDS];  // of x, for low nibbles and for high ones
         for (int n = 0; n < COLUMNS; n++)
-            if (n * 8 + g < rows) {
-                const u16* own = x + (u64)(n * 8 + g) * depth + index * CHUNK + column_of(t, 0);
-                for (int high = 0; high < 2; high++) read<2 * READ>(pairs[n][high], own + high * 16);
-            }
+            for (int high = 0; high < 2; high++)
+                read<2 * READ>(pairs[n][high], rows_of_x[n] + index * CHUNK + high * 16);
         float sums[TILES][COLUMNS][4] = {}, ones[COLUMNS][4] = {};
 #pragma unroll
         for (int high = 0; high < 2; high++)

@@ -6,7 +6,6 @@ The kernel, `w4a16.cu`, is compiled when it is first called for a shape of its w
 import ctypes
 from dataclasses import dataclass
 from functools import cache
-from math import gcd
 
 import torch
 import triton
@@ -76,7 +75,7 @@ def constants(x: Tensor, scales: Tensor, tile: Tile, device: torch.device) -> di
     return {
         "TILES": tile.tiles,
         "COLUMNS": _columns(len(x)),
-        "READ": gcd(x.shape[1] // scales.shape[1], 128) // 8,
+        "GROUP": x.shape[1] // scales.shape[1],
         "BF16": int(x.dtype == torch.bfloat16),
         "WARPS": tile.warps,
         "STAGES": tile.stages,
@@ -90,8 +89,7 @@ def arguments(
 ) -> list[object]:
     """What the kernel takes, in its order."""
     assert all(tensor.is_contiguous() for tensor in (x, weight, scales, zeros))
-    sizes = (len(x), len(weight), x.shape[1], scales.shape[1])
-    return [x, weight, scales, zeros, bias, out, *map(ctypes.c_int, sizes)]
+    return [x, weight, scales, zeros, bias, out, *map(ctypes.c_int, (len(x), len(weight), x.shape[1]))]
 
 
 def _columns(rows: int) -> int:
