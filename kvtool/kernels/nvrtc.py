@@ -68,8 +68,9 @@ class Kernel:
     """
 
     def __init__(self, cubin: bytes, name: str, threads: int, carveout: int = 100) -> None:
-        torch.cuda.current_stream()  # makes the context that the module is loaded into
         driver, module, self._function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
+        self._context = _context(torch.cuda.current_device())
+        _check(driver.cuCtxSetCurrent(self._context), "CUDA")
         _check(driver.cuModuleLoadData(ctypes.byref(module), cubin), "CUDA")
         _check(driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()), "CUDA")
         address, size, shared = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_int()
@@ -86,12 +87,26 @@ class Kernel:
 
     def __call__(self, grid: tuple[int, int], arguments: Sequence[Any], *, chained: bool) -> None:
         """Launch on the current stream; `arguments` are ctypes values, tensors for their addresses, None for null."""
+        _check(_driver().cuCtxSetCurrent(self._context), "CUDA")
         values = [pointer(x) if x is None or isinstance(x, Tensor) else x for x in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         attribute = _Attribute(_STREAM_SERIALIZATION, 0, 1)
         stream = torch.cuda.current_stream().cuda_stream
         config = _Config(*grid, 1, self._threads, 1, 1, self._shared, stream, ctypes.pointer(attribute), int(chained))
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None), "CUDA")
+
+
+@cache
+def _context(device: int) -> ctypes.c_void_p:
+    """The device's primary context, torch's too, which stays as long as the process.
+
+    A thread has none until it makes one current, and torch, where it need not ask the driver, does not do so.
+    """
+    driver, handle, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
+    _check(driver.cuInit(0), "CUDA")
+    _check(driver.cuDeviceGet(ctypes.byref(handle), device), "CUDA")
+    _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "CUDA")
+    return context
 
 
 def pointer(x: Tensor | None) -> ctypes.c_void_p:
