@@ -22,7 +22,7 @@ def test_what_does_not_compile_is_named() -> None:
     if reason := nvrtc.refuses_to_compile():
         pytest.skip(reason)
     assert nvrtc.compile_cubin(COUNT, "sm_90", {}).startswith(b"\x7fELF")
-    with pytest.raises(RuntimeError, match="NVRTC refused a kernel: .*nowhere"):
+    with pytest.raises(RuntimeError, match=r"NVRTC refused a kernel: .*nowhere"):
         nvrtc.compile_cubin(COUNT.replace("= threadIdx.x", "= nowhere"), "sm_90", {})
 
 
@@ -46,5 +46,7 @@ elsewhere(lambda: kernel((1, 1), [out], chained=False))
 torch.cuda.synchronize()
 assert out.tolist() == list(range(32))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
     assert done.returncode == 0, done.stderr

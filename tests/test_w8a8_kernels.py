@@ -1,7 +1,7 @@
 """Products of 8-bit weights and activations against their definitions.
 
 Where there is a GPU they run on it; elsewhere Triton interprets them on small shapes. That they compile for an RTX 4090
-needs no GPU.
+and an H200 needs no GPU.
 """
 
 import os
@@ -23,8 +23,8 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = [torch.bfloat16, torch.float16]
 KINDS = [torch.int8, w8a8.FP8]
 TILES = [kernels.Tile(16, 8, 64, 1, 2), kernels.Tile(32, 16, 128, 2, 3)]
-TILES += sorted({tile for by in kernels.TILES.values() for tile in by.values() if tile}, key=repr) if ON_GPU else []
-SHAPES = [(40, 64), (17, 200), (33, 256)]
+TILES += sorted({tile for by in kernels.TILES.values() for tile in by.values()}, key=repr) if ON_GPU else []
+SHAPES = [(40, 64), (17, 200), (33, 256), (20, 1032)]
 SHAPES += [(4608, 3584), (3584, 18944), (1000, 1032)] if ON_GPU else []
 on_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 seeds = st.integers(0, 2**31 - 1)
@@ -32,11 +32,15 @@ examples = settings(deadline=None, max_examples=int(os.environ.get("KVTOOL_TEST_
 rows_of_x = st.integers(1, 300 if ON_GPU else 20)
 
 
+def rounded(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    return w8a8.int8_rows(x) if kind == torch.int8 else w8a8.fp8_rows(x)
+
+
 def drawn(rows: int, shape: tuple[int, int], kind: torch.dtype, dtype: torch.dtype, bias: bool, seed: int):
     """x, weights, their scales and a bias."""
     torch.manual_seed(seed)
     x, matrix = torch.randn(rows, shape[1]), torch.randn(shape)
-    weight, scales = (w8a8.int8_rows if kind == torch.int8 else w8a8.fp8_rows)(matrix)
+    weight, scales = rounded(matrix, kind)
     added = torch.randn(shape[0]).to(dtype).to(DEVICE) if bias else None
     return x.to(dtype).to(DEVICE), weight.to(DEVICE), scales.to(DEVICE), added
 
@@ -46,7 +50,9 @@ def check(out: Tensor, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor |
     reference = w8a8.w8a8_reference if weight.dtype == torch.int8 else w8a8.fp8_reference
     exact = reference(x.float(), weight, scales, bias)
     assert out.shape == exact.shape
-    assert float((out.float() - exact).norm() / exact.norm()) < 5e-3
+    # sm_90 keeps about 14 bits of a sum of e4m3 products (DeepSeek-V3, section 3.3.2).
+    most = 2e-2 if ON_GPU and weight.dtype == w8a8.FP8 else 5e-3
+    assert float((out.float() - exact).norm() / exact.norm()) < most
 
 
 @runs
@@ -66,7 +72,7 @@ def test_rows_are_quantised_as_defined(rows, depth, kind, dtype, scale, empty, s
     if empty:
         x[0] = 0
     codes, scales = kernels.quantized(x, kind)
-    exact_codes, exact_scales = (w8a8.int8_rows if kind == torch.int8 else w8a8.fp8_rows)(x)
+    exact_codes, exact_scales = rounded(x, kind)
     assert torch.equal(scales, exact_scales)
     assert torch.equal(codes.view(torch.uint8), exact_codes.view(torch.uint8))
 
@@ -88,6 +94,23 @@ def test_product(rows, shape, kind, dtype, bias, tile, seed) -> None:
     check(out, x, weight, scales, added)
 
 
+@runs
+@examples
+@given(
+    rows=st.integers(129, 300 if ON_GPU else 132),
+    shape=st.sampled_from([(48, 64), (16, 256)] + ([(4608, 3584)] if ON_GPU else [])),
+    kind=st.sampled_from(KINDS if ON_GPU else KINDS[:1]),
+    bias=st.booleans(),
+    seed=seeds,
+)
+def test_product_of_many_rows(rows, shape, kind, bias, seed) -> None:
+    x, weight, scales, added = drawn(rows, shape, kind, torch.bfloat16, bias, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "SUMS", 1)
+        out = kernels.vendor_product(*rounded(x, kind), weight, scales, added, x.dtype)
+    check(out, x, weight, scales, added)
+
+
 @on_gpu
 @examples
 @given(
@@ -105,16 +128,18 @@ def test_linear_chooses_by_rows(rows, shape, kind, dtype, bias, seed) -> None:
 
 
 @compiles
-def test_every_product_compiles_for_a_4090_without_spills(monkeypatch: pytest.MonkeyPatch) -> None:
-    def launch() -> None:
-        for depth in (64, 3584, 18944):
-            for kind in KINDS:
-                kernels.quantized(torch.empty(2, depth, dtype=torch.bfloat16), kind)
-        for (kind, major), by_rows in kernels.TILES.items():
-            for rows, tile in by_rows.items() if major == 8 else ():
-                for depth in (1024, 1040):
-                    codes, weight = torch.empty(rows, depth, dtype=kind), torch.empty(256, depth, dtype=kind)
-                    scales, bias = torch.empty(256), torch.empty(256, dtype=torch.bfloat16)
-                    kernels.product(codes, scales, weight, scales, bias, tile or kernels.FALLBACK, torch.bfloat16)
+@pytest.mark.parametrize("major", [8, 9])
+def test_every_product_compiles_without_spills(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For an RTX 4090 and an H200."""
 
-    assert check_compiled(launch, monkeypatch) > 10
+    def launch() -> None:
+        for kind in KINDS:
+            kernels.quantized(torch.empty(2, 18944, dtype=torch.bfloat16), kind)
+            tiles = kernels.TILES[kind, major]
+            for rows, depth in (*((rows, 512) for rows in tiles), (max(tiles), 4112)):  # in parts, with a rest
+                tile = tiles[rows]
+                codes, weight = torch.empty(rows, depth, dtype=kind), torch.empty(tile.outputs, depth, dtype=kind)
+                scales, bias = torch.empty(tile.outputs), torch.empty(tile.outputs, dtype=torch.bfloat16)
+                kernels.product(codes, scales, weight, scales, bias, tile, torch.bfloat16)
+
+    assert check_compiled(launch, monkeypatch, {8: 89, 9: 90}[major], kernels) == 15

@@ -1,6 +1,7 @@
 """What `kvtool.kernels.w4a16` defines, in Triton: codes are decoded in registers, as operands of the tensor cores.
 
-For many rows the matrix is decoded to memory, a piece at a time, and the vendor's product multiplies.
+For few rows `w4a16_gemv` takes over; for many the matrix is decoded to memory, a piece at a time, and the vendor's
+product multiplies.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvtool.kernels import w4a16_gemv
 from kvtool.kernels.launch import await_inputs, capability, chained, prefetch
+from kvtool.kernels.sums import finish, steps_of_part
 
 
 @dataclass(frozen=True)
@@ -29,27 +32,11 @@ class Tile:
     stages: int
 
 
-# By compute capability and rows, rounded up to a power of 2; of more rows than any here a matrix is decoded to memory.
-# Neither was timed yet.
-TILES: dict[tuple[int, int], Tile] = {
-    (8, 1): Tile(16, 8, 128, 1, 4),
-    (8, 2): Tile(16, 8, 128, 1, 4),
-    (8, 4): Tile(16, 8, 128, 1, 4),
-    (8, 8): Tile(16, 8, 128, 1, 4),
-    (8, 16): Tile(32, 16, 128, 2, 4),
-    (8, 32): Tile(32, 32, 128, 2, 3),
-    (8, 64): Tile(64, 64, 64, 2, 3),
-    (8, 128): Tile(64, 64, 64, 2, 3),
-    (8, 256): Tile(64, 64, 64, 2, 3),
-    (9, 1): Tile(16, 8, 128, 1, 4),
-    (9, 2): Tile(16, 8, 128, 1, 4),
-    (9, 4): Tile(16, 8, 128, 1, 4),
-    (9, 8): Tile(16, 8, 128, 1, 4),
-    (9, 16): Tile(32, 16, 128, 1, 4),
-    (9, 32): Tile(32, 32, 128, 2, 4),
-    (9, 64): Tile(64, 64, 128, 2, 4),
-    (9, 128): Tile(64, 128, 64, 2, 4),
-    (9, 256): Tile(64, 128, 64, 2, 4),
+# By compute capability: the most rows for which codes are decoded in registers, and by which tile. For more rows a
+# matrix is decoded to memory. Chosen by the bytes that L2 must move; never timed.
+TILES: dict[int, tuple[int, Tile]] = {
+    8: (256, Tile(64, 64, 64, 2, 3)),
+    9: (128, Tile(64, 64, 64, 2, 4)),
 }
 PREFETCHED = 32 << 20  # bytes of a matrix that is fetched to L2 while the kernels before still run
 DECODED = 32 << 20  # bytes of a piece that is decoded to memory: it is still in the L2 cache when it is multiplied
@@ -58,39 +45,48 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # as when a kernel i
 
 
 def linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:
-    """`w4a16.w4a16_linear` by the fastest kernel for so many rows. x is of 16 bits, groups are multiples of 32."""
-    tile = TILES.get((capability(x.device), triton.next_power_of_2(len(x))))
-    return product(x, weight, scales, zeros, bias, tile) if tile else decoded_product(x, weight, scales, zeros, bias)
+    """`w4a16.w4a16_linear` by the kernel for so many rows. x is of 16 bits, groups are multiples of 32."""
+    if few := w4a16_gemv.tile_for(x, weight):
+        return w4a16_gemv.gemv(x, weight, scales, zeros, bias, few)
+    most, tile = TILES[capability(x.device)]
+    if len(x) <= most:
+        return product(x, weight, scales, zeros, bias, tile)
+    return decoded_product(x, weight, scales, zeros, bias)
 
 
 def product(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
     """`linear` with codes decoded in registers. On sm_90 the matrix is read while earlier kernels still run."""
     (rows, depth), outputs, group = x.shape, len(weight), _group(weight, scales)
     assert x.is_contiguous() and weight.is_contiguous() and scales.is_contiguous() and zeros.is_contiguous()
+    step, row_tiles = gcd(tile.depth, group), triton.cdiv(rows, tile.rows)
+    programs = triton.cdiv(outputs, tile.outputs) * row_tiles
+    share = step * steps_of_part(programs, depth // step, x.device)
+    parts = triton.cdiv(depth, share)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    row_tiles = triton.cdiv(rows, tile.rows)
-    _product_kernel[(triton.cdiv(outputs, tile.outputs) * row_tiles,)](
+    sums = torch.empty(parts, rows, outputs, dtype=torch.float32, device=x.device) if parts > 1 else out
+    _product_kernel[(programs, parts)](
         x,
         weight,
         scales,
         zeros,
         scales if bias is None else bias,
-        out,
+        sums,
         rows,
         row_tiles,
         outputs,
         depth,
+        share,
         GROUP=group,
         ROWS=tile.rows,
         OUTPUTS=tile.outputs,
-        DEPTH=gcd(tile.depth, group),
-        BIAS=bias is not None,
-        PREFETCH=row_tiles == 1 and weight.nbytes <= PREFETCHED,
+        DEPTH=step,
+        BIAS=bias is not None and parts == 1,
+        PREFETCH=row_tiles == 1 == parts and weight.nbytes <= PREFETCHED,
         num_warps=tile.warps,
         num_stages=tile.stages,
         **chained(x.device),
     )
-    return out
+    return finish(sums, None, None, bias, out) if parts > 1 else out
 
 
 def decoded_product(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:
@@ -147,6 +143,7 @@ def _product_kernel(
     row_tiles,
     outputs,
     depth,
+    share,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -155,7 +152,7 @@ def _product_kernel(
     PREFETCH: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """Program (outputs, rows): neighbours read the same part of the matrix."""
+    """Program (outputs and rows, columns): neighbours read the same part of the matrix."""
     first = tl.program_id(0) // row_tiles * OUTPUTS
     output = first + tl.arange(0, OUTPUTS)
     line = tl.minimum(output, outputs - 1).to(tl.int64)
@@ -168,10 +165,11 @@ def _product_kernel(
     if CHAINED and PREFETCH:
         prefetch(weight + first.to(tl.int64) * (depth // 2), tl.minimum(outputs - first, OUTPUTS) * (depth // 2))
     await_inputs(CHAINED)
+    begin = tl.program_id(1) * share
     sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
-    scale = tl.load(scales + groups)
-    zero = tl.load(zeros + groups)
-    for start in range(0, depth, DEPTH):
+    scale = tl.load(scales + groups + begin // GROUP)
+    zero = tl.load(zeros + groups + begin // GROUP)
+    for start in range(begin, tl.minimum(begin + share, depth), DEPTH):
         packed = tl.load(lines + start // 2)
         low = tl.load(columns + start + at)
         high = tl.load(columns + start + at + 16)
@@ -186,7 +184,7 @@ def _product_kernel(
     if BIAS:
         sums += tl.load(bias + line).to(tl.float32)[:, None]
     inside = (output < outputs)[:, None] & (row < rows)
-    to = out + row.to(tl.int64) * outputs + output[:, None]
+    to = out + (tl.program_id(1) * rows + row.to(tl.int64)) * outputs + output[:, None]
     tl.store(to, sums.to(out.dtype.element_ty), mask=inside)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvtool.kernels.launch import await_inputs, capability, chained, prefetch
 from kvtool.kernels.pack import e4m3
+from kvtool.kernels.sums import finish, steps_of_part
 
 FP8 = torch.float8_e4m3fn
 
@@ -24,52 +25,53 @@ class Tile:
     stages: int
 
 
-# By dtype of the weights, compute capability and rows, rounded up to a power of 2 (of more rows than any here: the last
-# one); None: the vendor's product. Neither was timed yet.
-TILES: dict[tuple[torch.dtype, int], dict[int, Tile | None]] = {
+# By dtype of the weights, compute capability and rows, rounded up to a power of 2. More rows than any here are the
+# vendor's, or the last tile's where the vendor's product does not take them. Chosen so that enough bytes are under way
+# and x is read but few times; never timed.
+TILES: dict[tuple[torch.dtype, int], dict[int, Tile]] = {
     (torch.int8, 8): {
         8: Tile(16, 8, 256, 1, 4),
         16: Tile(16, 16, 256, 1, 4),
         32: Tile(32, 32, 128, 2, 4),
         64: Tile(64, 64, 128, 4, 3),
         128: Tile(64, 128, 128, 4, 3),
-        256: Tile(128, 128, 64, 8, 3),
     },
     (torch.int8, 9): {
         8: Tile(16, 8, 512, 1, 4),
         16: Tile(16, 16, 512, 1, 4),
         32: Tile(32, 32, 256, 2, 4),
         64: Tile(64, 64, 128, 4, 4),
-        128: Tile(128, 128, 128, 8, 4),
-        256: Tile(128, 256, 128, 8, 4),
+        128: Tile(64, 128, 128, 4, 3),
     },
     (FP8, 8): {
         8: Tile(16, 8, 256, 1, 4),
         16: Tile(16, 16, 256, 1, 4),
         32: Tile(32, 32, 128, 2, 4),
-        64: None,
+        64: Tile(64, 64, 128, 4, 3),
     },
     (FP8, 9): {
         8: Tile(16, 8, 512, 1, 4),
         16: Tile(16, 16, 512, 1, 4),
         32: Tile(32, 32, 256, 2, 4),
-        64: None,
+        64: Tile(64, 64, 128, 4, 4),
     },
 }
-FALLBACK = Tile(64, 64, 128, 4, 3)  # for what the vendor's product does not take
+SUMS = (
+    32 << 20
+)  # bytes of sums that the vendor's int8 product leaves: they are still in the L2 cache when they are scaled
 PREFETCHED = 32 << 20  # bytes of a matrix that is fetched to L2 while the kernels before still run
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # as when a kernel is decorated; it rounds none to e4m3
 
 
 def linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """`w8a8.w8a8_linear` or `w8a8.fp8_linear`, as the weights are, by the fastest product for so many rows."""
+    """`w8a8.w8a8_linear` or `w8a8.fp8_linear`, as the weights are, by the product for so many rows."""
     tiles = TILES[weight.dtype, capability(x.device)]
-    tile = tiles.get(max(8, triton.next_power_of_2(len(x))), next(reversed(tiles.values())))
     codes, row_scales = quantized(x, weight.dtype)
-    if tile is None and x.dtype == torch.bfloat16 and not (x.shape[1] % 16 or len(weight) % 16):
-        return scaled_product(codes, row_scales, weight, scales, bias)
-    return product(codes, row_scales, weight, scales, bias, tile or FALLBACK, x.dtype)
+    tile = tiles.get(max(8, triton.next_power_of_2(len(x))))
+    if tile is None and vendor_takes(x.dtype, weight):
+        return vendor_product(codes, row_scales, weight, scales, bias, x.dtype)
+    return product(codes, row_scales, weight, scales, bias, tile or tiles[max(tiles)], x.dtype)
 
 
 def quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -108,44 +110,58 @@ def product(
     """
     (rows, depth), outputs = codes.shape, len(weight)
     assert codes.is_contiguous() and weight.is_contiguous()
-    out = torch.empty(rows, outputs, dtype=dtype, device=codes.device)
     row_tiles = triton.cdiv(rows, tile.rows)
-    _product_kernel[(triton.cdiv(outputs, tile.outputs) * row_tiles,)](
+    programs = triton.cdiv(outputs, tile.outputs) * row_tiles
+    share = tile.depth * steps_of_part(programs, triton.cdiv(depth, tile.depth), codes.device)
+    parts = triton.cdiv(depth, share)
+    out = torch.empty(rows, outputs, dtype=dtype, device=codes.device)
+    kind = torch.int32 if weight.dtype == torch.int8 else torch.float32
+    sums = torch.empty(parts, rows, outputs, dtype=kind, device=codes.device) if parts > 1 else out
+    _product_kernel[(programs, parts)](
         codes,
         row_scales,
         weight,
         scales,
         scales if bias is None else bias,
-        out,
+        sums,
         rows,
         row_tiles,
         outputs,
         depth,
+        share,
         ROWS=tile.rows,
         OUTPUTS=tile.outputs,
         DEPTH=tile.depth,
         EVEN=depth % tile.depth == 0,
         INT8=weight.dtype == torch.int8,
+        WHOLE=parts == 1,
         BIAS=bias is not None,
-        PREFETCH=row_tiles == 1 and weight.nbytes <= PREFETCHED and depth % 16 == 0,
+        PREFETCH=row_tiles == 1 == parts and weight.nbytes <= PREFETCHED and depth % 16 == 0,
         num_warps=tile.warps,
         num_stages=tile.stages,
         **chained(codes.device),
     )
+    return finish(sums, row_scales, scales, bias, out) if parts > 1 else out
+
+
+def vendor_takes(dtype: torch.dtype, weight: Tensor) -> bool:
+    """Whether `vendor_product` computes products with `weight` in `dtype`."""
+    return not any(size % 16 for size in weight.shape) and (weight.dtype == torch.int8 or dtype == torch.bfloat16)
+
+
+def vendor_product(
+    codes: Tensor, row_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`product` by the vendor's kernels, of more than 16 rows."""
+    if weight.dtype == FP8:
+        by_row, by_output = row_scales[:, None], scales[None, :]
+        return torch._scaled_mm(codes, weight.t(), by_row, by_output, bias, out_dtype=dtype, use_fast_accum=True)
+    rows, outputs = len(codes), len(weight)
+    out = torch.empty(rows, outputs, dtype=dtype, device=codes.device)
+    pieces = triton.cdiv(rows, max(128, SUMS // (4 * outputs)))
+    for own, own_scales, to in zip(*(x.tensor_split(pieces) for x in (codes, row_scales, out)), strict=True):
+        finish(torch._int_mm(own, weight.t())[None], own_scales, scales, bias, to)
     return out
-
-
-def scaled_product(codes: Tensor, row_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """`product` of e4m3 in bf16, the vendor's."""
-    return torch._scaled_mm(
-        codes,
-        weight.t(),
-        scale_a=row_scales[:, None],
-        scale_b=scales[None, :],
-        bias=bias,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
 
 
 @triton.jit
@@ -189,16 +205,21 @@ def _product_kernel(
     row_tiles,
     outputs,
     depth,
+    share,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
     EVEN: tl.constexpr,
     INT8: tl.constexpr,
+    WHOLE: tl.constexpr,
     BIAS: tl.constexpr,
     PREFETCH: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """Program (outputs, rows): neighbours read the same part of the matrix."""
+    """Program (outputs and rows, columns): neighbours read the same part of the matrix.
+
+    WHOLE: of all columns; else sums of a part of them are left to `sums.finish`.
+    """
     first = tl.program_id(0) // row_tiles * OUTPUTS
     output = first + tl.arange(0, OUTPUTS)
     line = tl.minimum(output, outputs - 1).to(tl.int64)
@@ -209,10 +230,10 @@ def _product_kernel(
     columns = codes + own[None, :] * depth + at[:, None]
     if CHAINED and PREFETCH:
         prefetch(weight + first.to(tl.int64) * depth, tl.minimum(outputs - first, OUTPUTS) * depth)
-    scale = tl.load(scales + line)
     await_inputs(CHAINED)
     sums = tl.zeros([OUTPUTS, ROWS], tl.int32 if INT8 else tl.float32)
-    for start in range(0, depth, DEPTH):
+    begin = tl.program_id(1) * share
+    for start in range(begin, tl.minimum(begin + share, depth), DEPTH):
         if EVEN:
             w = tl.load(lines + start)
             piece = tl.load(columns + start)
@@ -221,9 +242,12 @@ def _product_kernel(
             w = tl.load(lines + start, mask=inside[None, :], other=0 if INT8 else 0.0)
             piece = tl.load(columns + start, mask=inside[:, None], other=0 if INT8 else 0.0)
         sums = tl.dot(w, piece, sums, out_dtype=sums.dtype)
-    value = sums.to(tl.float32) * scale[:, None] * tl.load(row_scales + own)[None, :]
-    if BIAS:
-        value += tl.load(bias + line).to(tl.float32)[:, None]
     inside_out = (output < outputs)[:, None] & (row < rows)[None, :]
-    to = out + row.to(tl.int64)[None, :] * outputs + output[:, None]
-    tl.store(to, value.to(out.dtype.element_ty), mask=inside_out)
+    to = out + (tl.program_id(1) * rows + row.to(tl.int64))[None, :] * outputs + output[:, None]
+    if WHOLE:
+        value = sums.to(tl.float32) * (tl.load(scales + line)[:, None] * tl.load(row_scales + own)[None, :])
+        if BIAS:
+            value += tl.load(bias + line).to(tl.float32)[:, None]
+        tl.store(to, value.to(out.dtype.element_ty), mask=inside_out)
+    else:
+        tl.store(to, sums, mask=inside_out)
