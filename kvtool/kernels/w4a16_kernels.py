@@ -90,8 +90,8 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tens
 
 
 def decoded_product(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear` by the vendor's product with pieces of the matrix in x's dtype, each of `DECODED` bytes at most."""
-    outputs, step = len(weight), max(1, DECODED // (x.shape[1] * x.itemsize))
+    """`linear` by the vendor's product with pieces of the matrix in x's dtype, each of about `DECODED` bytes."""
+    outputs, step = len(weight), max(1, DECODED // (16 * x.shape[1] * x.itemsize)) * 16
     if step >= outputs:
         return torch.nn.functional.linear(x, decode(weight, scales, zeros), bias)
     out = torch.empty(len(x), outputs, dtype=x.dtype, device=x.device)

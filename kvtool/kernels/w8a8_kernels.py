@@ -56,9 +56,7 @@ TILES: dict[tuple[torch.dtype, int], dict[int, Tile]] = {
         64: Tile(64, 64, 128, 4, 4),
     },
 }
-SUMS = (
-    32 << 20
-)  # bytes of sums that the vendor's int8 product leaves: they are still in the L2 cache when they are scaled
+SUMS = 32 << 20  # bytes of what the vendor's int8 product leaves: still in the L2 cache when it is scaled
 PREFETCHED = 32 << 20  # bytes of a matrix that is fetched to L2 while the kernels before still run
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # as when a kernel is decorated; it rounds none to e4m3
