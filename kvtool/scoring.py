@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvtool.attention import PagedAttention, block_size
+from kvtool.attention.latents import LatentQueries
 from kvtool.config import Bits, EngineConfig, KVOptions
 from kvtool.errors import ConfigError, UnsupportedError
 from kvtool.kv.batch import KVBatch, Span
@@ -67,10 +68,8 @@ class ScoringModel:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        if config.num_ranks > 1:
-            raise UnsupportedError(
-                f"--tp {config.tp} --pp {config.pp}: a model is scored on one device; leave them out"
-            )
+        if config.num_ranks * config.ep > 1:
+            raise UnsupportedError(f"{config.rank_options}: a model is scored on one device; leave them out")
         self.config = config
         self.device = choose_device(config.device)
         self.path = resolve_model(config.model)
@@ -174,7 +173,9 @@ class ScoringModel:
         return [torch.cat(piece)[window.first - 1 :] for window, piece in zip(batch, pieces, strict=True)]
 
 
-def _attend(attention: PagedAttention, batch: KVBatch, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _attend(
+    attention: PagedAttention, batch: KVBatch, layer: int, q: Tensor | LatentQueries, key: Tensor, value: Tensor
+) -> Tensor:
     return attention(layer, q, key, value, batch)
 
 

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvtool.attention.latents import LatentQueries
 from kvtool.layers.embedding import Embedding
 from kvtool.layers.linear import GatedLinear, Linear, MergedLinear, RowLinear, Slot
 from kvtool.layers.mla import MLA, LatentProducts
-from kvtool.layers.moe import Experts, MoE
+from kvtool.layers.moe import Experts, MoE, Router
 from kvtool.layers.norm import QKNorm, RMSNorm
 from kvtool.layers.rotary import Rotary, queries_and_keys
 from kvtool.models.architectures import ARCHITECTURES
@@ -18,8 +19,8 @@ from kvtool.parallel import ONE_RANK, Group, Parallel
 
 # (layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) → [T, Hq, D]. q and k come normalised and rotated, all three as
 # strided views; scale, mask, sliding window and the KV store are the callee's. Latent attention (`kvtool.layers.mla`)
-# gives the rope key as k and the latent as v, q's elements being those of the latent and then of the rope key.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# gives the rope key as k and the latent as v, and gets values of all heads.
+Attend = Callable[[int, Tensor | LatentQueries, Tensor, Tensor], Tensor]
 
 
 class Attention(nn.Module):
@@ -115,6 +116,9 @@ class Decoder(nn.Module):
     Args:
         max_len: tokens of the longest sequence it will see.
         parallel: what this rank has of it: the shards of its group, of the layers of its stage.
+
+    Attributes:
+        is_whole: of every stored tensor at least a piece is here.
     """
 
     def __init__(
@@ -129,6 +133,7 @@ class Decoder(nn.Module):
         super().__init__()
         tp, stage = parallel.tp, parallel.stage
         self.config, self.stage, self.dtype = config, stage, dtype
+        self.is_whole = stage.count == tp.ep == 1
 
         def embedding() -> Embedding:
             return Embedding(config.vocab_size, config.hidden_size, tp, dtype=dtype, device=device)
@@ -146,6 +151,11 @@ class Decoder(nn.Module):
             RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device) if stage.is_last else None
         )
         self.lm_head = embedding() if stage.is_last and not tied else None
+
+    def routers(self) -> dict[int, Router]:
+        """Those of this stage's layers that have experts, by layer."""
+        mixtures = {int(name): layer.mlp for name, layer in self.layers.items()}
+        return {layer: mlp.gate for layer, mlp in mixtures.items() if isinstance(mlp, MoE)}
 
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states after the final norm, of T tokens of any number of sequences laid end to end.
