@@ -174,11 +174,10 @@ def start_card(info: "EngineInfo", url: str, needs_key: bool) -> str:
     body = '{"text": "Once upon a time", "sampling_params": {"temperature": 0}}'
     arrives = f"\n  arrives   at {info.kv_address}, from --role prefill" if info.kv_address else ""
     where = info.device if info.num_ranks == 1 else f"{info.num_ranks} ranks, the first on {info.device}"
-    compiled = f", {info.compile_seconds:.1f} of it compiling" if info.compile_seconds else ""
     header = "-H 'Authorization: Bearer KEY' " if needs_key else ""
     return f"""\
 kvtool serves {info.model} at {url}
-  model     {info.dtype} on {where}, context {info.max_model_len:,} tokens, up in {info.start_seconds:.1f} s{compiled}
+  model     {info.dtype} on {where}, context {info.max_model_len:,} tokens, up in {info.start_seconds:.1f} s
   KV cache  {info.kv_format}{arrives}
   holds     {info.kv_tokens:,} tokens in {memory}; {plain}
   chat      {url}/ in a browser

@@ -168,7 +168,7 @@ class DecodeGraphs:
     def capture(self, sizes: Sequence[int], capturer: Capturer) -> None:
         """Capture some of `sizes`, the largest first, so that the smaller ones find its memory."""
         for size in sorted(sizes, reverse=True):
-            graph, outputs = capturer.capture(partial(self.run, size))
+            graph, outputs = capturer.capture(partial(self._run, size))
             self._captured[size] = Captured(graph, *outputs)
 
     def holds(self, batch: ScheduledBatch) -> bool:
@@ -210,8 +210,7 @@ class DecodeGraphs:
         chosen = self._inputs[size][-1, :count]
         return ran, captured.logits[chosen], captured.greedy[chosen]
 
-    def run(self, size: int) -> tuple[KVBatch, Tensor, Tensor]:
-        """What a graph holds: the step on the inputs of so many rows."""
+    def _run(self, size: int) -> tuple[KVBatch, Tensor, Tensor]:
         inputs = Inputs(*self._inputs[size])
         self._table.rows.index_put_((inputs.slots, inputs.columns), inputs.newest)
         batch = KVBatch(
@@ -283,13 +282,9 @@ class PromptGraphs:
     def capture(self, rooms: Sequence[Room], capturer: Capturer) -> None:
         """Capture some of `rooms`, the largest first, so that the smaller ones find its memory."""
         for room in sorted(rooms, key=lambda room: (room.tokens, room.decodes), reverse=True):
-            self.clear(room)
-            self._captured[room] = capturer.capture(partial(self.run, room))
-
-    def clear(self, room: Room) -> None:
-        """Make all that is in the room's memory nobody's."""
-        self._memory.fill_(-1)
-        self._inputs(room, self._memory)["newest"].zero_()
+            self._memory.fill_(-1)  # nobody's
+            self._inputs(room, self._memory)["newest"].zero_()
+            self._captured[room] = capturer.capture(partial(self._run, room))
 
     def room(self, batch: ScheduledBatch) -> Room | None:
         """Where the step runs, None if nowhere."""
@@ -354,8 +349,8 @@ class PromptGraphs:
         named = zip(shapes.items(), pieces, strict=True)
         return {name: piece[: prod(shape)].view(shape) for (name, shape), piece in named}
 
-    def run(self, room: Room) -> int:
-        """What a graph holds: the step that is in memory, to `_hidden`; returns the tokens in a tile of the kernels."""
+    def _run(self, room: Room) -> int:
+        """Compute the step that is in memory, to `_hidden`; the tokens in a tile of the kernels."""
         inputs, n = self._inputs(room, self._memory), room.decodes
         slots, columns, newest = inputs["newest"]
         if n:
@@ -398,14 +393,6 @@ class StepGraphs:
         capturer = Capturer()
         self.prompts.capture(self.prompts.rooms[-1:] if largest else self.prompts.rooms, capturer)
         self.decodes.capture(self.decodes.sizes[-1:] if largest else self.decodes.sizes, capturer)
-
-    def rehearse(self) -> None:
-        """Run all steps that can be captured, on nothing."""
-        for room in reversed(self.prompts.rooms):
-            self.prompts.clear(room)
-            self.prompts.run(room)
-        for size in reversed(self.decodes.sizes):
-            self.decodes.run(size)
 
     def forget(self, slots: Iterable[int]) -> None:
         """The sequences in these slots are new, or have moved."""

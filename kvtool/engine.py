@@ -137,7 +137,6 @@ class Engine:
             kv_tokens=store.num_blocks * store.format.block_size + config.max_num_seqs * store.format.tail_tokens,
             kv_tokens_16bit=kv_bytes // (2 * elements),
             start_seconds=time.perf_counter() - start,
-            compile_seconds=self.runner.compile_seconds,
             kv_address=self._inlet.address if self._inlet else "",
         )
 

@@ -344,7 +344,6 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
         kv_tokens: tokens that fit, blocks and tails together.
         kv_tokens_16bit: tokens that the same bytes would hold at 2 bytes an element.
         start_seconds: it took to load the model, compile kernels and capture CUDA graphs.
-        compile_seconds: of those, what it took to compile the steps' kernels, or to find them compiled.
     """
 
     model: str
@@ -370,7 +369,6 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
     kv_tokens: int
     kv_tokens_16bit: int
     start_seconds: float
-    compile_seconds: float = 0.0
     kv_address: str = ""
 
 

@@ -1,6 +1,5 @@
 """The model on its device: a scheduled batch goes in, sampled token ids come out."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ from kvtool.memory import DeviceMemory, MemoryParts, allocate, cache_memory, cap
 from kvtool.models import load_config, load_model, resolve_model, weight_bytes
 from kvtool.models.config import ModelConfig
 from kvtool.parallel import ONE_RANK, Parallel
-from kvtool.processes import cpu_threads
 from kvtool.profiling import StepProfiler, traces_folder
 from kvtool.request import Sample, SamplingParams, ScheduledBatch, ScheduledSpan, StepResult, TokenLogprobs
 from kvtool.sampler import Sampler, is_greedy, token_logprobs
@@ -93,7 +91,6 @@ class Runner:
         store: this rank's part of it, sized from the configuration; all have as many blocks.
         swap_space: for sequences that must make room.
         memory: what a GPU holds beside the store.
-        compile_seconds: it took to compile the steps' kernels, or to find them compiled.
         expert_load: of the layers of this rank's stage that have experts, kept by the first rank of its group.
         on_all_ranks: elements of a token, bytes of a block, of a tail and of the cache, of all ranks together.
     """
@@ -123,7 +120,6 @@ class Runner:
                 )
             self.max_model_len = config.max_model_len or self.model_config.max_position
             self.profiler: StepProfiler | None = None
-            self.compile_seconds = 0.0
             self.newest = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.device)
             self.sampler = Sampler(self.newest, self.model_config.eos_token_ids)
             routers = self.model.routers() if parallel.tp.rank == 0 else {}
@@ -345,28 +341,6 @@ class Runner:
             most_prompt_tokens=most_tokens,
         )
 
-    def _compile(self, graphs: StepGraphs, largest: ScheduledBatch, threads: int) -> None:
-        """Compile the kernels of all steps side by side, before one after the other is waited for. Which ones those are
-        the steps themselves tell, run without them. Layers that are alike need the same; the first begins the stream.
-        """
-        from kvtool.kernels.launch import compiling
-
-        start, layers = time.perf_counter(), self.model.layers
-        kinds = {
-            (index == 0, fmt, self.model_config.experts[layer], self.model_config.sliding_window[layer]): str(layer)
-            for index, (layer, fmt) in enumerate(zip(self._layers, self.store.format.layers, strict=True))
-        }
-        self.model.layers = torch.nn.ModuleDict({layer: layers[layer] for layer in kinds.values()})
-        try:
-            with compiling(threads):
-                graphs.rehearse()
-                self._hidden_states(largest, None)
-                if self.store.sealer:
-                    self.store.sealer.compile()
-        finally:
-            self.model.layers = layers
-        self.compile_seconds = time.perf_counter() - start
-
     def _capture(self, graphs: StepGraphs) -> None:
         """Capture all graphs on the store as it is.
 
@@ -393,9 +367,6 @@ class Runner:
         try:
             self._hold(layout, sum(len(span.blocks) for span in largest.spans) + 1, config)
             self.graphs = self._graphs(config)
-            if self.graphs:
-                self._compile(self.graphs, largest, cpu_threads(len(config.ranks_here)))
-                torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
             self.collect(self.launch(largest))
             if self.store.sealer:

@@ -93,19 +93,18 @@ def measure(model: str, nbits: str, batch: int, context: int, step: int) -> dict
         "gpu": torch.cuda.get_device_name(),
         "case": case,
         "start_s": round(engine.info.start_seconds, 1),
-        "compile_s": round(engine.info.compile_seconds, 1),
         "predicted": {**asdict(predicted), "total": predicted.total},
         "measured": {**asdict(held), "total": total - free},
     }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    table = Table("MiB", *rows[0]["predicted"], "apart", "start s", "compiling s", box=None, title=rows[0]["gpu"])
+    table = Table("MiB", *rows[0]["predicted"], "apart", "start s", box=None, title=rows[0]["gpu"])
     for row in rows:
         apart = row["predicted"]["total"] / row["measured"]["total"] - 1
         for which in ("predicted", "measured"):
             parts = [f"{nbytes / 2**20:,.0f}" for nbytes in row[which].values()]
-            ends = [f"{apart:+.2%}", f"{row['start_s']}", f"{row['compile_s']}"] if which == "measured" else []
+            ends = [f"{apart:+.2%}", f"{row['start_s']}"] if which == "measured" else []
             table.add_row(f"{row['case']}: {which}", *parts, *ends)
     Console(width=180).print(table)
 

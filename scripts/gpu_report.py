@@ -139,7 +139,6 @@ def measure(
             seconds(engine, [16] * 4, [8] * 4)  # what is loaded on first use
             print(f"{name}, {nbits} bits: {memory_line(engine)}", file=sys.stderr, flush=True)
             common = {"model": name, "nbits": nbits, "start_s": round(time.perf_counter() - start, 1)}
-            common["compile_s"] = round(engine.info.compile_seconds, 1)
             model = cost(load_config(Path(folder)), 2, engine.info.block_bytes / engine.info.block_size)
             for workload in group:
                 for figure in FIGURES[workload.rstrip("0123456789")](engine, workload, model, rates):

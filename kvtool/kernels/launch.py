@@ -1,15 +1,10 @@
 """How kernels are launched on the GPU at hand."""
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.jit import JITFunction
 
 
 @cache
@@ -24,25 +19,6 @@ def chained(device: torch.device) -> dict[str, bool]:
     It must `await_inputs` before it reads or writes what others do, so that only its start overlaps with their end.
     """
     return {"CHAINED": True, "launch_pdl": True} if capability(device) >= 9 else {"CHAINED": False}
-
-
-@contextmanager
-def compiling(threads: int) -> Iterator[None]:
-    """Compile what is launched inside, in so many threads, and run none of it: what kernels would write stays as it is.
-
-    Most of a compilation is LLVM and ptxas, which leave Python's lock to others.
-    """
-    run = JITFunction.run
-
-    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return run(kernel, *args, grid=grid, warmup=True, **options)
-
-    JITFunction.run = compile_only
-    try:
-        with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool):
-            yield
-    finally:
-        JITFunction.run = run
 
 
 @triton.jit
