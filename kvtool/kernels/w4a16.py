@@ -3,19 +3,27 @@
 This module itself needs no triton.
 """
 
+from math import gcd
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvtool.kernels import takes
+
+RUN = 32  # columns whose codes lie together: the first half in the low nibbles of 16 bytes, the second in the high ones
+
 
 def pack_w4(codes: Tensor) -> Tensor:
     """Codes uint8 [N, K] of 0..15 as the kernels read them: uint8 [N, K / 2]. K is even."""
-    return codes[:, ::2] | codes[:, 1::2] << 4
+    low, high = codes.unflatten(1, (-1, 2, gcd(RUN, codes.shape[1]) // 2)).unbind(2)
+    return (low | high << 4).flatten(1)
 
 
 def unpack_w4(weight: Tensor) -> Tensor:
     """The codes that `pack_w4` was given: uint8 [N, K / 2] → [N, K]."""
-    return torch.stack((weight & 15, weight >> 4), dim=-1).flatten(1)
+    packed = weight.unflatten(1, (-1, gcd(RUN, 2 * weight.shape[1]) // 2))
+    return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)
 
 
 def dequantize_w4(weight: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
@@ -43,4 +51,8 @@ def w4a16_linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias:
     Returns:
         [M, N] in x's dtype.
     """
+    if takes(x) and x.dtype.itemsize == 2 and 2 * weight.shape[1] // scales.shape[1] % RUN == 0:
+        from kvtool.kernels import w4a16_kernels
+
+        return w4a16_kernels.linear(x, weight, scales, zeros, bias)
     return w4a16_reference(x, weight, scales, zeros, bias)

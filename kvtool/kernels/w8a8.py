@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvtool.kernels import takes
+
 INT8_MAX, FP8_MAX = 127.0, 448.0
 FP8 = torch.float8_e4m3fn
 
@@ -47,7 +49,7 @@ def w8a8_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None =
     Returns:
         [M, N] in x's dtype.
     """
-    return w8a8_reference(x, weight, scales, bias)
+    return _linear(x, weight, scales, bias) if takes(x) else w8a8_reference(x, weight, scales, bias)
 
 
 def fp8_reference(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -66,7 +68,13 @@ def fp8_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = 
     Returns:
         [M, N] in x's dtype.
     """
-    return fp8_reference(x, weight, scales, bias)
+    return _linear(x, weight, scales, bias) if takes(x) else fp8_reference(x, weight, scales, bias)
+
+
+def _linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    from kvtool.kernels import w8a8_kernels
+
+    return w8a8_kernels.linear(x, weight, scales, bias)
 
 
 def _product(

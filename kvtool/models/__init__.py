@@ -1,10 +1,10 @@
 """Models: what they look like, where they are, how they are loaded and how they compute."""
 
-from kvtool.models.config import ModelConfig, load_config
+from kvtool.models.config import ModelConfig, load_config, parse_config
 from kvtool.models.decoder import Attend, Decoder
 from kvtool.models.quantization import Quantization, check_quantization
 from kvtool.models.resolve import resolve_model
-from kvtool.models.weights import load_model
+from kvtool.models.weights import load_model, weight_bytes
 
 __all__ = [
     "Attend",
@@ -14,5 +14,7 @@ __all__ = [
     "check_quantization",
     "load_config",
     "load_model",
+    "parse_config",
     "resolve_model",
+    "weight_bytes",
 ]

@@ -203,6 +203,11 @@ class Checkpoint:
             raise ModelError(f"{tensor.file}: {part}: {error}; the checkpoint is damaged, download it again") from None
 
 
+def weight_bytes(model: Decoder) -> int:
+    """What the model takes where it is, the table of its rotations included."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
 class RandomWeights:
     """Random weights with standard deviation 0.02, norms 1. The same seed gives the same weights on the same device, of
     which each rank has its part."""
