@@ -22,7 +22,7 @@ from kvtool.handoff import Inlet, Pusher
 from kvtool.kv.receiver import Arrival, Loss
 from kvtool.kv.wire import Identity
 from kvtool.models.resolve import fingerprint
-from kvtool.ranks import Ranks
+from kvtool.ranks import RunnerRanks
 from kvtool.request import (
     EngineInfo,
     EngineStats,
@@ -81,7 +81,7 @@ class Engine:
             )
         self._pusher: Pusher | None = None
         self._inlet: Inlet | None = None
-        self.ranks = Ranks(config) if config.num_ranks * config.nnodes > 1 else None
+        self.ranks = RunnerRanks(config) if config.num_ranks * config.nnodes > 1 else None
         self.runner = self.ranks.runner if self.ranks else Runner(config)
         store, model = self.runner.store, self.runner.model_config
         self.scheduler = Scheduler(

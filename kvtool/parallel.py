@@ -1,7 +1,7 @@
 """Ranks that share a model, one process each: what each holds, and how they exchange tensors, by torch.distributed."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from kvtool.errors import KVToolError
+from kvtool.errors import KVToolError, UnsupportedError
 
 # Its name up to torch 2.12, which later ones warn of.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -161,6 +161,17 @@ class Parallel:
     tp: Group = ALONE
     stage: Stage = field(default_factory=Stage)
 
+    @property
+    def first_of_last_stage(self) -> int:
+        """The rank that speaks for the end of the pipeline."""
+        return self.size - self.tp.size
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        """`x` of the rank `source`, which all others have room for in theirs; returns it."""
+        if self.size > 1:
+            dist.broadcast(x, source)
+        return x
+
     def least(self, *values: int) -> tuple[int, ...]:
         """The smallest that any rank has, of each."""
         return self._reduced(values, dist.ReduceOp.MIN)
@@ -201,6 +212,17 @@ class Parallel:
         for rank, row in enumerate(told):
             if row.any():
                 raise KVToolError(f"rank {rank}: {bytes(row.tolist()).rstrip(bytes(1)).decode(errors='replace')}")
+
+    @contextmanager
+    def faults_noted(self, note: Callable[[], None]) -> Iterator[None]:
+        """What a format cannot hold is an error at once, but not where other ranks wait for this one in the midst of a
+        step: it goes on, and whoever asks the store behind the step hears that it was in vain."""
+        try:
+            yield
+        except UnsupportedError:
+            if self.size == 1:
+                raise
+            note()
 
 
 ONE_RANK = Parallel()

@@ -1,7 +1,6 @@
 """The model on its device: a scheduled batch goes in, sampled token ids come out."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
@@ -15,7 +14,7 @@ from kvtool.attention import PagedAttention, block_size
 from kvtool.attention.layer import AttentionLayer
 from kvtool.config import EngineConfig
 from kvtool.cuda_graph import MOST_WORK, StepGraphs, as_kv_span
-from kvtool.errors import CapacityError, ConfigError, UnsupportedError
+from kvtool.errors import CapacityError, ConfigError
 from kvtool.kv.batch import KVBatch, on_device
 from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import KVFormat, resolve
@@ -180,7 +179,7 @@ class Runner:
             self.store.seal(kv_batch)
             return self._sample(batch, logits, greedy, allowed, [])
         kv_batch, hidden = self._hidden_states(batch, on_layer)
-        with self._faults_noted():
+        with self.parallel.faults_noted(self.store.note_fault):
             self.store.seal(kv_batch)
         for fork in batch.forks:
             self.store.fork(fork.source_block, fork.source_slot, fork.block, fork.slot)
@@ -360,22 +359,11 @@ class Runner:
         value: Tensor,
     ) -> Tensor:
         index, out = layer - self._layers.start, None
-        with self._faults_noted():
+        with self.parallel.faults_noted(self.store.note_fault):
             out = self.attention(index, q, key, value, batch)
         if on_layer:
             on_layer(index)
         return torch.zeros_like(q) if out is None else out
-
-    @contextmanager
-    def _faults_noted(self) -> Iterator[None]:
-        """What the format cannot hold is an error at once, but not where other ranks wait for this one in the midst of
-        the step: it goes on, and `collect` says that it was in vain."""
-        try:
-            yield
-        except UnsupportedError:
-            if self.parallel.size == 1:
-                raise
-            self.store.note_fault()
 
 
 def largest_step(config: EngineConfig, fmt: KVFormat, max_model_len: int) -> ScheduledBatch:

@@ -1,19 +1,20 @@
 """Teacher-forced scoring through the packed store: every token reads exactly what decoding would let it read."""
 
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from typing import cast
 
+import msgspec
 import torch
 from torch import Tensor
 
 from kvtool.attention import PagedAttention, block_size
 from kvtool.config import Bits, EngineConfig, KVOptions
-from kvtool.errors import ConfigError, UnsupportedError
+from kvtool.errors import ConfigError
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import resolve
@@ -21,6 +22,9 @@ from kvtool.kv.layout import KVLayout
 from kvtool.kv.plan import BITS
 from kvtool.memory import allocate
 from kvtool.models import load_config, load_model, resolve_model
+from kvtool.models.resolve import fingerprint
+from kvtool.parallel import ONE_RANK, Parallel
+from kvtool.ranks import Ranks
 from kvtool.runner import attention_layers, choose_device, choose_dtype, kv_spec
 
 SCORED_ROWS = 128  # of logits at a time
@@ -50,44 +54,90 @@ class Window:
         return self.token_ids[self.first :]
 
 
+class OpenStore(msgspec.Struct, frozen=True, tag="open_store"):
+    """Make a store of this format, which goes by `number`."""
+
+    number: int
+    kv: KVOptions
+    num_blocks: int
+    num_tail_slots: int
+
+
+class Read(msgspec.Struct, frozen=True, tag="read"):
+    """Run windows together through a store."""
+
+    number: int
+    windows: list[Window]
+
+
+class Predict(msgspec.Struct, frozen=True, tag="predict"):
+    """Compute the logits of so many hidden states, which rank 0 has."""
+
+    num_rows: int
+
+
+class DropStore(msgspec.Struct, frozen=True, tag="drop_store"):
+    """No more windows go through this store."""
+
+    number: int
+
+
+ScoringOrder = OpenStore | Read | Predict | DropStore
+
+
 class ScoringModel:
     """A model, loaded once and scored under any number of KV formats, each with a packed store of its own.
 
-    Of `config`, `max_num_batched_tokens` bounds the tokens that are computed together, and its `kv` is not used.
+    Of `config`, `max_num_batched_tokens` bounds the tokens that are computed together, and its `kv` is not used. Where
+    it asks for several ranks, this one starts the others, and each has a `ScoringModel` that carries out its orders.
+
+    Args:
+        parallel: the place of a rank that another has started.
 
     Attributes:
         path: local folder of the model.
         model_config: what the checkpoint is.
-        model: the decoder, on `device` in `dtype`.
+        model: the decoder, on `device` in `dtype`, or this rank's part of it.
         max_model_len: tokens of the longest window.
 
     Raises:
-        KVToolError: the model cannot be loaded.
-        UnsupportedError: on several devices.
+        KVToolError: the model cannot be loaded, or does not fit the ranks.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        if config.num_ranks > 1:
-            raise UnsupportedError(
-                f"--tp {config.tp} --pp {config.pp}: a model is scored on one device; leave them out"
-            )
-        self.config = config
-        self.device = choose_device(config.device)
-        self.path = resolve_model(config.model)
-        self.model_config = load_config(self.path)
-        self.dtype = choose_dtype(config, self.model_config, self.device)
-        with torch.inference_mode():
-            self.model = load_model(
-                self.path,
-                self.model_config,
-                dtype=self.dtype,
-                device=self.device,
-                load_format=config.load_format,
-                seed=config.seed,
-                max_model_len=config.max_model_len,
-            )
+    def __init__(self, config: EngineConfig, parallel: Parallel = ONE_RANK) -> None:
+        self._ranks: Ranks | None = None
+        if config.num_ranks * config.nnodes > 1 and parallel.size == 1:
+            self._ranks = Ranks(config, "scores")
+            config, parallel = self._ranks.config, self._ranks.parallel
+        self.config, self.parallel = config, parallel
+        with self._ranks.starting() if self._ranks else nullcontext():
+            self.device = choose_device(config.device)
+            self.path = resolve_model(config.model)
+            self.model_config = load_config(self.path)
+            self.dtype = choose_dtype(config, self.model_config, self.device)
+            with torch.inference_mode(), parallel.agreeing():
+                self.model = load_model(
+                    self.path,
+                    self.model_config,
+                    dtype=self.dtype,
+                    device=self.device,
+                    load_format=config.load_format,
+                    seed=config.seed,
+                    max_model_len=config.max_model_len,
+                    parallel=parallel,
+                )
+            if self._ranks:
+                self._ranks.await_ready()
         self.max_model_len = min(config.max_model_len or self.model_config.max_position, self.model_config.max_position)
-        self._attention_layers = attention_layers(self.model_config)
+        self._attention_layers = attention_layers(self.model_config, parallel)
+        self._layers = parallel.stage.layers(self.model_config.num_layers)
+        self._attentions: dict[int, PagedAttention] = {}
+        self._numbers = count()
+
+    def close(self) -> None:
+        """End the processes of other ranks, if there are any; nothing more can be scored."""
+        if self._ranks:
+            self._ranks.close()
 
     @property
     def dtype_name(self) -> str:
@@ -104,12 +154,9 @@ class ScoringModel:
         return KVLayout(spec, resolve(kv, spec, block_size(self.config.attention_backend)))
 
     def fingerprint(self) -> str:
-        """Names the weights, by some thousand elements of each tensor: training again changes nearly all of them."""
-        digest = hashlib.sha256(repr(self.model_config).encode())
-        for name, slot in self.model.slots():
-            sample = slot.to.flatten()[:: max(1, slot.to.numel() // 4096)]
-            digest.update(name.encode() + sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """Names the weights, however many ranks hold them."""
+        seed = f"seed {self.config.seed} " if self.config.load_format == "dummy" else ""
+        return seed + fingerprint(self.path)
 
     def log_probs(self, windows: Sequence[Window], kv: KVOptions) -> Iterator[tuple[Tensor, Tensor]]:
         """Log-probabilities of all next tokens at the scored places of all windows, in their order.
@@ -131,7 +178,7 @@ class ScoringModel:
         targets = torch.tensor(window.targets, device=self.device)
         for rows, ids in zip(hidden.split(SCORED_ROWS), targets.split(SCORED_ROWS), strict=True):
             with torch.inference_mode():  # not across the yield: it would hold in the caller, too
-                logits = self.model.logits(rows)
+                (logits,) = self._order(Predict(len(rows)), rows)
                 log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
             yield log_probs, ids
 
@@ -146,12 +193,54 @@ class ScoringModel:
         """
         layout, batches = self.layout(kv), _batches(windows, self.config.max_num_batched_tokens)
         num_blocks = max(sum(layout.format.num_blocks(window.num_read) for window in batch) for batch in batches)
-        store = allocate(layout, max(1, num_blocks), max(map(len, batches)), self.dtype, self.device)
-        attention = PagedAttention(store, self._attention_layers, self.config.attention_backend)
-        for batch in batches:
-            yield from self._forward(batch, attention)
+        number = next(self._numbers)
+        try:
+            self._order(OpenStore(number, kv, max(1, num_blocks), max(map(len, batches))))
+            for batch in batches:
+                yield from self._order(Read(number, batch))
+        finally:
+            self._order(DropStore(number))
+
+    def _order(self, order: ScoringOrder, rows: Tensor | None = None) -> list[Tensor]:
+        """Let all ranks carry out an order, this one among them."""
+        if self._ranks is None:
+            return self.carry_out(order, rows)
+        self._ranks.tell(order)
+        with self._ranks.waiting():
+            return self.carry_out(order, rows)
 
     @torch.inference_mode()
+    def carry_out(self, order: ScoringOrder, rows: Tensor | None = None) -> list[Tensor]:
+        """Do this rank's part of what rank 0 wants of all.
+
+        Args:
+            rows: hidden states of a `Predict`, on rank 0.
+
+        Returns:
+            On rank 0, of `Read` the final hidden states of each window's scored tokens, of `Predict` the logits.
+
+        Raises:
+            CapacityError, UnsupportedError: on all ranks, whichever of them has met it.
+        """
+        match order:
+            case OpenStore():
+                self._attentions[order.number] = self._opened(order)
+            case Read():
+                return self._forward(order.windows, self._attentions[order.number])
+            case Predict():
+                return [self._logits(order.num_rows, rows)]
+            case DropStore():
+                self._attentions.pop(order.number, None)
+        return []
+
+    def _opened(self, order: OpenStore) -> PagedAttention:
+        layout = KVLayout(
+            kv_spec(self.model_config, self.dtype, self.parallel), self.layout(order.kv).format.of_layers(self._layers)
+        )
+        with self.parallel.agreeing():
+            store = allocate(layout, order.num_blocks, order.num_tail_slots, self.dtype, self.device)
+            return PagedAttention(store, self._attention_layers, self.config.attention_backend)
+
     def _forward(self, batch: Sequence[Window], attention: PagedAttention) -> list[Tensor]:
         """Run windows together, each from its own empty memory; one that is longer than a step goes in pieces."""
         store, step = attention.store, self.config.max_num_batched_tokens
@@ -166,16 +255,39 @@ class ScoringModel:
             kv_batch = KVBatch.build(store.format, spans, self.device)
             read = [token for w, span in zip(batch, spans, strict=True) for token in w.token_ids[span.start : span.end]]
             ids = torch.tensor(read, device=self.device)
-            hidden = self.model(ids, kv_batch.positions, partial(_attend, attention, kv_batch))
-            store.seal(kv_batch)
+            hidden = self.model(ids, kv_batch.positions, partial(self._attend, attention, kv_batch))
+            with self.parallel.faults_noted(store.note_fault):
+                store.seal(kv_batch)
             for rows, piece in zip(hidden.split([span.length for span in spans]), pieces, strict=True):
                 piece.append(rows)
-        check_fits(not store.take_fault().item())
-        return [torch.cat(piece)[window.first - 1 :] for window, piece in zip(batch, pieces, strict=True)]
+        (fault,) = self.parallel.total(int(store.take_fault().item()))
+        check_fits(not fault)
+        scored = [torch.cat(piece)[window.first - 1 :] for window, piece in zip(batch, pieces, strict=True)]
+        if self.parallel.stage.count == 1:
+            return scored
+        whole = self.parallel.broadcast(torch.cat(scored), self.parallel.first_of_last_stage)
+        return list(whole.split([len(rows) for rows in scored]))
 
+    def _logits(self, num_rows: int, rows: Tensor | None) -> Tensor:
+        """[num_rows, vocab_size] in the model's dtype, of hidden states that rank 0 has; where that is not the last
+        stage, they go there and come back."""
+        config, parallel = self.model_config, self.parallel
+        if rows is None:
+            rows = torch.empty(num_rows, config.hidden_size, dtype=self.dtype, device=self.device)
+        rows = parallel.broadcast(rows.contiguous(), 0)
+        if parallel.stage.is_last:
+            logits = self.model.logits(rows)
+        else:
+            logits = torch.empty(num_rows, config.vocab_size, dtype=self.dtype, device=self.device)
+        return logits if parallel.stage.count == 1 else parallel.broadcast(logits, parallel.first_of_last_stage)
 
-def _attend(attention: PagedAttention, batch: KVBatch, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return attention(layer, q, key, value, batch)
+    def _attend(
+        self, attention: PagedAttention, batch: KVBatch, layer: int, q: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        out = None
+        with self.parallel.faults_noted(attention.store.note_fault):
+            out = attention(layer - self._layers.start, q, key, value, batch)
+        return torch.zeros_like(q) if out is None else out
 
 
 def _batches(windows: Sequence[Window], most: int) -> list[list[Window]]:

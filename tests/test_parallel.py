@@ -1,6 +1,7 @@
 """Ranks that share a model: what each one holds of it, and that together they answer as one does."""
 
 import random
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
-from kvtool.errors import ConfigError
+from kvtool.errors import CapacityError, ConfigError, UnsupportedError
 from kvtool.kv.format import resolve
 from kvtool.models import Decoder, load_config, load_model, resolve_model
 from kvtool.p2p import wrong_copies
 from kvtool.parallel import Group, Parallel, Stage
+from kvtool.perplexity import SAMPLE, make_task, read_documents, score_formats
 from kvtool.request import Request, SamplingParams, Tokens
 from kvtool.runner import kv_spec
+from kvtool.scoring import ScoringModel, Window
+from kvtool.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -163,10 +167,10 @@ def test_ranks_share_experts_and_heads_over_one_latent(model_type: str, pp: int,
     assert_same_answers(answers(replace(config, tp=2, pp=pp), asked), answers(config, asked))
 
 
-def test_what_one_rank_cannot_hold_fails_its_request_alone(tmp_path: Path) -> None:
-    """A token whose keys are beyond fp16 in the second KV head, which only the second rank has."""
-    make_checkpoint("llama", tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
+def make_unfit_checkpoint(folder: Path) -> None:
+    """Keys of token 5 are beyond fp16 in the second KV head, which only the second rank has."""
+    make_checkpoint("llama", folder)
+    tensors = load_file(folder / "model.safetensors")
     embedding, keys = tensors["model.embed_tokens.weight"], tensors["model.layers.1.self_attn.k_proj.weight"]
     embedding[:, 0], embedding[5] = 0, 0
     embedding[5, 0] = 1e6  # all that is left of it behind a norm
@@ -174,7 +178,23 @@ def test_what_one_rank_cannot_hold_fails_its_request_alone(tmp_path: Path) -> No
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             tensors[f"model.layers.{layer}.{name}.weight"][0] = 0  # nothing else gets into that channel
     keys[16:, 0] = 1e5
-    save_file(tensors, tmp_path / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_what_one_rank_cannot_hold_is_not_scored_and_the_next_text_is(tmp_path: Path) -> None:
+    make_unfit_checkpoint(tmp_path)
+    config = replace(CONFIG, model=str(tmp_path))
+    fits, kv = [Window([10] * 90)], KVOptions(nbits="4")
+    (expected,) = ScoringModel(config).hidden_states(fits, kv)
+    with closing(ScoringModel(replace(config, tp=2))) as model:
+        with pytest.raises(UnsupportedError, match="cannot be quantised"):
+            list(model.hidden_states([Window([5] * 90)], kv))
+        (found,) = model.hidden_states(fits, kv)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_what_one_rank_cannot_hold_fails_its_request_alone(tmp_path: Path) -> None:
+    make_unfit_checkpoint(tmp_path)
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     asked = [Request(str(i), [10 + i] * 70, params) for i in range(3)]
     config = replace(CONFIG, model=str(tmp_path), kv=KVOptions(nbits="4"), prefix_caching=False)
@@ -194,6 +214,27 @@ def test_what_one_rank_cannot_hold_fails_its_request_alone(tmp_path: Path) -> No
     assert {name: [t.token_ids for t in tokens] for name, tokens in got.items()} == {
         name: [t.token_ids for t in tokens] for name, tokens in expected.items()
     }
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (2, 2)])
+def test_ranks_together_score_as_one_does(tp: int, pp: int, tmp_path: Path) -> None:
+    """Perplexity and divergence under several formats at once, and a baseline that either can read."""
+    formats = {"16": KVOptions(), "4": KVOptions(nbits="4"), "2": KVOptions(nbits="2"), "plan": PLAN}
+    config, file = replace(CONFIG, max_num_batched_tokens=300), tmp_path / "baseline.safetensors"
+    with closing(ScoringModel(config)) as model:
+        tokenizer = Tokenizer.load(model.path, model.model_config.vocab_size)
+        task = make_task("hf-stride", read_documents(SAMPLE), tokenizer, 2048, window=400, stride=300, max_tokens=900)
+        expected = score_formats(model, task, formats, save_baseline=file)
+    with closing(ScoringModel(replace(config, tp=tp, pp=pp))) as model:
+        found = score_formats(model, task, formats)
+        again = score_formats(model, task, {"4": formats["4"]}, baseline=file)
+        with pytest.raises(CapacityError, match=r"has no .* for the KV cache"):
+            next(model.hidden_states([Window([5, 6])], KVOptions(nbits="4", residual_length=2**40)))
+        assert score_formats(model, task, {"4": formats["4"]})[0].perplexity == found[1].perplexity
+    for ours, theirs in zip([*found, again[0]], [*expected, expected[1]], strict=True):
+        assert ours.format == theirs.format and ours.bytes_per_token == theirs.bytes_per_token
+        figures = [(score.perplexity, score.kld_mean, score.kld_max, score.top1_agreement) for score in (ours, theirs)]
+        assert figures[0] == pytest.approx(figures[1], abs=1e-9, rel=1e-9)
 
 
 def test_a_stage_keeps_the_tail_that_another_needs() -> None:
