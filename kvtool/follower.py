@@ -16,6 +16,7 @@ import numpy as np
 
 from kvtool.config import EngineConfig
 from kvtool.errors import KVToolError, UnsupportedError
+from kvtool.handoff import Outgoing, WholeStore
 from kvtool.parallel import Parallel, leave
 from kvtool.ranks import (
     BEAT_SECONDS,
@@ -115,6 +116,7 @@ def _ready(link: Link) -> None:
 def follow_steps(config: EngineConfig, parallel: Parallel, link: Link, inbox: Inbox) -> None:
     """Launch an engine's steps."""
     runner = Runner(config, parallel)
+    store = WholeStore(runner.store, runner.whole_layout, parallel.tp) if config.handoff else None
     _ready(link)
     steps: queue.SimpleQueue[tuple[int, Handle]] = queue.SimpleQueue()
     Thread(target=_answer, args=[runner, steps, link], daemon=True).start()
@@ -124,7 +126,15 @@ def follow_steps(config: EngineConfig, parallel: Parallel, link: Link, inbox: In
             mask = np.frombuffer(message.allowed, np.int32).reshape(len(message.batch.samples), -1)
         if message.token_ids:
             runner.take_in(message.token_ids)
-        steps.put((message.step, runner.launch(message.batch, mask)))
+        if store is None:
+            handle = runner.launch(message.batch, mask)
+        else:
+            outgoing = Outgoing(store, message.exports)
+            handle = runner.launch(
+                message.batch, mask, lambda imported: store.land(imported.memory, None), outgoing.on_layer
+            )
+            outgoing.finish()
+        steps.put((message.step, handle))
 
 
 def _answer(runner: Runner, steps: "queue.SimpleQueue[tuple[int, Handle]]", link: Link) -> None:

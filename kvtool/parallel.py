@@ -108,6 +108,21 @@ class Group:
         all_gather(gathered, x.contiguous(), group=self.ranks)
         return gathered.view(self.size, *x.shape).transpose(0, 1).reshape(len(x), self.size * x.shape[1])
 
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """All ranks' `x`, in their order, on the first one; nothing on the others."""
+        if self.size == 1:
+            return [x]
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(x, parts, group=self.ranks, group_dst=0)
+        return parts or []
+
+    def scatter(self, parts: list[Tensor], into: Tensor) -> Tensor:
+        """Fill `into` with this rank's one of `parts`, which the first has; returns it."""
+        if self.size == 1:
+            return into.copy_(parts[0])
+        dist.scatter(into, parts if self.rank == 0 else None, group=self.ranks, group_src=0)
+        return into
+
 
 ALONE = Group()
 

@@ -38,7 +38,7 @@ from kvtool.models import ModelConfig, load_config, resolve_model
 from kvtool.p2p import all_on_nvlink
 from kvtool.parallel import Parallel, join, leave, use_one_shot
 from kvtool.processes import Inbox, command, cpu_threads, frame
-from kvtool.request import ScheduledBatch, StepResult
+from kvtool.request import Export, Import, ScheduledBatch, StepResult
 from kvtool.runner import Handle, Runner, choose_device
 
 INTERFACES = {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}  # environment variables
@@ -93,6 +93,7 @@ class Launch(msgspec.Struct, frozen=True, tag="launch"):
     batch: ScheduledBatch
     allowed: bytes | None
     token_ids: dict[int, int]
+    exports: list[Export]
 
 
 class End(msgspec.Struct, frozen=True, tag="end"):
@@ -338,16 +339,23 @@ class RunnerRanks(Ranks):
             self.runner = Runner(self.config, self.parallel)
             self.await_ready()
 
-    def launch(self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None = None) -> Handle:
-        """Start one step on all ranks."""
+    def launch(
+        self,
+        batch: ScheduledBatch,
+        allowed: NDArray[np.int32] | None = None,
+        exports: Sequence[Export] = (),
+        land: Callable[[Import], None] | None = None,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> Handle:
+        """Start one step on all ranks; the last three are those of `Runner.launch`, and what `on_layer` takes out."""
         self._step += 1
         mask = None if allowed is None else allowed.tobytes()
-        self.tell(Launch(self._step, batch, mask, self._token_ids))
+        self.tell(Launch(self._step, batch, mask, self._token_ids, list(exports)))
         with self.waiting():
             if self._token_ids:
                 self.runner.take_in(self._token_ids)
             try:
-                handle = self.runner.launch(batch, allowed)
+                handle = self.runner.launch(batch, allowed, land, on_layer)
             except CapacityError as error:  # the others wait for it in the midst of the step
                 self.end(f"rank 0 has failed: {error}")
         self._token_ids = {}

@@ -20,13 +20,12 @@ from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
-from kvtool.kv.staging import Staged
 from kvtool.kv.swap import SwapSpace
 from kvtool.memory import DeviceMemory, allocate, cache_memory, capacity, check_context, size
 from kvtool.models import load_config, load_model, resolve_model
 from kvtool.models.config import ModelConfig
 from kvtool.parallel import ONE_RANK, Parallel
-from kvtool.request import Sample, SamplingParams, ScheduledBatch, ScheduledSpan, StepResult, TokenLogprobs
+from kvtool.request import Import, Sample, SamplingParams, ScheduledBatch, ScheduledSpan, StepResult, TokenLogprobs
 from kvtool.sampler import Sampler, is_greedy, token_logprobs
 
 SCORED_ROWS = 128  # of logits at a time
@@ -130,6 +129,11 @@ class Runner:
             if self.graphs:
                 self._capture(self.graphs)
 
+    @property
+    def whole_layout(self) -> KVLayout:
+        """Of the cache of all heads and layers, whichever of them are this rank's."""
+        return KVLayout(kv_spec(self.model_config, self.dtype), self.format)
+
     @torch.inference_mode()
     def take_in(self, token_ids: Mapping[int, int]) -> None:
         """Ids that the last stage of a pipeline has sampled, by slot, for the first one to compute."""
@@ -142,7 +146,7 @@ class Runner:
         self,
         batch: ScheduledBatch,
         allowed: NDArray[np.int32] | None = None,
-        landings: Mapping[str, Staged] | None = None,
+        land: Callable[[Import], None] | None = None,
         on_layer: Callable[[int], None] | None = None,
     ) -> Handle:
         """Start one step.
@@ -150,7 +154,7 @@ class Runner:
         Args:
             allowed: [len(batch.samples), ceil(vocab_size / 32)]: bit i % 32 of word i // 32 is set where token i may
                 be chosen.
-            landings: what the batch imports, by id.
+            land: puts what the batch imports into the store.
             on_layer: called with each layer that has written its keys and values, unless the step is a graph.
 
         Raises:
@@ -159,8 +163,8 @@ class Runner:
         """
         self._move(batch)
         for imported in batch.imports:
-            assert landings is not None
-            landings[imported.id].store_in(self.store, imported.memory.blocks, imported.memory.slot)
+            assert land is not None
+            land(imported)
         try:
             return self._run(batch, allowed, on_layer)
         except torch.OutOfMemoryError as error:

@@ -2,6 +2,8 @@
 
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from test_engine import FORMATS, MIB, engine, prompts
@@ -76,6 +78,35 @@ def test_two_engines_answer_as_one_would(kv):
     assert decode.stats().arrivals_total == len(asked) and decode.stats().losses_total == 0
     for tested in (prefill, decode):
         assert_nothing_is_held(tested)
+
+
+@pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("name", ["16", "2, window"])
+def test_the_two_sides_may_share_heads_among_other_numbers_of_ranks(name, prefill_tp, decode_tp):
+    kv, params = FORMATS[name], SamplingParams(max_tokens=30, ignore_eos=True, seed=3)
+    asked = [*prompts(4, 200), [9] * 129, [3]]
+    with closing_all() as made:
+        decode = engine(kv, handoff=HandoffConfig("decode", SECRET), tp=decode_tp, max_num_batched_tokens=50)
+        made.append(decode)
+        to = HandoffConfig("prefill", SECRET, peers=(decode.info.kv_address,))
+        prefill = engine(kv, handoff=to, tp=prefill_tp, max_num_batched_tokens=50, run_ahead=True)
+        made.append(prefill)
+        said = share(prefill, decode, asked, params)
+        again = share(prefill, decode, asked, params)
+        assert (decode.stats().arrivals_total, decode.stats().losses_total) == (2 * len(asked), 0)
+        for tested in made:
+            assert_nothing_is_held(tested)
+    assert ids(said) == ids(again) == alone(kv, asked, params)
+
+
+@contextmanager
+def closing_all() -> Iterator[list[Engine]]:
+    made: list[Engine] = []
+    try:
+        yield made
+    finally:
+        for tested in made:
+            tested.close()
 
 
 def test_what_has_come_is_a_prefix_hit_for_others():
@@ -191,8 +222,8 @@ def test_engines_that_do_not_fit_are_told_so_at_the_start():
         with pytest.raises(KVToolError) as caught:
             Engine(EngineConfig(**settings))  # type: ignore[arg-type]
         assert "--peer" in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(KVToolError, match="KV of several ranks does not travel"):
-        engine(KVOptions(), handoff=to, tp=2)
+    with pytest.raises(KVToolError, match="KV of several stages does not travel"):
+        engine(KVOptions(), handoff=to, pp=2)
     port = int(decode.info.kv_address.rpartition(":")[2])
     with pytest.raises(KVToolError, match="change --kv-port"):
         engine(KVOptions(), handoff=HandoffConfig("decode", SECRET, port=port))

@@ -16,15 +16,18 @@ from kvtool.config import KVOptions
 from kvtool.errors import UnsupportedError
 from kvtool.kv import receiver as receiving
 from kvtool.kv import transfer, wire
+from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.channels import SocketChannel
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.receiver import Arrival, Loss, Receiver
 from kvtool.kv.sender import Sender
+from kvtool.kv.shares import Share
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.store import KVStore
 from kvtool.kv.transfer import Route
 from kvtool.kv.wire import Close, Identity, Refusal, TransferError
+from kvtool.parallel import Group
 
 SPEC = KVSpec(3, StreamSpec(2, 32), StreamSpec(2, 32), 4)
 FORMATS = {
@@ -166,6 +169,50 @@ def test_a_checksum_tells_what_goes_wrong(data):
     at = data.draw(st.integers(0, len(piece) - 1))
     piece[at] ^= data.draw(st.integers(1, 255))
     assert wire.checksum(pieces) != before
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(list(FORMATS)), heads=st.sampled_from([1, 2, 4]), size=st.sampled_from([1, 2, 4]))
+def test_shares_are_what_ranks_with_these_heads_store(name, heads, size):
+    """Of blocks and tails; put together they are the whole again."""
+    spec = KVSpec(3, StreamSpec(heads, 32), StreamSpec(heads, 64), 4)
+    fmt = resolve(FORMATS[name], spec)
+    whole = filled(KVLayout(spec, fmt), range(heads))
+    together = [torch.zeros(2, whole.layout.layer_block_bytes(layer), dtype=torch.uint8) for layer in range(3)]
+    tail = torch.zeros(whole.layout.tail_bytes, dtype=torch.uint8)
+    for rank in range(size):
+        mine = Group(rank, size).shard(heads)
+        own = KVSpec(3, StreamSpec(mine.size, 32), StreamSpec(mine.size, 64), 4)
+        rank_store = filled(KVLayout(own, fmt), range(mine.start, mine.start + mine.size))
+        share = Share(whole.layout, rank_store.layout, (mine.start, mine.start))
+        for layer in range(3):
+            part, all_heads = layer_blocks(rank_store, layer), layer_blocks(whole, layer)
+            assert torch.equal(share.of_blocks(layer, all_heads), part)
+            share.into_blocks(layer, part, together[layer])
+        assert torch.equal(share.of_tail(whole.tail(0)), rank_store.tail(0))
+        share.into_tail(rank_store.tail(0), tail)
+    assert torch.equal(torch.cat(together, dim=1), whole.gather_blocks([0, 1]))
+    assert torch.equal(tail, whole.tail(0))
+
+
+def filled(of: KVLayout, heads: range) -> KVStore:
+    """What a store holds of two blocks and a tail of tokens that are random, but for each head the same ones."""
+    made, num_tokens = KVStore(of, 2, 1, torch.float32), 2 * of.format.block_size
+    batch = KVBatch.build(of.format, [Span(0, num_tokens, [0, 1], 0)], torch.device("cpu"))
+
+    def noise(dim: int, layer: int) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(9 * layer + head) for head in heads]
+        return torch.stack([torch.randn(num_tokens, dim, generator=generator) for generator in generators], 1)
+
+    for index, layer in enumerate(made.layers):
+        layer.write(noise(32, index), noise(64, index), batch)
+    return made
+
+
+def layer_blocks(of: KVStore, layer: int) -> torch.Tensor:
+    out = torch.empty(2, of.layout.layer_block_bytes(layer), dtype=torch.uint8)
+    of.gather_layer(layer, torch.arange(2), out)
+    return out
 
 
 def test_tables_say_why_a_transfer_is_refused():

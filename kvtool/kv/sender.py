@@ -61,6 +61,7 @@ class Push:
     """A sequence on its way: what is put here is sent as soon as its peer takes it.
 
     Attributes:
+        layout: of what is sent.
         staging: where what is put waits.
         num_sent: blocks of each layer that have been put, from the first.
         staged: room for all of it, once something has been put.
@@ -68,6 +69,7 @@ class Push:
     """
 
     opening: Open
+    layout: KVLayout
     staging: Staging
     num_sent: list[int]
     staged: Staged | None = None
@@ -78,22 +80,34 @@ class Push:
 
     def put_blocks(self, layers: range, end_block: int, store: KVStore, blocks: Sequence[int]) -> None:
         """Send what is new of the first `end_block` of the sequence's `blocks`, in `layers` that are equally far."""
+        index = store.index(blocks[self.num_sent[layers.start] : end_block])
+        self.put(layers, end_block, lambda layer, out: store.gather_layer(layer, index, out))
+
+    def put(self, layers: range, end_block: int, write: Callable[[int, Tensor], None]) -> None:
+        """Send what is new of the first `end_block` blocks, in `layers` that are equally far.
+
+        Args:
+            write: puts a layer's part of the new ones, [n, layer_block_bytes] uint8, where it is told.
+        """
         first = self.num_sent[layers.start]
         staged = self._room() if end_block > first else None
         if staged is None:
             return
-        index = store.index(blocks[first:end_block])
         tensors = [staged.layers[layer][first:end_block] for layer in layers]
         for layer, tensor in zip(layers, tensors, strict=True):
-            store.gather_layer(layer, index, tensor)
+            write(layer, tensor)
             self.num_sent[layer] = end_block
         part = Part(layers.start, layers.stop, first, end_block, b"")
         self.pieces.put(Piece(part, tensors, _event(tensors)))
 
     def put_tail(self, tail: Tensor) -> None:
         """Keep the tail, which goes last."""
+        self.write_tail(lambda room: room.copy_(tail))
+
+    def write_tail(self, write: Callable[[Tensor], object]) -> None:
+        """Let the tail, or some of it, be written where it waits."""
         if staged := self._room():
-            staged.tail.copy_(tail)
+            write(staged.tail)
 
     def close(self, closing: Close) -> None:
         """Send the tail and the first token; all blocks have been put."""
@@ -196,7 +210,8 @@ class Sender:
         layout = self.layout
         num_blocks = layout.format.num_blocks(len(token_ids))
         sizes = (len(token_ids), num_blocks, layout.block_bytes, layout.tail_bytes)
-        push = Push(Open(request_id, token_hash(token_ids), *sizes), self._staging, [0] * layout.spec.num_layers)
+        opening = Open(request_id, token_hash(token_ids), *sizes)
+        push = Push(opening, layout, self._staging, [0] * layout.spec.num_layers)
         self._waiting.put(push)
         return push
 
