@@ -213,7 +213,7 @@ class Engine:
             self._imported[request.id] = event
             first = event.close
             whole = self.scheduler.add_imported(
-                request, self._seed(request.params), first.first_token, first.num_cached_tokens
+                request, self._seed(request.params), first.first_token, first.num_cached_tokens, event.origin
             )
             news += [self._follow(self._with_times(tokens), {}) for tokens in whole]
         return news

@@ -5,17 +5,17 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from kvtool.config import HandoffConfig
-from kvtool.errors import ConfigError, RequestError
+from kvtool.errors import ConfigError, RequestError, UnsupportedError
 from kvtool.kv.channels import Channel, FaultyChannel
 from kvtool.kv.layout import KVLayout
+from kvtool.kv.packer import Packer
 from kvtool.kv.receiver import Arrival, Loss, Receiver
 from kvtool.kv.sender import Push, Sender
 from kvtool.kv.shares import Share
@@ -25,6 +25,8 @@ from kvtool.kv.transfer import dial_tcp
 from kvtool.kv.wire import Close, Identity
 from kvtool.parallel import Group
 from kvtool.request import Export, Import, Memory, Request, ScheduledBatch, ScheduledSpan, Tokens
+
+BEYOND = "the receiver's format cannot hold what the model made of it"
 
 logger = logging.getLogger(__name__)
 
@@ -115,44 +117,37 @@ class Outgoing:
     launched. All ranks that share heads go through it alike.
 
     Args:
-        deliver: takes what the first rank has of an export, by its index, once for each of its parts; None on others.
+        takers: of the exports, on the first rank.
     """
 
-    def __init__(self, store: WholeStore, exports: Sequence[Export], deliver: "Deliver | None" = None) -> None:
+    def __init__(self, store: WholeStore, exports: Sequence[Export], takers: "Sequence[Parcel] | None" = None) -> None:
         self.exports = exports
-        self._store, self._deliver = store, deliver
+        self._store = store
+        self._takers: Sequence[Parcel | None] = [None] * len(exports) if takers is None else takers
         self._layers = range(store.layout.spec.num_layers)
         self._num_done = 0  # layers, of those that go one by one
 
     def on_layer(self, layer: int) -> None:
         """A layer has written its keys and values."""
-        for index, export in enumerate(self.exports):
+        for export, taker in zip(self.exports, self._takers, strict=True):
             if export.by_layer:
-                self._take(index, range(layer, layer + 1))
+                self._take(export, taker, range(layer, layer + 1))
         self._num_done = layer + 1
 
     def finish(self) -> None:
         """All layers have."""
-        for index, export in enumerate(self.exports):
-            self._take(index, self._layers[self._num_done :] if export.by_layer else self._layers)
+        for export, taker in zip(self.exports, self._takers, strict=True):
+            self._take(export, taker, self._layers[self._num_done :] if export.by_layer else self._layers)
             if export.slot >= 0:
-                tail = self._store.take_tail(export.slot)
-                if self._deliver:
-                    self._deliver.tail(index, tail)
+                write = self._store.take_tail(export.slot)
+                if taker:
+                    taker.push.write_tail(write)
 
-    def _take(self, index: int, layers: range) -> None:
-        if self.exports[index].blocks and layers:
-            write = self._store.take_blocks(layers, self.exports[index].blocks)
-            if self._deliver:
-                self._deliver.blocks(index, layers, write)
-
-
-class Deliver(Protocol):
-    """Who is given what a step yields for other engines: what writes it where it is to be."""
-
-    def blocks(self, export: int, layers: range, write: Callable[[int, Tensor], None]) -> None: ...
-
-    def tail(self, export: int, write: Callable[[Tensor], None]) -> None: ...
+    def _take(self, export: Export, taker: "Parcel | None", layers: range) -> None:
+        if export.blocks and layers:
+            write = self._store.take_blocks(layers, export.blocks)
+            if taker:
+                taker.take(layers, write)
 
 
 @dataclass
@@ -160,37 +155,87 @@ class Pushed:
     """A request whose KV is on its way to another engine.
 
     Attributes:
+        packer: makes the other's format of ours, where that is another one.
         scheduled: when its first step began; 0 before that.
         is_whole: all of the prompt has been computed.
+        faults: whether there was what the other's format cannot hold, as a GPU will have found, [1] int32 each.
     """
 
     request: Request
     push: Push
+    packer: Packer | None
     scheduled: float = 0.0
     is_whole: bool = False
+    faults: list[Tensor] = field(default_factory=list)
 
-    def end_block(self, span: ScheduledSpan) -> int:
-        """Blocks that are complete behind a span, or what there is where that is the prompt's last."""
+
+@dataclass(frozen=True)
+class Parcel:
+    """What one step adds to what is pushed of a request.
+
+    Attributes:
+        first_block, end_block: of what is sent; those between are new.
+        end_token: of those that have been computed.
+        is_last: the prompt ends there.
+    """
+
+    pushed: Pushed
+    first_block: int
+    end_block: int
+    end_token: int
+    is_last: bool
+
+    @property
+    def push(self) -> Push:
+        return self.pushed.push
+
+    @classmethod
+    def of(cls, pushed: Pushed, span: ScheduledSpan) -> "Parcel":
+        fmt, is_last = pushed.push.layout.format, span.end == len(pushed.request.prompt)
+        complete = fmt.packed_tokens(span.end) // fmt.block_size
+        end = fmt.num_blocks(span.end) if is_last else complete
+        return cls(pushed, pushed.push.num_sent[0], end, span.end, is_last)
+
+    @property
+    def last_token(self) -> int:
+        """Where that ends which is packed on the way."""
         fmt = self.push.layout.format
-        is_last = span.end == len(self.request.prompt)
-        return fmt.num_blocks(span.end) if is_last else fmt.packed_tokens(span.end) // fmt.block_size
+        return self.end_token if self.is_last else min(self.end_token, self.end_block * fmt.block_size)
 
+    def export(self, span: ScheduledSpan, has_tail: bool) -> Export:
+        """What it takes out of the store; with the tail, if there is one, behind the prompt's end."""
+        if packer := self.pushed.packer:
+            sources = packer.sources(self.first_block, self.last_token)
+            return Export(span.blocks[sources.start : sources.stop], -1, by_layer=True)
+        blocks = span.blocks[self.first_block : self.end_block]
+        # A single token's block is sealed behind the last layer.
+        return Export(blocks, span.slot if self.is_last and has_tail else -1, by_layer=span.length > 1)
 
-class Parcels(NamedTuple):
-    """What is exported of a step's requests, in their order, up to which block."""
+    def take(self, layers: range, write: Callable[[int, Tensor], None]) -> None:
+        """Send the exported blocks of a layer, which `write` puts where it is told."""
+        packer = self.pushed.packer
+        if packer is None:
+            self.push.put(layers, self.end_block, write)
+            return
+        try:
+            for layer in layers:
+                self._repack(packer, layer, write)
+            self.pushed.faults.append(packer.take_fault())
+        except UnsupportedError as error:
+            self.push.drop(str(error))
 
-    pushed: list[Pushed]
-    end_blocks: list[int]
-
-    def blocks(self, export: int, layers: range, write: Callable[[int, Tensor], None]) -> None:
-        self.pushed[export].push.put(layers, self.end_blocks[export], write)
-
-    def tail(self, export: int, write: Callable[[Tensor], None]) -> None:
-        self.pushed[export].push.write_tail(write)
+    def _repack(self, packer: Packer, layer: int, write: Callable[[int, Tensor], None]) -> None:
+        exact = packer.room(layer, self.first_block, self.last_token)
+        write(layer, exact)
+        known = (layer, exact, self.first_block, self.last_token)
+        self.push.put(range(layer, layer + 1), self.end_block, lambda _, out: packer.pack(*known, out))
+        if self.is_last and packer.packed.tail_bytes:
+            self.push.write_tail(lambda tail: packer.write_tail(*known, tail))
 
 
 class Pusher:
-    """Sends the KV of prompts on while they are computed: a layer's sealed blocks while the next layer runs.
+    """Sends the KV of prompts on while they are computed: a layer's sealed blocks while the next layer runs. Where this
+    engine holds 16 bits, and a receiver fewer, they are packed on the way.
 
     Raises:
         ConfigError: a peer does not answer in time.
@@ -201,6 +246,7 @@ class Pusher:
         self._store = store
         self._pushed: dict[str, Pushed] = {}
         self._senders: dict[str, Sender] = {}
+        self._packers: dict[str, Packer] = {}  # for those that have another format
         for peer in config.peers:
             dial = partial(_dial, *split_address("--peer", peer), config.fault)
             sender = Sender(
@@ -215,6 +261,9 @@ class Pusher:
             )
             sender.connect(config.timeout)
             self._senders[_resolved(peer)] = sender
+            if sender.layout != store.layout:
+                memory = store.store.blocks
+                self._packers[_resolved(peer)] = Packer(store.layout, sender.layout, store.store.dtype, memory.device)
 
     def check(self, request: Request) -> None:
         """Raises RequestError if it is to go to nobody we know."""
@@ -226,8 +275,9 @@ class Pusher:
     def begin(self, request: Request) -> None:
         """Announce a request that has been queued."""
         assert request.push_to is not None
-        push = self._senders[_resolved(request.push_to)].begin(request.id, request.prompt)
-        self._pushed[request.id] = Pushed(request, push)
+        address = _resolved(request.push_to)
+        push = self._senders[address].begin(request.id, request.prompt)
+        self._pushed[request.id] = Pushed(request, push, self._packers.get(address))
 
     def abort(self, request_id: str, reason: str = "it was aborted") -> None:
         if pushed := self._pushed.pop(request_id, None):
@@ -235,20 +285,14 @@ class Pusher:
 
     def outgoing(self, batch: ScheduledBatch) -> Outgoing | None:
         """What a step is to yield; None: nothing."""
-        now, exports, parcels = time.perf_counter(), [], Parcels([], [])
+        now, exports, parcels = time.perf_counter(), [], []
         for span in batch.spans:
-            pushed = self._pushed.get(span.id)
-            if pushed is None:
-                continue
-            pushed.scheduled = pushed.scheduled or now
-            pushed.is_whole = span.end == len(pushed.request.prompt)
-            end = pushed.end_block(span)
-            blocks = span.blocks[pushed.push.num_sent[0] : end]
-            slot = span.slot if pushed.is_whole and self._store.layout.tail_bytes else -1
-            # A single token's block is sealed behind the last layer.
-            exports.append(Export(blocks, slot, by_layer=span.length > 1))
-            parcels.pushed.append(pushed)
-            parcels.end_blocks.append(end)
+            if pushed := self._pushed.get(span.id):
+                pushed.scheduled = pushed.scheduled or now
+                parcel = Parcel.of(pushed, span)
+                pushed.is_whole = parcel.is_last
+                parcels.append(parcel)
+                exports.append(parcel.export(span, self._store.layout.tail_bytes > 0))
         return Outgoing(self._store, exports, parcels) if exports else None
 
     def follow(self, tokens: Tokens) -> None:
@@ -258,6 +302,9 @@ class Pusher:
             return
         if not pushed.is_whole or not tokens.token_ids:
             pushed.push.drop(tokens.error or "it was not computed")
+            return
+        if pushed.faults and torch.cat(pushed.faults).any():
+            pushed.push.drop(BEYOND)
             return
         times = (pushed.scheduled, time.perf_counter())
         pushed.push.close(Close(tokens.token_ids[0], tokens.num_cached_tokens, *times, b""))

@@ -246,8 +246,8 @@ def test_peers_that_do_not_fit_part_at_once(settings, says):
 def test_peers_of_different_versions_part_at_once(monkeypatch):
     tested = receiver("4")
     channel = tested.attach()
-    channel.send_frame(msgspec.msgpack.encode(wire.Hello(2, b"n" * 32)))
-    with pytest.raises(TransferError, match="version 1 of kvtool's transfer; here it is 2"):
+    channel.send_frame(msgspec.msgpack.encode(wire.Hello(1, b"n" * 32)))
+    with pytest.raises(TransferError, match="version 2 of kvtool's transfer; here it is 1"):
         wire.decoded(channel.receive_frame(), wire.Welcome)
 
 

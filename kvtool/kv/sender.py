@@ -117,6 +117,7 @@ class Push:
 
     def drop(self, reason: str) -> None:
         """It is not to arrive."""
+        self.failed = True
         self.pieces.put(Drop(reason))
 
     def _room(self) -> Staged | None:
@@ -125,7 +126,6 @@ class Push:
             if self.staged is None and not self.failed:
                 self.staged = self.staging.take(self.opening.num_tokens, on_device=True)
                 if self.staged is None:
-                    self.failed = True
                     self.drop(f"too much waits to be sent: {self.staging.free_bytes} bytes are free")
             return self.staged
 
@@ -153,9 +153,14 @@ class Sender:
 
     Args:
         name: of the peer, for errors.
+        layout: of the store that is sent from.
         dial: opens a way to it; raises an OSError while there is none.
         asked: transfer, "auto" or by name.
         most_bytes: of sequences that have been computed and wait for the peer.
+
+    Attributes:
+        layout: of what is sent, which is the receiver's, and known once it is connected; it differs from that of the
+            store where that is exact.
     """
 
     def __init__(
@@ -171,6 +176,7 @@ class Sender:
         most_bytes: int = 4 << 30,
     ) -> None:
         self.name, self.layout, self.identity = name, layout, identity
+        self._own, self._most_bytes = layout, most_bytes
         self._dial, self._secret, self._device, self._asked = dial, secret, torch.device(device), asked
         self._waiting: SimpleQueue[Push | None] = SimpleQueue()
         self._threads: list[Thread] = []
@@ -198,6 +204,8 @@ class Sender:
                     ) from error
                 time.sleep(RETRY_SECONDS)
         self.transfer = link.transfer
+        if link.layout != self.layout:
+            self.layout, self._staging = link.layout, Staging(link.layout, self._device, self._most_bytes)
         with self._lock:
             self._links.append(link)
         for _ in range(link.transfer.connections):
@@ -249,8 +257,11 @@ class Sender:
         channel = self._dial()
         try:
             session = greet(channel, self._secret)
-            session.say(Peer(self.identity, self._device.type, []))
+            session.say(Peer(self.identity, self._own.format, self._device.type, []))
             peer = session.hear(Peer)
+            layout = peer.layout(self._own.spec)
+            if self.transfer and layout != self.layout:
+                raise TransferError("it has another KV format than before; start this side again")
             route = Route(self._device.type, peer.device, isinstance(channel, QueueChannel))
             transfer = select(route, self._asked, peer.transfers)
             session.say(Choice(transfer.name))
@@ -268,19 +279,20 @@ class Sender:
         except BaseException:
             channel.close()
             raise
-        return Link(session, transfer, min(offsets)[1])
+        return Link(session, transfer, layout, min(offsets)[1])
 
 
 class Link:
     """One connection of a sender.
 
     Attributes:
+        layout: of the receiver's store.
         clock_offset: seconds that the receiver's clock is ahead, measured on the quickest of a few round trips.
         is_good: can take another sequence.
     """
 
-    def __init__(self, session: Session, transfer: Transfer, clock_offset: float) -> None:
-        self.session, self.transfer, self.clock_offset = session, transfer, clock_offset
+    def __init__(self, session: Session, transfer: Transfer, layout: KVLayout, clock_offset: float) -> None:
+        self.session, self.transfer, self.layout, self.clock_offset = session, transfer, layout, clock_offset
         self.is_good = True
 
     def carry(self, push: Push) -> None:

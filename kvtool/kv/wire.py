@@ -4,7 +4,8 @@ A prefill side *pushes* a sequence's sealed blocks while it still computes, laye
 token. Each sequence travels alone over one of a few connections, so that what is refused costs that sequence only:
 
     Hello, Welcome, Proof     both know the secret: HMAC-SHA256 over both nonces, which also give the session's key
-    Peer, Peer                model and format must be the same; the sender chooses a transfer that both take
+    Peer, Peer                model and format must be the same, or the sender holds 16 bits and packs what it sends in
+                              the receiver's format; it chooses a transfer that both take
     Choice, Pong …            the choice; the offset of the clocks
     Open → Accepted           for each sequence: tokens, their hash, sizes; the receiver must expect just that
       Part, bytes …             layers and blocks, and a checksum of the bytes behind it
@@ -31,9 +32,12 @@ from torch import Tensor
 from kvtool.errors import KVToolError
 from kvtool.kv.blocks import block_digest
 from kvtool.kv.channels import Channel
+from kvtool.kv.format import KVFormat, StreamFormat
 from kvtool.kv.layout import KVLayout
+from kvtool.kv.spec import KVSpec
 
-VERSION = 1
+VERSION = 2
+MAX_TOKENS = 1 << 20  # of a block, or a window
 NONCE_BYTES = MAC_BYTES = 32
 PINGS = 5  # by which the offset of the clocks is found
 ROW_WORDS = 1024  # of 8 bytes, to one sum of a checksum
@@ -69,39 +73,80 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """What must be the same at both ends.
+    """What must fit at both ends.
 
     Attributes:
         model: fingerprint of configuration and weights.
+        values: fingerprint of what is cached of a token, before it is packed: shape and dtype.
         kv_format: for people.
-        layout: fingerprint of format, shape and dtype.
+        layout: fingerprint of all bytes: values and format.
+        is_exact: nothing is packed.
     """
 
     model: str
+    values: str
     kv_format: str
     layout: str
+    is_exact: bool
 
     @classmethod
     def of(cls, model: str, layout: KVLayout, dtype: torch.dtype) -> "Identity":
-        exact = repr((layout.spec, layout.format, dtype)).encode()
+        values = hashlib.sha256(repr((layout.spec, dtype)).encode()).hexdigest()
         name = f"{layout.format.describe_layers()}, {str(dtype).removeprefix('torch.')}"
-        return cls(model, name, hashlib.sha256(exact).hexdigest())
+        return cls(model, values, name, _layout_fingerprint(values, layout.format), layout.format.is_exact)
 
     def difference(self, other: "Identity") -> str | None:
         """Why sequences of `other` are none of ours."""
         if self.model != other.model:
             return f"it has another model ({other.model[:12]}, here {self.model[:12]}); start both with one --model"
-        if self.layout != other.layout:
-            return f"its KV format is {other.kv_format}; here it is {self.kv_format}; start both with the same options"
+        if self.layout != other.layout and not (other.is_exact and self.values == other.values):
+            return (
+                f"its KV format is {other.kv_format}; here it is {self.kv_format}; start both with the same options, "
+                "or prefill with 16 bits"
+            )
         return None
 
 
+def _layout_fingerprint(values: str, fmt: KVFormat) -> str:
+    return hashlib.sha256(f"{values} {fmt!r}".encode()).hexdigest()
+
+
 class Peer(msgspec.Struct, frozen=True, tag="peer"):
-    """Who one is, and which transfers one takes, best first."""
+    """Who one is, how one stores KV, and which transfers one takes, best first."""
 
     identity: Identity
+    format: KVFormat
     device: str
     transfers: list[str]
+
+    def layout(self, spec: KVSpec) -> KVLayout:
+        """What it stores of a model of `spec`.
+
+        Raises:
+            TransferError: its format is none of such a model, or not the one of its identity.
+        """
+        fmt, sizes = self.format, (self.format.block_size, self.format.residual)
+        streams = [
+            (pair, dim)
+            for layer in fmt.layers
+            for pair, dim in ((layer.key, spec.key.dim), (layer.value, spec.value.dim))
+        ]
+        if (
+            len(fmt.layers) != spec.num_layers
+            or not (0 < sizes[0] <= MAX_TOKENS and 0 <= sizes[1] <= MAX_TOKENS and sizes[1] % sizes[0] == 0)
+            or not all(_is_possible(stream, dim, sizes[0]) for stream, dim in streams)
+            or self.identity.layout != _layout_fingerprint(self.identity.values, fmt)
+        ):
+            raise TransferError("its KV format is none of this model")
+        return KVLayout(spec, fmt)
+
+
+def _is_possible(stream: StreamFormat, dim: int, block_size: int) -> bool:
+    if stream.bits == "16":
+        return True
+    if stream.axis == "channel":
+        return stream.bits != "fp8" and stream.group == block_size
+    return stream.group > 0 and dim % stream.group == 0
 
 
 class Choice(msgspec.Struct, frozen=True, tag="choice"):
