@@ -163,12 +163,21 @@ def test_a_sender_in_the_same_process_needs_no_socket(name):
 def test_a_checksum_tells_what_goes_wrong(data):
     sizes = data.draw(st.lists(st.integers(1, 3000), min_size=1, max_size=3))
     pieces = [torch.randint(0, 256, (8 * size,), dtype=torch.uint8) for size in sizes]
-    before = wire.checksum(pieces)
-    assert wire.checksum([piece.clone().view(-1, 8) for piece in pieces]) == before
+    before = checksum([pieces])
+    assert checksum([[piece.clone().view(-1, 8) for piece in pieces]]) == before
+    cut = 8192 * data.draw(st.integers(0, 2))
+    assert checksum([[pieces[0][:cut]], [pieces[0][cut:], *pieces[1:]]]) == before, "in portions of whole rows"
     piece = data.draw(st.sampled_from(pieces))
     at = data.draw(st.integers(0, len(piece) - 1))
     piece[at] ^= data.draw(st.integers(1, 255))
-    assert wire.checksum(pieces) != before
+    assert checksum([pieces]) != before
+
+
+def checksum(portions: list[list[torch.Tensor]]) -> bytes:
+    total = wire.Checksum()
+    for portion in portions:
+        total.add(portion)
+    return total.digest()
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from threading import Condition, Thread
 
 import torch
-from torch import Tensor
 
 from kvtool.errors import UnsupportedError
 from kvtool.kv.channels import Channel, QueueChannel, SocketChannel
@@ -35,7 +34,6 @@ from kvtool.kv.wire import (
     Session,
     TransferError,
     admit,
-    checksum,
     token_hash,
 )
 
@@ -299,7 +297,7 @@ class Receiver:
             if not inside or not all(have[layer] == message.first_block < message.end_block for layer in layers):
                 raise TransferError("a part that is not the next of its layers")
             pieces = [staged.layers[layer][message.first_block : message.end_block] for layer in layers]
-            self._receive(session, pieces, message.checksum)
+            session.receive(pieces, message.checksum)
             for layer in layers:
                 have[layer] = message.end_block
         if isinstance(message, Drop):
@@ -307,14 +305,9 @@ class Receiver:
         assert isinstance(message, Close)
         if have != [num_blocks] * num_layers:
             raise TransferError("parts are missing")
-        self._receive(session, [staged.tail] if len(staged.tail) else [], message.checksum)
+        if len(staged.tail):
+            session.receive([staged.tail], message.checksum)
         return message
-
-    def _receive(self, session: Session, pieces: list[Tensor], expected: bytes) -> None:
-        if pieces:
-            session.receive(pieces)
-        if not hmac.compare_digest(checksum(pieces), expected):
-            raise TransferError("bytes whose checksum is wrong")
 
     def _finish(self, request_id: str, event: Arrival | Loss, unused: Staged | None) -> bool:
         """Say what has come of a sequence, if anybody still waits."""

@@ -20,6 +20,7 @@ from kvtool.kv.transfer import IDLE_SECONDS, Route, Transfer, meet_as_sender, se
 from kvtool.kv.wire import (
     PINGS,
     Accepted,
+    Checksum,
     Choice,
     Close,
     Drop,
@@ -33,7 +34,6 @@ from kvtool.kv.wire import (
     Refusal,
     Session,
     TransferError,
-    checksum,
     greet,
     token_hash,
 )
@@ -48,12 +48,20 @@ class Piece:
     """Bytes of one message, gathered.
 
     Attributes:
+        total: their checksum; of those on a GPU it is made beside what the engine computes, later.
         ready: when they are there, on a GPU.
     """
 
     message: Part | Close
     tensors: list[Tensor]
+    total: Checksum
     ready: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, message: Part | Close, tensors: list[Tensor], total: Checksum) -> "Piece":
+        on_gpu = bool(tensors) and tensors[0].is_cuda
+        ready = torch.cuda.current_stream(tensors[0].device).record_event() if on_gpu else None
+        return cls(message, tensors, total, ready)
 
 
 @dataclass
@@ -93,12 +101,13 @@ class Push:
         staged = self._room() if end_block > first else None
         if staged is None:
             return
-        tensors = [staged.layers[layer][first:end_block] for layer in layers]
+        tensors, total = [staged.layers[layer][first:end_block] for layer in layers], Checksum()
         for layer, tensor in zip(layers, tensors, strict=True):
             write(layer, tensor)
+            if not tensor.is_cuda:
+                total.add([tensor])  # while the cache has it
             self.num_sent[layer] = end_block
-        part = Part(layers.start, layers.stop, first, end_block, b"")
-        self.pieces.put(Piece(part, tensors, _event(tensors)))
+        self.pieces.put(Piece.of(Part(layers.start, layers.stop, first, end_block, b""), tensors, total))
 
     def put_tail(self, tail: Tensor) -> None:
         """Keep the tail, which goes last."""
@@ -112,8 +121,10 @@ class Push:
     def close(self, closing: Close) -> None:
         """Send the tail and the first token; all blocks have been put."""
         if staged := self._room():
-            tensors = [staged.tail] if len(staged.tail) else []
-            self.pieces.put(Piece(closing, tensors, _event(tensors)))
+            tensors, total = [staged.tail] if len(staged.tail) else [], Checksum()
+            if not staged.tail.is_cuda:
+                total.add(tensors)
+            self.pieces.put(Piece.of(closing, tensors, total))
 
     def drop(self, reason: str) -> None:
         """It is not to arrive."""
@@ -141,11 +152,6 @@ class Push:
     def wait(self, seconds: float) -> bool:
         """Whether it has arrived; returns at once when that is known."""
         return self._ended.wait(seconds) and not self.failed
-
-
-def _event(tensors: Sequence[Tensor]) -> torch.cuda.Event | None:
-    on_gpu = bool(tensors) and tensors[0].is_cuda
-    return torch.cuda.current_stream(tensors[0].device).record_event() if on_gpu else None
 
 
 class Sender:
@@ -317,7 +323,8 @@ class Link:
                 break
             if piece.ready:
                 torch.cuda.current_stream().wait_event(piece.ready)
-            message = msgspec.structs.replace(piece.message, checksum=checksum(piece.tensors))
+                piece.total.add(piece.tensors)
+            message = msgspec.structs.replace(piece.message, checksum=piece.total.digest())
             if isinstance(message, Close):
                 message = msgspec.structs.replace(
                     message,

@@ -22,7 +22,7 @@ import hashlib
 import hmac
 import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -41,6 +41,7 @@ MAX_TOKENS = 1 << 20  # of a block, or a window
 NONCE_BYTES = MAC_BYTES = 32
 PINGS = 5  # by which the offset of the clocks is found
 ROW_WORDS = 1024  # of 8 bytes, to one sum of a checksum
+PORTION_BYTES = 1 << 20  # whole rows
 
 
 class TransferError(KVToolError):
@@ -233,18 +234,26 @@ def token_hash(token_ids: Sequence[int]) -> bytes:
     return block_digest(b"", token_ids)
 
 
-def checksum(pieces: Sequence[Tensor]) -> bytes:
+class Checksum:
     """SHA-256 of sums of 8 KiB each (as 64-bit words, modulo 2^64) of uint8 tensors, whose sizes divide by 8.
 
     Finds what goes wrong on the way at the speed of memory, on a GPU as well: any change within a word, and rows that
-    are lost, doubled or in the wrong place.
+    are lost, doubled or in the wrong place. A tensor may be added in portions of whole rows.
     """
-    sums = []
-    for piece in pieces:
-        words = piece.view(-1).view(torch.int64)
-        whole = len(words) // ROW_WORDS * ROW_WORDS
-        sums += [words[:whole].view(-1, ROW_WORDS).sum(1), words[whole:].sum()[None]]
-    return hashlib.sha256(torch.cat(sums).cpu().numpy().tobytes()).digest() if sums else b""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+
+    def add(self, pieces: Sequence[Tensor]) -> None:
+        for piece in pieces:
+            words = piece.view(-1).view(torch.int64)
+            whole = len(words) // ROW_WORDS * ROW_WORDS
+            self._sums.append(words[:whole].view(-1, ROW_WORDS).sum(1))
+            if whole < len(words):
+                self._sums.append(words[whole:].sum()[None])
+
+    def digest(self) -> bytes:
+        return hashlib.sha256(torch.cat(self._sums).cpu().numpy().tobytes()).digest() if self._sums else b""
 
 
 # An authenticated way
@@ -286,9 +295,35 @@ class Session:
         self.channel.send(pieces)
         self.nbytes += sum(piece.nbytes for piece in pieces)
 
-    def receive(self, pieces: Sequence[Tensor]) -> None:
-        self.channel.receive(pieces)
+    def receive(self, pieces: Sequence[Tensor], checksum: bytes) -> None:
+        """Fill `pieces` with what is sent, whose checksum is known.
+
+        Raises:
+            TransferError: something else has arrived.
+        """
+        total = Checksum()
+        for portion in self._portions(pieces):
+            self.channel.receive(portion)
+            total.add(portion)  # while a core's cache has it
         self.nbytes += sum(piece.nbytes for piece in pieces)
+        if not hmac.compare_digest(checksum, total.digest()):
+            raise TransferError("bytes whose checksum is wrong")
+
+    def _portions(self, pieces: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+        """`pieces` as they are taken from the channel."""
+        if not self.channel.is_stream or pieces[0].is_cuda:
+            yield pieces
+            return
+        portion: list[Tensor] = []
+        room = PORTION_BYTES
+        for piece in pieces:
+            for part in piece.view(-1).split(PORTION_BYTES):
+                if portion and part.nbytes > room:
+                    yield portion
+                    portion, room = [], PORTION_BYTES
+                portion.append(part)
+                room -= part.nbytes
+        yield portion
 
     def _mac(self, way: int, body: bytes) -> bytes:
         number = struct.pack("<Q", self._counts[way])
