@@ -28,6 +28,7 @@ from kvtool.ranks import (
     End,
     Failed,
     Launch,
+    Launched,
     Link,
     Ready,
     Seat,
@@ -134,6 +135,7 @@ def follow_steps(config: EngineConfig, parallel: Parallel, link: Link, inbox: In
                 message.batch, mask, lambda imported: store.land(imported.memory, None), outgoing.on_layer
             )
             outgoing.finish()
+        link.send(Launched(message.step))
         steps.put((message.step, handle))
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from threading import Lock, Thread
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, TypeVar
 
 import msgspec
 import numpy as np
@@ -46,6 +46,8 @@ BEAT_SECONDS = 1.0
 SILENT_SECONDS = 6.0  # a rank that says nothing for so long hangs
 RANK_0_SILENT_SECONDS = 8.0  # which also prepares grammars, and may be slow to speak meanwhile
 STARTING_SECONDS = 60.0  # while it starts: what is imported, allocated or compiled may stop all of its threads
+STEP_SECONDS = 8.0  # behind the launch of a step, whose device may hang; or, if that is more,
+SLOWER = 4  # times what the longest one took
 END_SECONDS = 3  # for those that need not be killed
 COPY_SECONDS = 60  # to start a process and copy a few megabytes between all GPUs
 ENDED = "has ended"
@@ -114,12 +116,21 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     error: str
 
 
+class Launched(msgspec.Struct, frozen=True, tag="launched"):
+    """All of a step is on its way to the device; no kernel is compiled for it any more."""
+
+    step: int
+
+
 class Done(msgspec.Struct, frozen=True, tag="done"):
     """A step is over; `error` is for its requests. The result is the last stage's."""
 
     step: int
     error: str | None
     result: StepResult | None
+
+
+Answer = TypeVar("Answer", Launched, Done)
 
 
 class Link:
@@ -157,8 +168,17 @@ class Link:
                 self._sending.release()
 
 
-def watch(links: Sequence[Link], receive: Callable[[Link, bytes], None], lost: Callable[[Link, str], None]) -> None:
-    """Take in what comes and tell the others that this rank lives, until one of them does not: `lost` hears why."""
+def watch(
+    links: Sequence[Link],
+    receive: Callable[[Link, bytes], None],
+    lost: Callable[[Link, str], None],
+    look: Callable[[], None] = lambda: None,
+) -> None:
+    """Take in what comes and tell the others that this rank lives, until one of them does not: `lost` hears why.
+
+    Args:
+        look: called once a second, or more often.
+    """
     beaten = 0.0
     while True:
         readable = select.select([link.socket for link in links], [], [], BEAT_SECONDS)[0]
@@ -170,6 +190,7 @@ def watch(links: Sequence[Link], receive: Callable[[Link, bytes], None], lost: C
                         receive(link, body)
                 except (EOFError, OSError):
                     return lost(link, ENDED)
+        look()
         now = time.monotonic()
         if now - beaten >= BEAT_SECONDS:
             beaten = now
@@ -200,7 +221,8 @@ class Ranks:
         check_model(config, load_config(resolve_model(config.model)))
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[Link] = []
-        self._answers: dict[str, queue.SimpleQueue[Ready | Done]] = {}
+        self._answers: dict[str, queue.SimpleQueue[Ready | Launched | Done]] = {}
+        self._awaited: tuple[str, float, float] | None = None
         self._closing = False
         self._named_by_the_user = INTERFACES & os.environ.keys()
         check_copies(config)
@@ -211,7 +233,7 @@ class Ranks:
             self._processes = start_followers(config, address, config.ranks_here[1:])
             self._gather(store, config, address)
             self.tell(Start(config, work, os.getpid()))
-            Thread(target=watch, args=[self._links, self._receive, self._lost], daemon=True).start()
+            Thread(target=watch, args=[self._links, self._receive, self._lost, self._look], daemon=True).start()
             self.config = placed(config, config.local_rank)
             self.parallel = take_place(store, 0, self.config)
 
@@ -295,7 +317,7 @@ class Ranks:
                         connection.close()
 
     def _receive(self, link: Link, body: bytes) -> None:
-        message = msgspec.msgpack.decode(body, type=Ready | Done | Failed | Beat)
+        message = msgspec.msgpack.decode(body, type=Ready | Launched | Done | Failed | Beat)
         if isinstance(message, Failed):
             self._lost(link, message.error)
         elif not isinstance(message, Beat):
@@ -311,6 +333,20 @@ class Ranks:
         for process in self._processes:
             process.kill()
         os._exit(1)
+
+    @contextlib.contextmanager
+    def within(self, rank: str, seconds: float) -> Iterator[None]:
+        """While `rank` is waited for in the midst of a step, which ends all ranks where it takes longer than that."""
+        self._awaited = (rank, time.monotonic() + seconds, seconds)
+        try:
+            yield
+        finally:
+            self._awaited = None
+
+    def _look(self) -> None:
+        awaited = self._awaited
+        if awaited and time.monotonic() > awaited[1] and not self._closing:
+            self.end(f"{awaited[0]} has been in one step for {awaited[2]:.0f} s")
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -332,12 +368,13 @@ class RunnerRanks(Ranks):
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config, "steps")
         self._step = 0
-        self._patience = max(config.dist_timeout, 60)  # for one step, which may compile kernels
+        self._patience = max(config.dist_timeout, 60)  # for the launch of a step, which may compile kernels
         self._launched: deque[tuple[int, Handle]] = deque()
         self._token_ids: dict[int, int] = {}
         with self.starting():
             self.runner = Runner(self.config, self.parallel)
             self.await_ready()
+        self._longest = self.runner.largest_step_seconds  # that a step has taken behind its launch
 
     def launch(
         self,
@@ -351,7 +388,7 @@ class RunnerRanks(Ranks):
         self._step += 1
         mask = None if allowed is None else allowed.tobytes()
         self.tell(Launch(self._step, batch, mask, self._token_ids, list(exports)))
-        with self.waiting():
+        with self.waiting(), self.within("rank 0", self._patience):
             if self._token_ids:
                 self.runner.take_in(self._token_ids)
             try:
@@ -372,9 +409,13 @@ class RunnerRanks(Ranks):
         while not step:  # steps before it may have been given up
             number, launched = self._launched.popleft()
             step = number if launched is handle else 0
-        answers = [self._answer_of(link, step) for link in self._links]
-        with self.waiting():
+        for link in self._links:
+            self._answer_of(link, Launched, step, self._patience)
+        began, most = time.monotonic(), max(STEP_SECONDS, SLOWER * self._longest)
+        answers = [self._answer_of(link, Done, step, most) for link in self._links]
+        with self.waiting(), self.within("rank 0", most):
             result = self.runner.collect(handle)
+        self._longest = max(self._longest, time.monotonic() - began)
         for done in answers:
             if done.error:
                 raise UnsupportedError(done.error)
@@ -384,15 +425,13 @@ class RunnerRanks(Ranks):
             self._token_ids |= {slot: max(token, 0) for slot, token in zip(slots, result.token_ids, strict=True)}
         return result
 
-    def _answer_of(self, link: Link, step: int) -> Done:
+    def _answer_of(self, link: Link, kind: type[Answer], step: int, seconds: float) -> Answer:
         """What a follower says of a step, whatever it has said of steps before."""
-        try:
+        with self.within(link.name, seconds):
             while True:
-                answer = self._answers[link.name].get(timeout=self._patience)
-                if isinstance(answer, Done) and answer.step == step:
+                answer = self._answers[link.name].get()
+                if isinstance(answer, kind) and answer.step == step:
                     return answer
-        except queue.Empty:
-            self.end(f"{link.name} has been in one step for {self._patience} s")
 
 
 # Starting

@@ -1,5 +1,6 @@
 """The model on its device: a scheduled batch goes in, sampled token ids come out."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -85,6 +86,7 @@ class Runner:
         store: this rank's part of it, sized from the configuration; all have as many blocks.
         swap_space: for sequences that must make room.
         memory: what a GPU holds beside the store.
+        largest_step_seconds: that the largest step took behind its launch, as tried on a GPU.
         on_all_ranks: elements of a token, bytes of a block, of a tail and of the cache, of all ranks together.
     """
 
@@ -113,6 +115,7 @@ class Runner:
             self.max_model_len = config.max_model_len or self.model_config.max_position
             self.newest = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.device)
             self.sampler = Sampler(self.newest, self.model_config.eos_token_ids)
+            self.largest_step_seconds = 0.0
             self.memory = self._measure(config, layout) if self.device.type == "cuda" else None
             with parallel.agreeing():
                 memory = cache_memory(config, layout, self.memory)
@@ -334,7 +337,9 @@ class Runner:
             self._hold(layout, sum(len(span.blocks) for span in largest.spans) + 1, config)
             self.graphs = self._graphs(config)
             torch.cuda.reset_peak_memory_stats(self.device)
-            self.collect(self.launch(largest))
+            handle, launched = self.launch(largest), time.perf_counter()
+            self.collect(handle)
+            self.largest_step_seconds = time.perf_counter() - launched
             if self.store.sealer:
                 self.store.sealer.compile()
             if self.graphs:
