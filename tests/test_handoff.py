@@ -85,16 +85,20 @@ def test_two_engines_answer_as_one_would(kv):
         assert_nothing_is_held(tested)
 
 
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
 @pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(2, 1), (1, 2)])
 @pytest.mark.parametrize("name", ["16", "2, window"])
-def test_the_two_sides_may_share_heads_among_other_numbers_of_ranks(name, prefill_tp, decode_tp):
+def test_the_two_sides_may_share_heads_among_other_numbers_of_ranks(name, prefill_tp, decode_tp, device):
     kv, params = FORMATS[name], SamplingParams(max_tokens=30, ignore_eos=True, seed=3)
-    asked = [*prompts(4, 200), [9] * 129, [3]]
+    asked, settings = [*prompts(4, 200), [9] * 129, [3]], {"device": device, "max_num_batched_tokens": 50}
     with closing_all() as made:
-        decode = engine(kv, handoff=HandoffConfig("decode", SECRET), tp=decode_tp, max_num_batched_tokens=50)
+        decode = engine(kv, handoff=HandoffConfig("decode", SECRET), tp=decode_tp, **settings)
         made.append(decode)
-        to = HandoffConfig("prefill", SECRET, peers=(decode.info.kv_address,))
-        prefill = engine(kv, handoff=to, tp=prefill_tp, max_num_batched_tokens=50, run_ahead=True)
+        to = HandoffConfig("prefill", SECRET, peers=(decode.info.kv_address,), transfer="tcp")
+        prefill = engine(kv, handoff=to, tp=prefill_tp, run_ahead=True, **settings)
         made.append(prefill)
         said = share(prefill, decode, asked, params)
         again = share(prefill, decode, asked, params)

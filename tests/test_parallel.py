@@ -4,6 +4,7 @@ import random
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,21 @@ def test_ranks_together_answer_as_one_does(tp: int, pp: int, kv: KVOptions) -> N
     expected = answers(config, asked)
     assert len({tuple(tokens[-1].token_ids) for tokens in expected.values()}) > 3, "prompts must tell answers apart"
     assert_same_answers(answers(replace(config, tp=tp, pp=pp, run_ahead=True), asked), expected)
+
+
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@TWO_GPUS
+@pytest.mark.parametrize("ranks", [{"tp": 2}, {"tp": 2, "all_reduce": "nccl"}, {"pp": 2}])
+def test_two_gpus_answer_and_score_as_one_does(ranks: dict[str, Any]) -> None:
+    config, asked = replace(CONFIG, device="cuda", kv=KVOptions(nbits="4")), requests(4000)
+    assert_same_answers(answers(replace(config, **ranks), asked), answers(config, asked))
+    windows = [Window([(7 * n) % 4000 for n in range(300)])]
+    (expected,) = ScoringModel(config).hidden_states(windows, config.kv)
+    with closing(ScoringModel(replace(config, **ranks))) as model:
+        (found,) = model.hidden_states(windows, config.kv)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
 def test_ranks_share_what_does_not_divide_and_has_biases(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.channels import SocketChannel
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
+from kvtool.kv.packer import Packer
 from kvtool.kv.receiver import Arrival, Loss, Receiver
 from kvtool.kv.sender import Sender
 from kvtool.kv.shares import Share
@@ -29,6 +30,7 @@ from kvtool.kv.transfer import Route
 from kvtool.kv.wire import Close, Identity, Refusal, TransferError
 from kvtool.parallel import Group
 
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SPEC = KVSpec(3, StreamSpec(2, 32), StreamSpec(2, 32), 4)
 FORMATS = {
     "16": KVOptions(),
@@ -222,6 +224,44 @@ def layer_blocks(of: KVStore, layer: int) -> torch.Tensor:
     out = torch.empty(2, of.layout.layer_block_bytes(layer), dtype=torch.uint8)
     of.gather_layer(layer, torch.arange(2), out)
     return out
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+@pytest.mark.parametrize("block_size", [64, 256])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "16"])
+def test_what_is_packed_on_the_way_is_what_would_have_been_stored(name, block_size, device):
+    """In two steps of a prompt, from 16-bit blocks of any size."""
+    exact, packed = KVLayout(SPEC, resolve(KVOptions(), SPEC, block_size)), layout(name)
+    fmt, count = packed.format, len(TOKENS)
+    source, target = (KVStore(of, 12, 2, torch.float32, device) for of in (exact, packed))
+    blocks = [11, 3, 5, 0, 1, 7, 9, 2, 4, 10]
+    for seed, (one, two) in enumerate(zip(source.layers, target.layers, strict=True)):
+        generator = torch.Generator().manual_seed(seed)
+        key, value = (torch.randn(count, 2, 32, generator=generator).to(device) for _ in range(2))
+        for of, kv in ((source, one), (target, two)):
+            owned = blocks[: of.format.num_blocks(count)]
+            kv.write(key, value, KVBatch.build(of.format, [Span(0, count, owned, 1)], torch.device(device)))
+    packer = Packer(exact, packed, torch.float32, torch.device(device))
+    half = fmt.packed_tokens(170) // fmt.block_size
+    tail = torch.full((packed.tail_bytes,), 7, dtype=torch.uint8, device=device)
+    for layer in range(3):
+        for first, end, end_token in ((0, half, half * fmt.block_size), (half, fmt.num_blocks(count), count)):
+            room, sources = packer.room(layer, first, end_token), packer.sources(first, end_token)
+            source.gather_layer(layer, source.index(blocks[sources.start : sources.stop]), room)
+            out = torch.empty(end - first, packed.layer_block_bytes(layer), dtype=torch.uint8, device=device)
+            packer.pack(layer, room, first, end_token, out)
+            stored = torch.empty_like(out)
+            target.gather_layer(layer, target.index(blocks[first:end]), stored)
+            assert torch.equal(out, stored)
+        if packed.tail_bytes:
+            packer.write_tail(layer, room, half, count, tail)
+    assert not packer.take_fault().item()
+    if packed.tail_bytes:
+        rows = [position % fmt.tail_tokens for position in range(fmt.packed_tokens(count), count)]
+        got, stored = (
+            x.view(torch.float32).view(6, 2, fmt.tail_tokens, 32)[:, :, rows] for x in (tail, target.tail(1))
+        )
+        assert torch.equal(got, stored)
 
 
 def test_tables_say_why_a_transfer_is_refused():

@@ -200,7 +200,9 @@ class GroupChannel:
         return self._frames.receive_frame()
 
     def send(self, pieces: Sequence[Tensor]) -> None:
-        self._wait([self._group.send([piece], self._other, 0) for piece in pieces])
+        works = [self._group.send([piece], self._other, 0) for piece in pieces]
+        if not self._on_gpu:  # there the stream of what is sent next need not wait, and the peer says what has come
+            self._wait(works)
 
     def receive(self, pieces: Sequence[Tensor]) -> None:
         self._wait([self._group.recv([piece], self._other, 0) for piece in pieces])
