@@ -32,7 +32,7 @@ PLAIN_BYTES = 64 << 20
 LIMIT_SECONDS = 60.0
 PAUSE_SECONDS = 0.03  # in which the other end stores what has come, before the next comes
 BITS: tuple[Bits, ...] = ("16", "8", "4", "2")
-PART_BYTES = (64 << 10, 1 << 20, 4 << 20, 16 << 20)  # that a bake-off sends at once
+PART_BYTES = (64 << 10, 1 << 20, 16 << 20)  # that a bake-off sends at once
 LARGE_BYTES = 64 << 20
 SHORT = 8  # times shorter than the longest prompt
 
@@ -280,7 +280,7 @@ def survey(
         asked,
         # In parts, as an engine sends it: what is gathered on a CPU must not hold up what is sent.
         msgspec.structs.replace(
-            asked, num_tokens=large, part_bytes=PART_BYTES[-2] if source == "cpu" else 0, repeats=8
+            asked, num_tokens=large, part_bytes=PART_BYTES[-1] if source == "cpu" else 0, repeats=8
         ),
     ]
     speeds: list[tuple[Case, Speed]] = []

@@ -23,6 +23,7 @@ MAX_FRAME_BYTES = 1 << 16
 AT_ONCE = 512  # buffers to one system call; Linux takes 1,024
 WINDOW_BYTES, WRITE_SECONDS = 16 << 20, 60.0  # of NIXL
 DELAY_SECONDS, WATCH_SECONDS = 0.5, 2e-5
+NEAR_BYTES = 128 << 10  # that a socket holds of what goes to a process of the same machine
 STAGING_BYTES = 16 << 20  # of pinned memory, between a GPU and a socket
 
 
@@ -101,6 +102,10 @@ class SocketChannel:
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if connection.getsockname()[0] == connection.getpeername()[0]:
+            # On one machine the bytes between two processes are better in a cache than in a long queue.
+            for which in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                connection.setsockopt(socket.SOL_SOCKET, which, NEAR_BYTES)
         self.connection = connection
         self._staging: Tensor | None = None
 
