@@ -1,4 +1,10 @@
-"""One request served by two engines: this one pushes the KV of prompts that it computes, or takes in that of others."""
+"""One request served by two engines: this one pushes the KV of prompts that it computes, or takes in that of others.
+
+Where both have one format, the answer is that of one engine. Where the prefill side holds 16 bits and packs for a
+decode side of fewer, the prompt's own queries have read full precision where one engine's would have read codes
+(`visible(t)` is that of 16 bits until the prompt ends): the answer is what follows from a cache packed behind a 16-bit
+prefill, and may differ from the one that the decode side gives alone, as it does to a prompt whose KV has been lost.
+"""
 
 import logging
 import socket
@@ -287,7 +293,8 @@ class Pusher:
         """What a step is to yield; None: nothing."""
         now, exports, parcels = time.perf_counter(), [], []
         for span in batch.spans:
-            if pushed := self._pushed.get(span.id):
+            pushed = self._pushed.get(span.id)
+            if pushed and not pushed.push.failed:
                 pushed.scheduled = pushed.scheduled or now
                 parcel = Parcel.of(pushed, span)
                 pushed.is_whole = parcel.is_last
