@@ -202,11 +202,6 @@ def quantize_kv(
     """
     of_one_format = {"task": task, "questions": questions, "show-answers": show_answers, "dump": dump, "prompt": prompt}
     of_search = {"trials": trials, "save-plan": save_plan}
-    if engine.num_ranks > 1:
-        raise ConfigError(
-            f"--tp {engine.tp} --pp {engine.pp}: quantize-kv looks into whole layers, on one device; leave them out, "
-            "or let `kvtool perplexity` tell what formats cost a model of several ranks"
-        )
     check_search(find, {"ablate": ablate, **of_one_format}, of_search, budget_bits, budget_memory, tokens)
     from kvtool.quantize.report import Exam
 

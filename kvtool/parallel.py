@@ -108,6 +108,12 @@ class Group:
         all_gather(gathered, x.contiguous(), group=self.ranks)
         return gathered.view(self.size, *x.shape).transpose(0, 1).reshape(len(x), self.size * x.shape[1])
 
+    def broadcast(self, x: Tensor) -> Tensor:
+        """The first one's `x`, which the others have room for in theirs; returns it."""
+        if self.size > 1:
+            dist.broadcast(x, group=self.ranks, group_src=0)
+        return x
+
     def gather(self, x: Tensor) -> list[Tensor]:
         """All ranks' `x`, in their order, on the first one; nothing on the others."""
         if self.size == 1:
@@ -186,6 +192,14 @@ class Parallel:
         if self.size > 1:
             dist.broadcast(x, source)
         return x
+
+    def send(self, x: Tensor, rank: int) -> None:
+        dist.send(x.contiguous(), rank)
+
+    def receive(self, into: Tensor, rank: int) -> Tensor:
+        """Fill `into` with what `rank` sends; returns it."""
+        dist.recv(into, rank)
+        return into
 
     def least(self, *values: int) -> tuple[int, ...]:
         """The smallest that any rank has, of each."""

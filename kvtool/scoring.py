@@ -1,7 +1,7 @@
 """Teacher-forced scoring through the packed store: every token reads exactly what decoding would let it read."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,9 +21,9 @@ from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.plan import BITS
 from kvtool.memory import allocate
-from kvtool.models import load_config, load_model, resolve_model
+from kvtool.models import Attend, ModelConfig, load_config, load_model, resolve_model
 from kvtool.models.resolve import fingerprint
-from kvtool.parallel import ONE_RANK, Parallel
+from kvtool.parallel import ONE_RANK, Parallel, Stage
 from kvtool.ranks import Ranks
 from kvtool.runner import attention_layers, choose_device, choose_dtype, kv_spec
 
@@ -82,7 +82,30 @@ class DropStore(msgspec.Struct, frozen=True, tag="drop_store"):
     number: int
 
 
-ScoringOrder = OpenStore | Read | Predict | DropStore
+class Walk(msgspec.Struct, frozen=True, tag="walk"):
+    """Run tokens through the layers, whose attention rank 0 computes, of all heads."""
+
+    token_ids: list[int]
+    positions: list[int]
+
+
+ScoringOrder = OpenStore | Read | Predict | DropStore | Walk
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """A model as whoever looks into its layers runs it: called as a `Decoder` is, for what its attention is given. All
+    heads of all layers come here, whichever ranks hold them.
+
+    Attributes:
+        run: the tokens, their positions, and attention.
+    """
+
+    config: ModelConfig
+    run: Callable[[Tensor, Tensor, Attend], object]
+
+    def __call__(self, ids: Tensor, positions: Tensor, attend: Attend) -> None:
+        self.run(ids, positions, attend)
 
 
 class ScoringModel:
@@ -152,6 +175,10 @@ class ScoringModel:
         """
         spec = kv_spec(self.model_config, self.dtype)
         return KVLayout(spec, resolve(kv, spec, block_size(self.config.attention_backend)))
+
+    @property
+    def whole(self) -> WholeModel:
+        return WholeModel(self.model_config, self._walk)
 
     def fingerprint(self) -> str:
         """Names the weights, however many ranks hold them."""
@@ -231,7 +258,23 @@ class ScoringModel:
                 return [self._logits(order.num_rows, rows)]
             case DropStore():
                 self._attentions.pop(order.number, None)
+            case Walk():
+                ids, positions = (torch.tensor(x, device=self.device) for x in (order.token_ids, order.positions))
+                self.model(ids, positions, SharedHeads(self.model_config, self.parallel))
         return []
+
+    @torch.inference_mode()
+    def _walk(self, ids: Tensor, positions: Tensor, attend: Attend) -> None:
+        """Let all ranks run tokens through their layers, with this one's attention."""
+        if self._ranks is None:
+            self.model(ids, positions, attend)
+            return
+        self._ranks.tell(Walk(ids.tolist(), positions.tolist()))
+        shared = SharedHeads(self.model_config, self.parallel, attend)
+        with self._ranks.waiting():
+            self.model(ids, positions, shared)
+            for layer in range(self._layers.stop, self.model_config.num_layers):
+                shared.serve(layer, len(ids), self.dtype, self.device)
 
     def _opened(self, order: OpenStore) -> PagedAttention:
         layout = KVLayout(
@@ -288,6 +331,57 @@ class ScoringModel:
         with self.parallel.faults_noted(attention.store.note_fault):
             out = attention(layer - self._layers.start, q, key, value, batch)
         return torch.zeros_like(q) if out is None else out
+
+
+class SharedHeads:
+    """Attention of layers whose heads several ranks share, computed by rank 0: each gives what its layer made, and
+    gets what its heads have gathered.
+
+    Args:
+        attend: rank 0's, of all heads.
+    """
+
+    def __init__(self, config: ModelConfig, parallel: Parallel, attend: Attend | None = None) -> None:
+        self.config, self.parallel, self.attend = config, parallel, attend
+
+    def __call__(self, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        tp, stage, shapes = self.parallel.tp, self.parallel.stage, attention_layers(self.config)
+        whole = [self._whole(q, shapes[layer].num_heads)]
+        whole += [self._whole(x, shapes[layer].num_kv_heads) for x in (key, value)]
+        heads, dim = shapes[layer].num_heads, shapes[layer].latent_dim or shapes[layer].head_dim
+        out = torch.empty(len(q), heads, dim, dtype=q.dtype, device=q.device)
+        if self.attend:
+            out.copy_(self.attend(layer, *whole))
+        elif tp.rank == 0 and not stage.is_first:
+            for x in whole:
+                self.parallel.send(x, 0)
+            self.parallel.receive(out, 0)
+        own = tp.shard(heads)
+        return tp.broadcast(out)[:, own.start : own.start + own.size]
+
+    def serve(self, layer: int, num_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Compute the attention of another stage's layer, on rank 0."""
+        assert self.attend
+        shape, spec = attention_layers(self.config)[layer], kv_spec(self.config, dtype)
+        there = next(
+            index * self.parallel.tp.size
+            for index in range(self.parallel.stage.count)
+            if layer in Stage(index, self.parallel.stage.count).layers(self.config.num_layers)
+        )
+        streams = [(shape.num_heads, shape.head_dim)]
+        streams += [(stream.heads, stream.dim) for stream in (spec.key, spec.value)]
+        q, key, value = (
+            self.parallel.receive(torch.empty(num_tokens, *stream, dtype=dtype, device=device), there)
+            for stream in streams
+        )
+        self.parallel.send(self.attend(layer, q, key, value).to(dtype), there)
+
+    def _whole(self, x: Tensor, heads: int) -> Tensor:
+        """[T, heads, D] of all ranks of the group; a head that several of them have comes once."""
+        if x.shape[1] == heads:
+            return x.contiguous()
+        gathered = self.parallel.tp.all_gather(x.flatten(1)).view(len(x), -1, x.shape[2])
+        return gathered[:, :: gathered.shape[1] // heads].contiguous()
 
 
 def _batches(windows: Sequence[Window], most: int) -> list[list[Window]]:

@@ -89,8 +89,7 @@ TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
-@pytest.mark.parametrize(("prefill_tp", "decode_tp"), [(2, 1), (1, 2)])
-@pytest.mark.parametrize("name", ["16", "2, window"])
+@pytest.mark.parametrize(("name", "prefill_tp", "decode_tp"), [("16", 2, 1), ("2, window", 2, 1), ("2, window", 1, 2)])
 def test_the_two_sides_may_share_heads_among_other_numbers_of_ranks(name, prefill_tp, decode_tp, device):
     kv, params = FORMATS[name], SamplingParams(max_tokens=30, ignore_eos=True, seed=3)
     asked, settings = [*prompts(4, 200), [9] * 129, [3]], {"device": device, "max_num_batched_tokens": 50}
@@ -132,9 +131,7 @@ def answer_of_packed_prompt(model: ScoringModel, kv: KVOptions, prompt: list[int
     return answer
 
 
-@pytest.mark.parametrize(
-    ("name", "tp"), [("4", 1), ("2, window", 1), ("4, rotated, on write", 1), ("fp8", 1), ("2, window", 2)]
-)
+@pytest.mark.parametrize(("name", "tp"), [("4", 1), ("4, rotated, on write", 1), ("2, window", 2)])
 def test_a_prefill_side_of_16_bits_packs_for_the_decode_side(name, tp):
     kv, params = FORMATS[name], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     asked = [random.Random(n).choices(range(3, 4000), k=n) for n in (200, 129, 64, 3)]

@@ -19,6 +19,7 @@ from kvtool.models import Decoder, load_config, load_model, resolve_model
 from kvtool.p2p import wrong_copies
 from kvtool.parallel import Group, Parallel, Stage
 from kvtool.perplexity import SAMPLE, make_task, read_documents, score_formats
+from kvtool.quantize.layer_errors import calibrate, layer_errors, propagated_errors
 from kvtool.request import Request, SamplingParams, Tokens
 from kvtool.runner import kv_spec
 from kvtool.scoring import ScoringModel, Window
@@ -232,7 +233,7 @@ def test_what_one_rank_cannot_hold_fails_its_request_alone(tmp_path: Path) -> No
     }
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (2, 2)])
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
 def test_ranks_together_score_as_one_does(tp: int, pp: int, tmp_path: Path) -> None:
     """Perplexity and divergence under several formats at once, and a baseline that either can read."""
     formats = {"16": KVOptions(), "4": KVOptions(nbits="4"), "2": KVOptions(nbits="2"), "plan": PLAN}
@@ -251,6 +252,26 @@ def test_ranks_together_score_as_one_does(tp: int, pp: int, tmp_path: Path) -> N
         assert ours.format == theirs.format and ours.bytes_per_token == theirs.bytes_per_token
         figures = [(score.perplexity, score.kld_mean, score.kld_max, score.top1_agreement) for score in (ours, theirs)]
         assert figures[0] == pytest.approx(figures[1], abs=1e-9, rel=1e-9)
+
+
+@pytest.mark.parametrize(("model_type", "tp", "pp"), [("tiny", 4, 1), ("deepseek_v3", 1, 2)])
+def test_layers_of_ranks_are_looked_into_as_those_of_one(model_type: str, tp: int, pp: int, tmp_path: Path) -> None:
+    """Keys, values and what attention makes of them, of all heads and stages."""
+    config, kv = CONFIG, KVOptions(nbits="4")
+    if model_type != "tiny":
+        make_checkpoint(model_type, tmp_path, **MIXTURES[model_type])
+        config = replace(config, model=str(tmp_path))
+    windows = torch.tensor([[(7 * n) % 199 for n in range(start, start + 150)] for start in (0, 40)])
+
+    def looked_into(asked: EngineConfig) -> list[float]:
+        with closing(ScoringModel(asked)) as model:
+            fmt, activations = model.layout(kv).format, calibrate(model.whole, windows)
+            errors = [x for e in layer_errors(activations, fmt) for x in (e.key, e.value, e.output)]
+            return errors + list(propagated_errors(model.whole, windows, activations, fmt))
+
+    found, expected = looked_into(replace(config, tp=tp, pp=pp)), looked_into(config)
+    assert min(expected) > 0 and len(set(expected)) == len(expected) - 1, "the first layer has none before it"
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_stage_keeps_the_tail_that_another_needs() -> None:
