@@ -79,7 +79,8 @@ class Engine:
             raise ConfigError(f"--role {config.handoff.role}: KV of several stages does not travel; leave out --pp")
         self._pusher: Pusher | None = None
         self._inlet: Inlet | None = None
-        self.ranks = RunnerRanks(config) if config.num_ranks * config.nnodes > 1 else None
+        has_ranks = config.num_ranks * config.ep * config.nnodes > 1  # or they would have, and are told what is missing
+        self.ranks = RunnerRanks(config) if has_ranks else None
         self.runner = self.ranks.runner if self.ranks else Runner(config)
         store, model = self.runner.store, self.runner.model_config
         self.scheduler = Scheduler(
@@ -119,6 +120,8 @@ class Engine:
             dtype=str(self.runner.dtype).removeprefix("torch."),
             device=str(self.runner.device),
             num_ranks=config.num_ranks,
+            num_experts=max((experts.routing.num_experts for experts in model.experts if experts), default=0),
+            ep=config.ep,
             kv_format=self.runner.format.describe(),
             bits_per_element=8 * block_bytes / (store.format.block_size * elements),
             block_size=store.format.block_size,
@@ -255,6 +258,11 @@ class Engine:
             arrivals_total=self.arrivals,
             losses_total=self.losses,
         )
+
+    def expert_tokens(self) -> dict[int, list[int]]:
+        """Tokens that have chosen each expert so far, by layer; nothing of models without experts. Waits for the steps
+        under way."""
+        return (self.ranks or self.runner).expert_tokens()
 
     def step(self) -> list[Tokens]:
         """Take in a step of the model over what the scheduler chooses, its successor being under way; the new tokens.

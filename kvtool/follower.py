@@ -24,6 +24,8 @@ from kvtool.ranks import (
     ENDED,
     RANK_0_SILENT_SECONDS,
     Beat,
+    Count,
+    Counted,
     Done,
     End,
     Failed,
@@ -42,7 +44,7 @@ from kvtool.ranks import (
 from kvtool.runner import Handle, Runner
 from kvtool.scoring import ScoringModel, ScoringOrder
 
-Order = Start | Launch | ScoringOrder | End
+Order = Start | Launch | Count | ScoringOrder | End
 Inbox = queue.SimpleQueue[Order]
 
 
@@ -121,7 +123,10 @@ def follow_steps(config: EngineConfig, parallel: Parallel, link: Link, inbox: In
     _ready(link)
     steps: queue.SimpleQueue[tuple[int, Handle]] = queue.SimpleQueue()
     Thread(target=_answer, args=[runner, steps, link], daemon=True).start()
-    while isinstance(message := inbox.get(), Launch):
+    while isinstance(message := inbox.get(), Launch | Count):
+        if isinstance(message, Count):
+            link.send(Counted(runner.expert_tokens()))
+            continue
         mask = None
         if message.allowed is not None:
             mask = np.frombuffer(message.allowed, np.int32).reshape(len(message.batch.samples), -1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvtool.attention import PagedAttention, block_size
 from kvtool.attention.layer import AttentionLayer
 from kvtool.config import EngineConfig
-from kvtool.cuda_graph import MOST_WORK, StepGraphs, as_kv_span
+from kvtool.cuda_graph import MOST_WORK, StepGraphs, as_kv_span, most_rows
 from kvtool.errors import CapacityError, ConfigError
 from kvtool.kv.batch import KVBatch, on_device
 from kvtool.kv.codecs import check_fits
@@ -22,6 +22,7 @@ from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.swap import SwapSpace
+from kvtool.layers.moe import ExpertLoad
 from kvtool.memory import DeviceMemory, allocate, cache_memory, capacity, check_context, size
 from kvtool.models import load_config, load_model, resolve_model
 from kvtool.models.config import ModelConfig
@@ -87,6 +88,7 @@ class Runner:
         swap_space: for sequences that must make room.
         memory: what a GPU holds beside the store.
         largest_step_seconds: that the largest step took behind its launch, as tried on a GPU.
+        expert_load: of the layers of this rank's stage that have experts, kept by the first rank of its group.
         on_all_ranks: elements of a token, bytes of a block, of a tail and of the cache, of all ranks together.
     """
 
@@ -116,6 +118,8 @@ class Runner:
             self.newest = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.device)
             self.sampler = Sampler(self.newest, self.model_config.eos_token_ids)
             self.largest_step_seconds = 0.0
+            routers = self.model.routers() if parallel.tp.rank == 0 else {}
+            self.expert_load = ExpertLoad(routers, most_rows(config.max_num_batched_tokens)) if routers else None
             self.memory = self._measure(config, layout) if self.device.type == "cuda" else None
             with parallel.agreeing():
                 memory = cache_memory(config, layout, self.memory)
@@ -183,6 +187,7 @@ class Runner:
         """Compute the spans and sample."""
         if self.graphs and self.graphs.decodes.holds(batch):
             kv_batch, logits, greedy = self.graphs.decodes.launch(batch)
+            self._count_experts(slice(kv_batch.num_decodes))
             self.store.seal(kv_batch)
             return self._sample(batch, logits, greedy, allowed, [])
         kv_batch, hidden = self._hidden_states(batch, on_layer)
@@ -205,12 +210,26 @@ class Runner:
     def _hidden_states(self, batch: ScheduledBatch, on_layer: Callable[[int], None] | None) -> tuple[KVBatch, Tensor]:
         """Where the step's tokens stand, and their hidden states."""
         if self.graphs and (room := self.graphs.prompts.room(batch)):
-            return self.graphs.prompts.launch(batch, room)
+            kv_batch, hidden = self.graphs.prompts.launch(batch, room)
+            n, start = kv_batch.num_decodes, room.decodes  # where prompts start
+            self._count_experts(slice(n), slice(start, start + len(hidden) - n))
+            return kv_batch, hidden
         kv_batch = KVBatch.build(self.store.format, list(map(as_kv_span, batch.spans)), self.device)
         known = [token for span in batch.spans for token in span.token_ids]
         sampled = self.newest[kv_batch.tail_slots[: sum(not span.token_ids for span in batch.spans)]]
         ids = torch.cat([sampled, on_device({"known": np.array(known, np.int64)}, self.device)["known"]])
-        return kv_batch, self._compute(ids, kv_batch, on_layer)
+        hidden = self._compute(ids, kv_batch, on_layer)
+        self._count_experts(slice(len(ids)))
+        return kv_batch, hidden
+
+    def _count_experts(self, *places: slice) -> None:
+        """The step's tokens stand in these rows."""
+        if self.expert_load:
+            self.expert_load.count(*places)
+
+    def expert_tokens(self) -> dict[int, list[int]]:
+        """Tokens that have chosen each expert so far, by layer, where `expert_load` counts. Waits for the GPU."""
+        return self.expert_load.totals() if self.expert_load else {}
 
     def _compute(self, ids: Tensor, kv_batch: KVBatch, on_layer: Callable[[int], None] | None = None) -> Tensor:
         """Hidden states of the tokens `ids`."""
@@ -356,6 +375,8 @@ class Runner:
         del self.store, self.attention, self.graphs
         torch.cuda.empty_cache()
         self.newest.zero_()
+        if self.expert_load:
+            self.expert_load.reset()
         return DeviceMemory(int(total * config.gpu_memory_utilization), others, weights, workspace)
 
     def _attend(

@@ -129,7 +129,7 @@ class ScoringModel:
 
     def __init__(self, config: EngineConfig, parallel: Parallel = ONE_RANK) -> None:
         self._ranks: Ranks | None = None
-        if config.num_ranks * config.nnodes > 1 and parallel.size == 1:
+        if config.num_ranks * config.ep * config.nnodes > 1 and parallel.size == 1:
             self._ranks = Ranks(config, "scores")
             config, parallel = self._ranks.config, self._ranks.parallel
         self.config, self.parallel = config, parallel

@@ -291,7 +291,7 @@ def dump_cache(config: EngineConfig, prompt: str | None, path: Path) -> CachedPr
         KVToolError: what comes back is not what was written.
     """
     if config.num_ranks > 1:
-        raise ConfigError(f"--dump: is written by one rank; leave out --tp {config.tp} --pp {config.pp}")
+        raise ConfigError(f"--dump: is written by one rank; leave out {config.rank_options}")
     if prompt is not None and re.search("[\ud800-\udfff]", prompt):  # bytes that a shell hands over as they are
         raise ConfigError("--prompt: is no UTF-8 text; write it in UTF-8")
     model = ScoringModel(config)
