@@ -61,10 +61,7 @@ class WholeStore:
             return lambda layer, out: store.gather_layer(layer, index, out)
         parts = {}
         for layer in layers:
-            part = torch.empty(
-                len(blocks), store.layout.layer_block_bytes(layer), dtype=torch.uint8, device=index.device
-            )
-            store.gather_layer(layer, index, part)
+            store.gather_layer(layer, index, part := self._room(layer, len(blocks)))
             parts[layer] = self._tp.gather(part)
 
         def write(layer: int, out: Tensor) -> None:
@@ -73,9 +70,12 @@ class WholeStore:
 
         return write
 
-    def take_tail(self, slot: int) -> Callable[[Tensor], None]:
+    def take_tail(self, slot: int) -> Callable[[Tensor], object]:
         """What writes a whole tail where it is told, on the first rank."""
-        parts = self._tp.gather(self.store.tail(slot))
+        tail = self.store.tail(slot)
+        if self._tp.size == 1:
+            return lambda out: out.copy_(tail)
+        parts = self._tp.gather(tail)
 
         def write(out: Tensor) -> None:
             for share, part in zip(self._shares, parts, strict=True):

@@ -282,6 +282,7 @@ def test_tables_say_why_a_transfer_is_refused():
         ({"secret": b"another"}, "another --kv-secret"),
         ({"model": "other"}, "it has another model"),
         ({"name": "2, window"}, "its KV format is K 2 bits"),
+        ({"name": "16"}, "its KV format is K and V at the model's precision"),
     ],
 )
 def test_peers_that_do_not_fit_part_at_once(settings, says):

@@ -207,9 +207,9 @@ class Receiver:
         """A session, whether tensors arrive on the device, and the sender's own format where it is another one."""
         session = admit(channel, self._secret)
         peer = session.hear(Peer)
-        if difference := self.identity.difference(peer.identity):
-            session.say(Refused(peer.identity.difference(self.identity) or ""))
-            raise TransferError(f"a peer: {difference}")
+        if not self.identity.takes(peer.identity):
+            session.say(Refused(peer.identity.difference(self.identity)))
+            raise TransferError(f"a peer: {self.identity.difference(peer.identity)}")
         route = Route(self._device.type, peer.device, isinstance(channel, QueueChannel))
         transfers = [t.name for t in TRANSFERS if t.refuses(route) is None]
         session.say(Peer(self.identity, self.layout.format, self._device.type, transfers))

@@ -96,16 +96,19 @@ class Identity(msgspec.Struct, frozen=True):
         name = f"{layout.format.describe_layers()}, {str(dtype).removeprefix('torch.')}"
         return cls(model, values, name, _layout_fingerprint(values, layout.format), layout.format.is_exact)
 
-    def difference(self, other: "Identity") -> str | None:
-        """Why sequences of `other` are none of ours."""
+    def takes(self, sender: "Identity") -> bool:
+        """Sequences of `sender` can be ours, as they are or packed by it."""
+        same = self.layout == sender.layout or (sender.is_exact and self.values == sender.values)
+        return self.model == sender.model and same
+
+    def difference(self, other: "Identity") -> str:
+        """How `other` is not like this."""
         if self.model != other.model:
             return f"it has another model ({other.model[:12]}, here {self.model[:12]}); start both with one --model"
-        if self.layout != other.layout and not (other.is_exact and self.values == other.values):
-            return (
-                f"its KV format is {other.kv_format}; here it is {self.kv_format}; start both with the same options, "
-                "or prefill with 16 bits"
-            )
-        return None
+        return (
+            f"its KV format is {other.kv_format}; here it is {self.kv_format}; start both with the same options, or "
+            "prefill with 16 bits"
+        )
 
 
 def _layout_fingerprint(values: str, fmt: KVFormat) -> str:
