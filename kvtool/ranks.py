@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from threading import Lock, Thread
-from typing import Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import msgspec
 import numpy as np
@@ -140,6 +140,7 @@ class Counted(msgspec.Struct, frozen=True, tag="counted"):
     expert_tokens: dict[int, list[int]]
 
 
+ANSWERS = (Ready, Launched, Done, Counted)
 Answer = TypeVar("Answer", Launched, Done)
 
 
@@ -231,8 +232,7 @@ class Ranks:
         check_model(config, load_config(resolve_model(config.model)))
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[Link] = []
-        self._answers: dict[str, queue.SimpleQueue[Ready | Launched | Done]] = {}
-        self._counts: queue.SimpleQueue[Counted] = queue.SimpleQueue()
+        self._answers: dict[tuple[Link, type], queue.SimpleQueue[Any]] = {}  # by kind, each kind in its order
         self._awaited: tuple[str, float, float] | None = None
         self._closing = False
         self._named_by_the_user = INTERFACES & os.environ.keys()
@@ -261,7 +261,7 @@ class Ranks:
     def await_ready(self) -> None:
         """Let the others end what they have begun with."""
         for link in self._links:
-            self._answers[link.name].get()
+            self._answers[link, Ready].get()
             link.patience = SILENT_SECONDS
 
     def tell(self, message: object) -> None:
@@ -322,8 +322,8 @@ class Ranks:
                     if hello and hello.rank in missing and secrets.compare_digest(hello.secret, meeting.secret):
                         missing.remove(hello.rank)
                         name = f"rank {hello.rank} (process {hello.pid} on {hello.host})"
-                        self._links.append(Link(connection, name))
-                        self._answers[name] = queue.SimpleQueue()
+                        self._links.append(link := Link(connection, name))
+                        self._answers |= {(link, kind): queue.SimpleQueue() for kind in ANSWERS}
                     else:
                         connection.close()
 
@@ -331,10 +331,8 @@ class Ranks:
         message = msgspec.msgpack.decode(body, type=Ready | Launched | Done | Counted | Failed | Beat)
         if isinstance(message, Failed):
             self._lost(link, message.error)
-        elif isinstance(message, Counted):
-            self._counts.put(message)
         elif not isinstance(message, Beat):
-            self._answers[link.name].put(message)
+            self._answers[link, type(message)].put(message)
 
     def _lost(self, link: Link, why: str) -> None:
         if not self._closing:
@@ -443,16 +441,16 @@ class RunnerRanks(Ranks):
         self.tell(Count())
         with self.waiting(), self.within("a rank", self._patience):
             totals = self.runner.expert_tokens()
-            for _ in self._links:
-                totals |= self._counts.get().expert_tokens
+            for link in self._links:
+                totals |= self._answers[link, Counted].get().expert_tokens
         return dict(sorted(totals.items()))
 
     def _answer_of(self, link: Link, kind: type[Answer], step: int, seconds: float) -> Answer:
         """What a follower says of a step, whatever it has said of steps before."""
         with self.within(link.name, seconds):
             while True:
-                answer = self._answers[link.name].get()
-                if isinstance(answer, kind) and answer.step == step:
+                answer: Answer = self._answers[link, kind].get()
+                if answer.step == step:
                     return answer
 
 
