@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvtool.attention import PagedAttention, block_size
+from kvtool.attention.latents import LatentQueries, absorbing
 from kvtool.config import Bits, EngineConfig, KVOptions
 from kvtool.errors import ConfigError
 from kvtool.kv.batch import KVBatch, Span
@@ -260,7 +261,7 @@ class ScoringModel:
                 self._attentions.pop(order.number, None)
             case Walk():
                 ids, positions = (torch.tensor(x, device=self.device) for x in (order.token_ids, order.positions))
-                self.model(ids, positions, SharedHeads(self.model_config, self.parallel))
+                self.model(ids, positions, absorbing(SharedHeads(self.model_config, self.parallel)))
         return []
 
     @torch.inference_mode()
@@ -272,7 +273,7 @@ class ScoringModel:
         self._ranks.tell(Walk(ids.tolist(), positions.tolist()))
         shared = SharedHeads(self.model_config, self.parallel, attend)
         with self._ranks.waiting():
-            self.model(ids, positions, shared)
+            self.model(ids, positions, absorbing(shared))
             for layer in range(self._layers.stop, self.model_config.num_layers):
                 shared.serve(layer, len(ids), self.dtype, self.device)
 
@@ -325,12 +326,21 @@ class ScoringModel:
         return logits if parallel.stage.count == 1 else parallel.broadcast(logits, parallel.first_of_last_stage)
 
     def _attend(
-        self, attention: PagedAttention, batch: KVBatch, layer: int, q: Tensor, key: Tensor, value: Tensor
+        self,
+        attention: PagedAttention,
+        batch: KVBatch,
+        layer: int,
+        q: Tensor | LatentQueries,
+        key: Tensor,
+        value: Tensor,
     ) -> Tensor:
         out = None
         with self.parallel.faults_noted(attention.store.note_fault):
             out = attention(layer - self._layers.start, q, key, value, batch)
-        return torch.zeros_like(q) if out is None else out
+        if out is None:
+            out = q.empty() if isinstance(q, LatentQueries) else torch.empty_like(q)
+            out.zero_()
+        return out
 
 
 class SharedHeads:
