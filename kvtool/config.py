@@ -97,6 +97,7 @@ class EngineConfig:
         local_rank: of this machine's devices, the first to use.
         restart: when a rank has died, start all anew.
         handoff: how it shares requests with other engines; None: it does not.
+        profile: a folder for traces of some of the steps; None: none are made.
     """
 
     model: str = "tiny"
@@ -126,6 +127,7 @@ class EngineConfig:
     restart: bool = False
     kv: KVOptions = field(default_factory=KVOptions)
     handoff: HandoffConfig | None = None
+    profile: str | None = None
 
     @property
     def num_ranks(self) -> int:

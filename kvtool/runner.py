@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._C._profiler import _RecordFunctionFast
 
 from kvtool.attention import PagedAttention, block_size
 from kvtool.attention.latents import LatentQueries
@@ -24,10 +25,11 @@ from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.swap import SwapSpace
 from kvtool.layers.moe import ExpertLoad
-from kvtool.memory import DeviceMemory, allocate, cache_memory, capacity, check_context, size
-from kvtool.models import load_config, load_model, resolve_model
+from kvtool.memory import DeviceMemory, MemoryParts, allocate, cache_memory, capacity, check_context, size
+from kvtool.models import load_config, load_model, resolve_model, weight_bytes
 from kvtool.models.config import ModelConfig
 from kvtool.parallel import ONE_RANK, Parallel
+from kvtool.profiling import StepProfiler, traces_folder
 from kvtool.request import Import, Sample, SamplingParams, ScheduledBatch, ScheduledSpan, StepResult, TokenLogprobs
 from kvtool.sampler import Sampler, is_greedy, token_logprobs
 
@@ -94,6 +96,7 @@ class Runner:
     """
 
     def __init__(self, config: EngineConfig, parallel: Parallel = ONE_RANK) -> None:
+        folder = traces_folder(config.profile) if config.profile else None
         self.parallel, self.device = parallel, choose_device(config.device)
         self.path = resolve_model(config.model)
         self.model_config = load_config(self.path)
@@ -116,6 +119,7 @@ class Runner:
                     parallel=parallel,
                 )
             self.max_model_len = config.max_model_len or self.model_config.max_position
+            self.profiler: StepProfiler | None = None
             self.newest = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.device)
             self.sampler = Sampler(self.newest, self.model_config.eos_token_ids)
             self.largest_step_seconds = 0.0
@@ -136,6 +140,14 @@ class Runner:
             )
             if self.graphs:
                 self._capture(self.graphs)
+        if folder:
+            name = config.handoff.role if config.handoff else f"rank{parallel.rank}"
+            self.profiler = StepProfiler(folder, name, self.device, is_follower=parallel.rank > 0)
+
+    def held(self) -> MemoryParts:
+        """What the device holds, of this rank."""
+        weights = self.memory.weights if self.memory else weight_bytes(self.model)
+        return MemoryParts.of(self.store.layout, self.store.num_blocks, len(self.newest) - 1, weights, self.memory)
 
     @property
     def whole_layout(self) -> KVLayout:
@@ -169,6 +181,8 @@ class Runner:
             UnsupportedError: the cache's format cannot hold what the model makes of these tokens.
             CapacityError: the GPU has no memory left for so large a step.
         """
+        if self.profiler:
+            self.profiler.begin_step()
         self._move(batch)
         for imported in batch.imports:
             assert land is not None
@@ -248,11 +262,12 @@ class Runner:
         """Choose the tokens of a step, on the last stage; `greedy` are the likeliest, where a graph has found them."""
         fault = self.store.take_fault()
         token_ids, samples = fault[:0], batch.samples if self.parallel.stage.is_last else []
-        if samples and greedy is not None and all(is_greedy(sample) for sample in samples):
-            token_ids = greedy
-        elif samples:
-            token_ids = self.sampler.sample(logits, samples, allowed)
-        scores = _score_samples(samples, logits, token_ids)
+        with _RecordFunctionFast("kvtool::sampling"):
+            if samples and greedy is not None and all(is_greedy(sample) for sample in samples):
+                token_ids = greedy
+            elif samples:
+                token_ids = self.sampler.sample(logits, samples, allowed)
+            scores = _score_samples(samples, logits, token_ids)
         return Handle(
             batch,
             outcome=_to_host(torch.cat([token_ids, fault])),
@@ -271,6 +286,8 @@ class Runner:
             handle.ready.synchronize()
         batch = handle.batch
         *token_ids, fault = handle.outcome.tolist()
+        if self.profiler:
+            self.profiler.end_step(self.held)
         check_fits(not fault)
         if not self.parallel.stage.is_last:
             return StepResult([], [], [])
@@ -362,6 +379,7 @@ class Runner:
             self.largest_step_seconds = time.perf_counter() - launched
             if self.store.sealer:
                 self.store.sealer.compile()
+            step = torch.cuda.max_memory_reserved(self.device)
             if self.graphs:
                 self.graphs.capture(largest=True)
             torch.cuda.synchronize(self.device)
@@ -370,7 +388,8 @@ class Runner:
                 f"{self.device} has no room for a step of {config.max_num_batched_tokens} tokens beside "
                 f"{size(weights)} of weights; lower --max-num-batched-tokens or --max-num-seqs"
             ) from error
-        workspace = torch.cuda.max_memory_reserved(self.device) - weights - self.store.nbytes
+        workspace = step - weights - self.store.nbytes
+        graphs = torch.cuda.max_memory_reserved(self.device) - step
         free, _ = torch.cuda.mem_get_info(self.device)
         others = total - free - torch.cuda.memory_reserved(self.device)
         del self.store, self.attention, self.graphs
@@ -378,7 +397,7 @@ class Runner:
         self.newest.zero_()
         if self.expert_load:
             self.expert_load.reset()
-        return DeviceMemory(int(total * config.gpu_memory_utilization), others, weights, workspace)
+        return DeviceMemory(int(total * config.gpu_memory_utilization), others, weights, workspace, graphs)
 
     def _attend(
         self,

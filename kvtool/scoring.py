@@ -21,10 +21,12 @@ from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.plan import BITS
-from kvtool.memory import allocate
-from kvtool.models import Attend, ModelConfig, load_config, load_model, resolve_model
+from kvtool.kv.store import KVStore
+from kvtool.memory import MemoryParts, allocate
+from kvtool.models import Attend, ModelConfig, load_config, load_model, resolve_model, weight_bytes
 from kvtool.models.resolve import fingerprint
 from kvtool.parallel import ONE_RANK, Parallel, Stage
+from kvtool.profiling import StepProfiler, traces_folder
 from kvtool.ranks import Ranks
 from kvtool.runner import attention_layers, choose_device, choose_dtype, kv_spec
 
@@ -129,6 +131,7 @@ class ScoringModel:
     """
 
     def __init__(self, config: EngineConfig, parallel: Parallel = ONE_RANK) -> None:
+        folder = traces_folder(config.profile) if config.profile else None
         self._ranks: Ranks | None = None
         if config.num_ranks * config.ep * config.nnodes > 1 and parallel.size == 1:
             self._ranks = Ranks(config, "scores")
@@ -157,6 +160,9 @@ class ScoringModel:
         self._layers = parallel.stage.layers(self.model_config.num_layers)
         self._attentions: dict[int, PagedAttention] = {}
         self._numbers = count()
+        name = "scoring" if parallel.size == 1 else f"scoring-rank{parallel.rank}"
+        is_follower = parallel.rank > 0
+        self._profiler = StepProfiler(folder, name, self.device, is_follower=is_follower) if folder else None
 
     def close(self) -> None:
         """End the processes of other ranks, if there are any; nothing more can be scored."""
@@ -258,7 +264,9 @@ class ScoringModel:
             case Predict():
                 return [self._logits(order.num_rows, rows)]
             case DropStore():
-                self._attentions.pop(order.number, None)
+                attention = self._attentions.pop(order.number, None)
+                if attention and self._profiler and self.parallel.rank == 0:
+                    self._profiler.rest(partial(self._held, attention.store))
             case Walk():
                 ids, positions = (torch.tensor(x, device=self.device) for x in (order.token_ids, order.positions))
                 self.model(ids, positions, absorbing(SharedHeads(self.model_config, self.parallel)))
@@ -296,12 +304,16 @@ class ScoringModel:
                 Span(start, min(start + step, window.num_read), blocks, slot)
                 for slot, (window, blocks) in enumerate(zip(batch, owned, strict=True))
             ]
+            if self._profiler:
+                self._profiler.begin_step()
             kv_batch = KVBatch.build(store.format, spans, self.device)
             read = [token for w, span in zip(batch, spans, strict=True) for token in w.token_ids[span.start : span.end]]
             ids = torch.tensor(read, device=self.device)
             hidden = self.model(ids, kv_batch.positions, partial(self._attend, attention, kv_batch))
             with self.parallel.faults_noted(store.note_fault):
                 store.seal(kv_batch)
+            if self._profiler:
+                self._profiler.end_step(partial(self._held, store))
             for rows, piece in zip(hidden.split([span.length for span in spans]), pieces, strict=True):
                 piece.append(rows)
         (fault,) = self.parallel.total(int(store.take_fault().item()))
@@ -341,6 +353,11 @@ class ScoringModel:
             out = q.empty() if isinstance(q, LatentQueries) else torch.empty_like(q)
             out.zero_()
         return out
+
+    def _held(self, store: KVStore) -> MemoryParts:
+        """What the device holds for the model and this store."""
+        tails = len(store.tails) // max(1, store.layout.tail_bytes)
+        return MemoryParts.of(store.layout, store.num_blocks, tails, weight_bytes(self.model), None)
 
 
 class SharedHeads:
