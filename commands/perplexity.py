@@ -1,6 +1,7 @@
 """`kvtool perplexity`: what KV formats do to a model's predictions."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -109,56 +110,61 @@ def perplexity(
         raise ConfigError("--baseline reads the file that --save-baseline writes; leave out one of them")
     kv_formats = parse_formats(formats, engine.kv)
     documents = read_documents(Path(data) if data else SAMPLE, field)
-    model = ScoringModel(engine)
-    plain = replace(engine, quantization="auto", quantize_head=False, keep_layers=(), calibration=None)
-    reference = ScoringModel(plain) if model.quantization else None
-    task = make_task(
-        protocol,
-        documents,
-        Tokenizer.load(model.path, model.model_config.vocab_size),
-        model.max_model_len,
-        window=window,
-        stride=stride,
-        max_tokens=max_tokens,
-    )
-    config = {
-        "engine": asdict(engine),
-        "data": data or "built-in sample",
-        "field": field,
-        "max_tokens": max_tokens,
-        "protocol": protocol,
-        "window": task.window,
-        "stride": task.stride,
-        "formats": list(kv_formats),
-        "baseline": baseline,
-    }
-
-    def show_scores(scores: "list[FormatScore]") -> None:
-        rows = [asdict(score) for score in scores]
-        name = f"{engine.model} with weights in {engine.quantization}" if reference else engine.model
-        what = (
-            f"{name} in {model.dtype_name} on {model.device}, {protocol}: {len(task.windows):,} windows of "
-            f"{task.window:,} tokens, {scores[0].tokens:,} of {task.num_tokens:,} places scored."
+    with ExitStack() as models:
+        model = models.enter_context(closing(ScoringModel(engine)))
+        plain, reference = (
+            replace(engine, quantization="auto", quantize_head=False, keep_layers=(), calibration=None),
+            None,
         )
-        notes = [what, *DEFINITIONS]
-        show(Report("perplexity", config, rows, COLUMNS, tables(rows), charts(rows), notes), output)
+        if model.quantization and engine.num_ranks == 1:
+            reference = models.enter_context(closing(ScoringModel(plain)))
+        task = make_task(
+            protocol,
+            documents,
+            Tokenizer.load(model.path, model.model_config.vocab_size),
+            model.max_model_len,
+            window=window,
+            stride=stride,
+            max_tokens=max_tokens,
+        )
+        config = {
+            "engine": asdict(engine),
+            "data": data or "built-in sample",
+            "field": field,
+            "max_tokens": max_tokens,
+            "protocol": protocol,
+            "window": task.window,
+            "stride": task.stride,
+            "formats": list(kv_formats),
+            "baseline": baseline,
+        }
 
-    kept, keep = (Path(file) if file else None for file in (baseline, save_baseline))
-    try:
-        with progress("scoring") as on_progress:
-            scores = score_formats(
-                model,
-                task,
-                kv_formats,
-                reference=reference,
-                baseline=kept,
-                save_baseline=keep,
-                on_progress=on_progress,
+        def show_scores(scores: "list[FormatScore]") -> None:
+            rows = [asdict(score) for score in scores]
+            name = f"{engine.model} with weights in {engine.quantization}" if model.quantization else engine.model
+            what = (
+                f"{name} in {model.dtype_name} on {model.device}, {protocol}: {len(task.windows):,} windows of "
+                f"{task.window:,} tokens, {scores[0].tokens:,} of {task.num_tokens:,} places scored."
             )
-    except Interrupted as interrupt:
-        show_scores(interrupt.scores)
-        raise
-    show_scores(scores)
+            notes = [what, *DEFINITIONS]
+            show(Report("perplexity", config, rows, COLUMNS, tables(rows), charts(rows), notes), output)
+
+        kept, keep = (Path(file) if file else None for file in (baseline, save_baseline))
+        try:
+            with progress("scoring") as on_progress:
+                scores = score_formats(
+                    model,
+                    task,
+                    kv_formats,
+                    reference=reference,
+                    baseline=kept,
+                    save_baseline=keep,
+                    on_progress=on_progress,
+                )
+        except Interrupted as interrupt:
+            show_scores(interrupt.scores)
+            raise
+        show_scores(scores)
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:

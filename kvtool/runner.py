@@ -1,7 +1,7 @@
 """The model on its device: a scheduled batch goes in, sampled token ids come out."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
@@ -18,13 +18,12 @@ from kvtool.attention.layer import AttentionLayer
 from kvtool.calibration import choose_quantization
 from kvtool.config import EngineConfig
 from kvtool.cuda_graph import MOST_WORK, StepGraphs, as_kv_span, most_rows
-from kvtool.errors import CapacityError, ConfigError, UnsupportedError
+from kvtool.errors import CapacityError, ConfigError
 from kvtool.kv.batch import KVBatch, on_device
 from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
-from kvtool.kv.staging import Staged
 from kvtool.kv.swap import SwapSpace
 from kvtool.layers.moe import ExpertLoad
 from kvtool.memory import DeviceMemory, MemoryParts, allocate, cache_memory, capacity, check_context, size
@@ -32,7 +31,7 @@ from kvtool.models import load_config, load_model, resolve_model, weight_bytes
 from kvtool.models.config import ModelConfig
 from kvtool.parallel import ONE_RANK, Parallel
 from kvtool.profiling import StepProfiler, traces_folder
-from kvtool.request import Sample, SamplingParams, ScheduledBatch, ScheduledSpan, StepResult, TokenLogprobs
+from kvtool.request import Import, Sample, SamplingParams, ScheduledBatch, ScheduledSpan, StepResult, TokenLogprobs
 from kvtool.sampler import Sampler, is_greedy, token_logprobs
 
 SCORED_ROWS = 128  # of logits at a time
@@ -93,6 +92,7 @@ class Runner:
         store: this rank's part of it, sized from the configuration; all have as many blocks.
         swap_space: for sequences that must make room.
         memory: what a GPU holds beside the store.
+        largest_step_seconds: that the largest step took behind its launch, as tried on a GPU.
         expert_load: of the layers of this rank's stage that have experts, kept by the first rank of its group.
         on_all_ranks: elements of a token, bytes of a block, of a tail, of the cache, of the weights and of those that a
             step reads, of all ranks together.
@@ -129,6 +129,7 @@ class Runner:
             self.profiler: StepProfiler | None = None
             self.newest = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.device)
             self.sampler = Sampler(self.newest, self.model_config.eos_token_ids)
+            self.largest_step_seconds = 0.0
             routers = self.model.routers() if parallel.tp.rank == 0 else {}
             self.expert_load = ExpertLoad(routers, most_rows(config.max_num_batched_tokens)) if routers else None
             self.memory = self._measure(config, layout) if self.device.type == "cuda" else None
@@ -160,6 +161,11 @@ class Runner:
         weights = self.memory.weights if self.memory else weight_bytes(self.model)
         return MemoryParts.of(self.store.layout, self.store.num_blocks, len(self.newest) - 1, weights, self.memory)
 
+    @property
+    def whole_layout(self) -> KVLayout:
+        """Of the cache of all heads and layers, whichever of them are this rank's."""
+        return KVLayout(kv_spec(self.model_config, self.dtype), self.format)
+
     @torch.inference_mode()
     def take_in(self, token_ids: Mapping[int, int]) -> None:
         """Ids that the last stage of a pipeline has sampled, by slot, for the first one to compute."""
@@ -172,7 +178,7 @@ class Runner:
         self,
         batch: ScheduledBatch,
         allowed: NDArray[np.int32] | None = None,
-        landings: Mapping[str, Staged] | None = None,
+        land: Callable[[Import], None] | None = None,
         on_layer: Callable[[int], None] | None = None,
     ) -> Handle:
         """Start one step.
@@ -180,7 +186,7 @@ class Runner:
         Args:
             allowed: [len(batch.samples), ceil(vocab_size / 32)]: bit i % 32 of word i // 32 is set where token i may
                 be chosen.
-            landings: what the batch imports, by id.
+            land: puts what the batch imports into the store.
             on_layer: called with each layer that has written its keys and values, unless the step is a graph.
 
         Raises:
@@ -191,8 +197,8 @@ class Runner:
             self.profiler.begin_step()
         self._move(batch)
         for imported in batch.imports:
-            assert landings is not None
-            landings[imported.id].store_in(self.store, imported.memory.blocks, imported.memory.slot)
+            assert land is not None
+            land(imported)
         try:
             return self._run(batch, allowed, on_layer)
         except torch.OutOfMemoryError as error:
@@ -212,7 +218,7 @@ class Runner:
             self.store.seal(kv_batch)
             return self._sample(batch, logits, greedy, allowed, [])
         kv_batch, hidden = self._hidden_states(batch, on_layer)
-        with self._faults_noted():
+        with self.parallel.faults_noted(self.store.note_fault):
             self.store.seal(kv_batch)
         for fork in batch.forks:
             self.store.fork(fork.source_block, fork.source_slot, fork.block, fork.slot)
@@ -380,7 +386,9 @@ class Runner:
             self._hold(layout, sum(len(span.blocks) for span in largest.spans) + 1, config)
             self.graphs = self._graphs(config)
             torch.cuda.reset_peak_memory_stats(self.device)
-            self.collect(self.launch(largest))
+            handle, launched = self.launch(largest), time.perf_counter()
+            self.collect(handle)
+            self.largest_step_seconds = time.perf_counter() - launched
             if self.store.sealer:
                 self.store.sealer.compile()
             step = torch.cuda.max_memory_reserved(self.device)
@@ -413,7 +421,7 @@ class Runner:
         value: Tensor,
     ) -> Tensor:
         index, out = layer - self._layers.start, None
-        with self._faults_noted():
+        with self.parallel.faults_noted(self.store.note_fault):
             out = self.attention(index, q, key, value, batch)
         if on_layer:
             on_layer(index)
@@ -421,17 +429,6 @@ class Runner:
             out = q.empty() if isinstance(q, LatentQueries) else torch.empty_like(q)
             out.zero_()
         return out
-
-    @contextmanager
-    def _faults_noted(self) -> Iterator[None]:
-        """What the format cannot hold is an error at once, but not where other ranks wait for this one in the midst of
-        the step: it goes on, and `collect` says that it was in vain."""
-        try:
-            yield
-        except UnsupportedError:
-            if self.parallel.size == 1:
-                raise
-            self.store.note_fault()
 
 
 def largest_step(config: EngineConfig, fmt: KVFormat, max_model_len: int) -> ScheduledBatch:

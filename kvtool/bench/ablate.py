@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -251,14 +251,15 @@ def format_scores(variants: Variants) -> dict[str, Row]:
     from kvtool.tokenizer import Tokenizer
 
     first = next(iter(variants.values()))
-    plain = ScoringModel(first)
-    tokenizer = Tokenizer.load(plain.path, plain.model_config.vocab_size)
-    documents = read_documents(SAMPLE)
-    task = make_task("gptq", documents, tokenizer, plain.max_model_len, max_tokens=SCORED_TOKENS)
-    alike = {name: engine.kv for name, engine in variants.items() if engine.quantization == first.quantization}
-    scores = score_formats(plain, task, alike)
-    for name in variants.keys() - alike.keys():
-        scores += score_formats(ScoringModel(variants[name]), task, {name: variants[name].kv}, reference=plain)
+    with closing(ScoringModel(first)) as plain:
+        tokenizer = Tokenizer.load(plain.path, plain.model_config.vocab_size)
+        documents = read_documents(SAMPLE)
+        task = make_task("gptq", documents, tokenizer, plain.max_model_len, max_tokens=SCORED_TOKENS)
+        alike = {name: engine.kv for name, engine in variants.items() if engine.quantization == first.quantization}
+        scores = score_formats(plain, task, alike)
+        for name in variants.keys() - alike.keys():
+            with closing(ScoringModel(variants[name])) as model:
+                scores += score_formats(model, task, {name: variants[name].kv}, reference=plain)
     return {
         score.format.name: {"perplexity_change": score.perplexity_change, "kld_mean": score.kld_mean}
         for score in scores
