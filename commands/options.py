@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_origin
 import typer
 from typer.core import TyperCommand
 
-from kvtool.config import Axis, Bits, EngineConfig, KVOptions
+from kvtool.config import MOST_DRAFTED, Axis, Bits, EngineConfig, KVOptions, SpeculationConfig
 from kvtool.errors import ConfigError
 
 from .output import OutputOptions, check_output
@@ -226,6 +226,27 @@ def engine_config(
             show_default=False,
         ),
     ] = EngineConfig.run_ahead,
+    speculate: Annotated[
+        Literal["draft", "ngram"] | None,
+        engine_option(
+            "--speculate",
+            help="Confirm several tokens in a step, drafted by a smaller model or found earlier in the text.",
+        ),
+    ] = None,
+    draft_model: Annotated[
+        str | None,
+        engine_option(
+            "--draft-model",
+            metavar="MODEL",
+            help="Of --speculate draft: a model of the same vocabulary (default: tiny-draft, for tiny).",
+        ),
+    ] = None,
+    num_speculative_tokens: Annotated[
+        int | None,
+        engine_option(
+            "--num-speculative-tokens", min=1, max=MOST_DRAFTED, help="Drafted for a sequence in a step, at most (4)."
+        ),
+    ] = None,
     seed: Annotated[
         int, engine_option("--seed", min=0, max=2**63 - 1, help="Of dummy weights, and of requests that name no seed.")
     ] = EngineConfig.seed,
@@ -283,6 +304,7 @@ def engine_config(
         attention_backend=attention_backend,
         cuda_graph=cuda_graph,
         run_ahead=run_ahead,
+        speculation=speculation(speculate, draft_model, num_speculative_tokens),
         tp=tp,
         pp=pp,
         all_reduce=all_reduce,
@@ -294,6 +316,21 @@ def engine_config(
         kv=kv,
     )
     return under_torchrun(engine) if "TORCHELASTIC_RUN_ID" in os.environ else engine
+
+
+def speculation(
+    method: Literal["draft", "ngram"] | None, draft_model: str | None, num_tokens: int | None
+) -> SpeculationConfig | None:
+    """Raises ConfigError for options that mean nothing without another."""
+    for name, value in (("draft-model", draft_model), ("num-speculative-tokens", num_tokens)):
+        if value is not None and method is None:
+            raise ConfigError(f"--{name} means nothing without --speculate; add --speculate draft or ngram")
+    if method is None:
+        return None
+    if method == "ngram" and draft_model is not None:
+        raise ConfigError("--draft-model means nothing to --speculate ngram; leave it out")
+    num_tokens = SpeculationConfig.num_tokens if num_tokens is None else num_tokens
+    return SpeculationConfig(method, num_tokens, draft_model)
 
 
 def under_torchrun(engine: EngineConfig) -> EngineConfig:

@@ -95,6 +95,7 @@ class Engine:
             tail_units=store.layout.tail_units,
             cache_identity=_cache_identity(self.runner) if config.prefix_caching else None,
             num_micro_batches=config.pp,
+            speculation=config.speculation,
         )
         self._num_micro_batches = config.pp
         if config.handoff:
@@ -270,10 +271,10 @@ class Engine:
 
     def _most_under_way(self) -> int:
         """Steps at once. Each stage of a pipeline has one; elsewhere the next step can be launched before this one's
-        tokens are known, but a grammar must see its own first."""
+        tokens are known, but a grammar must see its own first, and a draft follows on them."""
         if self._num_micro_batches > 1:
             return self._num_micro_batches
-        return 2 if self._runs_ahead and not self.scheduler.grammar_awaits else 1
+        return 2 if self._runs_ahead and not self.scheduler.awaits_tokens else 1
 
     def _launch(self) -> bool:
         """Start a step, if the scheduler has one."""

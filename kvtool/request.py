@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort"]
+VOID = -2  # in place of a token: it does not count
 
 
 class Grammar(msgspec.Struct, frozen=True):
@@ -41,6 +42,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         ignore_eos: do not end at an end-of-text token.
         stop_token_ids: end at one of these.
         grammar: what the answer must look like.
+        speculate: its tokens may be drafted, where the engine drafts; they are the same either way.
         logprobs: give the log-probability of each token and so many of the most likely ones; None: of none. They are
             the model's own, before temperature, penalties and the like.
         prompt_logprobs: the same for the prompt's tokens but the first; such a request takes no prefix hit.
@@ -60,6 +62,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     stop_token_ids: list[int] = []
     grammar: Grammar | None = None
+    speculate: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
@@ -204,7 +207,8 @@ class ScheduledSpan(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         id: of the request.
         slot: the sequence's tail slot, and its row in the runner's memory of newest tokens.
         token_ids: the tokens at these positions; empty for a decode, whose one token is what was sampled last for
-            `slot`.
+            `slot`, or is drafted.
+        draft: 0, or of a decode: its token is the one that was drafted so many behind what was sampled last.
         blocks: the sequence's blocks, enough for `end` tokens; the scheduler adds to them when it makes the next step.
         targets: tokens behind each of the first positions, whose log-probabilities are asked for.
         num_top: how many of the most likely tokens go with them.
@@ -216,6 +220,7 @@ class ScheduledSpan(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     end: int
     blocks: list[int]
     token_ids: Sequence[int] = ()
+    draft: int = 0
     targets: Sequence[int] = ()
     num_top: int = 0
 
@@ -246,6 +251,18 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     seed: int
     num_generated: int
     history: Sequence[int] = ()
+
+
+class Draft(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Tokens proposed behind a sequence's newest, which the step verifies.
+
+    Attributes:
+        slot: of the sequence.
+        token_ids: what is proposed.
+    """
+
+    slot: int
+    token_ids: Sequence[int]
 
 
 class Memory(msgspec.Struct, frozen=True):
@@ -283,13 +300,16 @@ class ScheduledBatch(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         spans: decodes first, then other spans of one token, then longer ones, as the KV store wants them.
-        samples: what the step yields, in the order of the runner's answer.
+        samples: what the step yields, in the order of the runner's answer. Behind a sequence's newest token come those
+            that follow its drafted ones: they hold as far as each drafted token is the one sampled in its place.
+        drafts: of the sequences whose spans are drafted.
         swap_outs, wipes, swap_ins, imports: done in this order before the model runs.
         forks: done after it.
     """
 
     spans: list[ScheduledSpan]
     samples: list[Sample]
+    drafts: list[Draft] = []
     swap_outs: list[Swap] = []
     wipes: list[Memory] = []
     swap_ins: list[Swap] = []
@@ -301,7 +321,8 @@ class StepResult(msgspec.Struct, frozen=True):
     """What a step yielded.
 
     Attributes:
-        token_ids: of each sample; -1 where the model's logits were not finite.
+        token_ids: of each sample; -1 where the model's logits were not finite, `VOID` where it follows a drafted token
+            that was not accepted, `VOID` - 1 if that made them not finite.
         logprobs: of each sample, None where not asked for.
         prompt_logprobs: of each span, for each of its targets.
     """

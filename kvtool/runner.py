@@ -14,7 +14,7 @@ from torch import Tensor
 from kvtool.attention import PagedAttention, block_size
 from kvtool.attention.layer import AttentionLayer
 from kvtool.config import EngineConfig
-from kvtool.cuda_graph import MOST_WORK, StepGraphs, as_kv_span
+from kvtool.cuda_graph import MOST_WORK, StepGraphs, as_kv_span, known, place
 from kvtool.errors import CapacityError, ConfigError, UnsupportedError
 from kvtool.kv.batch import KVBatch, on_device
 from kvtool.kv.codecs import check_fits
@@ -27,8 +27,8 @@ from kvtool.memory import DeviceMemory, allocate, cache_memory, capacity, check_
 from kvtool.models import load_config, load_model, resolve_model
 from kvtool.models.config import ModelConfig
 from kvtool.parallel import ONE_RANK, Parallel
-from kvtool.request import Sample, SamplingParams, ScheduledBatch, ScheduledSpan, StepResult, TokenLogprobs
-from kvtool.sampler import Sampler, is_greedy, token_logprobs
+from kvtool.request import Draft, Sample, SamplingParams, ScheduledBatch, ScheduledSpan, StepResult, TokenLogprobs
+from kvtool.sampler import Drafts, Sampler, is_greedy, token_logprobs, verify
 
 SCORED_ROWS = 128  # of logits at a time
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
@@ -113,7 +113,10 @@ class Runner:
                     parallel=parallel,
                 )
             self.max_model_len = config.max_model_len or self.model_config.max_position
-            self.newest = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.device)
+            num_drafted = config.speculation.num_tokens if config.speculation else 0
+            shape = (1 + num_drafted, config.max_num_seqs + 1)
+            self.recent = torch.zeros(shape, dtype=torch.int64, device=self.device)
+            self.newest = self.recent[0]
             self.sampler = Sampler(self.newest, self.model_config.eos_token_ids)
             self.memory = self._measure(config, layout) if self.device.type == "cuda" else None
             with parallel.agreeing():
@@ -159,6 +162,8 @@ class Runner:
             CapacityError: the GPU has no memory left for so large a step.
         """
         self._move(batch)
+        if batch.drafts:
+            self._keep(batch.drafts)
         for imported in batch.imports:
             assert landings is not None
             landings[imported.id].store_in(self.store, imported.memory.blocks, imported.memory.slot)
@@ -201,10 +206,10 @@ class Runner:
         if self.graphs and (room := self.graphs.prompts.room(batch)):
             return self.graphs.prompts.launch(batch, room)
         kv_batch = KVBatch.build(self.store.format, list(map(as_kv_span, batch.spans)), self.device)
-        known = [token for span in batch.spans for token in span.token_ids]
-        sampled = self.newest[kv_batch.tail_slots[: sum(not span.token_ids for span in batch.spans)]]
-        ids = torch.cat([sampled, on_device({"known": np.array(known, np.int64)}, self.device)["known"]])
-        return kv_batch, self._compute(ids, kv_batch, on_layer)
+        width = self.recent.shape[1]
+        ids = [token for span in batch.spans for token in span.token_ids or [place(span, width)]]
+        sent = on_device({"ids": np.array(ids, np.int64)}, self.device)["ids"]
+        return kv_batch, self._compute(known(sent, self.recent), kv_batch, on_layer)
 
     def _compute(self, ids: Tensor, kv_batch: KVBatch, on_layer: Callable[[int], None] | None = None) -> Tensor:
         """Hidden states of the tokens `ids`."""
@@ -226,6 +231,8 @@ class Runner:
             token_ids = greedy
         elif samples:
             token_ids = self.sampler.sample(logits, samples, allowed)
+        if samples and batch.drafts:
+            token_ids = verify(token_ids, Drafts.send(samples, self.device), self.recent)
         scores = _score_samples(samples, logits, token_ids)
         return Handle(
             batch,
@@ -265,6 +272,16 @@ class Runner:
         for back in batch.swap_ins:
             self.swap_space.load(back.units, back.memory.blocks, back.memory.slot)
 
+    def _keep(self, drafts: Sequence[Draft]) -> None:
+        """Have drafted tokens where the step finds them."""
+        slots, places, token_ids = zip(
+            *((draft.slot, 1 + index, token) for draft in drafts for index, token in enumerate(draft.token_ids)),
+            strict=True,
+        )
+        arrays = {"places": places, "slots": slots, "token_ids": token_ids}
+        sent = on_device({name: np.array(values, np.int64) for name, values in arrays.items()}, self.device)
+        self.recent.index_put_((sent["places"], sent["slots"]), sent["token_ids"])
+
     def _score_prompts(self, batch: ScheduledBatch, hidden: Tensor) -> list[Scores]:
         """Scores of all spans' targets; a few rows of logits at a time, as a whole prompt's fill the memory."""
         starts = accumulate((span.length for span in batch.spans), initial=0)
@@ -299,7 +316,7 @@ class Runner:
             self._compute,
             head,
             fmt,
-            self.newest,
+            self.recent,
             max_blocks=max(1, fmt.num_blocks(self.max_model_len)),
             most_prompt_tokens=most_tokens,
         )
@@ -347,7 +364,7 @@ class Runner:
         others = total - free - torch.cuda.memory_reserved(self.device)
         del self.store, self.attention, self.graphs
         torch.cuda.empty_cache()
-        self.newest.zero_()
+        self.recent.zero_()
         return DeviceMemory(int(total * config.gpu_memory_utilization), others, weights, workspace)
 
     def _attend(

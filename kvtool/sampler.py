@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtool.kernels import takes
-from kvtool.request import Sample
+from kvtool.kv.batch import on_device
+from kvtool.request import VOID, Sample
 
 COLDEST = 1e-5  # a lower temperature is greedy in all but name
 
@@ -155,7 +156,7 @@ class Sampler:
 
         Args:
             logits: as the model gives them; left as they are.
-            samples: how each row is chosen from; no two of one slot.
+            samples: how each row is chosen from; of one slot none but those that `verify` judges look at `newest`.
             allowed: [N, ceil(V / 32)], bit i % 32 of word i // 32 being set where token i may follow.
         """
         choices, mask, counts = self.prepare(samples, logits, allowed)
@@ -288,6 +289,55 @@ def _draw(logits: Tensor, choices: Choices) -> Tensor:
     drawn = torch.searchsorted(cumulative, choices.column("uniform") * cumulative[:, -1:], right=True)[:, 0]
     last = kept.shape[-1] - 1 - (kept > 0).flip(-1).int().argmax(-1)
     return drawn.minimum(last)
+
+
+class Drafts(NamedTuple):
+    """Which of a step's N samples belong together, each [G] or [N] int64: a sequence's newest token, and those behind
+    its drafted ones.
+
+    Attributes:
+        slots, firsts, counts: of each of G sequences: its slot, its first sample, and how many are behind that.
+        owners, offsets: of each sample: its sequence, and how far behind its first it comes.
+    """
+
+    slots: Tensor
+    firsts: Tensor
+    counts: Tensor
+    owners: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def send(cls, samples: Sequence[Sample], device: torch.device) -> "Drafts":
+        slots = np.array([sample.slot for sample in samples], np.int64)
+        firsts = np.flatnonzero(np.diff(slots, prepend=-1))
+        counts = np.diff(firsts, append=len(slots)) - 1
+        owners = np.arange(len(firsts)).repeat(counts + 1)
+        offsets = np.arange(len(slots)) - firsts[owners]
+        arrays = (slots[firsts], firsts, counts, owners, offsets)
+        return cls(**on_device(dict(zip(cls._fields, arrays, strict=True)), device))
+
+
+def verify(token_ids: Tensor, drafts: Drafts, recent: Tensor) -> Tensor:
+    """Modified rejection sampling (Leviathan et al., 2023; Chen et al., 2023) of drafts that are one token each.
+
+    Such a draft d is a distribution with all its mass on d: it is to be accepted with the target's probability p(d),
+    and what replaces it otherwise comes from p without d. A token drawn from p is both at once: it is d with
+    probability p(d), and else one of the others in proportion to p. So the tokens are those that the target would have
+    sampled by itself, whatever is drafted and however far; they count up to the first that is not as drafted.
+
+    Args:
+        token_ids: [N] as sampled, -1 where logits were not finite.
+        recent: [1 + K, slots], of each slot what was sampled last, which is brought up to date, and what was drafted.
+
+    Returns:
+        token_ids, `VOID` for those that follow a drafted token that was not accepted, and `VOID` - 1 if those were -1.
+    """
+    steps = torch.arange(len(recent) - 1, device=recent.device)
+    rows = drafts.firsts[:, None] + steps.minimum(drafts.counts[:, None])
+    is_right = (token_ids[rows] == recent[1:, drafts.slots].T) & (steps < drafts.counts[:, None])
+    num_accepted = is_right.long().cumprod(1).sum(1)
+    recent[0].index_copy_(0, drafts.slots, token_ids[drafts.firsts + num_accepted].clamp(min=0))
+    return torch.where(drafts.offsets > num_accepted[drafts.owners], VOID - (token_ids < 0).long(), token_ids)
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:

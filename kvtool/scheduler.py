@@ -4,14 +4,17 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import groupby, takewhile
 from math import inf
 from typing import NamedTuple
 
+from kvtool.config import SpeculationConfig
 from kvtool.errors import RequestError
 from kvtool.kv.blocks import BlockPool, SlotPool, block_digest
 from kvtool.kv.format import KVFormat
 from kvtool.request import (
+    VOID,
+    Draft,
     EngineStats,
     FinishReason,
     Fork,
@@ -27,6 +30,7 @@ from kvtool.request import (
     TokenLogprobs,
     Tokens,
 )
+from kvtool.speculation import NGrams
 
 NOT_FINITE = "the model computed NaN or infinity for this prompt; a wider --dtype may help"
 MAX_LOGPROBS = 20
@@ -55,6 +59,9 @@ class Sequence:
         units: of the swap space, which hold its computed blocks and its tail while it waits.
         prompt_logprobs: as far as they have been computed.
         is_counted: the runner knows what it has seen, by its slot, if it looks back.
+        num_drafted: of the tokens that the step under way computes for it, how many are drafted.
+        may_draft: it may have some; not any more once they may have been to blame for a step that failed.
+        ngrams: of its tokens, where drafts are looked for among them.
         alone: until its next token it is computed in steps of its own; one that failed may have been its fault.
         ended: nothing more is said of it. It keeps its memory until the step under way, which writes there, is done.
         unfit: what it stored may not be finite.
@@ -79,6 +86,9 @@ class Sequence:
     units: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     is_counted: bool = False
+    num_drafted: int = 0
+    may_draft: bool = True
+    ngrams: NGrams = field(default_factory=NGrams)
     alone: bool = False
     ended: bool = False
     unfit: bool = False
@@ -106,8 +116,9 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """It can compute its newest token, which may be on its way, to get one more."""
-        return self.num_known_tokens <= self.num_computed_tokens < self.length < self.max_length and not self.ended
+        """It can compute its newest token, which may be on its way, to get one more; not where drafts stand between."""
+        is_known = self.num_known_tokens <= self.num_computed_tokens < self.length < self.max_length
+        return is_known and not self.num_drafted and not self.ended
 
 
 class UnderWay(NamedTuple):
@@ -136,6 +147,8 @@ class Scheduler:
         cache_identity: of model and format; prefixes are shared under one identity only. None: never.
         num_micro_batches: stages of a pipeline that compute at the same time, each another step, so that a sequence
             waits for its token before it is in the next one and each step leaves others' share of the decodes to them.
+        speculation: how tokens are drafted. A sequence that may have some waits for its tokens, too: what is drafted
+            follows on them, and how far it holds decides where the next ones stand.
     """
 
     def __init__(
@@ -151,12 +164,14 @@ class Scheduler:
         tail_units: int = 0,
         cache_identity: bytes | None = None,
         num_micro_batches: int = 1,
+        speculation: SpeculationConfig | None = None,
     ) -> None:
         self.format = fmt
         self.blocks, self.slots, self.swap = BlockPool(num_blocks), SlotPool(max_num_seqs), BlockPool(num_swap_units)
         self.max_num_batched_tokens, self.max_model_len = max_num_batched_tokens, max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
         self.tail_units, self.num_micro_batches = tail_units, num_micro_batches
+        self.speculation = speculation
         # Behind a window the newest tokens are read at full precision, which their blocks do not hold.
         self.cache_identity = cache_identity if fmt.residual == 0 else None
         self.waiting: deque[Sequence] = deque()
@@ -168,15 +183,16 @@ class Scheduler:
         self._imports: list[Import] = []
         self._wipes: list[Memory] = []
         self._forks: list[Fork] = []
+        self._drafts: list[Draft] = []
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running or self._under_way)
 
     @property
-    def grammar_awaits(self) -> bool:
-        """A step under way will yield a token that decides what may follow it."""
-        return any(sequence.params.grammar and sequence.num_pending for sequence in self.running)
+    def awaits_tokens(self) -> bool:
+        """A step under way will yield a token that decides what follows on it."""
+        return any(s.num_pending and (s.params.grammar or self._may_draft(s)) for s in self.running)
 
     def add(self, request: Request, seed: int) -> None:
         """Queue a request.
@@ -193,7 +209,7 @@ class Scheduler:
         sequence.tokens.append(first_token)
         sequence.num_cached_tokens = num_cached_tokens
         if self._finish_reason(sequence):
-            return [self._news(sequence, None)]
+            return [self._news(sequence, [])]
         sequence.num_computed_tokens, sequence.is_imported = len(request.prompt), True
         self.waiting.append(sequence)
         return []
@@ -248,8 +264,9 @@ class Scheduler:
                 if youngest is sequence:
                     break
             else:
-                work.append(self._compute(sequence, 1))
-                budget -= 1
+                for draft in range(1 + self._propose(sequence, budget - 1)):
+                    work.append(self._compute(sequence, 1, draft))
+                    budget -= 1
         for sequence in [suspect] if suspect else list(self.running):
             if sequence.is_prefilling and budget > 0:
                 work.append(self._compute(sequence, budget))
@@ -270,11 +287,15 @@ class Scheduler:
         news = []
         for taker, token in zip(takers, result.token_ids, strict=True):
             taker.num_pending -= 1
-            taker.unfit |= token < 0
+            taker.num_computed_tokens -= token <= VOID
+            taker.unfit |= token == -1
         for sequence, scores in zip(computing, result.prompt_logprobs, strict=True):
             if not sequence.unfit:
                 sequence.prompt_logprobs.extend(scores)
-        for taker, token, logprobs in zip(takers, result.token_ids, result.logprobs, strict=True):
+        yielded = zip(takers, result.token_ids, result.logprobs, strict=True)
+        for _, group in groupby(yielded, key=lambda item: id(item[0])):
+            samples = list(group)
+            taker = samples[0][0]
             if taker.ended:
                 self._end(taker)
                 continue
@@ -282,12 +303,23 @@ class Scheduler:
                 self._end(taker)
                 news.append(Tokens(taker.id, [], error=NOT_FINITE))
                 continue
-            taker.tokens.append(token)
+            logprobs: list[TokenLogprobs] = []
+            for _, token, logprob in samples:
+                if token <= VOID:
+                    break
+                taker.tokens.append(token)
+                logprobs += [logprob] if logprob else []
+                if self._finish_reason(taker):
+                    break
             taker.alone = False
             self._seal(taker)
             news.append(self._news(taker, logprobs))
             if news[-1].finish_reason:
                 self._end(taker)
+            elif samples[-1][1] < VOID:  # what is behind its tokens would reach them
+                self._release_unfit(taker)
+                self._compute_again(taker)
+            taker.num_drafted = 0
         return news
 
     def fail(self, error: str) -> list[Tokens]:
@@ -300,14 +332,14 @@ class Scheduler:
         sequences = [sequence for sequence in self.running if id(sequence) in failed | later]
         errors = []
         for sequence in reversed(sequences):
-            sequence.num_pending, sequence.unfit = 0, True
-            self._release(sequence)
+            sequence.num_pending, is_alone = 0, failed == {id(sequence)} and not sequence.num_drafted
+            self._release_unfit(sequence)
             if sequence.ended:
                 continue
-            if failed == {id(sequence)}:
+            if is_alone:
                 errors.append(Tokens(sequence.id, [], error=error))
                 continue
-            sequence.unfit, sequence.alone = False, True
+            sequence.alone = True
             self._compute_again(sequence)
         return errors
 
@@ -345,7 +377,7 @@ class Scheduler:
 
     def _decodes(self) -> list[Sequence]:
         """Who decodes in this step."""
-        decoding = [sequence for sequence in self.running if sequence.is_decoding]
+        decoding = [s for s in self.running if s.is_decoding and not (s.num_pending and self._may_draft(s))]
         if self.num_micro_batches == 1:
             return decoding
         most = -(-len(decoding) // self.num_micro_batches)
@@ -357,6 +389,7 @@ class Scheduler:
         batch = ScheduledBatch(
             spans=[span for span, _, _ in work],
             samples=[self._sample(taker, index) for taker, index in takers],
+            drafts=self._drafts,
             swap_outs=self._swap_outs,
             wipes=self._wipes,
             swap_ins=self._swap_ins,
@@ -364,22 +397,52 @@ class Scheduler:
             forks=self._forks,
         )
         self._swap_outs, self._wipes, self._swap_ins, self._imports, self._forks = [], [], [], [], []
+        self._drafts = []
         self._under_way.append(UnderWay([sequence for _, sequence, _ in work], [taker for taker, _ in takers]))
         return batch
 
-    def _compute(self, sequence: Sequence, budget: int) -> tuple[ScheduledSpan, Sequence, list[Sequence]]:
+    def _compute(
+        self, sequence: Sequence, budget: int, draft: int = 0
+    ) -> tuple[ScheduledSpan, Sequence, list[Sequence]]:
         """The next tokens of `sequence`, at most `budget`, and who takes a token from them: its forks, too."""
-        span = self._span(sequence, budget)
+        span = self._span(sequence, budget, draft)
         if not span.token_ids:
             return span, sequence, [sequence]
         return span, sequence, [] if sequence.is_prefilling else [sequence, *self._fork(sequence)]
 
-    def _span(self, sequence: Sequence, budget: int) -> ScheduledSpan:
+    def _may_draft(self, sequence: Sequence) -> bool:
+        """Tokens of `sequence` may be drafted: those before them decide nothing of how they are chosen."""
+        params = sequence.params
+        asks = params.speculate and not params.looks_back and not params.grammar
+        return self.speculation is not None and asks and sequence.may_draft
+
+    def _propose(self, sequence: Sequence, most: int) -> int:
+        """Draft up to `most` tokens behind the newest one of `sequence`; how many these are.
+
+        What may have to be taken back is written to its own memory and completes no block that is packed as a whole. No
+        other sequence makes room for it.
+        """
+        if self.speculation is None or not self._may_draft(sequence):
+            return 0
+        end = sequence.num_computed_tokens + 1
+        most = min(most, self.speculation.num_tokens, sequence.max_length - end - 1)
+        if not self.format.packs_on_write:
+            most = min(most, self.format.visible(end - 1) + self.format.tail_tokens - 1 - end)
+        if most > sequence.num_held_tokens - end and self.blocks.num_free > len(self.running):
+            self._own(sequence, 1)
+        most = min(most, sequence.num_held_tokens - end)
+        token_ids = sequence.ngrams.propose(sequence.tokens, most) if most > 0 else []
+        if token_ids:
+            self._drafts.append(Draft(slot=sequence.slot, token_ids=token_ids))
+        sequence.num_drafted = len(token_ids)
+        return len(token_ids)
+
+    def _span(self, sequence: Sequence, budget: int, draft: int) -> ScheduledSpan:
         """Schedule the next tokens of `sequence`, at most `budget`."""
         id_, slot, blocks, start = sequence.request.id, sequence.slot, sequence.blocks, sequence.num_computed_tokens
         if not sequence.is_prefilling:
             sequence.num_computed_tokens = start + 1
-            return ScheduledSpan(id=id_, slot=slot, start=start, end=start + 1, blocks=blocks)
+            return ScheduledSpan(id=id_, slot=slot, start=start, end=start + 1, blocks=blocks, draft=draft)
         end = sequence.num_computed_tokens = min(sequence.length, start + budget)
         scored = sequence.params.prompt_logprobs is not None and sequence.num_generated == 0
         return ScheduledSpan(
@@ -474,10 +537,16 @@ class Scheduler:
         for block in reversed(sequence.blocks):  # the end of a prefix is of no use without its beginning
             self.blocks.free(block)
         self.slots.free(sequence.slot)
-        sequence.blocks, sequence.slot, sequence.is_counted = [], -1, False
+        sequence.blocks, sequence.slot, sequence.is_counted, sequence.num_drafted = [], -1, False, 0
 
-    def _news(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> Tokens:
-        """What is said of a sequence's newest token."""
+    def _release_unfit(self, sequence: Sequence) -> None:
+        """Likewise, where what it stored may not be finite; if it had drafts, they may have been to blame."""
+        sequence.unfit, sequence.may_draft = True, sequence.may_draft and not sequence.num_drafted
+        self._release(sequence)
+        sequence.unfit = False
+
+    def _news(self, sequence: Sequence, logprobs: list[TokenLogprobs]) -> Tokens:
+        """What is said of a sequence's newest tokens."""
         reason, first = self._finish_reason(sequence), sequence.num_told == 0
         new = sequence.tokens[len(sequence.request.prompt) + sequence.num_told :]
         sequence.num_told += len(new)
@@ -486,7 +555,7 @@ class Scheduler:
             sequence.id,
             new,
             reason,
-            logprobs=[logprobs] if logprobs else None,
+            logprobs=logprobs or None,
             prompt_logprobs=sequence.prompt_logprobs if scored else None,
             num_cached_tokens=sequence.num_cached_tokens if first else 0,
         )
