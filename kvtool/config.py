@@ -47,12 +47,14 @@ class SpeculationConfig:
         method: "draft" asks a smaller model of the same vocabulary, "ngram" looks for what followed the newest tokens
             when they stood in the prompt or answer before (prompt lookup).
         num_tokens: drafted for a sequence in a step, at most.
-        draft_model: of "draft": as `EngineConfig.model`.
+        draft_model: of "draft": as `EngineConfig.model`; None: the one that is embedded with an embedded model.
+        draft_nbits: bits of the draft model's KV cache; None: in the format of the model's.
     """
 
     method: Literal["draft", "ngram"]
     num_tokens: int = 4
     draft_model: str | None = None
+    draft_nbits: Bits | None = None
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtool.config import EngineConfig, HandoffConfig
+from kvtool.config import MOST_DRAFTED, EngineConfig, HandoffConfig
 from kvtool.errors import CapacityError, ConfigError, KVToolError, RequestError, UnsupportedError
 from kvtool.grammar import GrammarCompiler, Matcher
 from kvtool.handoff import Inlet, Pusher
+from kvtool.kv.blocks import BlockPool
 from kvtool.kv.receiver import Arrival, Loss
 from kvtool.kv.wire import Identity
 from kvtool.models.resolve import fingerprint
@@ -35,6 +36,7 @@ from kvtool.request import (
 )
 from kvtool.runner import Handle, Runner
 from kvtool.scheduler import Scheduler
+from kvtool.speculation import DraftCache
 from kvtool.tokenizer import Detokenizer, Tokenizer
 
 LEAST_HANDOFF_BYTES = 1 << 28  # of sequences between two engines
@@ -75,6 +77,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         start = time.perf_counter()
+        check_speculation(config)
         if config.handoff and config.num_ranks > 1:
             raise ConfigError(
                 f"--role {config.handoff.role}: KV of several ranks does not travel; leave out --tp, --pp"
@@ -96,6 +99,7 @@ class Engine:
             cache_identity=_cache_identity(self.runner) if config.prefix_caching else None,
             num_micro_batches=config.pp,
             speculation=config.speculation,
+            draft_cache=self._draft_cache(),
         )
         self._num_micro_batches = config.pp
         if config.handoff:
@@ -137,6 +141,12 @@ class Engine:
             start_seconds=time.perf_counter() - start,
             kv_address=self._inlet.address if self._inlet else "",
         )
+
+    def _draft_cache(self) -> DraftCache | None:
+        """Room for what a draft model reads."""
+        if (draft := self.runner.draft) is None:
+            return None
+        return DraftCache(draft.store.format, BlockPool(draft.store.num_blocks), draft.max_model_len)
 
     def _hand_off(self, config: EngineConfig, handoff: HandoffConfig) -> None:
         """Find the engines to share requests with, or let them come."""
@@ -455,6 +465,16 @@ class Engine:
                 self.abort(request_id)
             for request in requests:
                 self._arrivals.pop(request.id, None)
+
+
+def check_speculation(config: EngineConfig) -> None:
+    """Raises ConfigError for options that contradict each other, or are outside their ranges."""
+    if (asked := config.speculation) is None:
+        return
+    if not 1 <= asked.num_tokens <= MOST_DRAFTED:
+        raise ConfigError(f"--num-speculative-tokens {asked.num_tokens}: must be from 1 to {MOST_DRAFTED}")
+    if config.pp > 1:
+        raise ConfigError("--speculate and --pp do not go together: stages would wait for each other; leave one out")
 
 
 def _cache_identity(runner: Runner) -> bytes:

@@ -170,6 +170,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         preemptions_total: requests that had to give up their memory; of those, `recomputations_total` found the swap
             space full and were computed again.
         arrivals_total, losses_total: requests whose KV came from another engine, or should have.
+        verifications_total: of the drafts of a sequence; of their drafted_total tokens accepted_total were right.
     """
 
     running: int = 0
@@ -191,6 +192,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     awaited: int = 0
     arrivals_total: int = 0
     losses_total: int = 0
+    verifications_total: int = 0
+    drafted_total: int = 0
+    accepted_total: int = 0
 
 
 class Update(msgspec.Struct, frozen=True, tag="update"):
@@ -258,11 +262,15 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     Attributes:
         slot: of the sequence.
-        token_ids: what is proposed.
+        num_tokens: proposed; none where the draft model only computes what it has yet to read.
+        token_ids: what is proposed; empty where the draft model is asked.
+        span: what that has to read of the sequence first, in blocks of its own cache.
     """
 
     slot: int
-    token_ids: Sequence[int]
+    num_tokens: int
+    token_ids: Sequence[int] = ()
+    span: ScheduledSpan | None = None
 
 
 class Memory(msgspec.Struct, frozen=True):
@@ -302,7 +310,7 @@ class ScheduledBatch(msgspec.Struct, frozen=True, kw_only=True):
         spans: decodes first, then other spans of one token, then longer ones, as the KV store wants them.
         samples: what the step yields, in the order of the runner's answer. Behind a sequence's newest token come those
             that follow its drafted ones: they hold as far as each drafted token is the one sampled in its place.
-        drafts: of the sequences whose spans are drafted.
+        drafts: what is proposed before the model runs.
         swap_outs, wipes, swap_ins, imports: done in this order before the model runs.
         forks: done after it.
     """

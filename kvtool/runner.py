@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, islice
+from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from kvtool.attention import PagedAttention, block_size
 from kvtool.attention.layer import AttentionLayer
-from kvtool.config import EngineConfig
+from kvtool.config import EngineConfig, KVOptions
 from kvtool.cuda_graph import MOST_WORK, StepGraphs, as_kv_span, known, place
 from kvtool.errors import CapacityError, ConfigError, UnsupportedError
 from kvtool.kv.batch import KVBatch, on_device
@@ -23,14 +25,18 @@ from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.staging import Staged
 from kvtool.kv.swap import SwapSpace
-from kvtool.memory import DeviceMemory, allocate, cache_memory, capacity, check_context, size
+from kvtool.memory import CPU_KV_CACHE_MEMORY, DeviceMemory, allocate, cache_memory, capacity, check_context, size
 from kvtool.models import load_config, load_model, resolve_model
 from kvtool.models.config import ModelConfig
 from kvtool.parallel import ONE_RANK, Parallel
 from kvtool.request import Draft, Sample, SamplingParams, ScheduledBatch, ScheduledSpan, StepResult, TokenLogprobs
 from kvtool.sampler import Drafts, Sampler, is_greedy, token_logprobs, verify
+from kvtool.tokenizer import vocabulary
 
 SCORED_ROWS = 128  # of logits at a time
+GREEDY = SamplingParams(temperature=0)
+EMBEDDED_DRAFTS = {"tiny": "tiny-draft"}
+DRAFT_CACHE_SHARE = 0.8  # of what a GPU has left, before it is known what else a step needs
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
 
@@ -85,6 +91,7 @@ class Runner:
         max_model_len: tokens of prompt and answer together, as asked for or as model and cache allow.
         format: of the cache of all layers.
         store: this rank's part of it, sized from the configuration; all have as many blocks.
+        draft: the model that drafts for it, whole on every rank; None: there is none.
         swap_space: for sequences that must make room.
         memory: what a GPU holds beside the store.
         on_all_ranks: elements of a token, bytes of a block, of a tail and of the cache, of all ranks together.
@@ -112,6 +119,7 @@ class Runner:
                     max_model_len=config.max_model_len,
                     parallel=parallel,
                 )
+            self.draft, config = self._load_draft(config, layout)
             self.max_model_len = config.max_model_len or self.model_config.max_position
             num_drafted = config.speculation.num_tokens if config.speculation else 0
             shape = (1 + num_drafted, config.max_num_seqs + 1)
@@ -163,7 +171,7 @@ class Runner:
         """
         self._move(batch)
         if batch.drafts:
-            self._keep(batch.drafts)
+            self._propose(batch.drafts)
         for imported in batch.imports:
             assert landings is not None
             landings[imported.id].store_in(self.store, imported.memory.blocks, imported.memory.slot)
@@ -272,8 +280,11 @@ class Runner:
         for back in batch.swap_ins:
             self.swap_space.load(back.units, back.memory.blocks, back.memory.slot)
 
-    def _keep(self, drafts: Sequence[Draft]) -> None:
+    def _propose(self, drafts: Sequence[Draft]) -> None:
         """Have drafted tokens where the step finds them."""
+        if self.draft:
+            self._ask(self.draft, drafts)
+            return
         slots, places, token_ids = zip(
             *((draft.slot, 1 + index, token) for draft in drafts for index, token in enumerate(draft.token_ids)),
             strict=True,
@@ -281,6 +292,74 @@ class Runner:
         arrays = {"places": places, "slots": slots, "token_ids": token_ids}
         sent = on_device({name: np.array(values, np.int64) for name, values in arrays.items()}, self.device)
         self.recent.index_put_((sent["places"], sent["slots"]), sent["token_ids"])
+
+    def _ask(self, model: "Runner", drafts: Sequence[Draft]) -> None:
+        """Have the draft model read what it has yet to read, and propose tokens one after the other."""
+        last = model.model_config.vocab_size - 1  # the vocabularies are the same, but what pads them may not be
+        read = sorted((draft.span for draft in drafts if draft.span), key=lambda span: span.length > 1)
+        count = {draft.slot: draft.num_tokens for draft in drafts}
+        spans = [
+            msgspec.structs.replace(span, token_ids=[min(token, last) for token in span.token_ids]) for span in read
+        ]
+        for index in range(max(1, *count.values())):
+            asked = [(row, span) for row, span in enumerate(spans) if count[span.slot] > index]
+            samples = [
+                Sample(id=span.id, span=row, slot=span.slot, position=span.end, params=GREEDY, seed=0, num_generated=1)
+                for row, span in asked
+            ]
+            model.launch(ScheduledBatch(spans=spans, samples=samples))
+            if samples:
+                torch.clamp(model.newest, max=self.model_config.vocab_size - 1, out=self.recent[1 + index])
+            spans = [
+                ScheduledSpan(id=span.id, slot=span.slot, start=span.end, end=span.end + 1, blocks=span.blocks)
+                for _, span in asked
+                if count[span.slot] > index + 1
+            ]
+
+    def _load_draft(self, config: EngineConfig, layout: KVLayout) -> tuple["Runner | None", EngineConfig]:
+        """The draft model with a cache for as many tokens as this one's, and what is left to this one.
+
+        Raises:
+            ConfigError: it has another vocabulary, or cannot be loaded.
+        """
+        options = config.speculation
+        if options is None or options.method != "draft":
+            return None, config
+        name = options.draft_model or EMBEDDED_DRAFTS.get(config.model)
+        if name is None:
+            raise ConfigError("--speculate draft needs --draft-model: a smaller model of the same vocabulary")
+        with self.parallel.agreeing():
+            path = resolve_model(name)
+            model = load_config(path)
+            check_vocabulary(self.path, self.model_config, path, model)
+            kv = KVOptions(nbits=options.draft_nbits) if options.draft_nbits else config.kv
+            kv, spec = replace(kv, plan=None, layer_bits=None), kv_spec(model, self.dtype)
+            cache = KVLayout(spec, resolve(kv, spec, block_size(config.attention_backend)))
+        drafts, own = (x.block_bytes / x.format.block_size for x in (cache, layout))  # bytes of a token
+        memory, part = config.kv_cache_memory, drafts / (drafts + own)
+        if memory is None and self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            share = int(DRAFT_CACHE_SHARE * part * max(0, free - total * (1 - config.gpu_memory_utilization)))
+        else:
+            memory = CPU_KV_CACHE_MEMORY if memory is None else memory
+            share = int(part * memory)
+            config = replace(config, kv_cache_memory=memory - share)
+        (share,) = self.parallel.least(share)
+        length = config.max_model_len
+        asked = replace(
+            config,
+            model=name,
+            max_model_len=length and min(length, model.max_position),
+            kv_cache_memory=share,
+            kv=kv,
+            swap_space=0,
+            tp=1,
+            nnodes=1,
+            speculation=None,
+            handoff=None,
+        )
+        with self.parallel.agreeing():
+            return Runner(asked), config
 
     def _score_prompts(self, batch: ScheduledBatch, hidden: Tensor) -> list[Scores]:
         """Scores of all spans' targets; a few rows of logits at a time, as a whole prompt's fill the memory."""
@@ -393,6 +472,14 @@ class Runner:
             if self.parallel.size == 1:
                 raise
             self.store.note_fault()
+
+
+def check_vocabulary(path: Path, model: ModelConfig, draft_path: Path, draft: ModelConfig) -> None:
+    """Raises ConfigError unless both models have the same tokens; what pads their embeddings may differ."""
+    known = [vocabulary(folder, config.vocab_size) for folder, config in ((path, model), (draft_path, draft))]
+    is_same = known[0] == known[1] if all(known) else model.vocab_size == draft.vocab_size
+    if not is_same:
+        raise ConfigError(f"--draft-model {draft_path}: its vocabulary is not that of {path}; choose another model")
 
 
 def largest_step(config: EngineConfig, fmt: KVFormat, max_model_len: int) -> ScheduledBatch:

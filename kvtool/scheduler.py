@@ -30,7 +30,7 @@ from kvtool.request import (
     TokenLogprobs,
     Tokens,
 )
-from kvtool.speculation import NGrams
+from kvtool.speculation import DraftCache, NGrams, most_drafted
 
 NOT_FINITE = "the model computed NaN or infinity for this prompt; a wider --dtype may help"
 MAX_LOGPROBS = 20
@@ -62,6 +62,8 @@ class Sequence:
         num_drafted: of the tokens that the step under way computes for it, how many are drafted.
         may_draft: it may have some; not any more once they may have been to blame for a step that failed.
         ngrams: of its tokens, where drafts are looked for among them.
+        draft_blocks: of the draft model's cache, its own alone.
+        num_draft_computed_tokens: how many of its tokens the draft model has read.
         alone: until its next token it is computed in steps of its own; one that failed may have been its fault.
         ended: nothing more is said of it. It keeps its memory until the step under way, which writes there, is done.
         unfit: what it stored may not be finite.
@@ -89,6 +91,8 @@ class Sequence:
     num_drafted: int = 0
     may_draft: bool = True
     ngrams: NGrams = field(default_factory=NGrams)
+    draft_blocks: list[int] = field(default_factory=list)
+    num_draft_computed_tokens: int = 0
     alone: bool = False
     ended: bool = False
     unfit: bool = False
@@ -149,6 +153,7 @@ class Scheduler:
             waits for its token before it is in the next one and each step leaves others' share of the decodes to them.
         speculation: how tokens are drafted. A sequence that may have some waits for its tokens, too: what is drafted
             follows on them, and how far it holds decides where the next ones stand.
+        draft_cache: of the draft model; None: there is none.
     """
 
     def __init__(
@@ -165,13 +170,14 @@ class Scheduler:
         cache_identity: bytes | None = None,
         num_micro_batches: int = 1,
         speculation: SpeculationConfig | None = None,
+        draft_cache: DraftCache | None = None,
     ) -> None:
         self.format = fmt
         self.blocks, self.slots, self.swap = BlockPool(num_blocks), SlotPool(max_num_seqs), BlockPool(num_swap_units)
         self.max_num_batched_tokens, self.max_model_len = max_num_batched_tokens, max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
         self.tail_units, self.num_micro_batches = tail_units, num_micro_batches
-        self.speculation = speculation
+        self.speculation, self.draft_cache = speculation, draft_cache
         # Behind a window the newest tokens are read at full precision, which their blocks do not hold.
         self.cache_identity = cache_identity if fmt.residual == 0 else None
         self.waiting: deque[Sequence] = deque()
@@ -184,6 +190,7 @@ class Scheduler:
         self._wipes: list[Memory] = []
         self._forks: list[Fork] = []
         self._drafts: list[Draft] = []
+        self._draft_budget = 0  # of tokens that the draft model may yet read in this step
 
     @property
     def has_work(self) -> bool:
@@ -252,7 +259,7 @@ class Scheduler:
         """The spans of the next step, with memory for each. Without spans: what is under way must be known before."""
         if self._under_way and not self._can_all_grow():
             return ScheduledBatch(spans=[], samples=[])
-        budget = self.max_num_batched_tokens
+        budget = self._draft_budget = self.max_num_batched_tokens
         work: list[tuple[ScheduledSpan, Sequence, list[Sequence]]] = []  # and who takes a token from each
         suspect = self._suspect()
         for sequence in self._decodes() if suspect is None else ():
@@ -312,6 +319,8 @@ class Scheduler:
                 if self._finish_reason(taker):
                     break
             taker.alone = False
+            if taker.num_drafted:
+                self._count_drafts(taker, sum(token > VOID for _, token, _ in samples) - 1)
             self._seal(taker)
             news.append(self._news(taker, logprobs))
             if news[-1].finish_reason:
@@ -425,17 +434,48 @@ class Scheduler:
         if self.speculation is None or not self._may_draft(sequence):
             return 0
         end = sequence.num_computed_tokens + 1
-        most = min(most, self.speculation.num_tokens, sequence.max_length - end - 1)
-        if not self.format.packs_on_write:
-            most = min(most, self.format.visible(end - 1) + self.format.tail_tokens - 1 - end)
+        most = min(most, self.speculation.num_tokens, sequence.max_length - end - 1, most_drafted(self.format, end - 1))
         if most > sequence.num_held_tokens - end and self.blocks.num_free > len(self.running):
             self._own(sequence, 1)
         most = min(most, sequence.num_held_tokens - end)
-        token_ids = sequence.ngrams.propose(sequence.tokens, most) if most > 0 else []
-        if token_ids:
-            self._drafts.append(Draft(slot=sequence.slot, token_ids=token_ids))
-        sequence.num_drafted = len(token_ids)
-        return len(token_ids)
+        draft = (
+            self._ask_draft_model(sequence, most, self.draft_cache) if self.draft_cache else _look_up(sequence, most)
+        )
+        if draft is None:
+            return 0
+        self._drafts.append(draft)
+        sequence.num_drafted = draft.num_tokens
+        return draft.num_tokens
+
+    def _ask_draft_model(self, sequence: Sequence, most: int, cache: DraftCache) -> Draft | None:
+        """Have the draft model read what it has not read of `sequence`, and propose `most` tokens once it has."""
+        start, blocks = sequence.num_draft_computed_tokens, sequence.draft_blocks
+        end = min(len(sequence.tokens), start + self._draft_budget)
+        is_whole = end == len(sequence.tokens)
+        most = max(0, min(most, most_drafted(cache.format, end - 1), cache.max_model_len - end)) if is_whole else 0
+        missing = cache.format.num_blocks(end + max(0, most - 1)) - len(blocks)
+        if start == end or end > cache.max_model_len or missing > cache.blocks.num_free or (is_whole and not most):
+            return None
+        blocks.extend(cache.blocks.allocate() for _ in range(missing))
+        self._draft_budget -= end - start
+        sequence.num_draft_computed_tokens = end
+        span = ScheduledSpan(
+            id=sequence.id,
+            slot=sequence.slot,
+            start=start,
+            end=end,
+            blocks=blocks,
+            token_ids=sequence.tokens[start:end],
+        )
+        return Draft(slot=sequence.slot, num_tokens=most, span=span)
+
+    def _count_drafts(self, sequence: Sequence, num_accepted: int) -> None:
+        """Note how many drafted tokens were right; what the draft model has read of them it keeps."""
+        self.totals["verifications_total"] += 1
+        self.totals["drafted_total"] += sequence.num_drafted
+        self.totals["accepted_total"] += num_accepted
+        if self.draft_cache:
+            sequence.num_draft_computed_tokens += min(num_accepted, sequence.num_drafted - 1)
 
     def _span(self, sequence: Sequence, budget: int, draft: int) -> ScheduledSpan:
         """Schedule the next tokens of `sequence`, at most `budget`."""
@@ -536,6 +576,10 @@ class Scheduler:
             self._wipes.append(Memory(own, sequence.slot))
         for block in reversed(sequence.blocks):  # the end of a prefix is of no use without its beginning
             self.blocks.free(block)
+        if self.draft_cache:
+            for block in sequence.draft_blocks:
+                self.draft_cache.blocks.free(block)
+        sequence.draft_blocks, sequence.num_draft_computed_tokens = [], 0
         self.slots.free(sequence.slot)
         sequence.blocks, sequence.slot, sequence.is_counted, sequence.num_drafted = [], -1, False, 0
 
@@ -709,6 +753,12 @@ class Scheduler:
             self.running.append(child)
             children.append(child)
         return children
+
+
+def _look_up(sequence: Sequence, most: int) -> Draft | None:
+    """Propose what followed the newest tokens of `sequence` before."""
+    token_ids = sequence.ngrams.propose(sequence.tokens, most) if most > 0 else []
+    return Draft(slot=sequence.slot, num_tokens=most, token_ids=token_ids) if token_ids else None
 
 
 def _check_sampling(params: SamplingParams) -> None:

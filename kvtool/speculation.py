@@ -1,6 +1,32 @@
 """What is drafted for a sequence, and whether it pays. Integers and seconds only."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvtool.config import MOST_DRAFTED
+from kvtool.kv.blocks import BlockPool
+from kvtool.kv.format import KVFormat
+
+
+@dataclass(frozen=True)
+class DraftCache:
+    """The KV cache of a draft model. It holds what is there for drafts alone, so nobody makes room in it for others.
+
+    Attributes:
+        format, blocks: of it.
+        max_model_len: tokens of a sequence that the draft model can read.
+    """
+
+    format: KVFormat
+    blocks: BlockPool
+    max_model_len: int
+
+
+def most_drafted(fmt: KVFormat, position: int) -> int:
+    """How many tokens behind one at `position` may be written to a cache and taken back: they complete no block that is
+    packed as a whole."""
+    return MOST_DRAFTED if fmt.packs_on_write else fmt.visible(position) + fmt.tail_tokens - 2 - position
+
 
 LONGEST, SHORTEST = 4, 2  # n-grams that are looked for, the longest first
 

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ FORMATS = {
     "4, on write": KVOptions(nbits="4", axis_key="token", rotate=True),
 }
 NGRAM = SpeculationConfig("ngram")
+OWN = SpeculationConfig("draft", draft_model="the model itself")
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def make(model: str) -> Callable[..., Engine]:
     def make(speculation: SpeculationConfig | None, kv: KVOptions = FORMATS["16"], **overrides: object) -> Engine:
+        if speculation is OWN:
+            speculation = replace(OWN, draft_model=model)
         settings = {"dtype": "float64", "kv_cache_memory": 16 * MIB, "max_num_seqs": 8} | overrides
         return Engine(EngineConfig(model=model, kv=kv, speculation=speculation, **settings))  # type: ignore[arg-type]
 
@@ -73,15 +77,20 @@ def sealed(engine: Engine) -> dict[bytes, bytes]:
 
 
 @pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())
+@pytest.mark.parametrize("speculation", [NGRAM, OWN], ids=["ngram", "draft"])
 @pytest.mark.parametrize(("temperature", "top_p"), [(0, 1), (0.4, 0.9)])
-def test_tokens_and_packed_bytes_are_those_without_it_and_steps_are_fewer(make, kv, temperature, top_p):
+def test_tokens_and_packed_bytes_are_those_without_it_and_steps_are_fewer(make, kv, speculation, temperature, top_p):
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=2, max_tokens=150, ignore_eos=True)
-    asked, plain, drafting = prompts(3), make(None, kv), make(NGRAM, kv, run_ahead=True)
+    asked, plain, drafting = prompts(3), make(None, kv), make(speculation, kv, run_ahead=True)
     expected, steps = answers(plain, asked, params)
     assert len(set(map(tuple, expected))) == 3
     got, fewer = answers(drafting, asked, params)
     assert got == expected
-    assert fewer < steps or temperature
+    stats = drafting.stats()
+    assert stats.drafted_total > 0 and (stats.accepted_total > 0 or speculation is NGRAM)
+    if speculation is OWN and temperature == 0 and kv in (FORMATS["16"], FORMATS["4, on write"]):
+        assert stats.accepted_total == stats.drafted_total, "it agrees with itself, so nothing is taken back"
+        assert fewer <= steps // 4
     if kv == FORMATS["16"]:  # the last bit depends on what runs beside; in packed formats it flips no code
         pairs = zip(*(sorted(sealed(tested).items()) for tested in (drafting, plain)), strict=True)
         assert all(a == b and np.allclose(*map(np.frombuffer, (x, y))) for (a, x), (b, y) in pairs)
