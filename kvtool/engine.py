@@ -106,6 +106,7 @@ class Engine:
             self._hand_off(config, config.handoff)
         self._runs_ahead = self.runner.device.type == "cuda" if config.run_ahead is None else config.run_ahead
         self._under_way: deque[Launched] = deque()
+        self._collected: float | None = None  # when the last step was; None where there was nothing to do since
         self._seeds = random.Random(config.seed)
         self._grammars: GrammarCompiler | None = None
         self._preparing = Lock()
@@ -288,7 +289,8 @@ class Engine:
 
     def _launch(self) -> bool:
         """Start a step, if the scheduler has one."""
-        batch, now = self.scheduler.schedule(), time.perf_counter()
+        now = time.perf_counter()
+        batch = self.scheduler.schedule()
         if not batch.spans:
             return False
         for request_id in [span.id for span in batch.spans if span.id in self._submitted]:
@@ -306,6 +308,7 @@ class Engine:
             for imported in batch.imports:
                 self._inlet.release(imported.id)
         self._under_way.append(Launched(outcome, faults))
+        self._collected = now if self._collected is None else self._collected
         return True
 
     def _launch_here(self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None) -> Handle:
@@ -323,7 +326,9 @@ class Engine:
         try:
             if not isinstance(outcome, Handle):
                 raise outcome
-            news = self.scheduler.update((self.ranks or self.runner).collect(outcome))
+            result, now = (self.ranks or self.runner).collect(outcome), time.perf_counter()
+            news = self.scheduler.update(result, seconds=now - (self._collected or now))
+            self._collected = now if self.has_work else None
         except (UnsupportedError, CapacityError) as error:
             self._under_way.clear()
             news = self.scheduler.fail(str(error))

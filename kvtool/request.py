@@ -170,6 +170,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         preemptions_total: requests that had to give up their memory; of those, `recomputations_total` found the swap
             space full and were computed again.
         arrivals_total, losses_total: requests whose KV came from another engine, or should have.
+        speculative_tokens: drafted for a sequence in a step now, at most; `speculation_off` says why none are.
         verifications_total: of the drafts of a sequence; of their drafted_total tokens accepted_total were right.
     """
 
@@ -192,6 +193,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     awaited: int = 0
     arrivals_total: int = 0
     losses_total: int = 0
+    speculative_tokens: int = 0
+    speculation_off: str = ""
     verifications_total: int = 0
     drafted_total: int = 0
     accepted_total: int = 0

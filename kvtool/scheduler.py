@@ -30,7 +30,7 @@ from kvtool.request import (
     TokenLogprobs,
     Tokens,
 )
-from kvtool.speculation import DraftCache, NGrams, most_drafted
+from kvtool.speculation import DraftCache, NGrams, Pace, averaged, most_drafted
 
 NOT_FINITE = "the model computed NaN or infinity for this prompt; a wider --dtype may help"
 MAX_LOGPROBS = 20
@@ -60,6 +60,7 @@ class Sequence:
         prompt_logprobs: as far as they have been computed.
         is_counted: the runner knows what it has seen, by its slot, if it looks back.
         num_drafted: of the tokens that the step under way computes for it, how many are drafted.
+        acceptance: running average of how often a token drafted for it is right.
         may_draft: it may have some; not any more once they may have been to blame for a step that failed.
         ngrams: of its tokens, where drafts are looked for among them.
         draft_blocks: of the draft model's cache, its own alone.
@@ -89,6 +90,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     is_counted: bool = False
     num_drafted: int = 0
+    acceptance: float = 1.0
     may_draft: bool = True
     ngrams: NGrams = field(default_factory=NGrams)
     draft_blocks: list[int] = field(default_factory=list)
@@ -126,10 +128,19 @@ class Sequence:
 
 
 class UnderWay(NamedTuple):
-    """A step that has been scheduled and whose outcome is not known: who computes in it, and who takes its samples."""
+    """A step that has been scheduled and whose outcome is not known.
+
+    Attributes:
+        computing, takers: who computes in it, and who takes its samples.
+        num_tokens: that were to be drafted for a sequence, at most; None where it tells nothing of what drafts are
+            worth: others than decodes compute in it, or nobody may draft.
+        num_hits: sequences for which some were.
+    """
 
     computing: list[Sequence]
     takers: list[Sequence]
+    num_tokens: int | None
+    num_hits: int
 
 
 class Scheduler:
@@ -177,7 +188,8 @@ class Scheduler:
         self.max_num_batched_tokens, self.max_model_len = max_num_batched_tokens, max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
         self.tail_units, self.num_micro_batches = tail_units, num_micro_batches
-        self.speculation, self.draft_cache = speculation, draft_cache
+        self.pace = Pace(speculation.num_tokens) if speculation else None
+        self.draft_cache = draft_cache
         # Behind a window the newest tokens are read at full precision, which their blocks do not hold.
         self.cache_identity = cache_identity if fmt.residual == 0 else None
         self.waiting: deque[Sequence] = deque()
@@ -285,12 +297,15 @@ class Scheduler:
             work.sort(key=lambda item: (bool(item[0].token_ids), item[0].length > 1))
         return self._batch(work) if work else ScheduledBatch(spans=[], samples=[])
 
-    def update(self, result: StepResult) -> list[Tokens]:
-        """Take in what the oldest step under way yielded: seal, append, finish and free what has ended.
+    def update(self, result: StepResult, seconds: float = 0.0) -> list[Tokens]:
+        """Take in what the oldest step under way yielded, and how long it took: seal, append, finish and free what has
+        ended.
 
         A token of -1 says that the model's logits were not finite.
         """
-        computing, takers = self._under_way.popleft()
+        computing, takers, num_tokens, num_hits = self._under_way.popleft()
+        if self.pace and num_tokens is not None:
+            self.pace.observe(len({id(sequence) for sequence in computing}), num_tokens, num_hits, seconds)
         news = []
         for taker, token in zip(takers, result.token_ids, strict=True):
             taker.num_pending -= 1
@@ -381,6 +396,8 @@ class Scheduler:
             sealed_blocks=self.blocks.num_sealed,
             used_tails=self.slots.num_slots - self.slots.num_free,
             used_swap_units=self.swap.num_used,
+            speculative_tokens=self.pace.num_tokens if self.pace else 0,
+            speculation_off=self.pace.off if self.pace else "",
             **self.totals,
         )
 
@@ -407,7 +424,11 @@ class Scheduler:
         )
         self._swap_outs, self._wipes, self._swap_ins, self._imports, self._forks = [], [], [], [], []
         self._drafts = []
-        self._under_way.append(UnderWay([sequence for _, sequence, _ in work], [taker for taker, _ in takers]))
+        computing = [sequence for _, sequence, _ in work]
+        tells = self.pace and not work[-1][0].token_ids and any(map(self._could_draft, computing))
+        num_tokens = self.pace.num_tokens if self.pace and tells else None
+        num_hits = sum(draft.num_tokens > 0 for draft in batch.drafts)
+        self._under_way.append(UnderWay(computing, [taker for taker, _ in takers], num_tokens, num_hits))
         return batch
 
     def _compute(
@@ -420,10 +441,13 @@ class Scheduler:
         return span, sequence, [] if sequence.is_prefilling else [sequence, *self._fork(sequence)]
 
     def _may_draft(self, sequence: Sequence) -> bool:
-        """Tokens of `sequence` may be drafted: those before them decide nothing of how they are chosen."""
+        """Tokens of `sequence` may be drafted now."""
+        return self.pace is not None and self.pace.num_tokens > 0 and self._could_draft(sequence)
+
+    def _could_draft(self, sequence: Sequence) -> bool:
+        """They may where it pays: tokens decide nothing of how those behind them are chosen."""
         params = sequence.params
-        asks = params.speculate and not params.looks_back and not params.grammar
-        return self.speculation is not None and asks and sequence.may_draft
+        return sequence.may_draft and params.speculate and not params.looks_back and not params.grammar
 
     def _propose(self, sequence: Sequence, most: int) -> int:
         """Draft up to `most` tokens behind the newest one of `sequence`; how many these are.
@@ -431,10 +455,11 @@ class Scheduler:
         What may have to be taken back is written to its own memory and completes no block that is packed as a whole. No
         other sequence makes room for it.
         """
-        if self.speculation is None or not self._may_draft(sequence):
+        if self.pace is None or not self._may_draft(sequence):
             return 0
         end = sequence.num_computed_tokens + 1
-        most = min(most, self.speculation.num_tokens, sequence.max_length - end - 1, most_drafted(self.format, end - 1))
+        most = min(most, self.pace.for_sequence(sequence.acceptance), sequence.max_length - end - 1)
+        most = min(most, most_drafted(self.format, end - 1))
         if most > sequence.num_held_tokens - end and self.blocks.num_free > len(self.running):
             self._own(sequence, 1)
         most = min(most, sequence.num_held_tokens - end)
@@ -474,6 +499,9 @@ class Scheduler:
         self.totals["verifications_total"] += 1
         self.totals["drafted_total"] += sequence.num_drafted
         self.totals["accepted_total"] += num_accepted
+        sequence.acceptance = averaged(sequence.acceptance, sequence.num_drafted, num_accepted)
+        if self.pace:
+            self.pace.count(sequence.num_drafted, num_accepted)
         if self.draft_cache:
             sequence.num_draft_computed_tokens += min(num_accepted, sequence.num_drafted - 1)
 

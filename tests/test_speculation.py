@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import make_checkpoint
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtool.config import EngineConfig, KVOptions, SpeculationConfig
 from kvtool.engine import Engine
+from kvtool.kv.blocks import BlockPool
+from kvtool.kv.format import KVFormat, resolve
+from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.visibility import visible
-from kvtool.request import VOID, Sample, SamplingParams
+from kvtool.request import VOID, Request, Sample, SamplingParams, ScheduledSpan, StepResult
 from kvtool.sampler import Drafts, Sampler, verify
-from kvtool.speculation import LONGEST, SHORTEST, NGrams
+from kvtool.scheduler import Scheduler
+from kvtool.speculation import LONGEST, SHORTEST, DraftCache, NGrams, Pace
 
 MIB = 1 << 20
 FORMATS = {
@@ -26,6 +30,8 @@ FORMATS = {
     "2, window": KVOptions(nbits="2", q_group_size=32, residual_length=32),
     "4, on write": KVOptions(nbits="4", axis_key="token", rotate=True),
 }
+SPEC = KVSpec(1, StreamSpec(1, 32), StreamSpec(1, 32), 4)
+SCHEDULED = [resolve(options, SPEC) for options in FORMATS.values()]
 NGRAM = SpeculationConfig("ngram")
 OWN = SpeculationConfig("draft", draft_model="the model itself")
 
@@ -47,7 +53,10 @@ def make(model: str) -> Callable[..., Engine]:
         if speculation is OWN:
             speculation = replace(OWN, draft_model=model)
         settings = {"dtype": "float64", "kv_cache_memory": 16 * MIB, "max_num_seqs": 8} | overrides
-        return Engine(EngineConfig(model=model, kv=kv, speculation=speculation, **settings))  # type: ignore[arg-type]
+        made = Engine(EngineConfig(model=model, kv=kv, speculation=speculation, **settings))  # type: ignore[arg-type]
+        if made.scheduler.pace:
+            made.scheduler.pace.observe = lambda *step: None  # type: ignore[method-assign]  # whatever it costs here
+        return made
 
     return make
 
@@ -211,3 +220,156 @@ def test_no_verification_completes_a_block(make, kv):
     tested.scheduler.schedule = watched
     answers(tested, prompts(3), SamplingParams(temperature=0, max_tokens=150, ignore_eos=True))
     assert set(lengths) == {0, 1, 2, 3, 4}
+
+
+# What is computed of whom
+
+
+class Memory:
+    """A cache that remembers which token stands where: in the row of a block, or of a tail."""
+
+    def __init__(self, fmt: KVFormat) -> None:
+        self.format, self.rows = fmt, {}
+
+    def place(self, span: ScheduledSpan, position: int) -> tuple[str, int, int]:
+        fmt = self.format
+        if fmt.packs_on_write:
+            return "block", span.blocks[position // fmt.block_size], position % fmt.block_size
+        return "tail", span.slot, position % fmt.tail_tokens
+
+    def read(self, span: ScheduledSpan, position: int) -> int:
+        fmt = self.format
+        if position < fmt.packed_tokens(span.start):
+            return self.rows["block", span.blocks[position // fmt.block_size], position % fmt.block_size]
+        return self.rows[self.place(span, position)]
+
+    def write(self, span: ScheduledSpan, tokens: list[int]) -> None:
+        """One after the other, and into blocks what a token completes."""
+        fmt = self.format
+        for position, token in zip(range(span.start, span.end), tokens, strict=True):
+            self.rows[self.place(span, position)] = token
+            for packed in range(fmt.packed_tokens(position), fmt.packed_tokens(position + 1)):
+                if not fmt.packs_on_write:
+                    row = self.rows[self.place(span, packed)]
+                    self.rows["block", span.blocks[packed // fmt.block_size], packed % fmt.block_size] = row
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    fmt=st.sampled_from(SCHEDULED),
+    draft_format=st.sampled_from([None, *SCHEDULED]),
+    seed=st.integers(0, 2**31),
+)
+def test_whatever_is_accepted_caches_hold_what_was_said(fmt, draft_format, seed):
+    """A runner that makes up tokens and is often right about them; every query finds all that was before it."""
+    rng = random.Random(seed)
+    cache = draft_format and DraftCache(draft_format, BlockPool(rng.randint(4, 40)), 400)
+    tested = Scheduler(
+        fmt,
+        num_blocks=rng.randint(8, 20),
+        max_num_seqs=rng.randint(1, 5),
+        max_num_batched_tokens=rng.choice([7, 64, 1000]),
+        max_model_len=512,
+        eos_token_ids=[],
+        num_swap_units=0,
+        speculation=SpeculationConfig("draft" if cache else "ngram", 5),
+        draft_cache=cache,
+    )
+    memory, drafts = Memory(fmt), Memory(draft_format or fmt)
+    lengths = {str(i): (rng.randint(1, 150), rng.randint(1, 90)) for i in range(8)}
+
+    def truth(name: str, position: int) -> int:
+        return (position * position // 7) % (3 + int(name)) + 1
+
+    said: dict[str, list[int]] = {name: [] for name in lengths}
+    for name, (prompt, answer) in lengths.items():
+        params = SamplingParams(max_tokens=answer, ignore_eos=True)
+        tested.add(Request(name, [truth(name, p) for p in range(prompt)], params), seed=0)
+    while tested.has_work:
+        batch = tested.schedule()
+        assert 0 < sum(span.length for span in batch.spans) <= tested.max_num_batched_tokens
+        drafted = {}
+        for draft in batch.drafts:
+            name = next(span.id for span in batch.spans if span.slot == draft.slot)
+            if draft.span:
+                for position in range(draft.span.start):
+                    assert drafts.read(draft.span, position) == truth(name, position)
+                drafts.write(draft.span, list(draft.span.token_ids))
+            end = next(span.end for span in batch.spans if span.slot == draft.slot)
+            guesses = [truth(name, end + i) if rng.random() < 0.8 else 0 for i in range(draft.num_tokens)]
+            drafted[draft.slot] = list(draft.token_ids) or guesses
+            for index in range(draft.num_tokens - 1 if draft.span else 0):
+                step = ScheduledSpan(
+                    id=name, slot=draft.slot, start=end + index, end=end + index + 1, blocks=draft.span.blocks
+                )
+                drafts.write(step, [drafted[draft.slot][index]])
+        for span in batch.spans:
+            first = next(other for other in batch.spans if other.slot == span.slot)
+            for position in range(first.start):
+                assert memory.read(first, position) == truth(span.id, position)
+            tokens = list(span.token_ids) or [truth(span.id, span.start)]
+            memory.write(span, [drafted[span.slot][span.draft - 1]] if span.draft else tokens)
+        token_ids, holds = [], {}
+        for sample in batch.samples:
+            behind = batch.spans[sample.span].draft
+            if behind:
+                right = drafted[sample.slot][behind - 1] == truth(sample.id, sample.position - 1)
+                holds[sample.slot] = holds.get(sample.slot, True) and right
+            token_ids.append(truth(sample.id, sample.position) if not behind or holds[sample.slot] else VOID)
+        result = StepResult(token_ids, [None] * len(token_ids), [[] for _ in batch.spans])
+        for news in tested.update(result, seconds=rng.random()):  # more and fewer are drafted
+            said[news.id] += news.token_ids
+    assert said == {n: [truth(n, prompt + i) for i in range(answer)] for n, (prompt, answer) in lengths.items()}
+    assert tested.blocks.num_used == 0 and (cache is None or cache.blocks.num_used == 0)
+    assert tested.totals["drafted_total"] > 0 or cache
+
+
+# Whether it pays
+
+
+def paced(pace: Pace, seconds: Callable[[int, int], float], right: float, batch: int, steps: int) -> Counter[int]:
+    """What is drafted in so many steps that take `seconds` of batch and tokens, of which a share is right."""
+    rng, chosen = random.Random(1), Counter()
+    for _ in range(steps):
+        drafted = pace.num_tokens
+        chosen[drafted] += 1
+        for _ in range(batch if drafted else 0):
+            accepted = next((i for i in range(drafted) if rng.random() > right), drafted)
+            pace.count(drafted, accepted)
+        pace.observe(batch, drafted, batch if drafted else 0, seconds(batch, drafted) * rng.uniform(0.97, 1.03))
+    return chosen
+
+
+def bound(batch: int, drafted: int) -> float:
+    """A step bound by memory up to 64 tokens, and a draft of a tenth of it."""
+    return max(1.0, batch * (1 + drafted) / 64) + 0.1 * drafted
+
+
+@pytest.mark.parametrize(
+    ("right", "batch", "drafted", "off"),
+    [(0.9, 1, {4}, ""), (0.6, 1, {2, 3, 4}, ""), (0.05, 1, {0}, "acceptance"), (0.7, 64, {0}, "batch")],
+)
+def test_as_many_are_drafted_as_pay(right, batch, drafted, off):
+    pace = Pace(4)
+    chosen = paced(pace, bound, right, batch, 2000)
+    assert pace.off == off
+    assert sum(chosen[count] for count in drafted) > 0.9 * 2000
+    best = max(range(5), key=lambda k: sum(right**i for i in range(k + 1)) / bound(batch, k))
+    assert best in drafted
+
+
+def test_it_comes_back_when_it_pays_again():
+    pace = Pace(4)
+    paced(pace, bound, 0.05, 1, 1000)
+    assert pace.off == "acceptance"
+    chosen = paced(pace, bound, 0.95, 1, 6000)
+    assert pace.off == "" and chosen[4] > 3000
+
+
+def test_a_large_batch_turns_it_off_and_a_small_one_on():
+    pace = Pace(4)
+    assert paced(pace, bound, 0.9, 1, 300)[4] > 250
+    assert paced(pace, bound, 0.9, 100, 300)[0] > 250 and pace.off == "batch"
+    assert paced(pace, bound, 0.9, 300, 30)[0] == 30
+    assert paced(pace, bound, 0.9, 2, 600)[4] > 300 and pace.off == ""
+    assert pace.for_sequence(0.01) == 1 and pace.for_sequence(0.3) == 2 and pace.for_sequence(0.9) == 4

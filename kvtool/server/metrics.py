@@ -102,6 +102,10 @@ class EngineCollector(Collector):
             yield self._family(CounterMetricFamily, name, value, text)
         for name, value, text in kv_bytes(info, stats):
             yield self._family(GaugeMetricFamily, name, value, text, format=info.kv_format)
+        for reason in ("batch", "acceptance"):
+            text = "Why nothing is drafted: the batch is too large, or too few drafted tokens are right."
+            is_why = float(stats.speculation_off == reason)
+            yield self._family(GaugeMetricFamily, "kvtool:speculation_off", is_why, text, reason=reason)
         about = {
             "block_size": info.block_size,
             "cache_dtype": info.kv_format,
@@ -134,6 +138,7 @@ def gauges(info: EngineInfo, stats: EngineStats) -> list[tuple[str, float, str]]
         ("kvtool:used_tails", stats.used_tails, "Tail slots of running requests."),
         ("kvtool:used_swap_units", stats.used_swap_units, "Blocks' worth of swap space in use."),
         ("kvtool:swap_units", info.num_swap_units, "Blocks' worth of swap space."),
+        ("kvtool:speculative_tokens", stats.speculative_tokens, "Tokens drafted for a sequence in a step, at most."),
     ]
 
 
@@ -152,6 +157,9 @@ def counters(stats: EngineStats) -> list[tuple[str, float, str]]:
         ("kvtool:swap_in_blocks", stats.swap_ins_total, "Blocks moved back."),
         ("kvtool:kv_arrivals", stats.arrivals_total, "Requests whose KV came from another engine."),
         ("kvtool:kv_losses", stats.losses_total, "Requests whose KV should have, and was computed here."),
+        ("vllm:spec_decode_num_drafts", stats.verifications_total, "Drafts that were verified."),
+        ("vllm:spec_decode_num_draft_tokens", stats.drafted_total, "Tokens that were drafted."),
+        ("vllm:spec_decode_num_accepted_tokens", stats.accepted_total, "Of these, how many were right."),
         ("kvtool:recomputations", stats.recomputations_total, "Preempted requests that are computed again."),
     ]
 
