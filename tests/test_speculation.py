@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from kvtool.config import EngineConfig, KVOptions, SpeculationConfig
 from kvtool.engine import Engine
+from kvtool.errors import ConfigError
 from kvtool.kv.blocks import BlockPool
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.visibility import visible
-from kvtool.request import VOID, Request, Sample, SamplingParams, ScheduledSpan, StepResult
+from kvtool.request import VOID, Request, Sample, SamplingParams, ScheduledSpan, StepResult, Tokens
 from kvtool.sampler import Drafts, Sampler, verify
 from kvtool.scheduler import Scheduler
 from kvtool.speculation import LONGEST, SHORTEST, DraftCache, NGrams, Pace
@@ -34,6 +35,21 @@ SPEC = KVSpec(1, StreamSpec(1, 32), StreamSpec(1, 32), 4)
 SCHEDULED = [resolve(options, SPEC) for options in FORMATS.values()]
 NGRAM = SpeculationConfig("ngram")
 OWN = SpeculationConfig("draft", draft_model="the model itself")
+
+
+def scheduler(
+    fmt: KVFormat, num_blocks: int, seqs: int = 4, budget: int = 1000, draft_cache: DraftCache | None = None
+) -> Scheduler:
+    return Scheduler(
+        fmt,
+        num_blocks=num_blocks,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=512,
+        eos_token_ids=[],
+        speculation=SpeculationConfig("draft" if draft_cache else "ngram"),
+        draft_cache=draft_cache,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +134,72 @@ def test_a_request_can_go_without_it_and_some_must(make):
     }
     for params in asked.values():
         assert answers(tested, prompts(4), params)[0] == answers(plain, prompts(4), params)[0]
+
+
+@pytest.mark.parametrize("speculation", [NGRAM, OWN], ids=["ngram", "draft"])
+def test_tokens_are_the_same_when_sequences_make_room_and_share_beginnings(make, speculation):
+    params, kv = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True), FORMATS["4"]
+    asked = prompts(4)
+    asked += [asked[3] * 2, [*asked[3], *asked[3], 9]]
+    roomy = make(None, kv, prefix_caching=False)
+    layout = roomy.runner.store.layout
+    memory = (layout.format.num_blocks(280) + 4) * layout.block_bytes + 4 * layout.tail_bytes
+    memory *= 2 if speculation is OWN else 1  # half is the draft model's
+    tight = make(speculation, kv, max_num_seqs=4, kv_cache_memory=memory, swap_space=MIB, max_num_batched_tokens=40)
+    assert answers(tight, asked, params)[0] == answers(roomy, asked, params)[0]
+    stats = tight.stats()
+    assert stats.preemptions_total > 0 and stats.prefix_hits_total > 0 and stats.drafted_total > 0
+
+
+@pytest.mark.parametrize("speculation", [NGRAM, OWN], ids=["ngram", "draft"])
+def test_ranks_together_answer_as_one_does(make, speculation):
+    params, kv = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), FORMATS["4"]
+    ranks = make(speculation, kv, tp=2)
+    try:
+        assert answers(ranks, prompts(3), params)[0] == answers(make(None, kv), prompts(3), params)[0]
+        assert ranks.stats().drafted_total > 0
+    finally:
+        ranks.close()
+
+
+def test_drafts_that_spoil_a_cache_are_taken_back_with_it():
+    """A step that failed with drafts is tried again without; so is one in which a wrong draft made NaN."""
+    tested = scheduler(SCHEDULED[0], num_blocks=8)
+    tested.add(Request("0", [5, 6] * 20, SamplingParams(max_tokens=9, ignore_eos=True)), seed=0)
+
+    def step(token_ids: list[int]) -> list[Tokens]:
+        batch = tested.schedule()
+        assert len(batch.samples) == len(token_ids)
+        return tested.update(StepResult(token_ids, [None] * len(token_ids), [[] for _ in batch.spans]))
+
+    assert step([5])[0].token_ids == [5]
+    assert step([6, 9, VOID, VOID, VOID - 1])[0].token_ids == [6, 9]
+    (again,) = tested.schedule().spans
+    assert (again.start, again.end) == (0, 43), "computed again"
+    tested.update(StepResult([5], [None], [[]]))
+    assert step([6])[0].token_ids == [6], "without drafts"
+    tested = scheduler(SCHEDULED[0], num_blocks=8)
+    tested.add(Request("0", [5, 6] * 20, SamplingParams(max_tokens=9, ignore_eos=True)), seed=0)
+    assert step([5])[0].token_ids == [5]
+    assert len(tested.schedule().samples) == 5
+    assert tested.fail("the format cannot hold it") == []
+    assert step([6])[0].token_ids == [6]
+    assert len(tested.schedule().samples) == 1
+    assert tested.fail("the format cannot hold it")[0].error
+
+
+@pytest.mark.parametrize(
+    ("speculation", "others", "says"),
+    [
+        (SpeculationConfig("ngram", 17), {}, "--num-speculative-tokens 17: must be from 1 to 16"),
+        (NGRAM, {"pp": 2}, "--speculate and --pp do not go together"),
+        (SpeculationConfig("draft"), {}, "--speculate draft needs --draft-model"),
+        (SpeculationConfig("draft", draft_model="tiny"), {}, "--draft-model .*tiny: its vocabulary is not that of"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, speculation, others, says):
+    with pytest.raises(ConfigError, match=says):
+        make(speculation, **others)
 
 
 # What is drafted, and what becomes of it
@@ -264,16 +346,8 @@ def test_whatever_is_accepted_caches_hold_what_was_said(fmt, draft_format, seed)
     """A runner that makes up tokens and is often right about them; every query finds all that was before it."""
     rng = random.Random(seed)
     cache = draft_format and DraftCache(draft_format, BlockPool(rng.randint(4, 40)), 400)
-    tested = Scheduler(
-        fmt,
-        num_blocks=rng.randint(8, 20),
-        max_num_seqs=rng.randint(1, 5),
-        max_num_batched_tokens=rng.choice([7, 64, 1000]),
-        max_model_len=512,
-        eos_token_ids=[],
-        num_swap_units=0,
-        speculation=SpeculationConfig("draft" if cache else "ngram", 5),
-        draft_cache=cache,
+    tested = scheduler(
+        fmt, rng.randint(8, 20), seqs=rng.randint(1, 5), budget=rng.choice([7, 64, 1000]), draft_cache=cache
     )
     memory, drafts = Memory(fmt), Memory(draft_format or fmt)
     lengths = {str(i): (rng.randint(1, 150), rng.randint(1, 90)) for i in range(8)}
