@@ -260,6 +260,19 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     history: Sequence[int] = ()
 
 
+class Question(msgspec.Struct, frozen=True, gc=False):
+    """What a draft model is asked.
+
+    Attributes:
+        span: what it has to read of a sequence first, in blocks of its own cache.
+        sample: how the first token behind that is chosen: with the random number that the model itself will draw it by,
+            so that both choose the same more often than by two numbers, or by none.
+    """
+
+    span: ScheduledSpan
+    sample: Sample
+
+
 class Draft(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Tokens proposed behind a sequence's newest, which the step verifies.
 
@@ -267,13 +280,13 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         slot: of the sequence.
         num_tokens: proposed; none where the draft model only computes what it has yet to read.
         token_ids: what is proposed; empty where the draft model is asked.
-        span: what that has to read of the sequence first, in blocks of its own cache.
+        question: to the draft model.
     """
 
     slot: int
     num_tokens: int
     token_ids: Sequence[int] = ()
-    span: ScheduledSpan | None = None
+    question: Question | None = None
 
 
 class Memory(msgspec.Struct, frozen=True):

@@ -34,7 +34,6 @@ from kvtool.sampler import Drafts, Sampler, is_greedy, token_logprobs, verify
 from kvtool.tokenizer import vocabulary
 
 SCORED_ROWS = 128  # of logits at a time
-GREEDY = SamplingParams(temperature=0)
 EMBEDDED_DRAFTS = {"tiny": "tiny-draft"}
 DRAFT_CACHE_SHARE = 0.8  # of what a GPU has left, before it is known what else a step needs
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
@@ -296,24 +295,25 @@ class Runner:
     def _ask(self, model: "Runner", drafts: Sequence[Draft]) -> None:
         """Have the draft model read what it has yet to read, and propose tokens one after the other."""
         last = model.model_config.vocab_size - 1  # the vocabularies are the same, but what pads them may not be
-        read = sorted((draft.span for draft in drafts if draft.span), key=lambda span: span.length > 1)
-        count = {draft.slot: draft.num_tokens for draft in drafts}
+        asked = [(draft.question, draft.num_tokens) for draft in drafts if draft.question]
+        asked.sort(key=lambda item: item[0].span.length > 1)
         spans = [
-            msgspec.structs.replace(span, token_ids=[min(token, last) for token in span.token_ids]) for span in read
+            msgspec.structs.replace(question.span, token_ids=[min(token, last) for token in question.span.token_ids])
+            for question, _ in asked
         ]
-        for index in range(max(1, *count.values())):
-            asked = [(row, span) for row, span in enumerate(spans) if count[span.slot] > index]
+        for index in range(max(1, *(count for _, count in asked))):
             samples = [
-                Sample(id=span.id, span=row, slot=span.slot, position=span.end, params=GREEDY, seed=0, num_generated=1)
-                for row, span in asked
+                msgspec.structs.replace(question.sample, span=row, position=question.sample.position + index)
+                for row, (question, count) in enumerate(asked)
+                if count > index
             ]
             model.launch(ScheduledBatch(spans=spans, samples=samples))
-            if samples:
-                torch.clamp(model.newest, max=self.model_config.vocab_size - 1, out=self.recent[1 + index])
+            torch.clamp(model.newest, max=self.model_config.vocab_size - 1, out=self.recent[1 + index])
+            asked = [(question, count) for question, count in asked if count > index + 1]
+            ends = [(question.span, question.span.end + index) for question, _ in asked]
             spans = [
-                ScheduledSpan(id=span.id, slot=span.slot, start=span.end, end=span.end + 1, blocks=span.blocks)
-                for _, span in asked
-                if count[span.slot] > index + 1
+                ScheduledSpan(id=span.id, slot=span.slot, start=end, end=end + 1, blocks=span.blocks)
+                for span, end in ends
             ]
 
     def _load_draft(self, config: EngineConfig, layout: KVLayout) -> tuple["Runner | None", EngineConfig]:

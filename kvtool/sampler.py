@@ -322,8 +322,9 @@ def verify(token_ids: Tensor, drafts: Drafts, recent: Tensor) -> Tensor:
 
     Such a draft d is a distribution with all its mass on d: it is to be accepted with the target's probability p(d),
     and what replaces it otherwise comes from p without d. A token drawn from p is both at once: it is d with
-    probability p(d), and else one of the others in proportion to p. So the tokens are those that the target would have
-    sampled by itself, whatever is drafted and however far; they count up to the first that is not as drafted.
+    probability p(d), and else one of the others in proportion to p. So the tokens are those that the target samples by
+    itself, whatever is drafted and however far, and a seed gives the same ones with drafts as without (Daliri et al.,
+    2025, drafter invariance); they count up to the first that is not as drafted.
 
     Args:
         token_ids: [N] as sampled, -1 where logits were not finite.

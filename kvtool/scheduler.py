@@ -20,6 +20,7 @@ from kvtool.request import (
     Fork,
     Import,
     Memory,
+    Question,
     Request,
     Sample,
     SamplingParams,
@@ -492,7 +493,18 @@ class Scheduler:
             blocks=blocks,
             token_ids=sequence.tokens[start:end],
         )
-        return Draft(slot=sequence.slot, num_tokens=most, span=span)
+        asked = sequence.params
+        params = SamplingParams(temperature=asked.temperature, top_p=asked.top_p, top_k=asked.top_k, min_p=asked.min_p)
+        sample = Sample(
+            id=sequence.id,
+            span=0,
+            slot=sequence.slot,
+            position=end,
+            params=params,
+            seed=sequence.seed,
+            num_generated=sequence.num_generated,
+        )
+        return Draft(slot=sequence.slot, num_tokens=most, question=Question(span, sample))
 
     def _count_drafts(self, sequence: Sequence, num_accepted: int) -> None:
         """Note how many drafted tokens were right; what the draft model has read of them it keeps."""

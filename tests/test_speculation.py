@@ -365,16 +365,16 @@ def test_whatever_is_accepted_caches_hold_what_was_said(fmt, draft_format, seed)
         drafted = {}
         for draft in batch.drafts:
             name = next(span.id for span in batch.spans if span.slot == draft.slot)
-            if draft.span:
-                for position in range(draft.span.start):
-                    assert drafts.read(draft.span, position) == truth(name, position)
-                drafts.write(draft.span, list(draft.span.token_ids))
+            if draft.question:
+                for position in range(draft.question.span.start):
+                    assert drafts.read(draft.question.span, position) == truth(name, position)
+                drafts.write(draft.question.span, list(draft.question.span.token_ids))
             end = next(span.end for span in batch.spans if span.slot == draft.slot)
             guesses = [truth(name, end + i) if rng.random() < 0.8 else 0 for i in range(draft.num_tokens)]
             drafted[draft.slot] = list(draft.token_ids) or guesses
-            for index in range(draft.num_tokens - 1 if draft.span else 0):
+            for index in range(draft.num_tokens - 1 if draft.question else 0):
                 step = ScheduledSpan(
-                    id=name, slot=draft.slot, start=end + index, end=end + index + 1, blocks=draft.span.blocks
+                    id=name, slot=draft.slot, start=end + index, end=end + index + 1, blocks=draft.question.span.blocks
                 )
                 drafts.write(step, [drafted[draft.slot][index]])
         for span in batch.spans:
