@@ -265,12 +265,14 @@ class Question(msgspec.Struct, frozen=True, gc=False):
 
     Attributes:
         span: what it has to read of a sequence first, in blocks of its own cache.
-        sample: how the first token behind that is chosen: with the random number that the model itself will draw it by,
-            so that both choose the same more often than by two numbers, or by none.
+        sample: how the first token behind that is chosen.
+        may_reject: it is drawn by a number of its own, and accepted by its probability. Else it is drawn by the number
+            that the model will draw by, so that both choose the same as often as not, and accepted if they do.
     """
 
     span: ScheduledSpan
     sample: Sample
+    may_reject: bool
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True, gc=False):

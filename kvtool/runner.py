@@ -30,10 +30,11 @@ from kvtool.models import load_config, load_model, resolve_model
 from kvtool.models.config import ModelConfig
 from kvtool.parallel import ONE_RANK, Parallel
 from kvtool.request import Draft, Sample, SamplingParams, ScheduledBatch, ScheduledSpan, StepResult, TokenLogprobs
-from kvtool.sampler import Drafts, Sampler, is_greedy, token_logprobs, verify
+from kvtool.sampler import Drafts, Sampler, is_greedy, reject, token_logprobs, verify
 from kvtool.tokenizer import vocabulary
 
 SCORED_ROWS = 128  # of logits at a time
+REJECTED_ROWS = 32  # of probabilities in float64
 EMBEDDED_DRAFTS = {"tiny": "tiny-draft"}
 DRAFT_CACHE_SHARE = 0.8  # of what a GPU has left, before it is known what else a step needs
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
@@ -63,17 +64,32 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Proposals:
+    """Tokens drawn by a draft model's probabilities.
+
+    Attributes:
+        logits: [n, its vocab_size], that they were drawn from.
+        places: the row of each token's, by slot and by how many were drafted before it.
+    """
+
+    logits: Tensor
+    places: Mapping[tuple[int, int], int]
+
+
+@dataclass(frozen=True)
 class Handle:
     """A step under way. Its tensors are on the host, and good once `ready` has happened (None: at once).
 
     Attributes:
         outcome: [len(batch.samples) + 1] int64, ids, and whether the store met what its format cannot hold.
+        logits: of the samples, on the device; good until the next step is launched.
         scores: of those samples that ask for them.
         prompt_scores: of all spans' targets, in pieces that follow each other.
     """
 
     batch: ScheduledBatch
     outcome: Tensor
+    logits: Tensor
     scores: Scores | None
     prompt_scores: list[Scores]
     ready: torch.cuda.Event | None
@@ -119,6 +135,7 @@ class Runner:
                     parallel=parallel,
                 )
             self.draft, config = self._load_draft(config, layout)
+            self._proposals: Proposals | None = None  # of the step that is being launched
             self.max_model_len = config.max_model_len or self.model_config.max_position
             num_drafted = config.speculation.num_tokens if config.speculation else 0
             shape = (1 + num_drafted, config.max_num_seqs + 1)
@@ -239,11 +256,14 @@ class Runner:
         elif samples:
             token_ids = self.sampler.sample(logits, samples, allowed)
         if samples and batch.drafts:
+            if self._proposals:
+                self._reject(self._proposals, samples, logits, token_ids)
             token_ids = verify(token_ids, Drafts.send(samples, self.device), self.recent)
         scores = _score_samples(samples, logits, token_ids)
         return Handle(
             batch,
             outcome=_to_host(torch.cat([token_ids, fault])),
+            logits=logits,
             scores=scores and scores.to_host(),
             prompt_scores=[piece.to_host() for piece in prompt_scores],
             ready=torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None,
@@ -301,20 +321,44 @@ class Runner:
             msgspec.structs.replace(question.span, token_ids=[min(token, last) for token in question.span.token_ids])
             for question, _ in asked
         ]
+        pieces: list[Tensor] = []
+        places: dict[tuple[int, int], int] = {}
         for index in range(max(1, *(count for _, count in asked))):
             samples = [
                 msgspec.structs.replace(question.sample, span=row, position=question.sample.position + index)
                 for row, (question, count) in enumerate(asked)
                 if count > index
             ]
-            model.launch(ScheduledBatch(spans=spans, samples=samples))
-            torch.clamp(model.newest, max=self.model_config.vocab_size - 1, out=self.recent[1 + index])
+            logits = model.launch(ScheduledBatch(spans=spans, samples=samples)).logits
+            self.recent[1 + index].copy_(model.newest)
+            drawn = [question for question, count in asked if count > index]
+            if any(question.may_reject for question in drawn):
+                first = sum(map(len, pieces))
+                pieces.append(logits.clone())
+                places |= {(q.span.slot, index): first + row for row, q in enumerate(drawn) if q.may_reject}
             asked = [(question, count) for question, count in asked if count > index + 1]
             ends = [(question.span, question.span.end + index) for question, _ in asked]
             spans = [
                 ScheduledSpan(id=span.id, slot=span.slot, start=end, end=end + 1, blocks=span.blocks)
                 for span, end in ends
             ]
+        self._proposals = Proposals(torch.cat(pieces), places) if pieces else None
+
+    def _reject(self, proposals: "Proposals", samples: Sequence[Sample], logits: Tensor, token_ids: Tensor) -> None:
+        """Replace what is sampled behind tokens drafted by a probability, a few rows of probabilities at a time."""
+        starts = dict(reversed([(sample.slot, row) for row, sample in enumerate(samples)]))
+        found = [
+            (row, proposals.places[key], *key)
+            for row, sample in enumerate(samples)
+            if (key := (sample.slot, row - starts[sample.slot])) in proposals.places
+        ]
+        for first in range(0, len(found), REJECTED_ROWS):
+            columns = np.array(found[first : first + REJECTED_ROWS], np.int64).T
+            rows, at, slots, offsets = on_device({"columns": columns}, self.device)["columns"]
+            chosen = [samples[row] for row in columns[0]]
+            drafted = self.recent[1 + offsets, slots]
+            settled = reject(token_ids[rows], logits[rows], proposals.logits[at], drafted, chosen)
+            token_ids.index_copy_(0, rows, settled)
 
     def _load_draft(self, config: EngineConfig, layout: KVLayout) -> tuple["Runner | None", EngineConfig]:
         """The draft model with a cache for as many tokens as this one's, and what is left to this one.
@@ -478,7 +522,7 @@ def check_vocabulary(path: Path, model: ModelConfig, draft_path: Path, draft: Mo
     """Raises ConfigError unless both models have the same tokens; what pads their embeddings may differ."""
     known = [vocabulary(folder, config.vocab_size) for folder, config in ((path, model), (draft_path, draft))]
     is_same = known[0] == known[1] if all(known) else model.vocab_size == draft.vocab_size
-    if not is_same:
+    if not is_same or draft.vocab_size > model.vocab_size:
         raise ConfigError(f"--draft-model {draft_path}: its vocabulary is not that of {path}; choose another model")
 
 

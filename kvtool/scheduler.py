@@ -31,7 +31,7 @@ from kvtool.request import (
     TokenLogprobs,
     Tokens,
 )
-from kvtool.speculation import DraftCache, NGrams, Pace, averaged, most_drafted
+from kvtool.speculation import DraftCache, NGrams, Pace, averaged, most_drafted, other_seed
 
 NOT_FINITE = "the model computed NaN or infinity for this prompt; a wider --dtype may help"
 MAX_LOGPROBS = 20
@@ -493,18 +493,23 @@ class Scheduler:
             blocks=blocks,
             token_ids=sequence.tokens[start:end],
         )
-        asked = sequence.params
-        params = SamplingParams(temperature=asked.temperature, top_p=asked.top_p, top_k=asked.top_k, min_p=asked.min_p)
+        params, seed = sequence.params, sequence.seed
+        narrowing = SamplingParams(
+            temperature=params.temperature, top_p=params.top_p, top_k=params.top_k, min_p=params.min_p
+        )
+        # A seed gives the same tokens whatever is drafted. Nobody sees by which number a request without one is drawn.
+        adjusted = params.logit_bias or sequence.num_generated < params.min_tokens
+        may_reject = params.seed is None and params.temperature > 0 and not adjusted
         sample = Sample(
             id=sequence.id,
             span=0,
             slot=sequence.slot,
             position=end,
-            params=params,
-            seed=sequence.seed,
+            params=narrowing,
+            seed=other_seed(seed) if may_reject else seed,
             num_generated=sequence.num_generated,
         )
-        return Draft(slot=sequence.slot, num_tokens=most, question=Question(span, sample))
+        return Draft(slot=sequence.slot, num_tokens=most, question=Question(span, sample, may_reject))
 
     def _count_drafts(self, sequence: Sequence, num_accepted: int) -> None:
         """Note how many drafted tokens were right; what the draft model has read of them it keeps."""

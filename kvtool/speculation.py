@@ -32,6 +32,11 @@ def most_drafted(fmt: KVFormat, position: int) -> int:
     return MOST_DRAFTED if fmt.packs_on_write else fmt.visible(position) + fmt.tail_tokens - 2 - position
 
 
+def other_seed(seed: int) -> int:
+    """Of numbers that are independent of those of `seed`."""
+    return -1 - seed
+
+
 # In steps: what is remembered of each kind; until the first trial of decoding without drafts; between trials, which
 # become rarer where drafts don't pay; of a trial.
 REMEMBERED, WARM_UP, PAUSE, LONGEST_PAUSE, TRIAL = 16, 8, 128, 4096, 4

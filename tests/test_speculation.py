@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -20,9 +21,9 @@ from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.visibility import visible
 from kvtool.request import VOID, Request, Sample, SamplingParams, ScheduledSpan, StepResult, Tokens
-from kvtool.sampler import Drafts, Sampler, verify
+from kvtool.sampler import Drafts, Sampler, reject, verify
 from kvtool.scheduler import Scheduler
-from kvtool.speculation import LONGEST, SHORTEST, DraftCache, NGrams, Pace
+from kvtool.speculation import LONGEST, SHORTEST, DraftCache, NGrams, Pace, other_seed
 
 MIB = 1 << 20
 FORMATS = {
@@ -270,16 +271,62 @@ def test_what_is_accepted_and_what_replaces_it_has_the_targets_distribution(para
     token_ids = Sampler(recent[0]).sample(logits[[0, 1, 0]].repeat(count, 1), samples)
     kept = verify(token_ids, Drafts.send(samples, torch.device("cpu")), recent).view(count, 3)
     for column, tokens in enumerate((kept[:, 0], kept[kept[:, 0] == 2, 1])):
-        probs = (logits[column] / params["temperature"]).softmax(-1)
-        order = probs.argsort(descending=True)
-        below = probs[order].cumsum(0) - probs[order] < params.get("top_p", 1)
-        probs = torch.zeros_like(probs).index_put((order[below],), probs[order[below]])
-        probs /= probs.sum()
-        seen = np.bincount(tokens, minlength=vocab)
+        probs = distribution(logits[column], **params)
+        seen = torch.bincount(tokens, minlength=vocab)
         assert seen[probs == 0].sum() == 0
         assert len(tokens) > 200
-        assert p_value(torch.from_numpy(seen)[probs > 0], len(tokens) * probs[probs > 0]) > 0.001
+        assert p_value(seen[probs > 0], len(tokens) * probs[probs > 0]) > 0.001
     assert (kept[kept[:, 0] != 2][:, 1:] == VOID).all()
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.5}, {"temperature": 1}, {"temperature": 1.6, "top_p": 0.8}])
+def test_rejection_keeps_the_targets_distribution_and_accepts_the_overlap_of_both(params):
+    """8,000 sequences draw two tokens each from a draft's distributions, which know fewer ids than the target's."""
+    count, vocab = 8000, 7
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(3, vocab, generator=generator, dtype=torch.float64)
+    draft_logits = torch.randn(2, vocab - 1, generator=generator, dtype=torch.float64) + logits[:2, :-1]
+    recent = torch.zeros(3, count + 1, dtype=torch.int64)
+    drawn = [sample(slot, index, seed=other_seed(slot), **params) for index in (0, 1) for slot in range(count)]
+    for index in (0, 1):
+        Sampler(recent[1 + index]).sample(draft_logits[[index]].expand(count, -1), drawn[index * count :][:count])
+    samples = [sample(slot, index, seed=slot, **params) for slot in range(count) for index in (0, 1, 2)]
+    token_ids = Sampler(recent[0]).sample(logits.repeat(count, 1), samples).view(count, 3)
+    for index in (0, 1):
+        rows = [samples[3 * slot + index] for slot in range(count)]
+        sides = (x[[index]].expand(count, -1) for x in (logits, draft_logits))
+        token_ids[:, index] = reject(token_ids[:, index], *sides, recent[1 + index, :count], rows)
+    kept = verify(token_ids.flatten(), Drafts.send(samples, torch.device("cpu")), recent).view(count, 3)
+    first, second = recent[1, :count], recent[2, :count]
+    for column, tokens in enumerate((kept[:, 0], kept[kept[:, 0] == first, 1], kept[kept[:, 2] != VOID, 2])):
+        probs = distribution(logits[column], **params)
+        seen = torch.bincount(tokens, minlength=vocab)
+        assert seen[probs == 0].sum() == 0
+        assert p_value(seen[probs > 0], len(tokens) * probs[probs > 0]) > 0.001
+    for column, drafted, reached in ((0, first, first == first), (1, second, kept[:, 0] == first)):
+        q = torch.cat([distribution(draft_logits[column], **params), torch.zeros(1, dtype=torch.float64)])
+        overlap = torch.minimum(distribution(logits[column], **params), q).sum().item()
+        assert (kept[reached, column] == drafted[reached]).double().mean().item() == pytest.approx(overlap, abs=0.03)
+
+
+def distribution(logits: torch.Tensor, temperature: float, top_p: float = 1.0) -> torch.Tensor:
+    """What is sampled from: the most likely tokens that make up top_p."""
+    probs = (logits / temperature).softmax(-1)
+    order = probs.argsort(descending=True)
+    below = probs[order].cumsum(0) - probs[order] < top_p
+    probs = torch.zeros_like(probs).index_put((order[below],), probs[order[below]])
+    return probs / probs.sum()
+
+
+def test_requests_without_a_seed_are_drafted_by_rejection(make):
+    """A model that drafts for itself is always right then, too: p and q are the same."""
+    tested = make(OWN)
+    params = SamplingParams(temperature=1.2, top_p=0.9, max_tokens=80, ignore_eos=True)
+    assert len({tuple(answer) for answer in answers(tested, [[9, 10]] * 3, params)[0]}) == 3
+    stats = tested.stats()
+    assert stats.accepted_total == stats.drafted_total > 100
+    answers(tested, prompts(3), msgspec.structs.replace(params, seed=4))
+    assert tested.stats().accepted_total > stats.accepted_total
 
 
 @pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())
