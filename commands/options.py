@@ -241,6 +241,10 @@ def engine_config(
             help="Of --speculate draft: a model of the same vocabulary (default: tiny-draft, for tiny).",
         ),
     ] = None,
+    draft_nbits: Annotated[
+        Bits | None,
+        engine_option("--draft-nbits", help="Bits of the draft model's KV cache (default: as the model's)."),
+    ] = None,
     num_speculative_tokens: Annotated[
         int | None,
         engine_option(
@@ -304,7 +308,7 @@ def engine_config(
         attention_backend=attention_backend,
         cuda_graph=cuda_graph,
         run_ahead=run_ahead,
-        speculation=speculation(speculate, draft_model, num_speculative_tokens),
+        speculation=speculation(speculate, draft_model, draft_nbits, num_speculative_tokens),
         tp=tp,
         pp=pp,
         all_reduce=all_reduce,
@@ -319,18 +323,17 @@ def engine_config(
 
 
 def speculation(
-    method: Literal["draft", "ngram"] | None, draft_model: str | None, num_tokens: int | None
+    method: Literal["draft", "ngram"] | None, model: str | None, nbits: Bits | None, num_tokens: int | None
 ) -> SpeculationConfig | None:
     """Raises ConfigError for options that mean nothing without another."""
-    for name, value in (("draft-model", draft_model), ("num-speculative-tokens", num_tokens)):
+    for name, value in (("draft-model", model), ("draft-nbits", nbits), ("num-speculative-tokens", num_tokens)):
         if value is not None and method is None:
             raise ConfigError(f"--{name} means nothing without --speculate; add --speculate draft or ngram")
+        if value is not None and method == "ngram" and name.startswith("draft"):
+            raise ConfigError(f"--{name} means nothing to --speculate ngram; leave it out")
     if method is None:
         return None
-    if method == "ngram" and draft_model is not None:
-        raise ConfigError("--draft-model means nothing to --speculate ngram; leave it out")
-    num_tokens = SpeculationConfig.num_tokens if num_tokens is None else num_tokens
-    return SpeculationConfig(method, num_tokens, draft_model)
+    return SpeculationConfig(method, num_tokens or SpeculationConfig.num_tokens, model, nbits)
 
 
 def under_torchrun(engine: EngineConfig) -> EngineConfig:

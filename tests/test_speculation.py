@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -23,6 +24,7 @@ from kvtool.kv.visibility import visible
 from kvtool.request import VOID, Request, Sample, SamplingParams, ScheduledSpan, StepResult, Tokens
 from kvtool.sampler import Drafts, Sampler, reject, verify
 from kvtool.scheduler import Scheduler
+from kvtool.server.metrics import EngineCollector
 from kvtool.speculation import LONGEST, SHORTEST, DraftCache, NGrams, Pace, other_seed
 
 MIB = 1 << 20
@@ -102,9 +104,12 @@ def sealed(engine: Engine) -> dict[bytes, bytes]:
     return {digest: engine.runner.store.gather_blocks([block]).numpy().tobytes() for digest, block in found.items()}
 
 
-@pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())
 @pytest.mark.parametrize("speculation", [NGRAM, OWN], ids=["ngram", "draft"])
-@pytest.mark.parametrize(("temperature", "top_p"), [(0, 1), (0.4, 0.9)])
+@pytest.mark.parametrize(
+    ("kv", "temperature", "top_p"),
+    [*((kv, 0, 1) for kv in FORMATS.values()), (FORMATS["4"], 0.4, 0.9)],
+    ids=[*FORMATS, "4, sampled"],
+)
 def test_tokens_and_packed_bytes_are_those_without_it_and_steps_are_fewer(make, kv, speculation, temperature, top_p):
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=2, max_tokens=150, ignore_eos=True)
     asked, plain, drafting = prompts(3), make(None, kv), make(speculation, kv, run_ahead=True)
@@ -114,9 +119,9 @@ def test_tokens_and_packed_bytes_are_those_without_it_and_steps_are_fewer(make, 
     assert got == expected
     stats = drafting.stats()
     assert stats.drafted_total > 0 and (stats.accepted_total > 0 or speculation is NGRAM)
-    if speculation is OWN and temperature == 0 and kv in (FORMATS["16"], FORMATS["4, on write"]):
+    if speculation is OWN:
         assert stats.accepted_total == stats.drafted_total, "it agrees with itself, so nothing is taken back"
-        assert fewer <= steps // 4
+        assert fewer <= steps // 3
     if kv == FORMATS["16"]:  # the last bit depends on what runs beside; in packed formats it flips no code
         pairs = zip(*(sorted(sealed(tested).items()) for tested in (drafting, plain)), strict=True)
         assert all(a == b and np.allclose(*map(np.frombuffer, (x, y))) for (a, x), (b, y) in pairs)
@@ -494,3 +499,19 @@ def test_a_large_batch_turns_it_off_and_a_small_one_on():
     assert paced(pace, bound, 0.9, 300, 30)[0] == 30
     assert paced(pace, bound, 0.9, 2, 600)[4] > 300 and pace.off == ""
     assert pace.for_sequence(0.01) == 1 and pace.for_sequence(0.3) == 2 and pace.for_sequence(0.9) == 4
+
+
+def test_metrics_say_what_is_drafted_and_why_not(make):
+    tested = make(NGRAM)
+    answers(tested, prompts(2), SamplingParams(temperature=0, max_tokens=150, ignore_eos=True))
+    tested.scheduler.pace.num_tokens, tested.scheduler.pace.off = 0, "batch"
+    stats = tested.stats()
+    client = SimpleNamespace(info=tested.info, stats=stats)
+    families = {family.name: family for family in EngineCollector(client, "m").collect()}  # type: ignore[arg-type]
+    values = {name: family.samples[0].value for name, family in families.items()}
+    assert values["vllm:spec_decode_num_drafts"] == stats.verifications_total > 0
+    assert values["vllm:spec_decode_num_draft_tokens"] == stats.drafted_total
+    assert values["vllm:spec_decode_num_accepted_tokens"] == stats.accepted_total
+    assert values["kvtool:speculative_tokens"] == 0
+    reasons = {sample.labels["reason"]: sample.value for sample in families["kvtool:speculation_off"].samples}
+    assert reasons["batch"] == 1

@@ -102,10 +102,6 @@ class EngineCollector(Collector):
             yield self._family(CounterMetricFamily, name, value, text)
         for name, value, text in kv_bytes(info, stats):
             yield self._family(GaugeMetricFamily, name, value, text, format=info.kv_format)
-        for reason in ("batch", "acceptance"):
-            text = "Why nothing is drafted: the batch is too large, or too few drafted tokens are right."
-            is_why = float(stats.speculation_off == reason)
-            yield self._family(GaugeMetricFamily, "kvtool:speculation_off", is_why, text, reason=reason)
         about = {
             "block_size": info.block_size,
             "cache_dtype": info.kv_format,
@@ -113,6 +109,11 @@ class EngineCollector(Collector):
             "num_gpu_blocks": info.num_blocks,
             "num_cpu_blocks": info.num_swap_units,
         }
+        text = "Why nothing is drafted: the batch is too large, or too few drafted tokens are right."
+        off = GaugeMetricFamily("kvtool:speculation_off", text, labels=["model_name", "reason"])
+        for reason in ("batch", "acceptance"):
+            off.add_metric([self._model_name, reason], float(stats.speculation_off == reason))
+        yield off
         text = "Configuration of the KV cache."
         yield self._family(GaugeMetricFamily, "vllm:cache_config_info", 1, text, **about)
 
