@@ -112,7 +112,9 @@ def mla_size(
     gpu_memory_utilization: Annotated[
         float, size_option("--gpu-memory-utilization", min=0.01, max=1.0, help="Share of it that may be used.")
     ] = 0.9,
-    tp: Annotated[int, size_option("--tp", min=1, max=1024, help="GPUs that share heads and weights.")] = 1,
+    tp: Annotated[
+        int, size_option("--tp", min=1, max=1024, help="GPUs that share heads and weights (experts whole or not).")
+    ] = 1,
     weight_bits: Annotated[
         Literal["16", "8", "4"], size_option("--weight-bits", help="Of a weight; scales are left out.")
     ] = "16",

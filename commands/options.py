@@ -26,6 +26,8 @@ ALIASES = {
     "--max-queued-requests": "--max-queue",
     "--tp-size": "--tp",
     "--tensor-parallel-size": "--tp",
+    "--ep-size": "--ep",
+    "--expert-parallel-size": "--ep",
     "--pp-size": "--pp",
     "--pipeline-parallel-size": "--pp",
     "--nccl-init-addr": "--dist-init-addr",
@@ -255,8 +257,21 @@ def engine_config(
         int, engine_option("--seed", min=0, max=2**63 - 1, help="Of dummy weights, and of requests that name no seed.")
     ] = EngineConfig.seed,
     tp: Annotated[
-        int, ranks_option("--tp", min=1, max=MOST_RANKS, help="GPUs that share each layer (tensor parallelism).")
-    ] = EngineConfig.tp,
+        int | None,
+        ranks_option(
+            "--tp", min=1, max=MOST_RANKS, help="GPUs that share each layer (tensor parallelism; default: as --ep)."
+        ),
+    ] = None,
+    ep: Annotated[
+        int,
+        ranks_option(
+            "--ep",
+            min=1,
+            max=MOST_RANKS,
+            help="Parts into which these GPUs divide a layer's experts, whole ones to each (expert parallelism); 1: "
+            "each GPU has a piece of every expert. They share attention either way.",
+        ),
+    ] = EngineConfig.ep,
     pp: Annotated[
         int, ranks_option("--pp", min=1, max=MOST_RANKS, help="Stages of layers, of --tp GPUs each (pipeline).")
     ] = EngineConfig.pp,
@@ -309,7 +324,8 @@ def engine_config(
         cuda_graph=cuda_graph,
         run_ahead=run_ahead,
         speculation=speculation(speculate, draft_model, draft_nbits, num_speculative_tokens),
-        tp=tp,
+        tp=ep if tp is None else tp,
+        ep=ep,
         pp=pp,
         all_reduce=all_reduce,
         nnodes=nnodes,
@@ -340,9 +356,7 @@ def under_torchrun(engine: EngineConfig) -> EngineConfig:
     """`engine` as one of torchrun's processes: each is a rank, and stands for a node that has no other."""
     rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if size != engine.num_ranks:
-        raise ConfigError(
-            f"torchrun started {size} processes; --tp {engine.tp} --pp {engine.pp} are {engine.num_ranks}"
-        )
+        raise ConfigError(f"torchrun started {size} processes; {engine.rank_options} are {engine.num_ranks}")
     return replace(engine, nnodes=size, node_rank=rank, local_rank=local_rank, dist_init_addr="env://")
 
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import socket
 import subprocess
+import time
 from collections.abc import AsyncGenerator, KeysView
 
 import msgspec
@@ -11,7 +12,19 @@ import msgspec
 from kvtool.config import EngineConfig
 from kvtool.errors import EngineDeadError, KVToolError, RequestError
 from kvtool.processes import HEADER_BYTES, command, frame
-from kvtool.request import Abort, EngineFailed, EngineInfo, EngineStats, FlushCache, Request, Tokens, Update
+from kvtool.request import (
+    Abort,
+    CountExperts,
+    EngineFailed,
+    EngineInfo,
+    EngineStats,
+    FlushCache,
+    Request,
+    Tokens,
+    Update,
+)
+
+COUNT_SECONDS = 1.0  # between counts of experts' tokens, for each of which the engine waits for a step
 
 
 class EngineClient:
@@ -20,6 +33,7 @@ class EngineClient:
     Attributes:
         info: what the engine said of itself when it was ready.
         stats: what it last said of its doings.
+        expert_tokens: tokens that have chosen each expert, by layer, as last told to `count_experts`.
     """
 
     def __init__(
@@ -31,6 +45,8 @@ class EngineClient:
     ) -> None:
         self.info, self.stats = info, EngineStats()
         self._process, self._reader, self._writer = process, reader, writer
+        self.expert_tokens: dict[int, list[int]] = {}
+        self._asked, self._counted = -COUNT_SECONDS, asyncio.Event()
         self._queues: dict[str, asyncio.Queue[Tokens | None]] = {}
         self._dispatcher = asyncio.create_task(self._dispatch())
 
@@ -120,6 +136,16 @@ class EngineClient:
         if self.alive:
             self._writer.write(frame(FlushCache()))
 
+    async def count_experts(self) -> None:
+        """Bring `expert_tokens` up to date, to a second. An engine in the midst of a long step is not waited for."""
+        now = time.monotonic()
+        if self.info.num_experts and self.alive and now - self._asked >= COUNT_SECONDS:
+            self._asked = now
+            self._counted.clear()
+            self._writer.write(frame(CountExperts()))
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._counted.wait(), COUNT_SECONDS)
+
     def kill(self) -> None:
         """End the engine in the midst of what it does."""
         self._process.kill()
@@ -144,10 +170,14 @@ class EngineClient:
                 while True:
                     update = msgspec.msgpack.decode(await _read(self._reader), type=Update)
                     self.stats = update.stats
+                    if update.expert_tokens is not None:
+                        self.expert_tokens = update.expert_tokens
+                        self._counted.set()
                     for tokens in update.tokens:
                         if queue := self._queues.get(tokens.id):
                             queue.put_nowait(tokens)
         finally:
+            self._counted.set()
             for queue in self._queues.values():
                 queue.put_nowait(None)
 

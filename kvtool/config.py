@@ -105,6 +105,8 @@ class EngineConfig:
         cuda_graph: on a GPU, launch decode steps whole.
         run_ahead: launch a step while the last one computes, its tokens unknown to the host; None: on a GPU.
         tp: ranks that share each layer (tensor parallelism), a process each and on GPUs a device each.
+        ep: parts into which those ranks divide a layer's experts, whole ones to each rank, or to `tp / ep` ranks that
+            share them (expert parallelism); 1: each rank has a piece of every expert.
         pp: stages of layers, each of `tp` ranks, that steps run through (pipeline parallelism).
         all_reduce: how GPUs sum up what each has of a layer's output: "symmetric-memory" has small sums read directly
             from each other's memory; "auto": that where it works.
@@ -134,6 +136,7 @@ class EngineConfig:
     cuda_graph: bool = True
     run_ahead: bool | None = None
     tp: int = 1
+    ep: int = 1
     pp: int = 1
     all_reduce: Literal["auto", "nccl", "symmetric-memory"] = "auto"
     nnodes: int = 1
@@ -149,6 +152,11 @@ class EngineConfig:
     @property
     def num_ranks(self) -> int:
         return self.tp * self.pp
+
+    @property
+    def rank_options(self) -> str:
+        """What makes so many ranks, as typed."""
+        return f"--tp {self.tp}{f' --ep {self.ep}' if self.ep > 1 else ''} --pp {self.pp}"
 
     @property
     def ranks_here(self) -> range:

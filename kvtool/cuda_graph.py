@@ -36,6 +36,11 @@ Step = Callable[[Tensor, KVBatch], Tensor]
 Outputs = TypeVar("Outputs")
 
 
+def most_rows(max_num_batched_tokens: int) -> int:
+    """Tokens that the model sees at once at most: those of a step, and nobody's, which fill up a graph."""
+    return max(max_num_batched_tokens + DECODES[-1], SIZES[-1])
+
+
 class BlockTable:
     """The blocks of the sequences that decode, on the device by slot; a graph adds the newest one by itself.
 

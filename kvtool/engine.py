@@ -80,11 +80,12 @@ class Engine:
         check_speculation(config)
         if config.handoff and config.num_ranks > 1:
             raise ConfigError(
-                f"--role {config.handoff.role}: KV of several ranks does not travel; leave out --tp, --pp"
+                f"--role {config.handoff.role}: KV of several ranks does not travel; leave out --tp, --ep, --pp"
             )
         self._pusher: Pusher | None = None
         self._inlet: Inlet | None = None
-        self.ranks = Ranks(config) if config.num_ranks * config.nnodes > 1 else None
+        has_ranks = config.num_ranks * config.ep * config.nnodes > 1  # or they would have, and are told what is missing
+        self.ranks = Ranks(config) if has_ranks else None
         self.runner = self.ranks.runner if self.ranks else Runner(config)
         store, model = self.runner.store, self.runner.model_config
         self.scheduler = Scheduler(
@@ -127,6 +128,8 @@ class Engine:
             dtype=str(self.runner.dtype).removeprefix("torch."),
             device=str(self.runner.device),
             num_ranks=config.num_ranks,
+            num_experts=max((experts.routing.num_experts for experts in model.experts if experts), default=0),
+            ep=config.ep,
             kv_format=self.runner.format.describe(),
             bits_per_element=8 * block_bytes / (store.format.block_size * elements),
             block_size=store.format.block_size,
@@ -268,6 +271,11 @@ class Engine:
             arrivals_total=self.arrivals,
             losses_total=self.losses,
         )
+
+    def expert_tokens(self) -> dict[int, list[int]]:
+        """Tokens that have chosen each expert so far, by layer; nothing of models without experts. Waits for the steps
+        under way."""
+        return (self.ranks or self.runner).expert_tokens()
 
     def step(self) -> list[Tokens]:
         """Take in a step of the model over what the scheduler chooses, its successor being under way; the new tokens.

@@ -18,7 +18,7 @@ from kvtool.engine import Engine
 from kvtool.errors import KVToolError, RequestError
 from kvtool.processes import Inbox, cpu_threads, frame
 from kvtool.quantize.preflight import preflight
-from kvtool.request import Abort, EngineFailed, FlushCache, Request, Tokens, Update
+from kvtool.request import Abort, CountExperts, EngineFailed, FlushCache, Request, Tokens, Update
 
 
 def serve(connection: socket.socket, started: list[Engine]) -> None:
@@ -45,15 +45,19 @@ def serve(connection: socket.socket, started: list[Engine]) -> None:
     connection.sendall(ready)
     inbox.bell = engine.bell
     Thread(target=_prepare, args=[engine], daemon=True).start()
-    decoder = msgspec.msgpack.Decoder(Request | Abort | FlushCache)
+    decoder = msgspec.msgpack.Decoder(Request | Abort | FlushCache | CountExperts)
     while True:
-        news = []
+        news, counts = [], False
         for body in inbox.poll() if engine.has_work else inbox.wait():
-            news += _take(engine, decoder.decode(body))
+            message = decoder.decode(body)
+            if isinstance(message, CountExperts):
+                counts = True
+            else:
+                news += _take(engine, message)
         news += engine.take_arrivals()
         if engine.has_work:
             news += engine.step()
-        connection.sendall(frame(Update(news, engine.stats())))
+        connection.sendall(frame(Update(news, engine.stats(), engine.expert_tokens() if counts else None)))
 
 
 def _prepare(engine: Engine) -> None:

@@ -34,6 +34,15 @@ class Shard:
         """What every rank has all of."""
         return cls(total, 0, total)
 
+    @classmethod
+    def of(cls, total: int, index: int, count: int) -> "Shard":
+        """One of `count` equal parts. Where there is less than that to share out, several of them are the same.
+
+        `total` is a multiple of `count` or they are one of it.
+        """
+        assert total % count == 0 or count % total == 0
+        return cls(total, index * total // count, max(1, total // count))
+
     def times(self, n: int) -> "Shard":
         """The same part where each of what is counted is `n`: elements of heads, say."""
         return Shard(self.total * n, self.start * n, self.size * n)
@@ -74,23 +83,25 @@ class Group:
     Args:
         rank, size: this one of how many.
         ranks: torch's group of them; None for one alone.
+        ep: parts into which a layer's experts are divided (expert parallelism), a divisor of `size`; as many ranks as
+            have the same part follow each other, and each has a shard of all of its experts.
 
     Attributes:
         one_shot: sums up what it takes; the rest goes by NCCL or gloo.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, ranks: dist.ProcessGroup | None = None) -> None:
-        self.rank, self.size, self.ranks = rank, size, ranks
+    def __init__(self, rank: int = 0, size: int = 1, ranks: dist.ProcessGroup | None = None, *, ep: int = 1) -> None:
+        self.rank, self.size, self.ranks, self.ep = rank, size, ranks, ep
         self.one_shot: OneShot | None = None
 
     def shard(self, total: int) -> Shard:
-        """This rank's part of `total` heads or rows. Where there are fewer than ranks, several hold the same one.
+        """This rank's part of `total` heads or rows, as `Shard.of` has it."""
+        return Shard.of(total, self.rank, self.size)
 
-        `total` is a multiple of the ranks or they are one of it.
-        """
-        assert total % self.size == 0 or self.size % total == 0
-        size = max(1, total // self.size)
-        return Shard(total, self.rank * total // self.size, size)
+    def shard_experts(self, num_experts: int, columns: int) -> tuple[Shard, Shard]:
+        """Which experts this rank has, and which of the columns of each."""
+        sharing = self.size // self.ep
+        return Shard.of(num_experts, self.rank // sharing, self.ep), Shard.of(columns, self.rank % sharing, sharing)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' `x`, which may be overwritten; the same bits on each of them."""
@@ -206,11 +217,12 @@ class Parallel:
 ONE_RANK = Parallel()
 
 
-def join(store: Store, rank: int, tp: int, pp: int, device: torch.device) -> Parallel:
+def join(store: Store, rank: int, tp: int, ep: int, pp: int, device: torch.device) -> Parallel:
     """Take this rank's place among tp * pp, all of which call this; NCCL carries what is on GPUs, gloo the rest.
 
     Args:
         store: where the ranks find each other.
+        ep: as in `Group`.
         device: of this rank, no other's.
     """
     on_gpu, size = device.type == "cuda", tp * pp
@@ -226,7 +238,7 @@ def join(store: Store, rank: int, tp: int, pp: int, device: torch.device) -> Par
     group = ALONE
     if tp > 1:
         groups = [dist.new_group(list(range(first, first + tp)), timeout=FOREVER) for first in range(0, size, tp)]
-        group = Group(of_group, tp, groups[index])
+        group = Group(of_group, tp, groups[index], ep=ep)
     return Parallel(rank, size, group, Stage(index, pp, rank - tp, rank + tp))
 
 

@@ -97,6 +97,10 @@ class Launch(msgspec.Struct, frozen=True, tag="launch"):
     token_ids: dict[int, int]
 
 
+class Count(msgspec.Struct, frozen=True, tag="count"):
+    """Say how many tokens have chosen each expert, in all steps so far."""
+
+
 class End(msgspec.Struct, frozen=True, tag="end"):
     """Nothing more will come."""
 
@@ -121,6 +125,12 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     step: int
     error: str | None
     result: StepResult | None
+
+
+class Counted(msgspec.Struct, frozen=True, tag="counted"):
+    """Tokens of each expert, by layer, of a rank's own stage."""
+
+    expert_tokens: dict[int, list[int]]
 
 
 class Link:
@@ -201,6 +211,7 @@ class Ranks:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[Link] = []
         self._answers: dict[str, queue.SimpleQueue[Ready | Done]] = {}
+        self._counts: queue.SimpleQueue[Counted] = queue.SimpleQueue()
         self._step = 0
         self._patience = max(config.dist_timeout, 60)  # for one step, which may compile kernels
         self._launched: deque[tuple[int, Handle]] = deque()
@@ -278,6 +289,18 @@ class Ranks:
         except queue.Empty:
             self._end(f"{link.name} has been in one step for {self._patience} s")
 
+    def expert_tokens(self) -> dict[int, list[int]]:
+        """What `Runner.expert_tokens` says on all stages."""
+        for link in self._links:
+            link.send(Count())
+        totals = self.runner.expert_tokens()
+        try:
+            for _ in self._links:
+                totals |= self._counts.get(timeout=self._patience).expert_tokens
+        except queue.Empty:
+            self._end(f"a rank has not counted for {self._patience} s")
+        return dict(sorted(totals.items()))
+
     def dismiss(self) -> None:
         """Tell the followers that it is over, whatever this process is in the midst of."""
         self._closing = True
@@ -322,7 +345,7 @@ class Ranks:
                     named = ", ".join(f"{rank} (node {rank // len(config.ranks_here)})" for rank in sorted(missing))
                     raise ConfigError(
                         f"rank {named} did not come to {address} within --dist-timeout {config.dist_timeout} s: are "
-                        "all nodes started, with the same --tp, --pp, --nnodes and --dist-init-addr?"
+                        "all nodes started, with the same --tp, --ep, --pp, --nnodes and --dist-init-addr?"
                     )
                 with contextlib.suppress(TimeoutError):
                     connection, _ = listener.accept()
@@ -336,9 +359,11 @@ class Ranks:
                         connection.close()
 
     def _receive(self, link: Link, body: bytes) -> None:
-        message = msgspec.msgpack.decode(body, type=Ready | Done | Failed | Beat)
+        message = msgspec.msgpack.decode(body, type=Ready | Done | Counted | Failed | Beat)
         if isinstance(message, Failed):
             self._lost(link, message.error)
+        elif isinstance(message, Counted):
+            self._counts.put(message)
         elif not isinstance(message, Beat):
             self._answers[link.name].put(message)
 
@@ -379,12 +404,12 @@ def main(seat: str) -> None:
 
 def follow(seat: Seat) -> NoReturn:
     """Be a rank, until rank 0 says that it is over, or says nothing any more."""
-    inbox: queue.SimpleQueue[Start | Launch | End] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[Start | Launch | Count | End] = queue.SimpleQueue()
     parent, is_over = 0, False
 
     def receive(link: Link, body: bytes) -> None:
         nonlocal is_over
-        message = msgspec.msgpack.decode(body, type=Start | Launch | End | Beat)
+        message = msgspec.msgpack.decode(body, type=Start | Launch | Count | End | Beat)
         if not isinstance(message, Beat):
             inbox.put(message)
         is_over |= isinstance(message, End)
@@ -416,7 +441,10 @@ def follow(seat: Seat) -> NoReturn:
         link.patience = RANK_0_SILENT_SECONDS
         steps: queue.SimpleQueue[tuple[int, Handle]] = queue.SimpleQueue()
         Thread(target=_answer, args=[runner, steps, link], daemon=True).start()
-        while isinstance(message := inbox.get(), Launch):
+        while isinstance(message := inbox.get(), Launch | Count):
+            if isinstance(message, Count):
+                link.send(Counted(runner.expert_tokens()))
+                continue
             mask = None
             if message.allowed is not None:
                 mask = np.frombuffer(message.allowed, np.int32).reshape(len(message.batch.samples), -1)
@@ -505,7 +533,7 @@ def placed(config: EngineConfig, local_rank: int) -> EngineConfig:
         return replace(config, device="cpu")
     index = (device.index or 0) + local_rank
     if index >= torch.cuda.device_count():
-        raise ConfigError(f"--tp {config.tp} --pp {config.pp}: this machine has no GPU {index}")
+        raise ConfigError(f"{config.rank_options}: this machine has no GPU {index}")
     return replace(config, device=str(choose_device(f"cuda:{index}")))
 
 
@@ -516,7 +544,7 @@ def take_place(store: Store, rank: int, config: EngineConfig) -> Parallel:
         ConfigError: not in the way that was asked for.
     """
     device = torch.device(config.device)
-    parallel = join(store, rank, config.tp, config.pp, device)
+    parallel = join(store, rank, config.tp, config.ep, config.pp, device)
     if config.all_reduce == "nccl" or (config.all_reduce == "auto" and device.type == "cpu"):
         return parallel
     refusal = use_one_shot(parallel, device)
@@ -540,7 +568,9 @@ def asked_device(config: EngineConfig) -> torch.device:
 
 def check_topology(config: EngineConfig) -> None:
     """Raises ConfigError where ranks do not fit the nodes, or those here the machine's GPUs."""
-    ranks, nodes = f"--tp {config.tp} --pp {config.pp}", config.nnodes
+    ranks, nodes = config.rank_options, config.nnodes
+    if config.tp % config.ep:
+        raise ConfigError(f"--ep {config.ep}: does not divide --tp {config.tp}, whose ranks share the experts out")
     if config.num_ranks % nodes:
         raise ConfigError(f"{ranks}: {config.num_ranks} ranks cannot be shared out among --nnodes {nodes}")
     if config.node_rank >= nodes:
@@ -585,12 +615,22 @@ def check_copies(config: EngineConfig) -> None:
 
 def check_model(config: EngineConfig, model: ModelConfig) -> None:
     """Raises ConfigError where a model cannot be shared out among so many ranks."""
-    tp, heads = config.tp, model.num_kv_heads
+    tp, ep, heads = config.tp, config.ep, model.num_kv_heads
+    if ep > 1 and not any(model.experts):
+        raise ConfigError(f"--ep {ep}: a {model.model_type} model has no experts to share out; use --tp")
     counts = {"query heads": model.num_heads}
     for experts in model.experts:
-        counts |= {"columns of its MLP": model.intermediate_size} if experts is None else {}
-        counts |= {"columns of an expert": experts.intermediate_size} if experts else {}
-        counts |= {"columns of its shared experts": experts.shared_size} if experts else {}
+        if experts is None:
+            counts["columns of its MLP"] = model.intermediate_size
+            continue
+        counts["columns of its shared experts"] = experts.shared_size
+        if experts.routing.num_experts % ep:
+            raise ConfigError(f"--ep {ep}: does not divide the model's {experts.routing.num_experts} experts")
+        if experts.intermediate_size % (tp // ep):
+            raise ConfigError(
+                f"{config.rank_options}: {tp // ep} ranks cannot share the {experts.intermediate_size} columns of an "
+                f"expert; with --ep {tp} they need not"
+            )
     for name, count in counts.items():
         if count % tp:
             raise ConfigError(f"--tp {tp}: does not divide the model's {count} {name}")

@@ -102,6 +102,10 @@ class FlushCache(msgspec.Struct, frozen=True, tag="flush"):
     """Forget every prefix; those that run keep what they have."""
 
 
+class CountExperts(msgspec.Struct, frozen=True, tag="count_experts"):
+    """Say how many tokens have chosen each expert so far."""
+
+
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Log-probability of one token, and the most likely ids at its place, best first, with theirs."""
 
@@ -201,10 +205,15 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class Update(msgspec.Struct, frozen=True, tag="update"):
-    """What has happened since the engine last said something."""
+    """What has happened since the engine last said something.
+
+    Attributes:
+        expert_tokens: what it was asked for by `CountExperts`.
+    """
 
     tokens: list[Tokens]
     stats: EngineStats
+    expert_tokens: dict[int, list[int]] | None = None
 
 
 class ScheduledSpan(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -369,6 +378,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
         eos_token_ids: ids that end an answer.
         dtype, device: as resolved, of rank 0.
         num_ranks: processes that share the model, on GPUs a device each.
+        num_experts, ep: of each mixture in it, and the parts in which ranks have them, one behind the other.
         kv_format: one line for people.
         bits_per_element: honest bits of a packed element.
         block_size: tokens of a packed block.
@@ -391,6 +401,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
     dtype: str
     device: str
     num_ranks: int
+    num_experts: int
+    ep: int
     kv_format: str
     bits_per_element: float
     block_size: int

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvtool.attention import PagedAttention, block_size
 from kvtool.attention.layer import AttentionLayer
 from kvtool.config import EngineConfig, KVOptions
-from kvtool.cuda_graph import MOST_WORK, StepGraphs, as_kv_span, known, place
+from kvtool.cuda_graph import MOST_WORK, StepGraphs, as_kv_span, known, most_rows, place
 from kvtool.errors import CapacityError, ConfigError, UnsupportedError
 from kvtool.kv.batch import KVBatch, on_device
 from kvtool.kv.codecs import check_fits
@@ -25,6 +25,7 @@ from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.staging import Staged
 from kvtool.kv.swap import SwapSpace
+from kvtool.layers.moe import ExpertLoad
 from kvtool.memory import CPU_KV_CACHE_MEMORY, DeviceMemory, allocate, cache_memory, capacity, check_context, size
 from kvtool.models import load_config, load_model, resolve_model
 from kvtool.models.config import ModelConfig
@@ -109,6 +110,7 @@ class Runner:
         draft: the model that drafts for it, whole on every rank; None: there is none.
         swap_space: for sequences that must make room.
         memory: what a GPU holds beside the store.
+        expert_load: of the layers of this rank's stage that have experts, kept by the first rank of its group.
         on_all_ranks: elements of a token, bytes of a block, of a tail and of the cache, of all ranks together.
     """
 
@@ -142,6 +144,8 @@ class Runner:
             self.recent = torch.zeros(shape, dtype=torch.int64, device=self.device)
             self.newest = self.recent[0]
             self.sampler = Sampler(self.newest, self.model_config.eos_token_ids)
+            routers = self.model.routers() if parallel.tp.rank == 0 else {}
+            self.expert_load = ExpertLoad(routers, most_rows(config.max_num_batched_tokens)) if routers else None
             self.memory = self._measure(config, layout) if self.device.type == "cuda" else None
             with parallel.agreeing():
                 memory = cache_memory(config, layout, self.memory)
@@ -206,6 +210,7 @@ class Runner:
         """Compute the spans and sample."""
         if self.graphs and self.graphs.decodes.holds(batch):
             kv_batch, logits, greedy = self.graphs.decodes.launch(batch)
+            self._count_experts(slice(kv_batch.num_decodes))
             self.store.seal(kv_batch)
             return self._sample(batch, logits, greedy, allowed, [])
         kv_batch, hidden = self._hidden_states(batch, on_layer)
@@ -228,12 +233,26 @@ class Runner:
     def _hidden_states(self, batch: ScheduledBatch, on_layer: Callable[[int], None] | None) -> tuple[KVBatch, Tensor]:
         """Where the step's tokens stand, and their hidden states."""
         if self.graphs and (room := self.graphs.prompts.room(batch)):
-            return self.graphs.prompts.launch(batch, room)
+            kv_batch, hidden = self.graphs.prompts.launch(batch, room)
+            n, start = kv_batch.num_decodes, room.decodes  # where prompts start
+            self._count_experts(slice(n), slice(start, start + len(hidden) - n))
+            return kv_batch, hidden
         kv_batch = KVBatch.build(self.store.format, list(map(as_kv_span, batch.spans)), self.device)
         width = self.recent.shape[1]
         ids = [token for span in batch.spans for token in span.token_ids or [place(span, width)]]
         sent = on_device({"ids": np.array(ids, np.int64)}, self.device)["ids"]
-        return kv_batch, self._compute(known(sent, self.recent), kv_batch, on_layer)
+        hidden = self._compute(known(sent, self.recent), kv_batch, on_layer)
+        self._count_experts(slice(len(ids)))
+        return kv_batch, hidden
+
+    def _count_experts(self, *places: slice) -> None:
+        """The step's tokens stand in these rows."""
+        if self.expert_load:
+            self.expert_load.count(*places)
+
+    def expert_tokens(self) -> dict[int, list[int]]:
+        """Tokens that have chosen each expert so far, by layer, where `expert_load` counts. Waits for the GPU."""
+        return self.expert_load.totals() if self.expert_load else {}
 
     def _compute(self, ids: Tensor, kv_batch: KVBatch, on_layer: Callable[[int], None] | None = None) -> Tensor:
         """Hidden states of the tokens `ids`."""
@@ -398,6 +417,7 @@ class Runner:
             kv=kv,
             swap_space=0,
             tp=1,
+            ep=1,
             nnodes=1,
             speculation=None,
             handoff=None,
@@ -488,6 +508,8 @@ class Runner:
         del self.store, self.attention, self.graphs
         torch.cuda.empty_cache()
         self.recent.zero_()
+        if self.expert_load:
+            self.expert_load.reset()
         return DeviceMemory(int(total * config.gpu_memory_utilization), others, weights, workspace)
 
     def _attend(

@@ -67,10 +67,8 @@ class ScoringModel:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        if config.num_ranks > 1:
-            raise UnsupportedError(
-                f"--tp {config.tp} --pp {config.pp}: a model is scored on one device; leave them out"
-            )
+        if config.num_ranks * config.ep > 1:
+            raise UnsupportedError(f"{config.rank_options}: a model is scored on one device; leave them out")
         self.config = config
         self.device = choose_device(config.device)
         self.path = resolve_model(config.model)

@@ -2,11 +2,13 @@
 
     python scripts/bench_mla.py
     python scripts/bench_mla.py --parts decode --num-heads 16 --nbits 16,4
+    python scripts/bench_mla.py --sweep --nbits 4
     python scripts/bench_mla.py --parts experts --shape 128,8,2048,768     # Qwen3-30B-A3B; 64,6,2048,1408 is V2-Lite
 
-decode: attention of one decode step over latents of 512 and rope keys of 64, by KV bits, beside the expanded form in
-torch (keys and values of all heads made of the latents, then scaled_dot_product_attention). prefill: one prompt from
-its first token on. experts: a layer's routed experts on tokens that choose at random, beside a loop over them in torch.
+decode: attention of one decode step over latents of 512 and rope keys of 64, by KV bits and kernel, beside the expanded
+form in torch (keys and values of all heads made of the latents, then scaled_dot_product_attention). prefill: one prompt
+from its first token on. experts: a layer's routed experts on tokens that choose at random, beside a loop over them in
+torch. --sweep: a step of 16 sequences by how the tiles of the kernel in CUDA C++ are cut.
 
 Each figure is the mean of a CUDA graph that runs layers one behind the other, as many as fill 4 GiB, so that no cache
 helps. Its bytes are those that must be read: latents and rope keys as they are stored, and the experts that are chosen.
@@ -27,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from kvtool.attention.layer import AttentionLayer
 from kvtool.attention.triton_backend import TritonPrefill
 from kvtool.config import KVOptions
-from kvtool.kernels import mla_decode, moe
+from kvtool.kernels import cuda_mla_decode, mla_decode, moe
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
@@ -42,6 +44,27 @@ PROMPTS = (128, 512, 1_024, 2_048, 8_192)  # tokens
 BATCHES = (1, 2, 8, 16, 64, 256, 2_048)  # tokens of a step
 DTYPE = torch.bfloat16
 LIMIT = 1e-2  # of relative errors
+# Warps, tokens of a tile, stages, programs per SM and operands in registers, as `cuda_mla_decode.TILES` has them.
+SWEEP = {
+    "8": [(4, 64, 2, 2, 4), (8, 64, 2, 2, 0), (8, 64, 3, 1, 0), (8, 64, 4, 1, 16), (8, 128, 2, 1, 0), (4, 32, 3, 2, 0)],
+    "4": [
+        (4, 64, 3, 2, 8),
+        (4, 64, 2, 2, 0),
+        (4, 32, 3, 3, 0),
+        (8, 64, 3, 2, 0),
+        (8, 128, 3, 1, 0),
+        (8, 128, 4, 1, 16),
+    ],
+    "2": [
+        (4, 64, 3, 2, 8),
+        (4, 64, 4, 2, 0),
+        (4, 128, 2, 2, 0),
+        (8, 64, 3, 2, 0),
+        (8, 128, 3, 1, 0),
+        (8, 128, 4, 1, 16),
+    ],
+}
+Attend = Callable[[int, slice], Tensor]  # of a layer's index, and some of the sequences
 
 
 def main() -> None:
@@ -49,10 +72,13 @@ def main() -> None:
     parser.add_argument("--parts", default="decode,prefill,experts")
     parser.add_argument("--num-heads", type=int, default=16)
     parser.add_argument("--nbits", default="16,8,4,2", help="of the default recipes, or fp8")
+    parser.add_argument("--sweep", action="store_true", help="time tiles, and nothing else")
     parser.add_argument("--shape", default="64,6,2048,1408", help="experts, chosen by a token, hidden and intermediate")
     args = parser.parse_args()
     bandwidth, formats, good = read_bandwidth(), args.nbits.split(","), True
     print(f"{torch.cuda.get_device_name()}, read {bandwidth / 1e12:.2f} TB/s")
+    if args.sweep:
+        sys.exit(not sweep_table(args.num_heads, formats, bandwidth))
     if "decode" in args.parts:
         good &= decode_table(args.num_heads, formats, bandwidth)
     if "prefill" in args.parts:
@@ -62,7 +88,7 @@ def main() -> None:
     sys.exit(not good)
 
 
-def show(what: str, kind: str, seconds: float, nbytes: float, bandwidth: float, error: float | None) -> bool:
+def show(what: str, kind: str, seconds: float, nbytes: float, error: float | None, bandwidth: float) -> bool:
     rate, wrong = nbytes / seconds, "" if error is None else f"{error:.1e}"
     print(
         f"{what:>14} {kind:>12} {seconds * 1e6:9.1f} {rate / 1e9:7.0f} {rate / bandwidth:6.0%} {wrong:>9}", flush=True
@@ -91,36 +117,70 @@ def decode_table(num_heads: int, formats: list[str], bandwidth: float) -> bool:
     good = True
     for num_seqs, length in WORKLOADS:
         for nbits in formats:
-            seconds, nbytes, error = decode(num_heads, nbits, num_seqs, length)
-            good &= show(f"{num_seqs}×{length}", nbits, seconds, nbytes, bandwidth, error)
+            step = Step(num_heads, nbits, num_seqs, length)
+            for name, attend in step.kernels().items():
+                good &= show(f"{num_seqs}×{length}", f"{nbits} {name}", *step.measured(attend), bandwidth)
         if (seconds := expanded_seconds(num_heads, num_seqs, length)) is not None:
-            show(f"{num_seqs}×{length}", "expanded", seconds, num_seqs * length * 1152, bandwidth, None)
+            show(f"{num_seqs}×{length}", "expanded", seconds, num_seqs * length * 1152, None, bandwidth)
     return good
 
 
-def decode(num_heads: int, nbits: str, num_seqs: int, length: int) -> tuple[float, int, float]:
-    """Seconds of one layer's decode step, the bytes that it must read, and its error on a few sequences."""
-    layer, single = latent_layer(num_heads), layout_of(nbits, 1)
-    layout = layout_of(nbits, math.ceil(FOOTPRINT / single.bytes_for([length] * num_seqs)))
-    per_seq = layout.format.num_blocks(length)
-    store = KVStore(layout, num_seqs * per_seq, num_seqs, DTYPE, "cuda")
-    fill(store)
-    ids = torch.randperm(num_seqs * per_seq).tolist()
-    spans = [Span(length - 1, length, ids[i * per_seq : (i + 1) * per_seq], i) for i in range(num_seqs)]
-    batch = KVBatch.build(layout.format, spans, "cuda")
-    q = torch.randn(num_seqs, num_heads, layer.head_dim, dtype=DTYPE, device="cuda") / 4
+def sweep_table(num_heads: int, formats: list[str], bandwidth: float) -> bool:
+    """Of the first workload."""
+    num_seqs, length = WORKLOADS[0]
+    tiles, good = cuda_mla_decode.TILES, True
+    head(f"{num_seqs}×{length}", "KV")
+    for nbits in formats:
+        step = Step(num_heads, nbits, num_seqs, length)
+        show("Triton", nbits, *step.measured(step.kernels()["Triton"]), bandwidth)
+        for tile in dict.fromkeys([tiles[228, nbits], *SWEEP[nbits]]) if nbits in SWEEP else ():
+            tiles[228, nbits] = tile
+            good &= show(" ".join(map(str, tile)), nbits, *step.measured(step.kernels()["CUDA"]), bandwidth)
+    return good
 
-    def run(index: int, rows: slice = slice(None)) -> tuple[object, ...]:
-        kv = store.layers[index]
+
+class Step:
+    """A decode step of layers that fill 4 GiB."""
+
+    def __init__(self, num_heads: int, nbits: str, num_seqs: int, length: int) -> None:
+        self.layer, single = latent_layer(num_heads), layout_of(nbits, 1)
+        layout = layout_of(nbits, math.ceil(FOOTPRINT / single.bytes_for([length] * num_seqs)))
+        per_seq = layout.format.num_blocks(length)
+        self.store = KVStore(layout, num_seqs * per_seq, num_seqs, DTYPE, "cuda")
+        fill(self.store)
+        ids = torch.randperm(num_seqs * per_seq).tolist()
+        spans = [Span(length - 1, length, ids[i * per_seq : (i + 1) * per_seq], i) for i in range(num_seqs)]
+        self.batch = KVBatch.build(layout.format, spans, "cuda")
+        self.q = torch.randn(num_seqs, num_heads, self.layer.head_dim, dtype=DTYPE, device="cuda") / 4
+        self.nbytes = num_seqs * step_bytes(single, length)
+        self.exact = mla_decode.latent_decode_reference(*self.arguments(0, slice(0, 2)), scale=self.layer.scale)
+
+    def arguments(self, index: int, rows: slice) -> tuple[object, ...]:
+        kv, batch = self.store.layers[index], self.batch
         places = (batch.block_table, batch.positions, batch.visible, batch.tail_slots)
-        return (q[rows], kv.key.packed, kv.value.packed, *(x[rows] for x in places))
+        return (self.q[rows], kv.key.packed, kv.value.packed, *(x[rows] for x in places))
 
-    few = run(0, slice(0, 2))
-    exact = mla_decode.latent_decode_reference(*few, scale=layer.scale)
-    error = float((mla_decode.latent_decode(*few, scale=layer.scale).double() - exact).norm() / exact.norm())
-    num_layers = layout.spec.num_layers
-    seconds = graph_seconds(lambda index: mla_decode.latent_decode(*run(index), scale=layer.scale), range(num_layers))
-    return seconds, num_seqs * step_bytes(single, length), error
+    def kernels(self) -> dict[str, Attend]:
+        """What attends in a layer with some of the sequences: Triton, and CUDA C++ where it takes this format."""
+        layer, first = self.layer, self.store.layers[0]
+        out = torch.empty(*self.q.shape[:2], LATENT, dtype=DTYPE, device="cuda")
+
+        def in_cuda(index: int, rows: slice) -> Tensor:
+            arrivals = self.store.layers[index].arrivals
+            arguments = self.arguments(index, rows)
+            cuda_mla_decode.latent_decode(*arguments, arrivals, scale=layer.scale, out=out[rows])
+            return out[rows]
+
+        named: dict[str, Attend] = {
+            "Triton": lambda index, rows: mla_decode.latent_decode(*self.arguments(index, rows), scale=layer.scale)
+        }
+        return named if cuda_mla_decode.refuses(first.key.packed, first.value.packed) else named | {"CUDA": in_cuda}
+
+    def measured(self, attend: Attend) -> tuple[float, int, float]:
+        """Seconds of one layer, the bytes that it must read, and its error on a few sequences."""
+        error = float((attend(0, slice(0, 2)).double() - self.exact).norm() / self.exact.norm())
+        seconds = graph_seconds(lambda index: attend(index, slice(None)), range(len(self.store.layers)))
+        return seconds, self.nbytes, error
 
 
 def expanded_seconds(num_heads: int, num_seqs: int, length: int) -> float | None:
@@ -199,9 +259,9 @@ def expert_table(shape: tuple[int, ...], bandwidth: float) -> bool:
         def grouped(i: int, x: Tensor = x, ids: Tensor = ids, weights: Tensor = weights) -> Tensor:
             return moe.mix(x, gate_up[i], down[i], ids[i], weights)
 
-        good &= show(f"{tokens} tokens", "grouped", graph_seconds(grouped, range(layers)), nbytes, bandwidth, error)
+        good &= show(f"{tokens} tokens", "grouped", graph_seconds(grouped, range(layers)), nbytes, error, bandwidth)
         loop = wall_seconds(lambda: mix_reference(x, gate_up[0], down[0], ids[0], weights))  # noqa: B023
-        show(f"{tokens} tokens", "a loop", loop, nbytes, bandwidth, None)
+        show(f"{tokens} tokens", "a loop", loop, nbytes, None, bandwidth)
     return good
 
 

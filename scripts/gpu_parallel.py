@@ -1,11 +1,15 @@
-"""What two GPUs make of a model: tensor parallel by NCCL and by symmetric memory, and a pipeline, beside one GPU.
+"""What two GPUs make of a model: tensor parallel by NCCL and by symmetric memory, experts shared out whole in the same
+two ways, and a pipeline, beside one GPU.
 
     python scripts/gpu_parallel.py --output parallel.json
     python scripts/gpu_parallel.py --model Qwen2.5-1.5B --runs one,tp2-nccl --nbits 4
+    python scripts/gpu_parallel.py --model Qwen3-30B-A3B --runs one,tp2-nccl,ep2-nccl
 
 Random weights of true shape, greedy, end of text ignored, prefix caching off; see gpu_report.py for the workloads. Each
-run is a process of its own, on GPUs 0 and 1. Then the collectives by themselves, as CUDA graphs hold them: microseconds
-of one call, and what a step of the model spends on all of its calls.
+run is a process of its own, on GPUs 0 and 1; its log-probabilities of one prompt are held against the first run's.
+"load": what the experts of the busier rank had to do in each layer, over what those of both had to on average. Then the
+collectives by themselves, as CUDA graphs hold them: microseconds of one call, and what a step of the model spends on
+all of its calls.
 """
 
 import argparse
@@ -25,38 +29,44 @@ from rich.table import Table
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from gpu_report import MIXED_IN, MIXED_OUT, MODELS, make_engine, model_folder, seconds
+from gpu_report import KNOWN, MIXED_IN, MIXED_OUT, MIXTURES, make_engine, model_folder, seconds
 
+from kvtool.engine import Engine
 from kvtool.parallel import Parallel, join, use_one_shot
 from kvtool.ranks import open_store, use_interface
+from kvtool.request import Request, SamplingParams
 
 RUNS: dict[str, dict[str, Any]] = {
     "one": {},
     "tp2-nccl": {"tp": 2, "all_reduce": "nccl"},
     "tp2-symmetric": {"tp": 2, "all_reduce": "symmetric-memory"},
+    "ep2-nccl": {"tp": 2, "ep": 2, "all_reduce": "nccl"},
+    "ep2-symmetric": {"tp": 2, "ep": 2, "all_reduce": "symmetric-memory"},
     "pp2": {"pp": 2},
 }
 ROWS = (1, 8, 64, 256, 2048)  # tokens of a step
 CALLS = 50  # of a collective in one graph
-RUN_SECONDS = 120
+RUN_SECONDS = 180
+PROBE = 256  # tokens of the prompt whose log-probabilities are compared
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="Qwen2.5-7B", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--runs", default=",".join(RUNS), help=f"of {', '.join(RUNS)}")
+    parser.add_argument("--model", default="Qwen2.5-7B", help=f"of {', '.join(KNOWN)}")
+    parser.add_argument("--runs", help=f"of {', '.join(RUNS)} (default: all, ep2 of mixtures alone)")
     parser.add_argument("--nbits", default="16", help="KV format: a default recipe")
     parser.add_argument("--workloads", default="bs1,bs64,mixed256", help="bsN and mixed256")
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # what a process of this script is for
     parser.add_argument("--address", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.runs = args.runs or ",".join(run for run in RUNS if args.model in MIXTURES or "ep" not in RUNS[run])
     if args.run in RUNS:
         print(json.dumps(measure_run(args.model, RUNS[args.run], args.nbits, args.workloads.split(","))), flush=True)
         os._exit(0)  # the other rank ends with this one, and nothing can hang on the way
     elif args.run:
         rank = int(args.run)
-        if rows := measure_collectives(rank, args.address, MODELS[args.model]):
+        if rows := measure_collectives(rank, args.address, KNOWN[args.model]):
             print(json.dumps(rows), flush=True)
         os._exit(0)
     else:
@@ -78,7 +88,8 @@ def report(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         run = json_of([*common, "--run", name])
         figures["runs"][name] = run
-        print(f"{name}: {time.perf_counter() - start:.0f} s, {json.dumps(run)}", file=sys.stderr, flush=True)
+        brief = {key: value for key, value in run.items() if key != "logprobs"}
+        print(f"{name}: {time.perf_counter() - start:.0f} s, {json.dumps(brief)}", file=sys.stderr, flush=True)
         keep()
     with subprocess.Popen([*common, "--run", "0", "--address", "-"], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
@@ -108,12 +119,13 @@ def json_of(argv: list[str]) -> dict[str, Any]:
 
 
 def measure_run(name: str, ranks: dict[str, Any], nbits: str, workloads: list[str]) -> dict[str, Any]:
-    """Milliseconds a step and tokens a second of one engine; its answers to three prompts, to compare."""
+    """Milliseconds a step and tokens a second of one engine; its log-probabilities of a prompt, to compare."""
     start = time.perf_counter()
     with model_folder(name) as folder:
         engine = make_engine(folder, nbits, max_model_len=2048, max_num_seqs=256, **ranks)
         seconds(engine, [16] * 4, [8] * 4)  # what is loaded on first use
         figures: dict[str, Any] = {"start_s": round(time.perf_counter() - start, 1), "kv_tokens": engine.info.kv_tokens}
+        figures["logprobs"] = logprobs(engine, [(7919 * i) % engine.info.vocab_size for i in range(PROBE)])
         for workload in workloads:
             if workload == "mixed256":
                 seconds(engine, MIXED_IN[:16], [8] * 16)
@@ -122,7 +134,26 @@ def measure_run(name: str, ranks: dict[str, Any], nbits: str, workloads: list[st
                 count = int(workload[2:])
                 whole, prefill = (seconds(engine, [128] * count, [n] * count, 3) for n in (129, 1))
                 figures[workload] = round((whole - prefill) / 128 * 1e3, 3)
+        if counts := engine.expert_tokens():
+            figures["load"] = rank_load(counts, engine.info.ep)
     return figures
+
+
+def logprobs(engine: Engine, prompt: list[int]) -> list[float]:
+    """Of each token of the prompt but the first."""
+    engine.submit(Request("probe", prompt, SamplingParams(max_tokens=1, prompt_logprobs=0)))
+    found: list[float] = []
+    while engine.has_work:
+        for tokens in engine.step():
+            found += [place.logprob for place in tokens.prompt_logprobs or ()]
+    return found
+
+
+def rank_load(counts: dict[int, list[int]], ep: int) -> float:
+    """Pairs of token and expert of the busiest of `ep` ranks in each layer, all layers together, over the mean."""
+    size = len(next(iter(counts.values()))) // ep
+    busiest = sum(max(sum(of[first : first + size]) for first in range(0, ep * size, size)) for of in counts.values())
+    return round(busiest * ep / sum(map(sum, counts.values())), 3)
 
 
 def measure_collectives(rank: int, address: str, model: dict[str, Any]) -> list[dict[str, Any]]:
@@ -133,7 +164,7 @@ def measure_collectives(rank: int, address: str, model: dict[str, Any]) -> list[
     use_interface("127.0.0.1")
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    parallel = join(store, rank, 2, 1, device)
+    parallel = join(store, rank, 2, 1, 1, device)
     hidden, vocab = model["hidden_size"], model["vocab_size"]
     rows = []
     for count in ROWS:
@@ -183,10 +214,12 @@ def timed(call: Callable[[], object]) -> float:
 
 def show(figures: dict[str, Any]) -> None:
     console = Console(width=None if os.isatty(1) else 110)
-    model, one = MODELS[figures["model"]], figures["runs"].get("one", {})
+    model, one = KNOWN[figures["model"]], figures["runs"].get("one", {})
+    first: list[float] = next((run["logprobs"] for run in figures["runs"].values() if "logprobs" in run), [])
     title = f"{figures['model']}, {figures['nbits']} bits, {figures['gpu']}, torch {figures['torch']}"
     table = Table(title=title, box=None)
-    for heading in ("run", "bs1 ms", "× one", "bs64 ms", "× one", "mixed256 tok/s", "× one", "KV tokens", "start s"):
+    headings = ["run", "bs1 ms", "× one", "bs64 ms", "× one", "mixed256 tok/s", "× one", "KV tokens", "load"]
+    for heading in (*headings, "Δ logprob", "start s"):
         table.add_column(heading, justify="left" if heading == "run" else "right")
     for name, run in figures["runs"].items():
         cells = [name]
@@ -194,7 +227,13 @@ def show(figures: dict[str, Any]) -> None:
             value, base = run.get(workload), one.get(workload)
             cells.append("" if value is None else f"{value:,.{digits}f}")
             cells.append(f"{value / base:.2f}" if value and base else "")
-        table.add_row(*cells, f"{run.get('kv_tokens', 0):,}", str(run.get("start_s", "")) or run["error"])
+        gaps = [abs(a - b) for a, b in zip(run.get("logprobs", ()), first, strict=False)]
+        cells += [
+            f"{run.get('kv_tokens', 0):,}",
+            str(run.get("load", "")),
+            f"{sum(gaps) / len(gaps):.4f}" if gaps else "",
+        ]
+        table.add_row(*cells, str(run.get("start_s", "")) or run["error"])
     console.print(table)
     calls = 2 * model["num_hidden_layers"] + 1
     table = Table(title=f"A step: {calls} all-reduces and 1 gather (tensor parallel), 1 hand-over (pipeline)", box=None)

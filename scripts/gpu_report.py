@@ -52,6 +52,15 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
     | {"tie_word_embeddings": True, "vocab_size": 151936},
 }
+# By name alone: its weights take 57 GiB.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "Qwen3-30B-A3B": QWEN
+    | {"model_type": "qwen3_moe", "max_position_embeddings": 40960, "head_dim": 128, "hidden_size": 2048}
+    | {"intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
+    | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
+    | {"tie_word_embeddings": False, "vocab_size": 151936},
+}
+KNOWN = MODELS | MIXTURES
 WORKLOADS = ("bs1", "bs8", "bs64", "bs128", "ttft", "mixed256", "long16", "cap512")
 PROMPTS = (10, 100, 500, 1000, 4000)  # of ttft
 CAP_MEMORY = 6 << 30
@@ -61,7 +70,9 @@ MIXED_IN, MIXED_OUT = ([MIXED.randint(100, 1024) for _ in range(256)] for _ in r
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(MODELS), help="names as above, or folders with a config.json")
+    parser.add_argument(
+        "--models", default=",".join(MODELS), help=f"of {', '.join(KNOWN)}, or folders with a config.json"
+    )
     parser.add_argument("--workloads", default="bs1,bs8,bs64,ttft,mixed256,long16,cap512", help=f"of {WORKLOADS}")
     parser.add_argument("--nbits", default="16,8,4,2", help="KV formats: the default recipes")
     parser.add_argument("--peer", type=Path, help="JSON lines of peer_vllm.py")
@@ -93,13 +104,13 @@ def main() -> None:
 
 
 class model_folder(tempfile.TemporaryDirectory[str]):
-    """A folder with the model's config.json: the user's, or one made for a name of `MODELS`."""
+    """A folder with the model's config.json: the user's, or one made for a name of `KNOWN`."""
 
     def __init__(self, name: str) -> None:
         super().__init__(prefix="kvtool-")
-        self.folder = Path(self.name) if name in MODELS else Path(name)
-        if name in MODELS:
-            (self.folder / "config.json").write_text(json.dumps(MODELS[name]))
+        self.folder = Path(self.name) if name in KNOWN else Path(name)
+        if name in KNOWN:
+            (self.folder / "config.json").write_text(json.dumps(KNOWN[name]))
 
     def __enter__(self) -> str:
         return str(self.folder)

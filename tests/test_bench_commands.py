@@ -4,8 +4,10 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,36 @@ def test_a_server_faster_than_its_card_is_invalid_and_one_with_odd_streams_is_to
         faults = rows("bench-ttft", "--url", url, "--lint-stream", expected=1)
     assert any("unknown model" in fault["fault"] for fault in faults)
     assert any(fault["fault"].startswith("id is") for fault in faults)
+
+
+class Picky(BaseHTTPRequestHandler):
+    """A server that tells nothing of itself and takes ids below 5,000, as vLLM does for a small model."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        chunk: dict[str, Any] = {"error": {"message": f"Token id {max(asked['prompt'])} is out of vocabulary"}}
+        usage = {"prompt_tokens": len(asked["prompt"]), "completion_tokens": asked["max_tokens"]}
+        if max(asked["prompt"]) < 5000:
+            choices = [{"index": 0, "text": "x", "finish_reason": "length"}]
+            chunk = {"id": "1", "object": "text_completion", "choices": choices, "usage": usage}
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.end_headers()
+        self.wfile.write(b"data: %s\n\ndata: [DONE]\n\n" % json.dumps(chunk).encode())
+
+
+def test_a_server_that_tells_no_vocabulary_is_asked_for_ids_that_it_takes(rows: Rows) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Picky) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        (row,) = rows("bench-ttft", "--url", f"http://127.0.0.1:{server.server_port}", "--prompt-tokens", "50")
+        server.shutdown()
+    assert (row["failed"], row["requests"]) == (0, 5)
 
 
 def test_a_server_that_dies_leaves_what_was_measured(tmp_path: Path) -> None:

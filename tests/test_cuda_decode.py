@@ -4,12 +4,7 @@ On a GPU drawn shapes run there (KVTOOL_TEST_EXAMPLES of them). Everywhere the s
 of a GPU's threads, and is compiled for an RTX 4090 and an H200.
 """
 
-import ctypes
 import os
-import shutil
-import subprocess
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,12 +16,12 @@ from kvtool.config import KVOptions
 
 pytest.importorskip("triton")
 
+import emulator
 from compiled import ON_GPU, usage
 from test_kernels import Decoding, attention_layer
 
 from kvtool.kernels import cuda_decode, decode, nvrtc
 
-KERNELS = Path(cuda_decode.__file__).parent
 OPTIONS = [
     KVOptions(nbits="8"),
     KVOptions(nbits="4"),
@@ -66,26 +61,7 @@ def error(out: torch.Tensor, case: Decoding) -> float:
     return ((out.double() - exact).norm(dim=-1) / exact.norm(dim=-1)).max().item()
 
 
-@pytest.fixture(scope="session")
-def emulator(tmp_path_factory):
-    """Builds the kernel with some macros for a CPU."""
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    folder = tmp_path_factory.mktemp("emulator")
-
-    @cache
-    def build(macros: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
-        library = folder / f"{len(list(folder.iterdir()))}.so"
-        defined = [f"-D{name}={value}" for name, value in macros]
-        source = Path(__file__).with_name("warp_emulator.cpp")
-        flags = ["-O1", "-std=c++17", "-w", "-shared", "-fPIC", f"-I{KERNELS}", *defined]
-        subprocess.run(["g++", *flags, "-o", library, source], check=True)
-        return ctypes.CDLL(str(library))
-
-    return build
-
-
-def emulated(library: ctypes.CDLL, case: Decoding, splits: int, merges: bool, seed: int) -> torch.Tensor:
+def emulated(case: Decoding, splits: int, merges: bool, seed: int) -> torch.Tensor:
     """What the kernel makes of `case`, written over NaN; `merges`: its last programs merge, or the test does."""
     q, key, value, *tables = case.arguments()
     n, num_heads, head_dim = q.shape
@@ -94,14 +70,11 @@ def emulated(library: ctypes.CDLL, case: Decoding, splits: int, merges: bool, se
     arrivals = torch.zeros(n * key.codes.shape[1], dtype=torch.int32) if merges else None
     options = {"scale": case.layer.scale, "sliding_window": case.layer.sliding_window}
     values = cuda_decode.arguments(q, [out, partial, lse, arrivals], tables, key, value, **options)
-    values = [nvrtc.pointer(x) if x is None or isinstance(x, torch.Tensor) else x for x in values]
-    addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
-    library.run(n * key.codes.shape[1], splits, addresses, seed)
+    library = emulator.build("decode.cu", "paged_decode", tuple(macros_of(case).items()))
+    emulator.launch(library, (n * key.codes.shape[1], splits), values, seed)
     if arrivals is not None:
         assert not arrivals.any()
-    if merges or splits == 1:
-        return out
-    return (partial.double() * (lse.double() * 0.6931471805599453).softmax(-1)[..., None]).sum(2)
+    return out if merges or splits == 1 else emulator.merged(partial, lse)
 
 
 @settings(deadline=None, max_examples=25)
@@ -114,10 +87,9 @@ def emulated(library: ctypes.CDLL, case: Decoding, splits: int, merges: bool, se
     merges=st.booleans(),
     seed=st.integers(0, 2**31 - 1),
 )
-def test_the_source_computes_its_definition(emulator, variant, kv_heads, lengths, window, splits, merges, seed):
+def test_the_source_computes_its_definition(variant, kv_heads, lengths, window, splits, merges, seed):
     case = case_of(variant, kv_heads, lengths, window, seed)
-    out = emulated(emulator(tuple(macros_of(case).items())), case, splits, merges, seed)
-    assert error(out, case) < 5e-3
+    assert error(emulated(case, splits, merges, seed), case) < 5e-3
 
 
 @pytest.mark.parametrize("bits", ["8", "4", "2"])

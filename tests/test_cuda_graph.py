@@ -112,6 +112,22 @@ def test_experts_and_latents_are_as_exact_as_torch_in_the_same_dtype(model_type,
     assert error(tested, kv, asked, model) < 1.5 * torch_error
 
 
+def test_experts_are_counted_whatever_fills_up_a_graph(tmp_path):
+    make_checkpoint("qwen3_moe", tmp_path, vocab_size=4096, head_dim=64, max_position_embeddings=2048, **QWEN_MOE)
+    tested = engine(KVOptions(nbits="8"), model=str(tmp_path), max_num_batched_tokens=300)
+    assert tested.runner.graphs and set(map(sum, tested.expert_tokens().values())) == {0}
+    launch, computed = tested.runner.launch, 0
+
+    def spied(batch: ScheduledBatch, *rest: object, **named: object) -> object:
+        nonlocal computed
+        computed += sum(span.length for span in batch.spans)
+        return launch(batch, *rest, **named)
+
+    tested.runner.launch = spied
+    answers(tested, requests(9, longest=600))
+    assert set(map(sum, tested.expert_tokens().values())) == {3 * computed}
+
+
 @pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())
 def test_chunks_of_prompts_run_as_graphs_beside_decodes(kv):
     asked = requests(9, longest=900)

@@ -56,14 +56,21 @@ def error(out: Tensor, exact: Tensor) -> float:
 @given(
     routing=st.sampled_from(ROUTINGS),
     tokens=st.integers(1, 300 if ON_GPU else 3),
+    first=st.integers(0, 300),
     seed=seeds,
 )
-def test_routing(routing: Routing, tokens: int, seed: int) -> None:
+def test_routing(routing: Routing, tokens: int, first: int, seed: int) -> None:
+    """Also with ids counted from a rank's first expert on, and into memory that stays."""
     torch.manual_seed(seed)
     logits = drawn(tokens, routing.num_experts, dtype=torch.float32)  # of 16 bits many would be equal
     bias = drawn(routing.num_experts, dtype=torch.float32, scale=0.1) if routing.scores == "sigmoid" else None
     exact_ids, exact = route(logits.double().cpu(), None if bias is None else bias.double().cpu(), routing)
-    ids, weights = moe.route(logits, bias, routing)
+    first %= routing.num_experts
+    kept = torch.full((tokens + 1, routing.top_k), -1, dtype=torch.int32, device=DEVICE)
+    ids, weights = moe.route(logits, bias, routing, first, kept[:tokens])
+    assert ids.data_ptr() == kept.data_ptr() and (kept[tokens:] == -1).all()
+    assert ids.min() >= 0 and ids.max() < routing.num_experts
+    ids = (ids + first) % routing.num_experts
     dense, expected = (torch.zeros(tokens, routing.num_experts, dtype=torch.float64) for _ in range(2))
     dense.scatter_(1, ids.long().cpu(), weights.double().cpu())
     expected.scatter_(1, exact_ids, exact)
@@ -78,7 +85,7 @@ def test_routing(routing: Routing, tokens: int, seed: int) -> None:
 def test_nan_is_routed_somewhere(routing: Routing) -> None:
     bias = torch.zeros(routing.num_experts, device=DEVICE) if routing.scores == "sigmoid" else None
     ids, _ = moe.route(torch.full((2, routing.num_experts), float("nan"), device=DEVICE), bias, routing)
-    assert ids.min() >= 0
+    assert ids.min() >= 0 and ids.max() < triton.next_power_of_2(routing.num_experts)  # `ExpertLoad` counts so many
 
 
 @runs
@@ -138,10 +145,10 @@ def test_experts(
     beside = drawn(tokens, hidden, dtype=dtype) if shared else None
     exact = mix_reference(*(a.double() for a in (x, gate_up, down)), ids, weights.double())
     exact = exact if beside is None else exact + beside.double()
-    out = moe.mix(x, gate_up, down, ids, weights, beside)
+    out = moe.mix(x, gate_up, down, ids, weights, beside, num_experts - local)
     assert out.dtype == dtype and error(out, exact) < 1e-2 if exact.any() else not out.any()
 
-    groups = moe.group(ids, local, moe.rows_for(ids.numel(), local))
+    groups = moe.group(ids, local, moe.rows_for(ids.numel(), num_experts))
     inner = moe.grouped_product(x, gate_up, groups, repeat=top_k, gated=True)
     exact = moe.grouped_product_reference(x, gate_up, ids, repeat=top_k, gated=True)
     is_here = (ids < local).flatten()

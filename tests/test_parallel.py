@@ -1,6 +1,7 @@
 """Ranks that share a model: what each one holds of it, and that together they answer as one does."""
 
 import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,9 @@ CONFIG = EngineConfig(
 )
 
 
-def part(folder: Path, tp: tuple[int, int], pp: tuple[int, int] = (0, 1), load_format: str = "auto") -> Decoder:
+def part(
+    folder: Path, tp: tuple[int, int], pp: tuple[int, int] = (0, 1), load_format: str = "auto", ep: int = 1
+) -> Decoder:
     """What one rank loads; it does not compute."""
     return load_model(
         folder,
@@ -35,13 +38,18 @@ def part(folder: Path, tp: tuple[int, int], pp: tuple[int, int] = (0, 1), load_f
         dtype=torch.float32,
         device=CPU,
         load_format=load_format,  # type: ignore[arg-type]
-        parallel=Parallel(tp=Group(*tp), stage=Stage(*pp)),
+        parallel=Parallel(tp=Group(*tp, ep=ep), stage=Stage(*pp)),
     )
 
 
 MIXTURES = {
     "qwen2_moe": QWEN_MOE | {"shared_expert_intermediate_size": 40},
     "deepseek_v3": MLA | {"q_lora_rank": 24, "n_group": 4, "topk_group": 2},
+}
+WHOLE = MIXTURES | {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": QWEN_MOE | {"moe_intermediate_size": 25},  # no two ranks could share an expert
+    "deepseek_v2": MLA | {"q_lora_rank": None, "n_shared_experts": 1},
 }
 MODELS = {name: {"attention_bias": True} for name in ("llama", "qwen2", "qwen3", "phi3")} | MIXTURES
 
@@ -60,6 +68,23 @@ def test_shards_are_pieces_of_the_model(model_type: str, size: int, load_format:
     held = [sum(parameter.numel() for parameter in shard.parameters()) for shard in shards]
     everyones = sum(to.numel() for name, to in gathered([whole]).items() if "_a_proj" in name or "gate.weight" in name)
     assert max(held) < 1.15 * (everyones + (sum(p.numel() for p in whole.parameters()) - everyones) / size)
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+@pytest.mark.parametrize(("model_type", "size", "ep"), [("qwen2_moe", 2, 2), ("mixtral", 4, 2), ("deepseek_v3", 4, 4)])
+def test_whole_experts_are_shared_out(model_type: str, size: int, ep: int, load_format: str, tmp_path: Path) -> None:
+    """As many ranks have a piece of each as share a part; each holds as much as of experts that all ranks share."""
+    make_checkpoint(model_type, tmp_path, **WHOLE[model_type])
+    whole = part(tmp_path, (0, 1), load_format=load_format)
+    shards = [part(tmp_path, (rank, size), load_format=load_format, ep=ep) for rank in range(size)]
+    for name, stored in gathered([whole]).items():
+        assert torch.equal(gathered(shards)[name], stored), name
+    holders = Counter(name for shard in shards for name, _ in shard.slots())
+    assert holders == {name: size // ep if ".experts." in name else size for name, _ in whole.slots()}
+    shared = part(tmp_path, (0, size), load_format=load_format)
+    assert {sum(p.numel() for p in model.parameters()) for model in (shared, *shards)} == {
+        sum(p.numel() for p in shared.parameters())
+    }
 
 
 def gathered(models: list[Decoder]) -> dict[str, torch.Tensor]:
@@ -97,8 +122,14 @@ def requests(vocab_size: int) -> list[Request]:
     return made + forks
 
 
-def answers(config: EngineConfig, asked: list[Request]) -> dict[str, list[Tokens]]:
-    """What an engine says to each request, and that it then holds nothing more."""
+def answers(
+    config: EngineConfig, asked: list[Request], expert_tokens: dict[int, list[int]] | None = None
+) -> dict[str, list[Tokens]]:
+    """What an engine says to each request, and that it then holds nothing more.
+
+    Args:
+        expert_tokens: gets what it has counted.
+    """
     engine = Engine(config)
     try:
         for request in asked:
@@ -110,6 +141,8 @@ def answers(config: EngineConfig, asked: list[Request]) -> dict[str, list[Tokens
                 news.setdefault(tokens.id, []).append(tokens)
         stats = engine.stats()
         assert stats.used_blocks == stats.used_tails == stats.running == 0
+        if expert_tokens is not None:
+            expert_tokens |= engine.expert_tokens()
         return news
     finally:
         engine.close()
@@ -163,6 +196,27 @@ def test_ranks_share_experts_and_heads_over_one_latent(model_type: str, pp: int,
     assert_same_answers(answers(replace(config, tp=2, pp=pp), asked), answers(config, asked))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "tp", "ep", "pp", "kv"),
+    [
+        ("mixtral", 2, 2, 1, KVOptions(nbits="4")),
+        ("qwen2_moe", 4, 2, 1, KVOptions()),
+        ("qwen3_moe", 4, 4, 1, KVOptions(nbits="4")),
+        ("deepseek_v2", 2, 2, 1, KVOptions()),
+        ("deepseek_v3", 2, 2, 2, KVOptions(nbits="4")),
+    ],
+)
+def test_whole_experts_on_ranks_answer_as_one_process_does(
+    model_type: str, tp: int, ep: int, pp: int, kv: KVOptions, tmp_path: Path
+) -> None:
+    """And what they count of their experts is what one process counts of them all."""
+    make_checkpoint(model_type, tmp_path, **WHOLE[model_type])
+    config, counted = replace(CONFIG, model=str(tmp_path), kv=kv), [dict[int, list[int]](), dict[int, list[int]]()]
+    expected = answers(config, requests(199), counted[0])
+    assert_same_answers(answers(replace(config, tp=tp, ep=ep, pp=pp), requests(199), counted[1]), expected)
+    assert counted[0] == counted[1] and all(map(all, counted[0].values()))
+
+
 def test_what_one_rank_cannot_hold_fails_its_request_alone(tmp_path: Path) -> None:
     """A token whose keys are beyond fp16 in the second KV head, which only the second rank has."""
     make_checkpoint("llama", tmp_path)
@@ -210,11 +264,28 @@ def test_a_stage_keeps_the_tail_that_another_needs() -> None:
     [
         ({"tp": 3}, "--tp 3: does not divide the model's 4 query heads"),
         ({"pp": 5}, "--pp 5: the model has only 4 layers"),
+        ({"tp": 2, "ep": 2}, "--ep 2: a qwen2 model has no experts to share out; use --tp"),
     ],
 )
 def test_ranks_that_do_not_fit_the_model_are_refused(ranks: dict[str, int], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         Engine(replace(CONFIG, **ranks))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "why"),
+    [
+        ({"ep": 2}, "--ep 2: does not divide --tp 1, whose ranks share the experts out"),
+        ({"tp": 4, "ep": 3}, "--ep 3: does not divide --tp 4"),
+        ({"tp": 16, "ep": 16}, "--ep 16: does not divide the model's 8 experts"),
+        ({"tp": 2}, "--tp 2 --pp 1: 2 ranks cannot share the 25 columns of an expert; with --ep 2 they need not"),
+        ({"tp": 4, "ep": 2}, "--tp 4 --ep 2 --pp 1: 2 ranks cannot share the 25 columns of an expert; with --ep 4"),
+    ],
+)
+def test_experts_that_ranks_cannot_share_are_refused(ranks: dict[str, int], why: str, tmp_path: Path) -> None:
+    make_checkpoint("qwen3_moe", tmp_path, **WHOLE["qwen3_moe"])
+    with pytest.raises(ConfigError, match=why):
+        Engine(replace(CONFIG, model=str(tmp_path), **ranks))  # type: ignore[arg-type]
 
 
 def test_copies_that_arrive_wrong_are_named() -> None:

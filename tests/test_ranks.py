@@ -15,11 +15,14 @@ from typing import Any
 
 import httpx
 import pytest
+from checkpoints import QWEN_MOE, make_checkpoint
 from conftest import REPOSITORY, ServerProcess, children, ended, kvtool, serving
+from prometheus_client.parser import text_string_to_metric_families
 
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
 from kvtool.errors import ConfigError
+from kvtool.models.resolve import EMBEDDED
 from kvtool.processes import frame
 from kvtool.ranks import Hello, read_hello, split_address
 from kvtool.request import SamplingParams
@@ -106,6 +109,50 @@ def test_a_rank_that_dies_ends_all_and_restart_starts_them_anew() -> None:
         status, stderr = server.end()
     assert status == 0
     assert f"rank 1 (process {follower} on {socket.gethostname()}) has ended; all ranks end with it" in stderr
+
+
+def test_a_mixture_is_served_by_ranks_that_have_whole_experts(tmp_path: Path) -> None:
+    """Its tokens are those of one process, its experts' load is told, and a lost rank ends all."""
+    model = make_checkpoint("qwen3_moe", tmp_path, vocab_size=4096, max_position_embeddings=2048, **QWEN_MOE).config
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EMBEDDED["tiny"] / file, tmp_path)
+    prompts, params = [[9, 8, 7], list(range(5, 85))], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    engine = Engine(EngineConfig(model=str(tmp_path), **CONFIG, kv=KVOptions(nbits="4")))
+    expected = [c.token_ids for c in engine.generate(prompts, params)]
+    with serving("--model", str(tmp_path), *SMALL, "--nbits", "4", "--no-preflight", "--ep-size", "2") as server:
+        assert "2 ranks" in server.card
+        for prompt, token_ids in zip(prompts, expected, strict=True):
+            asked = {"prompt": prompt, "max_tokens": 20, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+            response = httpx.post(f"{server.url}/v1/completions", json=asked, timeout=120).raise_for_status()
+            assert response.json()["choices"][0]["token_ids"] == token_ids
+        whole, single = (httpx.get(f"{server.url}/metrics{path}", timeout=60).text for path in ("", "/experts"))
+        load = {layer: [0.0] * model.num_experts for layer in range(model.num_hidden_layers)}
+        for family in text_string_to_metric_families(single):
+            for sample in family.samples:
+                load[int(sample.labels["layer"])][int(sample.labels["expert"])] = sample.value
+        assert load == engine.expert_tokens()
+        told = {
+            (sample.name, int(sample.labels["layer"])): sample.value
+            for family in text_string_to_metric_families(whole)
+            for sample in family.samples
+            if sample.name.startswith("kvtool:expert")
+        }
+        for layer, tokens in load.items():
+            assert told["kvtool:expert_imbalance", layer] == pytest.approx(max(tokens) / (sum(tokens) / 8))
+            halves = sum(tokens[:4]), sum(tokens[4:])
+            assert told["kvtool:expert_rank_imbalance", layer] == pytest.approx(max(halves) / (sum(halves) / 2))
+        assert len(told) == 2 * len(load)
+        (follower,) = children(server.engine)
+        with losing(server, follower, signal.SIGKILL):
+            status, stderr = server.end()
+    assert status != 0 and f"rank 1 (process {follower} on {socket.gethostname()}) has ended" in stderr
+
+
+def test_experts_of_a_model_without_any_are_refused_in_one_line() -> None:
+    process = kvtool("serve", "--ep", "2", "--device", "cpu", "--port", "0")
+    stdout, stderr = process.communicate(timeout=100)
+    assert (process.returncode, stdout) == (2, "")
+    assert stderr.splitlines()[-1] == "error: --ep 2: a qwen2 model has no experts to share out; use --tp"
 
 
 # Finding each other

@@ -1,4 +1,5 @@
-// A GPU of one program at a time, on a CPU: what warp.cuh gives a kernel, and `run`, which launches it.
+// A GPU of one program at a time, on a CPU: what warp.cuh gives a kernel, and `run`, which launches KERNEL of the file
+// SOURCE.
 //
 // Each thread of a program is a fiber. What needs a warp or a program waits until all of its threads are there, and what
 // is copied to shared memory comes as late as it may (or at once: `eager`), so that a missing wait shows. Products are
@@ -87,6 +88,7 @@ template <typename To, typename From> static To bits(From from) {
 }
 
 static float __uint_as_float(u32 x) { return bits<float>(x); }
+static u32 __float_as_uint(float x) { return bits<u32>(x); }
 
 template <bool BFLOAT> static float widen(u16 x) {
     return BFLOAT ? bits<float>((u32)x << 16) : (float)bits<_Float16>(x);
@@ -149,6 +151,15 @@ static bool any_lane(bool x) {
     return std::any_of(all.x, all.x + 32, [](auto& lane) { return lane[0]; });
 }
 
+static bool any_thread(bool x) {
+    static bool given[MAX_THREADS];
+    given[current] = x;
+    __syncthreads();
+    bool any = std::any_of(given, given + num_threads, [](bool one) { return one; });
+    __syncthreads();
+    return any;
+}
+
 static void copy_async(void* to, const void* from) {
     if (((uintptr_t)to | (uintptr_t)from) % 16) fputs("a copy is not aligned\n", stderr), abort();
     if (eager) memcpy(to, from, 16);
@@ -171,7 +182,8 @@ static Floats4 load_written4(const float* from) { return *(const Floats4*)from; 
 static void await_inputs() {}
 static void start_next() {}
 
-#include "decode.cu"
+#include "decode.cuh"
+#include SOURCE
 
 static const void* const* arguments;
 
@@ -182,7 +194,7 @@ template <typename... A, size_t... I> static void call(void (*kernel)(A...), std
 template <typename... A> static void call(void (*kernel)(A...)) { call(kernel, std::index_sequence_for<A...>()); }
 
 static void thread() {
-    call(paged_decode);
+    call(KERNEL);
     fibers[current].done = true;
 }
 

@@ -1,4 +1,7 @@
-"""Single queries straight from integer codes by a kernel in CUDA C++, which NVRTC compiles for the GPU at hand."""
+"""Single queries straight from integer codes by kernels in CUDA C++, which NVRTC compiles for the GPU at hand.
+
+Latents (MLA) have a kernel of their own.
+"""
 
 import torch
 from torch import Tensor
@@ -8,9 +11,9 @@ from kvtool.kv.batch import KVBatch
 from kvtool.kv.store import LayerKV
 
 try:
-    from kvtool.kernels import cuda_decode, nvrtc
+    from kvtool.kernels import cuda_decode, cuda_mla_decode, nvrtc
 except ModuleNotFoundError:  # torch for CPU comes without triton, which merges
-    cuda_decode = nvrtc = None  # type: ignore[assignment]
+    cuda_decode = cuda_mla_decode = nvrtc = None  # type: ignore[assignment]
 
 
 class CudaDecode:
@@ -24,20 +27,16 @@ class CudaDecode:
             return f"it needs an NVIDIA GPU of compute capability 8.0 or more, not {device.type}"
         if cuda_decode is None:
             return "triton is not installed"
-        return cuda_decode.refuses(kv.key.packed, kv.value.packed, layer.num_heads) or nvrtc.refuses_to_compile()
+        streams = kv.key.packed, kv.value.packed
+        if layer.latent_dim is not None:
+            return cuda_mla_decode.refuses(*streams) or nvrtc.refuses_to_compile()
+        return cuda_decode.refuses(*streams, layer.num_heads) or nvrtc.refuses_to_compile()
 
     def decode(self, q: Tensor, kv: LayerKV, batch: KVBatch, layer: AttentionLayer, out: Tensor) -> None:
         n = batch.num_decodes
-        cuda_decode.paged_decode(
-            q,
-            kv.key.packed,
-            kv.value.packed,
-            batch.block_table[:n],
-            batch.positions[:n],
-            batch.visible[:n],
-            batch.tail_slots[:n],
-            kv.arrivals,
-            scale=layer.scale,
-            sliding_window=layer.sliding_window,
-            out=out,
-        )
+        places = batch.block_table[:n], batch.positions[:n], batch.visible[:n], batch.tail_slots[:n]
+        given = q, kv.key.packed, kv.value.packed, *places, kv.arrivals
+        if layer.latent_dim is not None:
+            cuda_mla_decode.latent_decode(*given, scale=layer.scale, out=out)
+        else:
+            cuda_decode.paged_decode(*given, scale=layer.scale, sliding_window=layer.sliding_window, out=out)

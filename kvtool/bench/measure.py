@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from kvtool.bench.arrivals import Arrivals, scheduled
-from kvtool.bench.client import API, HttpTarget, Target, engine_target
+from kvtool.bench.client import API, Answer, HttpTarget, RequestFailed, Target, engine_target
 from kvtool.bench.events import EventLog, RequestRecord, Run, WorkItem, read_events
 from kvtool.bench.floors import Floors, floor_probe, foreign_floors
 from kvtool.bench.metrics import Figures
@@ -33,7 +33,7 @@ TICK = 0.25  # seconds between news of progress
 MOST_STREAMS = 256  # of the calibration
 # Counters of prompt tokens that were found in a cache, vLLM's (older name last) and SGLang's.
 HITS = ("vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total", "sglang:cached_tokens_total")
-COMMON_IDS = range(1000, 30_000)  # every vocabulary in use has these
+USUAL_VOCABULARIES = (32_000, 16_000, 8_000, 4_000, 2_000, 1_000)
 
 
 @dataclass(frozen=True)
@@ -302,6 +302,8 @@ async def opened(where: Where, engine: EngineConfig, streams: int) -> AsyncItera
     server = HttpTarget(where.url, where.api, api_key=where.api_key, extra_body=where.extra_body, timeout=where.timeout)
     try:
         await server.open(None if engine.model == EngineConfig.model else engine.model)
+        if server.vocab_size is None and where.api != "chat":  # which is asked in words
+            server.vocab_size = await find_vocabulary(server)
         local = urlsplit(server.url).hostname in LOOPBACK
         if floors is None and where.floor and local and server.engine is not None:
             async with floor_probe() as probe:
@@ -314,7 +316,18 @@ async def opened(where: Where, engine: EngineConfig, streams: int) -> AsyncItera
 
 def prompt_ids(vocab_size: int | None) -> Vocabulary:
     """Ids that prompts can be made of: none of the special ones, which stand at the ends of a vocabulary."""
-    return Vocabulary(COMMON_IDS if vocab_size is None else range(vocab_size // 32, vocab_size - vocab_size // 16))
+    size = USUAL_VOCABULARIES[0] if vocab_size is None else vocab_size
+    return Vocabulary(range(size // 32, size - size // 16))
+
+
+async def find_vocabulary(server: HttpTarget) -> int | None:
+    """The most ids, of a few usual numbers, from which a server takes a prompt that does not say how many it knows."""
+    for size in USUAL_VOCABULARIES:
+        prompt = [prompt_ids(size).ids[-1]]
+        with contextlib.suppress(RequestFailed):
+            await server.send(prompt, WorkItem(id=0, prompt=prompt, output_tokens=1), Answer())
+            return size
+    return None
 
 
 async def measure_all(

@@ -48,8 +48,8 @@ def random_experts(
     shape: LayerShape, experts: Sequence[int], seed: int, dtype: torch.dtype, device: torch.device
 ) -> Experts:
     """Weights of `experts`; the same wherever an expert stands, and however often."""
-    inner = Shard.whole(shape.intermediate_size)
-    made = Experts(len(experts), shape.hidden_size, inner, dtype=dtype, device=device)
+    here, inner = Shard.whole(len(experts)), Shard.whole(shape.intermediate_size)
+    made = Experts(here, shape.hidden_size, inner, dtype=dtype, device=device)
     generator = torch.Generator(device)
     for index, expert in enumerate(experts):
         generator.manual_seed(seed + 1 + expert)

@@ -36,7 +36,7 @@ TILES: dict[tuple[int, str], tuple[int, int, int, int]] = {
 }
 WIDE_TILES: dict[int, tuple[int, int, int, int]] = {100: (2, 2, 2, 32), 228: (4, 2, 2, 32)}
 
-SOURCE = "".join((Path(__file__).parent / name).read_text() for name in ("warp.cuh", "decode.cu"))
+SOURCE = "".join((Path(__file__).parent / name).read_text() for name in ("warp.cuh", "decode.cuh", "decode.cu"))
 
 
 def refuses(key: PackedStream, value: PackedStream, num_heads: int) -> str | None:
@@ -134,8 +134,8 @@ def arguments(
         q,
         *outputs,
         *tables,
-        _Stream.of(key),
-        _Stream.of(value),
+        StreamPointers.of(key),
+        StreamPointers.of(value),
         ctypes.c_float(scale * 1.4426950408889634),  # exp2 is what the hardware has
         ctypes.c_int(tables[0].stride(0)),
         ctypes.c_int(key.codes.stride(0) // 16),
@@ -147,12 +147,12 @@ def arguments(
     ]
 
 
-class _Stream(ctypes.Structure):
+class StreamPointers(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "tail")]
 
     @classmethod
-    def of(cls, stream: PackedStream) -> "_Stream":
-        return cls(*(x.data_ptr() for x in (stream.codes, stream.scale, stream.zero, stream.tail)))
+    def of(cls, stream: PackedStream) -> "StreamPointers":
+        return cls(*(x if x is None else x.data_ptr() for x in (stream.codes, stream.scale, stream.zero, stream.tail)))
 
 
 def _tile(bits: str, columns: int, shared_kib: int) -> tuple[int, int, int, int]:

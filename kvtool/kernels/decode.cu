@@ -34,30 +34,12 @@ constexpr int V_SCALE = V_CODES + TOKENS * V_ROW + 4 * V_SKEW;
 constexpr int V_ZERO = V_SCALE + 2 * TOKENS * GROUPS;
 constexpr int STAGE = V_ZERO + 2 * TOKENS * GROUPS;
 constexpr int OUT_ROW = D + 8;                       // floats of a head's output, where warps meet
-constexpr float HEADROOM = 2;                        // of a new maximum, to the exponent of 2: few are raised again
 constexpr int HEADS = 8 * COLUMNS;                   // of a KV head, with padding
 constexpr int OUT = (OUT_ROW + 2) * HEADS;           // floats of a warp where warps meet
 constexpr int RING = STAGES * STAGE;
 extern "C" __constant__ const int shared_bytes = WARPS * (RING > 4 * OUT ? RING : 4 * OUT);
 
 static_assert(D % 64 == 0 && V_WIDTH >= 2 && STAGE % 16 == 0);
-
-// Scores and weights times this stay within fp16: scales are at most 2 · 65,504 / (2^bits - 1).
-__device__ constexpr int boost(int bits) { return bits == 8 ? 6 : bits == 4 ? 2 : 0; }
-__device__ inline float power_of_2(int n) { return __uint_as_float((u32)(127 + n) << 23); }
-__device__ constexpr u32 code_mask(int bits, int part) { return ((1 << bits) - 1 << bits * part) * 0x10001u; }
-
-struct Stream {
-    const char *codes, *scale, *zero, *tail;
-};
-
-// `BYTES` to shared memory, chunk by chunk of 16; `place` gives each its address.
-template <int BYTES, typename Place> __device__ inline void copy(char* to, const char* from, Place place) {
-    u32 lane = lane_id();
-#pragma unroll
-    for (int at = 0; at < BYTES; at += 512)
-        if (BYTES - at >= 512 || lane * 16 < BYTES - at) copy_async(to + place(at, lane * 16), from + at + lane * 16);
-}
 
 // How far chunk `at` + `own` is pushed by skews of `skew` bytes behind each `period` bytes. `at` is a constant.
 __device__ inline int skewed(int at, int own, int period, int skew) {
@@ -81,20 +63,6 @@ __device__ inline void fetch(char* to, Stream key, Stream value, u64 block, int 
 
 // First channel of word `w` of the keys of lane t.
 __device__ inline int key_channel(int t, int w) { return w / 4 * 64 + t * CHUNK + w % 4 * 4; }
-
-template <int BYTES> __device__ inline void read(u32* to, const void* from) {
-    if constexpr (BYTES == 16) {
-        Words4 x = *(const Words4*)from;
-        for (int i = 0; i < 4; i++) to[i] = x.x[i];
-    } else if constexpr (BYTES == 8) {
-        Words2 x = *(const Words2*)from;
-        for (int i = 0; i < 2; i++) to[i] = x.x[i];
-    } else if constexpr (BYTES == 4) {
-        *to = *(const u32*)from;
-    } else {
-        *to = *(const u16*)from;
-    }
-}
 
 // One fp16 of each of 4 tokens [token][GROUPS], as two pairs.
 __device__ inline void four_tokens(u32 (&to)[2], const char* from, int group) {
@@ -485,36 +453,5 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) paged_decode(
     }
     if (alone || !arrivals) return;
 
-    // Programs meet: the last to arrive finds what all have written.
-    __threadfence();
-    __syncthreads();
-    int* arrived = (int*)shared;
-    if (threadIdx.x == 0) *arrived = atomicAdd(arrivals + blockIdx.x, 1);
-    __syncthreads();
-    if (*arrived != shares - 1) return;
-    __threadfence();
-    if (threadIdx.x == 0) arrivals[blockIdx.x] = 0;  // for the next kernel
-    float* weights = (float*)shared + 4;             // [group_heads, shares]
-    for (int column = warp; column < group_heads; column += WARPS) {
-        const float* from = lse + (row + column) * splits;
-        float *own = weights + column * shares, top = -1e30f, total = 0;
-        for (int i = lane; i < shares; i += 32) top = fmaxf(top, own[i] = load_written(from + i));
-        for (int mask = 1; mask < 32; mask *= 2) top = fmaxf(top, shuffle_xor(top, mask));
-        for (int i = lane; i < shares; i += 32) total += own[i] = exp2_of(own[i] - top);
-        for (int mask = 1; mask < 32; mask *= 2) total += shuffle_xor(total, mask);
-        for (int i = lane; i < shares; i += 32) own[i] /= total;
-    }
-    __syncthreads();
-    for (int at = threadIdx.x * 4; at < group_heads * D; at += WARPS * 128) {
-        int column = at / D, channel = at % D;
-        const float *from = partial + (row + column) * splits * D + channel, *own = weights + column * shares;
-        float sum[4] = {};
-#pragma unroll 8
-        for (int i = 0; i < shares; i++) {
-            Floats4 x = load_written4(from + i * D);
-            for (int j = 0; j < 4; j++) sum[j] += own[i] * x.x[j];
-        }
-        Words2 rounded = {round_pair<BF16>(sum[0], sum[1]), round_pair<BF16>(sum[2], sum[3])};
-        *(Words2*)((u16*)out + (row + column) * D + channel) = rounded;
-    }
+    merge_splits<D>(arrivals + blockIdx.x, (float*)shared, partial, lse, out, row, group_heads, splits, shares);
 }

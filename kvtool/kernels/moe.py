@@ -63,7 +63,15 @@ class Groups:
     rows: int
 
 
-def mix(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, shared: Tensor | None = None) -> Tensor:
+def mix(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    shared: Tensor | None = None,
+    elsewhere: int = 0,
+) -> Tensor:
     """What `kvtool.layers.moe.mix_reference` defines, plus `shared`; sums of products in fp32.
 
     Args:
@@ -71,12 +79,13 @@ def mix(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, 
         gate_up: [E, 2 · I, K], the gates first; down: [E, K, I].
         ids: [T, top_k] integers, from E on of experts that are elsewhere; weights: [T, top_k].
         shared: [T, K], added to the result, or None.
+        elsewhere: how many experts are elsewhere; what falls to them takes no rows here.
 
     Returns:
         [T, K] of x's dtype.
     """
     num_pairs, num_experts = ids.numel(), len(down)
-    groups = group(ids, num_experts, rows_for(num_pairs, num_experts))
+    groups = group(ids, num_experts, rows_for(num_pairs, num_experts + elsewhere))
     inner = grouped_product(x, gate_up, groups, repeat=ids.shape[1], gated=True)
     return combine(grouped_product(inner, down, groups), ids, weights, num_experts, shared)
 
@@ -103,13 +112,20 @@ class Routing(Protocol):
     def top_groups(self) -> int: ...
 
 
-def route(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+def route(
+    logits: Tensor, bias: Tensor | None, routing: Routing, first: int = 0, ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """What `kvtool.layers.moe.route` defines, in one launch: ids [T, top_k] int32, weights [T, top_k] fp32.
+
+    Args:
+        first: the expert that ids are counted from, around all of them.
+        ids: memory for them, contiguous; None: new memory.
 
     Of equal scores the first expert's counts as larger. Logits that are NaN give ids of any value from 0 on.
     """
     (tokens, num_experts), top_k = logits.shape, routing.top_k
-    ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
+    if ids is None:
+        ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     width = triton.next_power_of_2(num_experts)
     _route_kernel[(tokens,)](
@@ -118,6 +134,7 @@ def route(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor
         ids,
         weights,
         routing.scale,
+        first,
         EXPERTS=num_experts,
         WIDTH=width,
         TOP_K=top_k,
@@ -269,13 +286,14 @@ def combine(rows: Tensor, ids: Tensor, weights: Tensor, num_experts: int, shared
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _route_kernel(
     logits,
     bias,
     ids,
     weights,
     scale,
+    first,
     EXPERTS: tl.constexpr,
     WIDTH: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -330,6 +348,7 @@ def _route_kernel(
         choice = tl.where(is_chosen, -float("inf"), choice)
     if NORMALIZE:
         top_weights = top_weights / (tl.sum(top_weights, 0) + 1e-20)
+    top_ids -= tl.where(top_ids < first, first - EXPERTS, first)
     tl.store(ids + token * TOP_K + place, top_ids, mask=place < TOP_K)
     tl.store(weights + token * TOP_K + place, top_weights * scale, mask=place < TOP_K)
 

@@ -77,6 +77,7 @@ __device__ inline float shuffle(float x, int lane) { return __shfl_sync(0xffffff
 __device__ inline int shuffle(int x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
 __device__ inline float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
 __device__ inline bool any_lane(bool x) { return __any_sync(0xffffffff, x); }
+__device__ inline bool any_thread(bool x) { return __syncthreads_or(x); }  // of the program, when all are there
 
 // 16 bytes from global to shared memory, on their way until their group is awaited.
 __device__ inline void copy_async(void* to, const void* from) {

@@ -1,6 +1,6 @@
 """Mixtures of experts: a router sends each token to a few of many gated MLPs (Shazeer et al., arXiv:1701.06538)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,12 +98,22 @@ def mix_reference(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights
 
 
 class Router(Linear):
-    """x [T, hidden_size] → each token's experts and their weights, as `route` gives them."""
+    """x [T, hidden_size] → each token's experts and their weights.
 
-    def __init__(self, hidden_size: int, routing: Routing, *, dtype: torch.dtype, device: torch.device) -> None:
+    Args:
+        first: the expert that ids are counted from, around all of them, so that those of this rank are the lowest.
+
+    Attributes:
+        chosen: [rows, top_k] int32, where the ids of the newest step stay; None: nowhere.
+    """
+
+    def __init__(
+        self, hidden_size: int, routing: Routing, first: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
         wide = torch.promote_types(dtype, torch.float32)
         super().__init__(hidden_size, routing.num_experts, bias=False, dtype=dtype, device=device)
-        self.routing = routing
+        self.routing, self.first = routing, first
+        self.chosen: Tensor | None = None
         biased = routing.scores == "sigmoid"
         self.choice_bias = empty_parameter(routing.num_experts, dtype=wide, device=device) if biased else None
 
@@ -117,11 +127,17 @@ class Router(Linear):
         return F.linear(x.to(wide), self.weight.to(wide))
 
     def experts_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids [T, top_k] from `first` on, around, and weights, otherwise as `route` gives them."""
+        kept = None if self.chosen is None else self.chosen[: len(x)]
         if takes(x):
             from kvtool.kernels import moe
 
-            return moe.route(self(x), self.choice_bias, self.routing)
-        return route(self(x), self.choice_bias, self.routing)
+            return moe.route(self(x), self.choice_bias, self.routing, self.first, kept)
+        ids, weights = route(self(x), self.choice_bias, self.routing)
+        ids = (ids - self.first) % self.routing.num_experts
+        if kept is not None:
+            kept.copy_(ids)
+        return ids, weights
 
     def slots(self, path: str) -> Iterator[tuple[str, Slot]]:
         yield from super().slots(path)
@@ -133,37 +149,41 @@ class Experts(nn.Module):
     """Gated MLPs of one size: x [T, hidden_size] with each token's experts and weights → [T, hidden_size].
 
     Args:
-        inner: which of the columns between its two products this rank has of each expert; its outputs are to be summed
-            over the ranks.
+        experts, inner: which of them this rank has, and which of the columns between the two products of each; its
+            outputs are to be summed over the ranks.
 
     Attributes:
-        gate_up: [experts, 2 · inner.size, hidden_size]; down: [experts, hidden_size, inner.size].
+        gate_up: [experts.size, 2 · inner.size, hidden_size]; down: [experts.size, hidden_size, inner.size].
     """
 
     gate_up: Tensor
     down: Tensor
 
     def __init__(
-        self, num_experts: int, hidden_size: int, inner: Shard, *, dtype: torch.dtype, device: torch.device
+        self, experts: Shard, hidden_size: int, inner: Shard, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
-        self.inner = inner
-        self.gate_up = empty_parameter(num_experts, 2 * inner.size, hidden_size, dtype=dtype, device=device)
-        self.down = empty_parameter(num_experts, hidden_size, inner.size, dtype=dtype, device=device)
+        self.experts, self.inner = experts, inner
+        self.gate_up = empty_parameter(experts.size, 2 * inner.size, hidden_size, dtype=dtype, device=device)
+        self.down = empty_parameter(experts.size, hidden_size, inner.size, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, shared: Tensor | None = None) -> Tensor:
-        """The experts' sum for each token, plus `shared` [T, hidden_size]."""
+        """The sum of this rank's experts for each token, plus `shared` [T, hidden_size].
+
+        `ids` count them from 0 on; those beyond are of experts elsewhere.
+        """
         if takes(x) and x.dtype.itemsize == 2:
             from kvtool.kernels import moe
 
-            return moe.mix(x, self.gate_up, self.down, ids, weights, shared)
+            elsewhere = self.experts.total - self.experts.size
+            return moe.mix(x, self.gate_up, self.down, ids, weights, shared, elsewhere)
         out = mix_reference(x, self.gate_up, self.down, ids, weights)
         return out if shared is None else out.add_(shared)
 
     def slots(self, path: str) -> Iterator[tuple[str, Slot]]:
-        """Checkpoint names of every expert's three matrices, and where each one goes."""
+        """Checkpoint names of the three matrices of each expert here, and where each one goes."""
         total, start, hidden = self.inner.total, self.inner.start, self.down.shape[1]
-        for expert, (gate_up, down) in enumerate(zip(self.gate_up, self.down, strict=True)):
+        for expert, (gate_up, down) in enumerate(zip(self.gate_up, self.down, strict=True), self.experts.start):
             gate, up = gate_up.chunk(2)
             yield f"{path}.{expert}.gate_proj.weight", Slot(gate, (total, hidden), (start, 0))
             yield f"{path}.{expert}.up_proj.weight", Slot(up, (total, hidden), (start, 0))
@@ -191,9 +211,9 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         routing, self.tp = shape.routing, tp
-        self.gate = Router(hidden_size, routing, dtype=dtype, device=device)
-        inner = tp.shard(shape.intermediate_size)
-        self.experts = Experts(routing.num_experts, hidden_size, inner, dtype=dtype, device=device)
+        experts, inner = tp.shard_experts(routing.num_experts, shape.intermediate_size)
+        self.gate = Router(hidden_size, routing, experts.start, dtype=dtype, device=device)
+        self.experts = Experts(experts, hidden_size, inner, dtype=dtype, device=device)
         self.shared_experts = (
             SharedExperts(hidden_size, tp.shard(shape.shared_size), tp, dtype=dtype, device=device)
             if shape.shared_size
@@ -209,3 +229,45 @@ class MoE(nn.Module):
         if shared is not None and self.shared_expert_gate is not None:
             shared = shared * F.sigmoid(self.shared_expert_gate(x))
         return self.tp.all_reduce(self.experts(x, *self.gate.experts_of(x), shared)), residual
+
+
+class ExpertLoad:
+    """How many tokens have chosen each expert, over all steps.
+
+    Routers leave the ids of a step's tokens where they stay, and these are counted once for all layers when the step
+    has been launched. So a CUDA graph counts nothing, rows that only fill one up are left out, and the host waits for
+    nothing until it asks for the totals.
+
+    Args:
+        routers: by layer, of a rank that has the first expert; all choose as many of as many.
+        rows: of the largest step, with what fills up a graph.
+    """
+
+    def __init__(self, routers: Mapping[int, Router], rows: int) -> None:
+        example = next(iter(routers.values()))
+        routing, device = example.routing, example.weight.device
+        self._layers = list(routers)
+        self._num_experts = routing.num_experts
+        chosen = torch.zeros(len(routers), rows, routing.top_k, dtype=torch.int32, device=device)
+        # NaN may be routed to ids behind the last expert, below the next power of two.
+        width = 1 << (routing.num_experts - 1).bit_length()
+        self._counts = torch.zeros(len(routers), width, dtype=torch.int64, device=device)
+        self._one = torch.ones(1, 1, dtype=torch.int64, device=device)
+        self._chosen = chosen
+        for router, ids in zip(routers.values(), chosen, strict=True):
+            assert router.first == 0
+            router.chosen = ids
+
+    def count(self, *places: slice) -> None:
+        """The tokens in these rows of the newest step have been computed."""
+        for rows in places:
+            ids = self._chosen[:, rows].long().flatten(1)
+            self._counts.scatter_add_(1, ids, self._one.expand_as(ids))
+
+    def reset(self) -> None:
+        """Nothing has been computed yet."""
+        self._counts.zero_()
+
+    def totals(self) -> dict[int, list[int]]:
+        """Tokens of each expert, by layer. Waits for all that was launched."""
+        return dict(zip(self._layers, self._counts[:, : self._num_experts].tolist(), strict=True))

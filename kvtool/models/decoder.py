@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kvtool.layers.embedding import Embedding
 from kvtool.layers.linear import GatedLinear, Linear, MergedLinear, RowLinear, Slot
 from kvtool.layers.mla import MLA, LatentProducts
-from kvtool.layers.moe import Experts, MoE
+from kvtool.layers.moe import Experts, MoE, Router
 from kvtool.layers.norm import QKNorm, RMSNorm
 from kvtool.layers.rotary import Rotary, queries_and_keys
 from kvtool.models.architectures import ARCHITECTURES
@@ -115,6 +115,9 @@ class Decoder(nn.Module):
     Args:
         max_len: tokens of the longest sequence it will see.
         parallel: what this rank has of it: the shards of its group, of the layers of its stage.
+
+    Attributes:
+        is_whole: of every stored tensor at least a piece is here.
     """
 
     def __init__(
@@ -129,6 +132,7 @@ class Decoder(nn.Module):
         super().__init__()
         tp, stage = parallel.tp, parallel.stage
         self.config, self.stage, self.dtype = config, stage, dtype
+        self.is_whole = stage.count == tp.ep == 1
 
         def embedding() -> Embedding:
             return Embedding(config.vocab_size, config.hidden_size, tp, dtype=dtype, device=device)
@@ -146,6 +150,11 @@ class Decoder(nn.Module):
             RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device) if stage.is_last else None
         )
         self.lm_head = embedding() if stage.is_last and not tied else None
+
+    def routers(self) -> dict[int, Router]:
+        """Those of this stage's layers that have experts, by layer."""
+        mixtures = {int(name): layer.mlp for name, layer in self.layers.items()}
+        return {layer: mlp.gate for layer, mlp in mixtures.items() if isinstance(mlp, MoE)}
 
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states after the final norm, of T tokens of any number of sequences laid end to end.

@@ -170,7 +170,7 @@ def _tensors_of(file: Path) -> list[StoredTensor]:
 
 def _match(model: Decoder, tensors: list[StoredTensor]) -> list[tuple[StoredTensor, Slot]]:
     """Where each tensor, or a piece of it, goes; pieces in the order of their bytes."""
-    known = _slots(model if model.stage.count == 1 else Decoder(model.config, 1, dtype=torch.bfloat16, device=META))
+    known = _slots(model if model.is_whole else Decoder(model.config, 1, dtype=torch.bfloat16, device=META))
     slots = _slots(model)
     matched: dict[str, StoredTensor] = {}
     drafts = tuple(f"layers.{model.config.num_layers + i}." for i in range(model.config.num_draft_layers))

@@ -1,5 +1,6 @@
 """What operators, probes and dashboards ask: is it well, what is it, what does it do; and end this, forget that."""
 
+import asyncio
 from importlib.metadata import version
 from typing import Any
 
@@ -30,9 +31,19 @@ async def health(engine: EngineArg) -> Response:
 
 
 @router.get("/metrics")
-async def metrics(http: Request) -> Response:
+async def metrics(http: Request, engine: EngineArg) -> Response:
+    await engine.client.count_experts()
     of: Metrics = http.app.state.metrics
     content, media_type = of.exposition(http.headers.get("accept", ""))
+    return Response(content, media_type=media_type)
+
+
+@router.get("/metrics/experts")
+async def expert_metrics(http: Request, engine: EngineArg) -> Response:
+    """What /metrics says of whole layers, expert by expert: thousands of series, which take their time."""
+    await engine.client.count_experts()
+    of: Metrics = http.app.state.metrics
+    content, media_type = await asyncio.to_thread(of.expert_exposition, http.headers.get("accept", ""))
     return Response(content, media_type=media_type)
 
 

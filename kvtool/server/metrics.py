@@ -30,6 +30,8 @@ class Metrics(Observer):
     def __init__(self, client: EngineClient, model_name: str) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(EngineCollector(client, model_name))
+        self._experts = CollectorRegistry()
+        self._experts.register(ExpertCollector(client, model_name))
 
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(name, text, ["model_name"], buckets=buckets, registry=self._registry).labels(model_name)
@@ -60,9 +62,14 @@ class Metrics(Observer):
         self._endings = {reason: endings.labels(model_name, reason) for reason in ("stop", "length", "abort", "error")}
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
-        """All metrics, and their media type, as an Accept header wants them."""
+        """All metrics but those of single experts, and their media type, as an Accept header wants them."""
         encode, media_type = choose_encoder(accept)
         return encode(self._registry), media_type
+
+    def expert_exposition(self, accept: str) -> tuple[bytes, str]:
+        """Metrics of single experts."""
+        encode, media_type = choose_encoder(accept)
+        return encode(self._experts), media_type
 
     def first_tokens(self, seconds: float, count: int) -> None:
         self._first.observe(seconds)
@@ -116,11 +123,50 @@ class EngineCollector(Collector):
         yield off
         text = "Configuration of the KV cache."
         yield self._family(GaugeMetricFamily, "vllm:cache_config_info", 1, text, **about)
+        for name, by_layer, text in imbalances(info, self._client.expert_tokens):
+            family = GaugeMetricFamily(name, text, labels=["model_name", "layer"])
+            for layer, value in by_layer.items():
+                family.add_metric([self._model_name, str(layer)], value)
+            if by_layer:
+                yield family
 
     def _family(self, kind: Any, name: str, value: float, text: str, **labels: object) -> Metric:
         family: Metric = kind(name, text, labels=["model_name", *labels])
         family.add_metric([self._model_name, *map(str, labels.values())], value)  # type: ignore[attr-defined]
         return family
+
+
+class ExpertCollector(Collector):
+    """What the engine last said of its experts."""
+
+    def __init__(self, client: EngineClient, model_name: str) -> None:
+        self._client, self._model_name = client, model_name
+
+    def collect(self) -> Iterator[Metric]:
+        text = "Tokens that have chosen an expert."
+        family = CounterMetricFamily("kvtool:expert_tokens", text, labels=["model_name", "layer", "expert"])
+        for layer, tokens in self._client.expert_tokens.items():
+            for expert, count in enumerate(tokens):
+                family.add_metric([self._model_name, str(layer), str(expert)], count)
+        yield family
+
+
+def imbalances(info: EngineInfo, expert_tokens: dict[int, list[int]]) -> list[tuple[str, dict[int, float], str]]:
+    """How far from alike experts are chosen, by layer, and with several parts how far from alike these are."""
+    size = info.num_experts // info.ep
+    found = [("kvtool:expert_imbalance", 1, "Tokens of the expert chosen most over the mean of all, since the start.")]
+    if info.ep > 1:
+        found.append(("kvtool:expert_rank_imbalance", size, "The same of the experts that ranks have, taken together."))
+    return [
+        (name, {layer: most_over_mean(tokens, of) for layer, tokens in expert_tokens.items() if any(tokens)}, text)
+        for name, of, text in found
+    ]
+
+
+def most_over_mean(counts: Sequence[int], size: int) -> float:
+    """Of sums of `size` counts that follow each other."""
+    sums = [sum(counts[first : first + size]) for first in range(0, len(counts), size)]
+    return max(sums) * len(sums) / sum(sums)
 
 
 def gauges(info: EngineInfo, stats: EngineStats) -> list[tuple[str, float, str]]:

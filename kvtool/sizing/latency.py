@@ -24,6 +24,7 @@ from kvtool.sizing.theory import kv_format, schemes_of
 
 BITS: tuple[Bits, ...] = ("16", "8", "4")  # of latents
 FLUSHED = 256 << 20  # bytes written before each run on a GPU, so that nothing is found in a cache
+AHEAD = 20  # times: all of a run is launched by then, and what is timed waits for no host
 RUNS, WARMUP = 20, 3
 
 
@@ -223,7 +224,8 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     flushed = torch.empty(FLUSHED if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
     events = []
     for _ in range(WARMUP + RUNS):
-        flushed.zero_()
+        for _ in range(AHEAD):
+            flushed.zero_()
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
