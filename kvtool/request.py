@@ -390,6 +390,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
         kv_bytes: bytes of blocks and tails, as allocated.
         kv_tokens: tokens that fit, blocks and tails together.
         kv_tokens_16bit: tokens that the same bytes would hold at 2 bytes an element.
+        draft_kv_bytes: bytes of the draft model's cache, as allocated.
         start_seconds: it took to load the model, compile kernels and capture CUDA graphs.
     """
 
@@ -417,6 +418,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
     kv_tokens_16bit: int
     start_seconds: float
     kv_address: str = ""
+    draft_kv_bytes: int = 0
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):

@@ -130,6 +130,29 @@ def test_tokens_and_packed_bytes_are_those_without_it_and_steps_are_fewer(make, 
     assert drafting.scheduler.blocks.num_used == 0
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("nbits", ["16", "4"])
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_graphs_draft_and_verify(nbits, cuda_graph):
+    """In bf16, where near ties may fall otherwise: `tiny` drafts for itself, and says much what it says without."""
+    config = EngineConfig(kv=KVOptions(nbits=nbits), kv_cache_memory=256 * MIB, cuda_graph=cuda_graph, max_num_seqs=8)
+    asked = [[256 + 7 * i + n for i in range(30 + n)] for n in range(6)]
+    params = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
+    expected = [completion.token_ids for completion in Engine(config).generate(asked, params)]
+    drafting = Engine(replace(config, speculation=SpeculationConfig("draft", draft_model="tiny")))
+    drafting.scheduler.pace.observe = lambda *step: None
+    got = [completion.token_ids for completion in drafting.generate(asked, params)]
+    stats = drafting.stats()
+    assert stats.accepted_total > 0.9 * stats.drafted_total > 0
+    same = [
+        next((i for i, pair in enumerate(zip(*both, strict=True)) if pair[0] != pair[1]), 150)
+        for both in zip(got, expected, strict=True)
+    ]
+    assert sum(same) > 0.6 * 150 * len(asked)
+    sampled = drafting.generate(asked, SamplingParams(temperature=1, top_p=0.9, max_tokens=60, ignore_eos=True))
+    assert all(len(completion.token_ids) == 60 for completion in sampled)
+
+
 def test_a_request_can_go_without_it_and_some_must(make):
     tested, plain = make(NGRAM), make(None)
     asked = {

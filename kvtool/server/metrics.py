@@ -216,4 +216,5 @@ def kv_bytes(info: EngineInfo, stats: EngineStats) -> list[tuple[str, float, str
         ("kvtool:kv_packed_bytes", stats.used_blocks * info.block_bytes, "Bytes of the blocks that requests own."),
         ("kvtool:kv_tail_bytes", stats.used_tails * info.tail_bytes, "Bytes of the tails of running requests."),
         ("kvtool:kv_bytes", info.kv_bytes, "Bytes of blocks and tails, as allocated."),
+        ("kvtool:draft_kv_bytes", info.draft_kv_bytes, "The same of the draft model's cache."),
     ]
