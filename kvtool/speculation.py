@@ -44,6 +44,9 @@ MEMORY = 1 / 32  # weight of the newest drafted token in an average
 MOST_ROWS = 256  # tokens that a step verifies; with more it is bound by arithmetic, on any GPU
 UNLIKELY = 0.05  # a token that is right more rarely than this is not worth drafting
 GOOD = 0.8  # acceptance of good drafts
+# Why drafts don't pay: too few are right; or not even good ones would, as with so many sequences a step has no time for
+# more tokens, or as the draft model takes too long for a single one.
+REASONS = ("acceptance", "batch", "cost")
 
 LONGEST, SHORTEST = 4, 2  # n-grams that are looked for, the longest first
 
@@ -83,8 +86,7 @@ class Pace:
 
     Attributes:
         num_tokens: to be drafted in the next step, at most; 0: none.
-        off: why drafts have been given up: "batch", where so many sequences decode that a step has no time for more
-            tokens, "acceptance", where too few are right; else empty.
+        off: which of `REASONS` there is for not drafting; empty where drafts pay.
     """
 
     def __init__(self, most: int) -> None:
@@ -129,7 +131,7 @@ class Pace:
             self._until_trial = self._pause
         self.off = ""
         if self.num_tokens == 0:
-            self.off = "acceptance" if self._best(most, times, GOOD, 1.0) else "batch"
+            self.off = "acceptance" if self._best(most, times, GOOD, 1.0) else "batch" if batch_size > 1 else "cost"
 
     def _best(self, most: int, times: Mapping[int, deque[float]], acceptance: float, hits: float) -> int:
         """Of 0 to `most` tokens, how many yield most a second."""

@@ -111,7 +111,7 @@ def sealed(engine: Engine) -> dict[bytes, bytes]:
     ids=[*FORMATS, "4, sampled"],
 )
 def test_tokens_and_packed_bytes_are_those_without_it_and_steps_are_fewer(make, kv, speculation, temperature, top_p):
-    params = SamplingParams(temperature=temperature, top_p=top_p, seed=2, max_tokens=150, ignore_eos=True)
+    params = SamplingParams(temperature=temperature, top_p=top_p, seed=2, max_tokens=100, ignore_eos=True)
     asked, plain, drafting = prompts(3), make(None, kv), make(speculation, kv, run_ahead=True)
     expected, steps = answers(plain, asked, params)
     assert len(set(map(tuple, expected))) == 3
@@ -375,7 +375,7 @@ def test_no_verification_completes_a_block(make, kv):
         return batch
 
     tested.scheduler.schedule = watched
-    answers(tested, prompts(3), SamplingParams(temperature=0, max_tokens=150, ignore_eos=True))
+    answers(tested, prompts(3), SamplingParams(temperature=0, max_tokens=80, ignore_eos=True))
     assert set(lengths) == {0, 1, 2, 3, 4}
 
 
@@ -507,6 +507,12 @@ def test_as_many_are_drafted_as_pay(right, batch, drafted, off):
     assert best in drafted
 
 
+def test_a_draft_that_takes_as_long_as_the_model_is_given_up():
+    pace = Pace(4)
+    assert paced(pace, lambda batch, drafted: 1.0 + drafted, 0.95, 1, 500)[0] > 450
+    assert pace.off == "cost"
+
+
 def test_it_comes_back_when_it_pays_again():
     pace = Pace(4)
     paced(pace, bound, 0.05, 1, 1000)
@@ -529,7 +535,7 @@ def test_metrics_say_what_is_drafted_and_why_not(make):
     answers(tested, prompts(2), SamplingParams(temperature=0, max_tokens=150, ignore_eos=True))
     tested.scheduler.pace.num_tokens, tested.scheduler.pace.off = 0, "batch"
     stats = tested.stats()
-    client = SimpleNamespace(info=tested.info, stats=stats)
+    client = SimpleNamespace(info=tested.info, stats=stats, expert_tokens={})
     families = {family.name: family for family in EngineCollector(client, "m").collect()}  # type: ignore[arg-type]
     values = {name: family.samples[0].value for name, family in families.items()}
     assert values["vllm:spec_decode_num_drafts"] == stats.verifications_total > 0

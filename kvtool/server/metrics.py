@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 from kvtool.client import EngineClient
 from kvtool.request import EngineInfo, EngineStats
 from kvtool.server.generation import Ending, Observer, Times
+from kvtool.speculation import REASONS
 
 # vLLM's, so that quantiles of both can be compared.
 TTFT_BUCKETS = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40]
@@ -109,6 +110,11 @@ class EngineCollector(Collector):
             yield self._family(CounterMetricFamily, name, value, text)
         for name, value, text in kv_bytes(info, stats):
             yield self._family(GaugeMetricFamily, name, value, text, format=info.kv_format)
+        text = "Why nothing is drafted: too few tokens are right, the batch is too large, or drafts take too long."
+        off = GaugeMetricFamily("kvtool:speculation_off", text, labels=["model_name", "reason"])
+        for reason in REASONS:
+            off.add_metric([self._model_name, reason], float(stats.speculation_off == reason))
+        yield off
         about = {
             "block_size": info.block_size,
             "cache_dtype": info.kv_format,
@@ -116,11 +122,6 @@ class EngineCollector(Collector):
             "num_gpu_blocks": info.num_blocks,
             "num_cpu_blocks": info.num_swap_units,
         }
-        text = "Why nothing is drafted: the batch is too large, or too few drafted tokens are right."
-        off = GaugeMetricFamily("kvtool:speculation_off", text, labels=["model_name", "reason"])
-        for reason in ("batch", "acceptance"):
-            off.add_metric([self._model_name, reason], float(stats.speculation_off == reason))
-        yield off
         text = "Configuration of the KV cache."
         yield self._family(GaugeMetricFamily, "vllm:cache_config_info", 1, text, **about)
         for name, by_layer, text in imbalances(info, self._client.expert_tokens):
