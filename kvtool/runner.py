@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtool.attention import PagedAttention, block_size
+from kvtool.attention.latents import LatentQueries
 from kvtool.attention.layer import AttentionLayer
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.cuda_graph import MOST_WORK, StepGraphs, as_kv_span, known, most_rows, place
@@ -451,8 +452,8 @@ class Runner:
         if not is_capturable:
             return None
         fmt, weights = self.store.format, sum(weight.numel() for weight in self.model.layers.parameters())
-        most_tokens = min(MOST_WORK // weights, config.max_num_batched_tokens)
-        (most_tokens,) = self.parallel.least(most_tokens if self.attention.captures_prompts else 0)
+        most_tokens, captured = min(MOST_WORK // weights, config.max_num_batched_tokens), self.attention.captured_tokens
+        (most_tokens,) = self.parallel.least(most_tokens if captured is None else min(most_tokens, captured))
         # Stages but the last have no logits, and nobody looks at what comes of their hidden states.
         head = self.model.logits if self.parallel.stage.is_last else torch.Tensor.contiguous
         return StepGraphs(
@@ -517,7 +518,7 @@ class Runner:
         batch: KVBatch,
         on_layer: Callable[[int], None] | None,
         layer: int,
-        q: Tensor,
+        q: Tensor | LatentQueries,
         key: Tensor,
         value: Tensor,
     ) -> Tensor:
@@ -526,7 +527,10 @@ class Runner:
             out = self.attention(index, q, key, value, batch)
         if on_layer:
             on_layer(index)
-        return torch.zeros_like(q) if out is None else out
+        if out is None:
+            out = q.empty() if isinstance(q, LatentQueries) else torch.empty_like(q)
+            out.zero_()
+        return out
 
     @contextmanager
     def _faults_noted(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvtool.attention import PagedAttention, block_size
+from kvtool.attention.latents import LatentQueries
 from kvtool.config import Bits, EngineConfig, KVOptions
 from kvtool.errors import ConfigError, UnsupportedError
 from kvtool.kv.batch import KVBatch, Span
@@ -172,7 +173,9 @@ class ScoringModel:
         return [torch.cat(piece)[window.first - 1 :] for window, piece in zip(batch, pieces, strict=True)]
 
 
-def _attend(attention: PagedAttention, batch: KVBatch, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _attend(
+    attention: PagedAttention, batch: KVBatch, layer: int, q: Tensor | LatentQueries, key: Tensor, value: Tensor
+) -> Tensor:
     return attention(layer, q, key, value, batch)
 
 

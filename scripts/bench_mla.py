@@ -3,12 +3,15 @@
     python scripts/bench_mla.py
     python scripts/bench_mla.py --parts decode --num-heads 16 --nbits 16,4
     python scripts/bench_mla.py --sweep --nbits 4
+    python scripts/bench_mla.py --parts prefill --num-heads 16 --nbits 16,4
     python scripts/bench_mla.py --parts experts --shape 128,8,2048,768     # Qwen3-30B-A3B; 64,6,2048,1408 is V2-Lite
 
 decode: attention of one decode step over latents of 512 and rope keys of 64, by KV bits and kernel, beside the expanded
-form in torch (keys and values of all heads made of the latents, then scaled_dot_product_attention). prefill: one prompt
-from its first token on. experts: a layer's routed experts on tokens that choose at random, beside a loop over them in
-torch. --sweep: a step of 16 sequences by how the tiles of the kernel in CUDA C++ are cut.
+form in torch (keys and values of all heads made of the latents, then scaled_dot_product_attention). prefill: some
+tokens of one prompt, behind a context or none: absorbed, products on queries and outputs included; expanded, the making
+of keys and values included, and which of the two is chosen; beside the latter in torch, and
+scaled_dot_product_attention alone. experts: a layer's routed experts on tokens that choose at random, beside a loop
+over them in torch. --sweep: a step of 16 sequences by how the tiles of the kernel in CUDA C++ are cut.
 
 Each figure is the mean of a CUDA graph that runs layers one behind the other, as many as fill 4 GiB, so that no cache
 helps. Its bytes are those that must be read: latents and rope keys as they are stored, and the experts that are chosen.
@@ -26,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from kvtool.attention.latents import LatentQueries
 from kvtool.attention.layer import AttentionLayer
 from kvtool.attention.triton_backend import TritonPrefill
 from kvtool.config import KVOptions
@@ -40,7 +44,8 @@ from kvtool.quantize.decode_speed import FOOTPRINT, fill, graph_seconds, read_ba
 
 LATENT, ROPE, NOPE, VALUE = 512, 64, 128, 128
 WORKLOADS = ((16, 32_000), (64, 4_096), (1, 32_000), (1, 131_072), (256, 1_024))  # sequences, tokens of each
-PROMPTS = (128, 512, 1_024, 2_048, 8_192)  # tokens
+# Contexts and new tokens. No end is a block's: the last query would read a tail that no later one needs.
+CHUNKS = ((0, 127), (0, 511), (0, 1_023), (0, 2_047), (0, 8_191), (32_768, 127), (32_768, 511), (32_768, 2_047))
 BATCHES = (1, 2, 8, 16, 64, 256, 2_048)  # tokens of a step
 DTYPE = torch.bfloat16
 LIMIT = 1e-2  # of relative errors
@@ -82,7 +87,7 @@ def main() -> None:
     if "decode" in args.parts:
         good &= decode_table(args.num_heads, formats, bandwidth)
     if "prefill" in args.parts:
-        prefill_table(args.num_heads, formats)
+        good &= prefill_table(args.num_heads, formats)
     if "experts" in args.parts:
         good &= expert_table(tuple(map(int, args.shape.split(","))), bandwidth)
     sys.exit(not good)
@@ -203,34 +208,99 @@ def expanded_seconds(num_heads: int, num_seqs: int, length: int) -> float | None
 # Prefill
 
 
-def prefill_table(num_heads: int, formats: list[str]) -> None:
-    print(f"\n{'prompt':>14} {'KV':>12} {'µs':>9} {'TFLOP/s':>8}")
-    for length in PROMPTS:
-        flops = num_heads * (2 * LATENT + ROPE) * length * (length + 1)
-        calls = {nbits: prefill(num_heads, nbits, length) for nbits in formats}
-        for name, call in ({"expanded": expanded_prompt(num_heads, length)} | calls).items():
-            seconds = graph_seconds(call, range(2))
-            print(f"{length:>14} {name:>12} {seconds * 1e6:9.1f} {flops / seconds / 1e12:8.0f}", flush=True)
+def prefill_table(num_heads: int, formats: list[str]) -> bool:
+    """Each row's TFLOP/s are of what it multiplies itself."""
+    print(f"\n{'context+chunk':>14} {'by':>22} {'µs':>9} {'TFLOP/s':>8} {'error':>9}")
+    good = True
+    for context, length in CHUNKS:
+        products = 2 * num_heads * LATENT * (NOPE + VALUE)  # of one token
+        pairs = num_heads * length * (2 * context + length + 1)
+        absorbed = length * products + pairs * (2 * LATENT + ROPE)
+        alone = pairs * (NOPE + ROPE + VALUE)
+        expanded = (context + length) * products + alone
+
+        def row(by: str, flops: int, call: Callable[[int], object], error: float | None = None) -> bool:
+            seconds, wrong = graph_seconds(call, range(2)), "" if error is None else f"{error:.1e}"
+            chunk = f"{context}+{length}"  # noqa: B023
+            print(f"{chunk:>14} {by:>22} {seconds * 1e6:9.1f} {flops / seconds / 1e12:8.0f} {wrong:>9}", flush=True)
+            return error is None or error < LIMIT
+
+        for nbits in formats:
+            prompt = Chunk(num_heads, nbits, context, length)
+            chosen = prompt.chosen()
+            for by, flops, call in (("absorbed", absorbed, prompt.absorb), ("expanded", expanded, prompt.expand)):
+                mark = " (chosen)" if by == chosen else ""
+                good &= row(f"{by} {nbits}{mark}", flops, call, prompt.error(call))
+        if not context:
+            made, given = sdpa(num_heads, length)
+            row("SDPA and making", expanded, made)
+            row("SDPA", alone, given)
+    return good
 
 
-def prefill(num_heads: int, nbits: str, length: int) -> Callable[[int], object]:
-    """The kernels on a prompt that two layers have written to a store."""
-    layer, layout = latent_layer(num_heads), layout_of(nbits, 2)
-    num_blocks = layout.format.num_blocks(length)
-    store = KVStore(layout, num_blocks + 1, 1, DTYPE, "cuda")
-    batch = KVBatch.build(layout.format, [Span(0, length, torch.randperm(num_blocks).tolist(), 0)], "cuda")
-    q = torch.randn(length, num_heads, layer.head_dim, dtype=DTYPE, device="cuda") / 4
-    new = [torch.randn(2, length, 1, dim, dtype=DTYPE, device="cuda") for dim in (ROPE, LATENT)]
-    nears = [kv.write(key, value, batch) for kv, key, value in zip(store.layers, *new, strict=True)]
-    out = torch.empty(length, num_heads, LATENT, dtype=DTYPE, device="cuda")
-    return lambda index: TritonPrefill().prefill(q, nears[index], store.layers[index], batch, layer, out)
+class Chunk:
+    """Tokens of one prompt in a store of two layers, which hold its context and, at its end, these tokens."""
+
+    def __init__(self, num_heads: int, nbits: str, context: int, length: int) -> None:
+        layout, end = layout_of(nbits, 2), context + length
+        self.layer, num_blocks = latent_layer(num_heads), layout.format.num_blocks(end)
+        self.store = KVStore(layout, num_blocks + 1, 1, DTYPE, "cuda")
+        blocks = torch.randperm(num_blocks).tolist()
+        for start, stop in ((0, context), (context, end))[not context :]:
+            self.batch = KVBatch.build(layout.format, [Span(start, stop, blocks, 0)], "cuda")
+            new = [torch.randn(2, stop - start, 1, dim, dtype=DTYPE, device="cuda") for dim in (ROPE, LATENT)]
+            layers = zip(self.store.layers, *new, strict=True)
+            self.nears = [kv.write(key, latent, self.batch) for kv, key, latent in layers]
+        products = torch.randn(2, num_heads, NOPE + VALUE, LATENT, dtype=DTYPE, device="cuda") * LATENT**-0.5
+        nope = torch.randn(length, num_heads, NOPE, dtype=DTYPE, device="cuda") / 2
+        rest = torch.randn(length, num_heads, LATENT + ROPE, dtype=DTYPE, device="cuda") / 2
+        self.queries = [LatentQueries(nope, rest, each) for each in products]
+
+    def chosen(self) -> str:
+        assert self.batch.prompts
+        return "expanded" if self.queries[0].expand(self.batch.prompts.spans) else "absorbed"
+
+    def absorb(self, index: int) -> Tensor:
+        queries = self.queries[index]
+        gathered = torch.empty(*queries.nope.shape[:2], LATENT, dtype=DTYPE, device="cuda")
+        self._prefill(index, queries.absorbed(), gathered)
+        return queries.values(gathered)
+
+    def expand(self, index: int) -> Tensor:
+        out = self.queries[index].empty()
+        self._prefill(index, self.queries[index], out)
+        return out
+
+    def _prefill(self, index: int, queries: Tensor | LatentQueries, out: Tensor) -> None:
+        TritonPrefill().prefill(queries, self.nears[index], self.store.layers[index], self.batch, self.layer, out)
+
+    def error(self, call: Callable[[int], Tensor]) -> float:
+        """Of the last token's values, against float64."""
+        kv, batch, last = self.store.layers[0], self.batch, self.queries[0].rows(slice(-1, None))
+        double = LatentQueries(last.nope.double(), last.absorbing.double(), last.products.double())
+        places = (batch.block_table, batch.positions[-1:], batch.visible[-1:], batch.tail_slots)
+        streams = (kv.key.packed, kv.value.packed)
+        gathered = mla_decode.latent_decode_reference(double.absorbed(), *streams, *places, scale=self.layer.scale)
+        exact = double.values(gathered)
+        return float((call(0)[-1:].double() - exact).norm() / exact.norm())
 
 
-def expanded_prompt(num_heads: int, length: int) -> Callable[[int], object]:
-    """Causal attention over keys and values of all heads, which are there already."""
-    q, key = (torch.randn(1, num_heads, length, NOPE + ROPE, dtype=DTYPE, device="cuda") for _ in range(2))
-    value = torch.randn(1, num_heads, length, VALUE, dtype=DTYPE, device="cuda")
-    return lambda _: F.scaled_dot_product_attention(q, key, value, is_causal=True)
+def sdpa(num_heads: int, length: int) -> tuple[Callable[[int], Tensor], Callable[[int], Tensor]]:
+    """Causal attention in torch over keys and values of all heads: which it makes of latents, and which are there."""
+    latents = torch.randn(1, length, LATENT, dtype=DTYPE, device="cuda")
+    rope = torch.randn(1, 1, length, ROPE, dtype=DTYPE, device="cuda").expand(-1, num_heads, -1, -1)
+    weight = torch.randn(num_heads * (NOPE + VALUE), LATENT, dtype=DTYPE, device="cuda") * LATENT**-0.5
+    q = torch.randn(1, num_heads, length, NOPE + ROPE, dtype=DTYPE, device="cuda")
+
+    def make() -> tuple[Tensor, Tensor]:
+        made = F.linear(latents, weight).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        return torch.cat([made[..., :NOPE], rope], -1), made[..., NOPE:]
+
+    key, value = make()[0], make()[1].contiguous()
+    return (
+        lambda _: F.scaled_dot_product_attention(q, *make(), is_causal=True),
+        lambda _: F.scaled_dot_product_attention(q, key, value, is_causal=True),
+    )
 
 
 # Experts

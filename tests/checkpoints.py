@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from kvtool.attention.latents import absorbing
 from kvtool.models import Decoder, ModelConfig
 
 SHAPE: dict[str, Any] = {
@@ -61,7 +62,7 @@ def make_checkpoint(
 
 
 class DenseAttend:
-    """Causal attention over one sequence, all of whose keys and values it keeps. An `Attend` for tests."""
+    """Causal attention over one sequence, all of whose keys and values it keeps. For tests."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -85,4 +86,4 @@ class DenseAttend:
 @torch.inference_mode()
 def run(model: Decoder, ids: list[int], attend: DenseAttend, start: int = 0) -> Tensor:
     """Logits [T, vocab_size] of these ids, of which `start` came before."""
-    return model.logits(model(torch.tensor(ids), torch.arange(start, start + len(ids)), attend))
+    return model.logits(model(torch.tensor(ids), torch.arange(start, start + len(ids)), absorbing(attend)))

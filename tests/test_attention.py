@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtool.attention import PagedAttention
+from kvtool.attention.latents import LatentQueries
 from kvtool.attention.layer import AttentionLayer
 from kvtool.attention.reference import attention_reference
 from kvtool.config import KVOptions
@@ -58,6 +59,15 @@ def seen(x: torch.Tensor, fmt: StreamFormat, block_size: int) -> torch.Tensor:
     return decoded.transpose(1, 2).flatten(0, 1)[: len(x)]
 
 
+def defined(q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, fmt: KVFormat, layer: AttentionLayer):
+    """`attention_reference` on what blocks of `fmt` make of `key` and `value`."""
+    formats = fmt.layers[0]
+    rotate = [hadamard if stream.rotate else (lambda x: x) for stream in (formats.key, formats.value)]
+    seen_key = rotate[0](seen(rotate[0](key), formats.key, fmt.block_size))
+    seen_value = rotate[1](seen(rotate[1](value), formats.value, fmt.block_size))
+    return attention_reference(q, key, value, seen_key, seen_value, fmt, layer)
+
+
 class Stored:
     """One sequence in a store of one layer, fed in spans."""
 
@@ -69,11 +79,14 @@ class Stored:
         order = torch.randperm(40, generator=torch.Generator().manual_seed(seed)).tolist()
         self.blocks = order[: fmt.num_blocks(num_tokens)]
 
-    def run(self, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cuts: list[int]) -> torch.Tensor:
+    def run(
+        self, q: torch.Tensor | LatentQueries, key: torch.Tensor, value: torch.Tensor, cuts: list[int]
+    ) -> torch.Tensor:
         outs = []
-        for start, end in zip([0, *cuts], [*cuts, len(q)], strict=True):
+        for start, end in zip([0, *cuts], [*cuts, len(key)], strict=True):
             batch = KVBatch.build(self.fmt, [Span(start, end, self.blocks[: self.fmt.num_blocks(end)], 1)])
-            outs.append(self.attend(0, q[start:end], key[start:end], value[start:end], batch))
+            queries = q[start:end] if isinstance(q, torch.Tensor) else q.rows(slice(start, end))
+            outs.append(self.attend(0, queries, key[start:end], value[start:end], batch))
             self.store.seal(batch)
         return torch.cat(outs)
 
@@ -97,10 +110,39 @@ def test_any_chunking_equals_the_definition(options, num_tokens, shape, window, 
 
     out = Stored(fmt, spec, layer, num_tokens, seed).run(q, key, value, cuts)
 
-    formats = fmt.layers[0]
-    rotate = [hadamard if stream.rotate else (lambda x: x) for stream in (formats.key, formats.value)]
-    seen_key = rotate[0](seen(rotate[0](key), formats.key, fmt.block_size))
-    seen_value = rotate[1](seen(rotate[1](value), formats.value, fmt.block_size))
     assert out.shape == (num_tokens, layer.num_heads, spec.value.dim)
-    expected = attention_reference(q, key, value, seen_key, seen_value, fmt, layer)
+    torch.testing.assert_close(out, defined(q, key, value, fmt, layer), rtol=1e-9, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(options=st.sampled_from(OPTIONS), num_tokens=st.integers(1, 250), seed=st.integers(0, 2**31), data=st.data())
+def test_expanded_latents_equal_absorbed_ones(options, num_tokens, seed, data):
+    """Prompts in any chunking, of which some expand and some absorb, against the absorbed definition."""
+    torch.manual_seed(seed)
+    (spec, layer), (num_nope, num_value) = SHAPES[-1], (12, 20)
+    fmt = resolve(options, spec)
+    key, value = (torch.randn(num_tokens, 1, s.dim, dtype=torch.float64) for s in (spec.key, spec.value))
+    queries = LatentQueries(
+        torch.randn(num_tokens, layer.num_heads, num_nope, dtype=torch.float64),
+        torch.randn(num_tokens, layer.num_heads, layer.head_dim, dtype=torch.float64),
+        torch.randn(layer.num_heads, num_nope + num_value, spec.value.dim, dtype=torch.float64) / 8,
+    )
+    cuts = sorted(data.draw(st.sets(st.integers(1, num_tokens - 1), max_size=4))) if num_tokens > 1 else []
+
+    out = Stored(fmt, spec, layer, num_tokens, seed).run(queries, key, value, cuts)
+
+    expected = queries.values(defined(queries.absorbed(), key, value, fmt, layer))
+    assert out.shape == (num_tokens, layer.num_heads, num_value)
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_prompt_expands_where_that_costs_less():
+    """Multiplications of both ways, counted pair by pair at DeepSeek-V2-Lite's sizes."""
+    latent, rope, nope, value = 512, 64, 128, 128
+    queries = LatentQueries(torch.empty(1, 1, nope), torch.empty(1, 1, latent + rope), torch.empty(1, 256, latent))
+    for start, end in ((0, 2), (0, 5000), (1000, 1150), (1000, 1155), (100_000, 100_170), (100_000, 100_171)):
+        batch = KVBatch.build(resolve(KVOptions(), SHAPES[-1][0]), [Span(start, end, range(-(-end // 64)), 0)])
+        pairs = sum(t + 1 for t in range(start, end))
+        absorbed = (end - start) * latent * (nope + value) + pairs * (2 * latent + rope)
+        expanded = end * latent * (nope + value) + pairs * (nope + rope + value)
+        assert queries.expand(batch.prompts.spans) == (expanded < absorbed)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtool.attention import PagedAttention
+from kvtool.attention.latents import LatentQueries
 from kvtool.attention.layer import AttentionLayer
 from kvtool.attention.torch_backend import TorchAttention
 from kvtool.attention.triton_backend import TritonPrefill
@@ -25,7 +26,7 @@ from kvtool.layers.rotary import Rope, Rotary
 
 triton = pytest.importorskip("triton")
 
-from kvtool.kernels import mla_decode, mla_inputs, mla_prefill  # noqa: E402
+from kvtool.kernels import mla_decode, mla_expanded, mla_inputs, mla_prefill  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float16]  # the interpreter multiplies no bf16
@@ -188,6 +189,62 @@ def test_prompts_in_any_chunking_equal_torch_in_float64(options, num_heads, dims
         assert float((outs[0] - outs[1]).norm() / outs[1].norm()) < 1e-2
 
 
+@runs
+@settings(deadline=None, max_examples=200 if ON_GPU else 6)
+@given(
+    options=st.sampled_from(OPTIONS),
+    num_heads=st.sampled_from([1, 3, 16] if ON_GPU else [1, 2]),
+    dims=st.sampled_from([(512, 64, 128, 128), (512, 64, 96, 80)] if ON_GPU else [(64, 32, 16, 32), (64, 32, 24, 20)]),
+    lengths=st.lists(
+        st.tuples(st.integers(0, 1500 if ON_GPU else 150), st.integers(2, 900 if ON_GPU else 40)),
+        min_size=1,
+        max_size=4 if ON_GPU else 2,
+    ),
+    room=st.sampled_from([1, 3, 1000]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31),
+)
+def test_expanded_prompts_equal_torch_in_float64(options, num_heads, dims, lengths, room, dtype, seed):
+    """Prompts with and without context beside a decode, with `room` blocks in a piece of contexts."""
+    torch.manual_seed(seed)
+    latent, rope, nope, value = dims
+    layer = AttentionLayer(num_heads, 1, latent + rope, 0.3 * (nope + rope) ** -0.5, latent_dim=latent)
+    products = (torch.randn(num_heads, nope + value, latent, device=DEVICE) * latent**-0.5).to(dtype)
+    scale, outs = torch.rand(latent + rope, device=DEVICE) * 3, []
+    bounds = [(9, 10), *((start, start + length) for start, length in lengths)]
+    x = [
+        [torch.randn(end, *shape, device=DEVICE).to(dtype) for shape in ((num_heads, nope), (num_heads, latent + rope))]
+        + [(torch.randn(end, 1, latent + rope, device=DEVICE) * scale).to(dtype)]
+        for _, end in bounds
+    ]
+    for store_dtype, backend in ((dtype, "triton"), (torch.float64, "torch")):
+        spec = KVSpec(1, StreamSpec(1, rope), StreamSpec(1, latent), store_dtype.itemsize, latent=True)
+        fmt = resolve(options, spec)
+        counts = [fmt.num_blocks(end) for _, end in bounds]
+        ids = torch.randperm(sum(counts)).split(counts)
+        store = KVStore(KVLayout(spec, fmt), sum(counts) + 1, len(bounds), store_dtype, DEVICE)
+        attend = PagedAttention(store, [layer], backend)
+        spans = [Span(*bound, own.tolist(), slot) for slot, (bound, own) in enumerate(zip(bounds, ids, strict=True))]
+        for is_now in (False, True):
+            parts = [(s, slice(s.start, s.end) if is_now else slice(0, s.start)) for s in spans if is_now or s.start]
+            step = sorted(
+                (Span(at.start, at.stop, s.blocks, s.tail_slot) for s, at in parts), key=lambda span: span.length > 1
+            )
+            columns = zip(*(x[s.tail_slot] for s in step), strict=True)
+            given = (torch.cat([part[s.start : s.end] for part, s in zip(c, step, strict=True)]) for c in columns)
+            q, absorbing, made = (part.to(store_dtype) for part in given)
+            queries = LatentQueries(q, absorbing, products.to(store_dtype))
+            batch = KVBatch.build(fmt, step, DEVICE)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(LatentQueries, "expand", lambda *_: is_now)  # noqa: B023
+                row = dtype.itemsize * fmt.block_size * (num_heads * (nope + value) + latent + rope)
+                patch.setattr(mla_expanded, "WORKSPACE", room * row)
+                out = attend(0, queries, made[..., latent:], made[..., :latent], batch)
+            store.seal(batch)
+        outs.append(out.double())
+    assert float((outs[0] - outs[1]).norm() / outs[1].norm()) < 1e-2
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=name)
 def test_the_definition_agrees_with_the_torch_backend(options):
     """Two readings of the store's bytes: the kernel's reference, and the codecs behind `TorchAttention`."""
@@ -232,6 +289,26 @@ def test_it_compiles_without_spills(options, capability, monkeypatch):
         q[..., :192].contiguous(), latents, table[:, :, :2], table[:, :, 2:], latents[0, :512], 1e-6, interleaved=True
     )
     TritonPrefill().prefill(q, near, case.kv, batch, case.layer, torch.empty_like(q[..., :512]))
+    assert compiled
+    for kernel in compiled:
+        check_fits(kernel, capability)
+
+
+@compiles
+@pytest.mark.parametrize("capability", [89, 90])
+@pytest.mark.parametrize(
+    ("nbits", "is_large", "workspace"),  # of 1: each block is a piece
+    [("16", False, 1 << 27), ("4", True, 1)],
+)
+def test_expanded_prompts_compile_without_spills(nbits, is_large, workspace, capability, monkeypatch):
+    case = Decoding(KVOptions(nbits=nbits), 16, (512, 64), [130], torch.bfloat16, device="cpu")
+    compiled = compile_for(capability, monkeypatch, mla_expanded)
+    monkeypatch.setattr(mla_expanded, "_num_sms", lambda device: 1 if is_large else 1000)
+    monkeypatch.setattr(mla_expanded, "WORKSPACE", workspace)
+    q = torch.empty(9, 16, 576, dtype=torch.bfloat16)
+    queries = LatentQueries(q[..., :128], q, q.new_empty(16, 256, 512))
+    near, batch = Near(q[:, :1, :64], q[:, :1, 64:]), KVBatch.build(case.format, [Span(130, 139, [0, 1, 2], 0)], "cpu")
+    TritonPrefill().prefill(queries, near, case.kv, batch, case.layer, q.new_empty(9, 16, 128))
     assert compiled
     for kernel in compiled:
         check_fits(kernel, capability)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding
 
+from kvtool.attention.latents import absorbing
 from kvtool.errors import ModelError
 from kvtool.layers import moe
 from kvtool.layers.rotary import Rotary
@@ -166,7 +167,7 @@ def test_a_step_asks_for_no_value_of_any_tensor(case: str, opened: Any, monkeypa
     config, meta = load_config(opened(case)[1]), torch.device("meta")
     model = load_model(opened(case)[1], config, dtype=torch.float16, device=meta, load_format="dummy")
     ids = torch.zeros(5, dtype=torch.int64, device=meta)
-    logits = model.logits(model(ids, ids, lambda layer, q, k, v: q[..., : v.shape[-1]]))
+    logits = model.logits(model(ids, ids, absorbing(lambda layer, q, k, v: q[..., : v.shape[-1]])))
     assert (logits.shape, logits.dtype) == ((5, config.vocab_size), torch.float16)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvtool.attention.cuda_backend import CudaDecode
 from kvtool.attention.flash_backend import PAGE, FlashAttention
+from kvtool.attention.latents import LatentQueries
 from kvtool.attention.layer import AttentionLayer
 from kvtool.attention.torch_backend import TorchAttention
 from kvtool.attention.triton_backend import TritonDecode, TritonPrefill
@@ -32,9 +33,19 @@ class Prefill(Protocol):
         """Why this cannot run `layer` on `kv`, or None if it can."""
 
     def prefill(
-        self, q: Tensor, near: Near | None, kv: LayerKV, batch: KVBatch, layer: AttentionLayer, out: Tensor
+        self,
+        q: Tensor | LatentQueries,
+        near: Near | None,
+        kv: LayerKV,
+        batch: KVBatch,
+        layer: AttentionLayer,
+        out: Tensor,
     ) -> None:
-        """Attention of `q` [T, Hq, D], the queries behind the decodes, over what `kv.write` has stored, into `out`."""
+        """Attention of `q` [T, Hq, D], the queries behind the decodes, over what `kv.write` has stored, into `out`.
+
+        Latents it expands for queries that have not absorbed the products; those are rotated as latents and rope keys
+        are, and `out` is [T, Hq, D of values].
+        """
 
 
 class Decode(Protocol):
@@ -115,6 +126,11 @@ def select(layer: AttentionLayer, kv: LayerKV, asked: str = "auto") -> Attention
     raise UnsupportedError(f"no attention backend for {layer.describe()}: {reasons}")
 
 
+# An H200 takes 206 µs a layer for 1,024 absorbed tokens of 16 heads. For half as many it is no more than what a graph
+# saves in launches; where exactly that ends was not timed.
+ABSORBED_TOKENS = 512
+
+
 class PagedAttention:
     """All attention layers of a model over one store; called with a layer's index, queries, keys and values."""
 
@@ -128,23 +144,41 @@ class PagedAttention:
         return all(b.decode.is_capturable for b in self.backends) and all(kv.writer for kv in self.store.layers)
 
     @property
-    def captures_prompts(self) -> bool:
-        """Neither do steps with prompts."""
-        return self.is_capturable and all(b.prefill.captures_prompts for b in self.backends)
+    def captured_tokens(self) -> int | None:
+        """Most tokens of prompts in a step that a CUDA graph should hold; None: any number.
 
-    def __call__(self, index: int, q: Tensor, key: Tensor, value: Tensor, batch: KVBatch) -> Tensor:
+        A graph does not know what contexts there will be, so over latents it absorbs: longer prompts expand outside.
+        """
+        if not self.is_capturable or not all(b.prefill.captures_prompts for b in self.backends):
+            return 0
+        return ABSORBED_TOKENS if any(layer.latent_dim is not None for layer in self.layers) else None
+
+    def __call__(self, index: int, q: Tensor | LatentQueries, key: Tensor, value: Tensor, batch: KVBatch) -> Tensor:
         """Store this step's `key` and `value` [T, Hkv, D] and attend with `q` [T, Hq, D]; returns [T, Hq, D].
 
         Rotated streams are rotated here, once: keys and queries alike, values on the way in and the output back.
         """
-        layer, kv = self.layers[index], self.store.layers[index]
-        q = rotated_queries(q, kv, layer)
+        kv = self.store.layers[index]
         if kv.key.format.rotate:
             key = hadamard(key)
         if kv.value.format.rotate:
             value = hadamard(value)
         near = kv.write(key, value, batch)
-        out = self.backends[index].forward(q, near, kv, batch, layer)
+        if not isinstance(q, LatentQueries):
+            return self._forward(index, q, near, batch)
+        if not batch.prompts or not q.expand(batch.prompts.spans):
+            return q.values(self._forward(index, q.absorbed(), near, batch))
+        n, out = batch.num_decodes, q.empty()
+        if n:
+            decodes = q.rows(slice(n))
+            out[:n] = decodes.values(self._forward(index, decodes.absorbed(), None, batch))
+        prompts = q.rows(slice(n, None)).rotated(key=kv.key.format.rotate, latent=kv.value.format.rotate)
+        self.backends[index].prefill.prefill(prompts, near, kv, batch, self.layers[index], out[n:])
+        return out
+
+    def _forward(self, index: int, q: Tensor, near: Near | None, batch: KVBatch) -> Tensor:
+        layer, kv = self.layers[index], self.store.layers[index]
+        out = self.backends[index].forward(rotated_queries(q, kv, layer), near, kv, batch, layer)
         return hadamard(out) if kv.value.format.rotate else out
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kvtool.attention.latents import LatentQueries
 from kvtool.attention.layer import AttentionLayer
 from kvtool.kv.batch import KVBatch
 from kvtool.kv.store import LayerKV, Near
@@ -19,6 +20,8 @@ class FlashAttention:
 
     def refuses(self, layer: AttentionLayer, kv: LayerKV) -> str | None:
         codes = kv.key.arrays["codes"]
+        if layer.latent_dim is not None:
+            return "it reads no latents"
         if not kv.is_exact:
             return "it reads 16-bit KV only, without a residual window"
         if codes.device.type != "cuda" or torch.cuda.get_device_capability(codes.device) < (8, 0):
@@ -37,12 +40,18 @@ class FlashAttention:
         return None
 
     def prefill(
-        self, q: Tensor, near: Near | None, kv: LayerKV, batch: KVBatch, layer: AttentionLayer, out: Tensor
+        self,
+        q: Tensor | LatentQueries,
+        near: Near | None,
+        kv: LayerKV,
+        batch: KVBatch,
+        layer: AttentionLayer,
+        out: Tensor,
     ) -> None:
         from flash_attn import flash_attn_varlen_func
 
         prompts = batch.prompts
-        assert near and prompts
+        assert near and prompts and isinstance(q, Tensor)
         _, starts, ends = prompts.spans.T[:3]
         cu_seqlens_q, cu_seqlens_k = prompts.cu_seqlens
         whole = not starts.any()

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvtool.attention.latents import LatentQueries
 from kvtool.attention.layer import AttentionLayer, operands
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.store import LayerKV, Near, Stream
@@ -18,20 +19,27 @@ class TorchAttention:
         return None
 
     def prefill(
-        self, q: Tensor, near: Near | None, kv: LayerKV, batch: KVBatch, layer: AttentionLayer, out: Tensor
+        self,
+        q: Tensor | LatentQueries,
+        near: Near | None,
+        kv: LayerKV,
+        batch: KVBatch,
+        layer: AttentionLayer,
+        out: Tensor,
     ) -> None:
         assert batch.prompts
         n = batch.num_decodes
         spans = zip(batch.spans[n:], batch.block_table[n:], batch.prompts.spans.tolist(), strict=True)
         for span, blocks, (token, _, _, first_near, row) in spans:
             chunk = slice(token - n, token - n + span.length)
+            queries = q[chunk] if isinstance(q, Tensor) else q.rows(chunk)
             if near is None:
-                out[chunk] = _packed_chunk(q[chunk], kv, blocks, span, layer)
+                out[chunk] = _packed_chunk(queries, kv, blocks, span, layer)
             else:
                 rows = slice(row, row + span.end - first_near)
                 visible = None if kv.is_exact else batch.visible[token : token + span.length]
                 own = Near(near.key[rows], near.value[rows])
-                out[chunk] = _chunk(q[chunk], own, first_near, kv, blocks, visible, span, layer)
+                out[chunk] = _chunk(queries, own, first_near, kv, blocks, visible, span, layer)
 
     def decode(self, q: Tensor, kv: LayerKV, batch: KVBatch, layer: AttentionLayer, out: Tensor) -> None:
         n = q.shape[0]
@@ -55,7 +63,7 @@ class TorchAttention:
 
 
 def _chunk(
-    q: Tensor,
+    q: Tensor | LatentQueries,
     near: Near,
     first_near: int,
     kv: LayerKV,
@@ -69,9 +77,10 @@ def _chunk(
     `visible` [n] is None where blocks and full precision are the same: then blocks are read below the first near token.
     """
     width = first_near if visible is None else kv.format.visible(span.end - 1)
+    device = blocks.device
     far_key, far_value = _read_span(kv, blocks, width, q.dtype)
-    position = torch.arange(span.start, span.end, device=q.device)[:, None]
-    far_at, near_at = torch.arange(width, device=q.device), torch.arange(first_near, span.end, device=q.device)
+    position = torch.arange(span.start, span.end, device=device)[:, None]
+    far_at, near_at = torch.arange(width, device=device), torch.arange(first_near, span.end, device=device)
     from_near = torch.full_like(position, first_near) if visible is None else visible[:, None]
     mask = torch.cat([far_at < from_near, (near_at >= from_near) & (near_at <= position)], dim=1)
     mask &= _in_window(torch.cat([far_at, near_at]), position, layer)
@@ -80,11 +89,11 @@ def _chunk(
     return _attend(q, key, value, mask, layer)
 
 
-def _packed_chunk(q: Tensor, kv: LayerKV, blocks: Tensor, span: Span, layer: AttentionLayer) -> Tensor:
+def _packed_chunk(q: Tensor | LatentQueries, kv: LayerKV, blocks: Tensor, span: Span, layer: AttentionLayer) -> Tensor:
     """Queries of one span where everything, the span itself included, is read from blocks."""
     key, value = _read_span(kv, blocks, span.end, q.dtype)
-    at = torch.arange(span.end, device=q.device)
-    position = torch.arange(span.start, span.end, device=q.device)[:, None]
+    at = torch.arange(span.end, device=blocks.device)
+    position = torch.arange(span.start, span.end, device=blocks.device)[:, None]
     return _attend(q, key, value, (at <= position) & _in_window(at, position, layer), layer)
 
 
@@ -94,8 +103,12 @@ def _read_span(kv: LayerKV, blocks: Tensor, length: int, dtype: torch.dtype) -> 
     return kv.key.read_blocks(used, dtype)[0, :, :length], kv.value.read_blocks(used, dtype)[0, :, :length]
 
 
-def _attend(q: Tensor, key: Tensor, value: Tensor, mask: Tensor, layer: AttentionLayer) -> Tensor:
-    key, value = operands(key, value, layer)
+def _attend(q: Tensor | LatentQueries, key: Tensor, value: Tensor, mask: Tensor, layer: AttentionLayer) -> Tensor:
+    if isinstance(q, LatentQueries):
+        key, value = q.expanded(key[0], value[0])
+        q = torch.cat([q.nope, q.rope], dim=-1)
+    else:
+        key, value = operands(key, value, layer)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None], key[None], value[None], attn_mask=mask, scale=layer.scale, enable_gqa=True
     )

@@ -5,14 +5,15 @@ Latents (MLA) have kernels of their own.
 
 from torch import Tensor
 
+from kvtool.attention.latents import LatentQueries
 from kvtool.attention.layer import AttentionLayer
 from kvtool.kv.batch import KVBatch
 from kvtool.kv.store import LayerKV, Near
 
 try:
-    from kvtool.kernels import decode, mla_decode, mla_prefill, prefill
+    from kvtool.kernels import decode, mla_decode, mla_expanded, mla_prefill, prefill
 except ModuleNotFoundError:  # torch for CPU comes without triton
-    decode = prefill = mla_decode = mla_prefill = None  # type: ignore[assignment]
+    decode = prefill = mla_decode = mla_expanded = mla_prefill = None  # type: ignore[assignment]
 
 
 class TritonPrefill:
@@ -26,10 +27,36 @@ class TritonPrefill:
         return _not_here(kv) or prefill.refuses(kv.key.packed, kv.value.packed, layer.num_heads)
 
     def prefill(
-        self, q: Tensor, near: Near | None, kv: LayerKV, batch: KVBatch, layer: AttentionLayer, out: Tensor
+        self,
+        q: Tensor | LatentQueries,
+        near: Near | None,
+        kv: LayerKV,
+        batch: KVBatch,
+        layer: AttentionLayer,
+        out: Tensor,
     ) -> None:
         prompts = batch.prompts
         assert prompts
+        if isinstance(q, LatentQueries):
+            contexts = batch.contexts(older=kv.is_exact)
+            mla_expanded.expanded_prefill(
+                q.nope,
+                q.rope,
+                q.products,
+                near.key if near else None,
+                near.value if near else None,
+                kv.key.packed,
+                kv.value.packed,
+                contexts.blocks,
+                contexts.firsts,
+                prompts.tiles,
+                batch.visible,
+                is_exact=kv.is_exact,
+                num_decodes=batch.num_decodes,
+                scale=layer.scale,
+                out=out,
+            )
+            return
         given = (
             q,
             near.key if near else None,

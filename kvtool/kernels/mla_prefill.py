@@ -14,7 +14,7 @@ from torch import Tensor
 from kvtool.kernels.decode import PackedStream, _or
 from kvtool.kernels.launch import capability
 from kvtool.kernels.mla_decode import HEADS, _softmax_step
-from kvtool.kernels.prefill import _keys, _unpack_kernel
+from kvtool.kernels.prefill import _first_near, _keys, _tile, _unpack_kernel
 
 # Rows, keys at a time, warps and stages by compute capability: what compiles without spills; neither was timed yet.
 TILES: dict[int, tuple[int, int, int, int]] = {8: (32, 16, 8, 2), 9: (32, 32, 8, 2)}
@@ -51,7 +51,18 @@ def latent_prefill(
     if far_blocks is None:
         far_key, far_value = key.codes, value.codes
     else:
-        far_key, far_value = (_unpacked(stream, far_blocks, q.dtype) for stream in (key, value))
+        far_key, far_value = (
+            q.new_empty(
+                len(far_blocks),
+                1,
+                block_size,
+                stream.tail.shape[-1],
+                dtype=None if stream.bits == "16" else torch.float16,  # as in `kvtool.kernels.prefill.unpack`
+            )
+            for stream in (key, value)
+        )
+        unpack(key, far_blocks, far_key)
+        unpack(value, far_blocks, far_value)
     nears = (q, q) if near_key is None or near_value is None else (near_key, near_value)
     assert nears[0].stride(-1) == nears[1].stride(-1) == 1
     _latent_prefill_kernel[(len(cut) * head_blocks,)](
@@ -86,12 +97,9 @@ def latent_prefill(
     )
 
 
-def _unpacked(stream: PackedStream, blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """Blocks [F] of a stream decoded, [F, 1, B, D]: as in `kvtool.kernels.prefill.unpack`."""
-    block_size, dim = stream.codes.shape[2], stream.tail.shape[-1]
-    out = torch.empty(
-        len(blocks), 1, block_size, dim, dtype=dtype if stream.bits == "16" else torch.float16, device=blocks.device
-    )
+def unpack(stream: PackedStream, blocks: Tensor, out: Tensor) -> None:
+    """Decode blocks [F] of a stream to `out` [F or more, 1, B, D], of the model's dtype where they are of 16 bits."""
+    block_size, dim = out.shape[2:]
     arrays = (stream.codes, _or(stream.scale, stream.codes), _or(stream.zero, stream.codes), out)
     kind = {"BITS": stream.bits, "CHANNEL": stream.axis == "channel", "GROUP": stream.group or dim}
     kind["ZERO"] = stream.zero is not None
@@ -108,7 +116,6 @@ def _unpacked(stream: PackedStream, blocks: Tensor, dtype: torch.dtype) -> Tenso
             **{f"{letter}_{name}": value for letter in "KV" for name, value in kind.items()},
             num_warps=8,
         )
-    return out
 
 
 @triton.jit(
@@ -147,16 +154,10 @@ def _latent_prefill_kernel(
     """Program (tile, heads). Names are those of `kvtool.kernels.prefill`."""
     TOKENS: tl.constexpr = M // HEADS
     head_blocks = (num_heads + HEADS - 1) // HEADS
-    tile = tiles_ptr + tl.program_id(0) // head_blocks * 7
-    span = tl.load(tile)
+    tile = tl.program_id(0) // head_blocks
+    span, token, t_first, t_last, near_first, near_row = _tile(tiles_ptr, tile, TOKENS)
     if span < 0:  # nobody's
         return
-    t_first = tl.load(tile + 1).to(tl.int32)
-    start = tl.load(tile + 3).to(tl.int32)
-    token = tl.load(tile + 2) - start  # of position 0
-    t_last = tl.minimum(t_first + TOKENS, tl.load(tile + 4).to(tl.int32)) - 1
-    near_first = tl.load(tile + 5).to(tl.int32)
-    near_row = tl.load(tile + 6) - near_first  # likewise
     table_ptr += span * table_stride
 
     # Rows past the last query or head repeat it, and are not stored.
@@ -167,15 +168,7 @@ def _latent_prefill_kernel(
     latent_q = tl.load(q_ptr + line[:, None] * (L + R) + tl.arange(0, L)[None, :])
     rope_q = tl.load(q_ptr + line[:, None] * (L + R) + L + tl.arange(0, R)[None, :])
 
-    if EXACT:
-        v_first, v_last = near_first, near_first
-        v = tl.full([M], 0, tl.int32) + near_first
-    elif NEAR:
-        v_first = tl.load(visible_ptr + token + t_first).to(tl.int32)
-        v_last = tl.load(visible_ptr + token + t_last).to(tl.int32)
-        v = tl.load(visible_ptr + token + position).to(tl.int32)
-    else:
-        v_first, v_last, v = t_first + 1, t_last + 1, position + 1
+    v_first, v_last, v = _first_near(visible_ptr, token, t_first, t_last, position, near_first, EXACT, NEAR)
 
     # Queries over a power of 2 near their largest meet what codes have become within fp16.
     q_max = tl.maximum(tl.max(tl.abs(latent_q.to(tl.float32)), 1), tl.max(tl.abs(rope_q.to(tl.float32)), 1))

@@ -233,16 +233,10 @@ def _prefill_kernel(
     PAD: tl.constexpr = _next_power_of_2(D)
     TOKENS: tl.constexpr = M // GROUP_HEADS
     head = tl.program_id(0) % heads
-    tile = tiles_ptr + tl.program_id(0) // heads * 7
-    span = tl.load(tile)
+    tile = tl.program_id(0) // heads
+    span, token, t_first, t_last, near_first, near_row = _tile(tiles_ptr, tile, TOKENS)
     if span < 0:  # nobody's
         return
-    t_first = tl.load(tile + 1).to(tl.int32)
-    start = tl.load(tile + 3).to(tl.int32)
-    token = tl.load(tile + 2) - start  # of position 0
-    t_last = tl.minimum(t_first + TOKENS, tl.load(tile + 4).to(tl.int32)) - 1
-    near_first = tl.load(tile + 5).to(tl.int32)
-    near_row = tl.load(tile + 6) - near_first  # likewise
     table_ptr += span * table_stride
     far_k += (far_head + head) * (BLOCK * D)
     far_v += (far_head + head) * (BLOCK * D)
@@ -256,16 +250,7 @@ def _prefill_kernel(
     at = (token - num_decodes + position) * q_stride + ((first_head + head) * GROUP_HEADS + row % GROUP_HEADS) * D
     q = tl.load(q_ptr + at[:, None] + channel[None, :], mask=(channel < D)[None, :], other=0)
 
-    # Positions below v_first are read from blocks by all rows, those from v_last on by none.
-    if EXACT:
-        v_first, v_last = near_first, near_first
-        v = tl.full([M], 0, tl.int32) + near_first
-    elif NEAR:
-        v_first = tl.load(visible_ptr + token + t_first).to(tl.int32)
-        v_last = tl.load(visible_ptr + token + t_last).to(tl.int32)
-        v = tl.load(visible_ptr + token + position).to(tl.int32)
-    else:
-        v_first, v_last, v = t_first + 1, t_last + 1, position + 1
+    v_first, v_last, v = _first_near(visible_ptr, token, t_first, t_last, position, near_first, EXACT, NEAR)
     first = tl.full([M], 0, tl.int32)
     begin = 0
     if WINDOWED:
@@ -303,6 +288,30 @@ def _prefill_kernel(
     at += ((first_head + head) * GROUP_HEADS + row % GROUP_HEADS) * D
     result = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at[:, None] + channel[None, :], result, mask=is_query[:, None] & (channel < D)[None, :])
+
+
+@triton.jit
+def _tile(tiles_ptr, index, TOKENS: tl.constexpr):
+    """A tile's span, the token of position 0, its first and last position, the first near position, and the near row of
+    position 0."""
+    tile = tiles_ptr + index * 7
+    t_first, start = tl.load(tile + 1).to(tl.int32), tl.load(tile + 3).to(tl.int32)
+    t_last = tl.minimum(t_first + TOKENS, tl.load(tile + 4).to(tl.int32)) - 1
+    near_first = tl.load(tile + 5).to(tl.int32)
+    return tl.load(tile), tl.load(tile + 2) - start, t_first, t_last, near_first, tl.load(tile + 6) - near_first
+
+
+@triton.jit
+def _first_near(visible_ptr, token, t_first, t_last, position, near_first, EXACT: tl.constexpr, NEAR: tl.constexpr):
+    """v(t) of the first query, of the last and of each: all read blocks below the first, none from the second on."""
+    if EXACT:
+        return near_first, near_first, tl.zeros_like(position) + near_first
+    elif NEAR:
+        v_first = tl.load(visible_ptr + token + t_first).to(tl.int32)
+        v_last = tl.load(visible_ptr + token + t_last).to(tl.int32)
+        return v_first, v_last, tl.load(visible_ptr + token + position).to(tl.int32)
+    else:
+        return t_first + 1, t_last + 1, position + 1
 
 
 @triton.jit
@@ -380,8 +389,13 @@ def _keys(ptr, stride, count, N: tl.constexpr, D: tl.constexpr, MASKED: tl.const
 
 @triton.jit
 def _attend(acc, m, total, q, k, v, to_log2, keep, MASKED: tl.constexpr):
-    """One step of softmax(q kᵀ) v: maxima `m` in units of log2, sums `total`, both [M], and `acc` [M, D]."""
-    s = tl.dot(q, tl.trans(k))
+    """One step of softmax(q kᵀ) v."""
+    return _gather(acc, m, total, tl.dot(q, tl.trans(k)), v, to_log2, keep, MASKED)
+
+
+@triton.jit
+def _gather(acc, m, total, s, v, to_log2, keep, MASKED: tl.constexpr):
+    """One step of softmax(s) v: maxima `m` in units of log2, sums `total`, both [M], and `acc` [M, D]."""
     if MASKED:
         s = tl.where(keep, s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1) * to_log2)
@@ -474,4 +488,4 @@ def _unpack(
             if ZERO:
                 x += tl.load(zero + block * 8 + at, mask=mask, other=0).to(tl.float32)
             x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)  # a scale rounded up can lead beyond
-            tl.store(out + row * D + channel, x.to(tl.float16), mask=inside)
+            tl.store(out + row * D + channel, x.to(out.dtype.element_ty), mask=inside)

@@ -86,6 +86,19 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class Contexts:
+    """The blocks that each of the spans behind the decodes reads, span behind span.
+
+    Attributes:
+        blocks: [F] int64.
+        firsts: [P] int64, where in them each span's lie.
+    """
+
+    blocks: Tensor
+    firsts: Tensor
+
+
+@dataclass(frozen=True)
 class KVBatch:
     """One step's spans as tensors. Tokens are flat, in the spans' order; spans of one token come first ("decodes").
 
@@ -113,6 +126,7 @@ class KVBatch:
     tail_slots: Tensor
     visible: Tensor
     prompts: Prompts | None = None
+    _contexts: dict[bool, Contexts] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def build(cls, fmt: KVFormat, spans: Sequence[Span], device: torch.device | str = "cpu") -> "KVBatch":
@@ -131,6 +145,24 @@ class KVBatch:
         tensors = on_device(laid.arrays | of_prompts, torch.device(device))
         prompts = Prompts(laid.spans, **{name: tensors.pop(name) for name in of_prompts})
         return cls(fmt, tuple(spans), laid.num_decodes, prompts=prompts, **tensors)
+
+    def contexts(self, *, older: bool) -> Contexts:
+        """What the spans behind the decodes read from blocks; the same tensors each time.
+
+        Args:
+            older: tokens of earlier steps only, as blocks that lose nothing are read.
+        """
+        if older not in self._contexts:
+            assert self.prompts
+            _, _, end, first_near, _ = self.prompts.spans.T
+            counts = -(-(first_near if older else self.format.visible(end - 1)) // self.format.block_size)
+            spans, columns = each(np.zeros_like(counts), counts)
+            sent = on_device(
+                {"spans": spans, "columns": columns, "firsts": exclusive_sums(counts)}, self.positions.device
+            )
+            blocks = self.block_table[self.num_decodes :][sent["spans"], sent["columns"]]
+            self._contexts[older] = Contexts(blocks, sent["firsts"])
+        return self._contexts[older]
 
     @cached_property
     def pages(self) -> Tensor:

@@ -1,8 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): all heads' keys and values are products of one latent.
 
-A token caches that latent and one rotated key for all heads. A head's key product is taken over to its query and its
-value product to its output ("absorbed"), so that attention reads latents as they are stored, as one KV head that is key
-and value at once, and never makes keys and values of them.
+A token caches that latent and one rotated key for all heads. Whether queries meet latents as they are stored or the
+keys and values that are made of them is for attention to choose (`kvtool.attention.latents`).
 """
 
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvtool.attention.latents import LatentQueries
 from kvtool.kernels import takes
 from kvtool.layers.linear import MergedLinear, RowLinear, Slot, empty_parameter
 from kvtool.layers.norm import RMSNorm
@@ -94,7 +94,7 @@ class MLA(nn.Module):
         residual: Tensor | None,
         cos: Tensor,
         sin: Tensor,
-        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+        attend: Callable[[int, LatentQueries, Tensor, Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
         shape = self.shape
         made, residual = norm.into(self.a_proj, x, residual)
@@ -102,12 +102,11 @@ class MLA(nn.Module):
         if self.q_b_proj is not None and self.q_a_layernorm is not None:
             q = self.q_b_proj(self.q_a_layernorm(q.contiguous())[0])
         q = q.view(-1, self.num_heads, shape.head_dim)
-        queries, latent, key = rotate_and_norm(
+        absorbing, latent, key = rotate_and_norm(
             q, latents, cos, sin, self.kv_a_layernorm.weight, LATENT_EPS, interleaved=shape.interleaved
         )
-        self.kv_b_proj.absorb(q[..., : shape.nope_dim], queries[..., : shape.kv_lora_rank])
-        attended = attend(self.layer, queries, key[:, None], latent[:, None])
-        return self.o_proj(self.kv_b_proj.values(attended).flatten(1)), residual
+        queries = LatentQueries(q[..., : shape.nope_dim], absorbing, self.kv_b_proj.weight)
+        return self.o_proj(attend(self.layer, queries, key[:, None], latent[:, None]).flatten(1)), residual
 
     def project(self, attended: Tensor) -> Tensor:
         """What heads have gathered [..., H, kv_lora_rank] as they add it to the stream [..., hidden_size], in its own
@@ -156,20 +155,9 @@ class LatentProducts(nn.Module):
 
     def __init__(self, heads: Shard, shape: MLAShape, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.heads, self.nope_dim = heads, shape.nope_dim
+        self.heads = heads
         rows = shape.nope_dim + shape.value_dim
         self.weight = empty_parameter(heads.size, rows, shape.kv_lora_rank, dtype=dtype, device=device)
-
-    def absorb(self, q: Tensor, out: Tensor) -> None:
-        """Queries [T, H, nope_dim] as ones that meet the latent, into `out` [T, H, kv_lora_rank]."""
-        torch.bmm(q.transpose(0, 1), self.weight[:, : self.nope_dim], out=out.transpose(0, 1))
-
-    def values(self, attended: Tensor) -> Tensor:
-        """What heads have gathered of latents [T, H, kv_lora_rank], as values [T, H, value_dim]."""
-        products = self.weight[:, self.nope_dim :]
-        out = attended.new_empty(*attended.shape[:2], products.shape[1])
-        torch.bmm(attended.transpose(0, 1), products.transpose(1, 2), out=out.transpose(0, 1))
-        return out
 
     def slots(self, path: str) -> Iterator[tuple[str, Slot]]:
         """Checkpoint name of the weight, and where it goes."""

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvtool.attention.latents import LatentQueries
 from kvtool.layers.embedding import Embedding
 from kvtool.layers.linear import GatedLinear, Linear, MergedLinear, RowLinear, Slot
 from kvtool.layers.mla import MLA, LatentProducts
@@ -18,8 +19,8 @@ from kvtool.parallel import ONE_RANK, Group, Parallel
 
 # (layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) → [T, Hq, D]. q and k come normalised and rotated, all three as
 # strided views; scale, mask, sliding window and the KV store are the callee's. Latent attention (`kvtool.layers.mla`)
-# gives the rope key as k and the latent as v, q's elements being those of the latent and then of the rope key.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# gives the rope key as k and the latent as v, and gets values of all heads.
+Attend = Callable[[int, Tensor | LatentQueries, Tensor, Tensor], Tensor]
 
 
 class Attention(nn.Module):

@@ -1,18 +1,19 @@
 """What a format does to each layer of a model: to its keys, its values, and what attention makes of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvtool.attention.latents import absorbing
 from kvtool.attention.layer import AttentionLayer, operands
 from kvtool.errors import UnsupportedError
 from kvtool.kv.codecs import CODECS
 from kvtool.kv.format import KVFormat, StreamFormat
 from kvtool.kv.hadamard import hadamard
-from kvtool.models import Attend, Decoder
+from kvtool.models import Decoder
 from kvtool.runner import attention_layers
 
 
@@ -201,10 +202,10 @@ def _reconstruction_error(x: Tensor, fmt: StreamFormat, kv: KVFormat) -> float:
     return relative_error(repack(packed, fmt, kv.block_size), packed)
 
 
-def _run(model: Decoder, windows: Tensor, attend: Attend) -> None:
-    """One pass over `windows` [W, T], laid end to end."""
+def _run(model: Decoder, windows: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> None:
+    """One pass over `windows` [W, T], laid end to end; queries over latents come absorbed."""
     positions = torch.arange(windows.shape[1], device=windows.device).repeat(windows.shape[0])
-    model(windows.flatten(), positions, attend)
+    model(windows.flatten(), positions, absorbing(attend))
 
 
 def _wide(x: Tensor) -> Tensor:
