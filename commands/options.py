@@ -31,6 +31,8 @@ ALIASES = {
     "--pp-size": "--pp",
     "--pipeline-parallel-size": "--pp",
     "--nccl-init-addr": "--dist-init-addr",
+    "--speculative-draft-model-path": "--draft-model",
+    "--speculative-num-draft-tokens": "--num-speculative-tokens",
 }
 # KVTuner's switch says only that there is a quantised cache; its options name the bits, or this does.
 KVTUNER_SWITCH, KVTUNER_NBITS = "--enable-kvtuner-quant", "4"

@@ -276,7 +276,7 @@ class Question(msgspec.Struct, frozen=True, gc=False):
         span: what it has to read of a sequence first, in blocks of its own cache.
         sample: how the first token behind that is chosen.
         may_reject: it is drawn by a number of its own, and accepted by its probability. Else it is drawn by the number
-            that the model will draw by, so that both choose the same as often as not, and accepted if they do.
+            that the model will draw by, so that both choose the same more often, and accepted if they do.
     """
 
     span: ScheduledSpan

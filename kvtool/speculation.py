@@ -79,7 +79,8 @@ class Pace:
 
     A step of so many sequences is timed with drafts and, now and then, without. Of k drafted tokens each counts if it
     and all before it are right, which makes 1 + a + ... + a^k tokens of a step where each is with probability a
-    (Leviathan et al., 2023); what a step yields a second decides. What is chosen changes no token, so the clock may.
+    (Leviathan et al., 2023); what a step yields a second decides. It may be a clock that decides, as what is chosen
+    changes no token of a request with a seed, and no distribution of another's.
 
     Args:
         most: tokens drafted for a sequence in a step, at most.
