@@ -165,6 +165,19 @@ def test_a_request_can_go_without_it_and_some_must(make):
         assert answers(tested, prompts(4), params)[0] == answers(plain, prompts(4), params)[0]
 
 
+def test_log_probabilities_are_those_without_it(make):
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, logprobs=2)
+    said = []
+    for tested in (make(OWN), make(None)):
+        tested.submit(Request("0", prompts(1)[0], params))
+        news = [tokens for _ in iter(lambda tested=tested: tested.has_work, False) for tokens in tested.step()]
+        assert all(len(tokens.logprobs or ()) == len(tokens.token_ids) for tokens in news)
+        said.append([row for tokens in news for row in tokens.logprobs or ()])
+    assert [row.top_ids for row in said[0]] == [row.top_ids for row in said[1]]
+    values = [[value for row in rows for value in (row.logprob, *row.top_logprobs)] for rows in said]
+    assert values[0] == pytest.approx(values[1], abs=1e-9)
+
+
 @pytest.mark.parametrize("speculation", [NGRAM, OWN], ids=["ngram", "draft"])
 def test_tokens_are_the_same_when_sequences_make_room_and_share_beginnings(make, speculation):
     params, kv = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True), FORMATS["4"]
