@@ -121,6 +121,7 @@ class Runner:
         self.model_config = load_config(self.path)
         self.dtype = choose_dtype(config, self.model_config, self.device)
         check_context(config, self.model_config)
+        draft_path = find_draft(config, self.path, self.model_config)
         spec = kv_spec(self.model_config, self.dtype)
         self.format = resolve(config.kv, spec, block_size(config.attention_backend))
         self._layers = parallel.stage.layers(self.model_config.num_layers)
@@ -137,7 +138,9 @@ class Runner:
                     max_model_len=config.max_model_len,
                     parallel=parallel,
                 )
-            self.draft, config = self._load_draft(config, layout)
+            self.draft: Runner | None = None
+            if draft_path:
+                self.draft, config = self._load_draft(draft_path, config, layout)
             self._proposals: Proposals | None = None  # of the step that is being launched
             self.max_model_len = config.max_model_len or self.model_config.max_position
             num_drafted = config.speculation.num_tokens if config.speculation else 0
@@ -380,24 +383,13 @@ class Runner:
             settled = reject(token_ids[rows], logits[rows], proposals.logits[at], drafted, chosen)
             token_ids.index_copy_(0, rows, settled)
 
-    def _load_draft(self, config: EngineConfig, layout: KVLayout) -> tuple["Runner | None", EngineConfig]:
-        """The draft model with a cache for as many tokens as this one's, and what is left to this one.
-
-        Raises:
-            ConfigError: it has another vocabulary, or cannot be loaded.
-        """
-        options = config.speculation
-        if options is None or options.method != "draft":
-            return None, config
-        name = options.draft_model or EMBEDDED_DRAFTS.get(config.model)
-        if name is None:
-            raise ConfigError("--speculate draft needs --draft-model: a smaller model of the same vocabulary")
+    def _load_draft(self, path: Path, config: EngineConfig, layout: KVLayout) -> tuple["Runner", EngineConfig]:
+        """The draft model with a cache for as many tokens as this one's, and what is left to this one."""
+        model = load_config(path)
+        nbits = config.speculation.draft_nbits if config.speculation else None
+        kv = replace(KVOptions(nbits=nbits) if nbits else config.kv, plan=None, layer_bits=None)
+        spec = kv_spec(model, self.dtype)
         with self.parallel.agreeing():
-            path = resolve_model(name)
-            model = load_config(path)
-            check_vocabulary(self.path, self.model_config, path, model)
-            kv = KVOptions(nbits=options.draft_nbits) if options.draft_nbits else config.kv
-            kv, spec = replace(kv, plan=None, layer_bits=None), kv_spec(model, self.dtype)
             cache = KVLayout(spec, resolve(kv, spec, block_size(config.attention_backend)))
         drafts, own = (x.block_bytes / x.format.block_size for x in (cache, layout))  # bytes of a token
         memory, part = config.kv_cache_memory, drafts / (drafts + own)
@@ -412,7 +404,7 @@ class Runner:
         length = config.max_model_len
         asked = replace(
             config,
-            model=name,
+            model=str(path),
             max_model_len=length and min(length, model.max_position),
             kv_cache_memory=share,
             kv=kv,
@@ -544,12 +536,25 @@ class Runner:
             self.store.note_fault()
 
 
-def check_vocabulary(path: Path, model: ModelConfig, draft_path: Path, draft: ModelConfig) -> None:
-    """Raises ConfigError unless both models have the same tokens; what pads their embeddings may differ."""
-    known = [vocabulary(folder, config.vocab_size) for folder, config in ((path, model), (draft_path, draft))]
+def find_draft(config: EngineConfig, path: Path, model: ModelConfig) -> Path | None:
+    """The folder of the model that drafts for the one in `path`, if one is asked for.
+
+    Raises:
+        ConfigError: nobody says which one it is, or it has other tokens; what pads their embeddings may differ.
+    """
+    asked = config.speculation
+    if asked is None or asked.method != "draft":
+        return None
+    name = asked.draft_model or EMBEDDED_DRAFTS.get(config.model)
+    if name is None:
+        raise ConfigError("--speculate draft needs --draft-model: a smaller model of the same vocabulary")
+    draft_path = resolve_model(name)
+    draft = load_config(draft_path)
+    known = [vocabulary(folder, each.vocab_size) for folder, each in ((path, model), (draft_path, draft))]
     is_same = known[0] == known[1] if all(known) else model.vocab_size == draft.vocab_size
     if not is_same or draft.vocab_size > model.vocab_size:
-        raise ConfigError(f"--draft-model {draft_path}: its vocabulary is not that of {path}; choose another model")
+        raise ConfigError(f"--draft-model {name}: its vocabulary is not that of {config.model}; choose another model")
+    return draft_path
 
 
 def largest_step(config: EngineConfig, fmt: KVFormat, max_model_len: int) -> ScheduledBatch:

@@ -236,7 +236,7 @@ def test_drafts_that_spoil_a_cache_are_taken_back_with_it():
         (SpeculationConfig("ngram", 17), {}, "--num-speculative-tokens 17: must be from 1 to 16"),
         (NGRAM, {"pp": 2}, "--speculate and --pp do not go together"),
         (SpeculationConfig("draft"), {}, "--speculate draft needs --draft-model"),
-        (SpeculationConfig("draft", draft_model="tiny"), {}, "--draft-model .*tiny: its vocabulary is not that of"),
+        (SpeculationConfig("draft", draft_model="tiny"), {}, "--draft-model tiny: its vocabulary is not that of"),
     ],
 )
 def test_what_cannot_be_is_refused(make, speculation, others, says):
