@@ -1,15 +1,17 @@
 """`kvtool mla-size`: how large a model's cache is, and would be with other attention."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from kvtool.config import KVOptions
+import typer
+
+from kvtool.config import EngineConfig, KVOptions
 from kvtool.errors import ConfigError
 
 from .bench import int_list
-from .options import memory_size, model_option, option
+from .options import MOST, memory_size, model_option, option
 from .output import Chart, Column, OutputOptions, Report, Row, Series, Table, progress, show
 
 if TYPE_CHECKING:
@@ -61,7 +63,26 @@ LATENCY = (
     Column("error", "error", ".1e"),
 )
 
+FIT = (
+    Column("model", "model"),
+    Column("GPUs", "gpus"),
+    Column("sequences", "sequences"),
+    Column("weights", "gib.weights", ",.2f"),
+    Column("KV codes", "gib.codes", ",.2f"),
+    Column("scales, zeros", "gib.metadata", ",.2f"),
+    Column("windows", "gib.windows", ",.2f"),
+    Column("workspace", "gib.workspace", ",.2f"),
+    Column("graphs", "gib.graphs", ",.2f"),
+    Column("reserve", "gib.reserve", ",.2f"),
+    Column("in all", "gib.total", ",.2f"),
+    Column("of", "gib.usable", ",.2f"),
+    Column("", "finding"),
+    Column("most sequences", "largest_batch", ",d"),
+    Column("longest context", "longest_context", ",d"),
+)
+
 size_option = partial(option, panel="Sizes")
+fit_option = partial(option, panel="What fits")
 
 
 def mla_size(
@@ -90,18 +111,40 @@ def mla_size(
         str | None,
         size_option(
             "--context",
-            help="Tokens of a sequence (default: 4096,32768 of theory; else 1000; of latency on a GPU 32000).",
+            help="Tokens of a sequence (default: 4096,32768 of theory; of --fit the model's context; else 1000; of "
+            "latency on a GPU 32000).",
         ),
     ] = None,
     batch: Annotated[
         int | None,
-        size_option("--batch", min=1, max=2**16, help="Of measured and latency: sequences (default: 1; 16 on a GPU)."),
+        size_option(
+            "--batch", min=1, max=2**16, help="Sequences: of measured, latency and --fit (default: 1; 16 on a GPU)."
+        ),
     ] = None,
     device: Annotated[
         str, size_option("--device", help="Of measured and latency: auto, cpu, cuda or cuda:N.")
     ] = "auto",
     gpu: Annotated[
-        str | None, size_option("--gpu", metavar="NAME", help="Tell what fits on such GPUs: RTX 4090, H200, …")
+        str | None,
+        size_option("--gpu", metavar="NAME", help="Tell how many tokens fit beside the weights: RTX 4090, …"),
+    ] = None,
+    fit: Annotated[
+        list[str] | None,
+        fit_option(
+            "--fit",
+            metavar="GPU",
+            help="Tell in all parts whether our engine fits on such GPUs, with --context and --batch; once for each.",
+        ),
+    ] = None,
+    ep: Annotated[
+        int | None, fit_option("--ep", min=1, max=1024, help="Of --fit: parts into which --tp GPUs divide experts.")
+    ] = None,
+    pp: Annotated[
+        int | None, fit_option("--pp", min=1, max=1024, help="Of --fit: stages of layers, of --tp GPUs each.")
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        fit_option("--max-num-batched-tokens", min=1, max=MOST, help="Of --fit: tokens of a step (default: 2048)."),
     ] = None,
     gpu_memory: Annotated[
         int | None,
@@ -116,7 +159,8 @@ def mla_size(
         int, size_option("--tp", min=1, max=1024, help="GPUs that share heads and weights (experts whole or not).")
     ] = 1,
     weight_bits: Annotated[
-        Literal["16", "8", "4"], size_option("--weight-bits", help="Of a weight; scales are left out.")
+        Literal["16", "8", "4"],
+        size_option("--weight-bits", help="Of a weight; scales are left out, but of --fit counted."),
     ] = "16",
     weight_memory: Annotated[
         int | None,
@@ -126,8 +170,33 @@ def mla_size(
     """How many bytes a model keeps of each token, and would keep under MHA, GQA, MQA and MLA.
 
     Example: kvtool mla-size --model DeepSeek-V2-Lite --model ./Qwen3-8B --nbits 4 --gpu 'RTX 4090' --tp 2
+
+    Example: kvtool mla-size --model Qwen2.5-7B --fit 4090 --fit H200 --nbits 4 --context 32768 --batch 16
     """
     chosen = SECTIONS.get(section, section)
+    if fit:
+        if chosen != "theory" or schemes or gpu or weight_memory or device != "auto":
+            raise ConfigError(
+                "--fit counts what our engine will hold; leave out --section, --schemes, --gpu, --weight-memory and "
+                "--device"
+            )
+        engine = EngineConfig(
+            kv=kv,
+            tp=tp,
+            ep=ep or 1,
+            pp=pp or 1,
+            max_num_seqs=batch or 1,
+            max_num_batched_tokens=max_num_batched_tokens or EngineConfig.max_num_batched_tokens,
+            gpu_memory_utilization=gpu_memory_utilization,
+        )
+        contexts = int_list("--context", context) if context else [None]
+        report = fit_report(model or [EngineConfig.model], fit, engine, contexts, gpu_memory, weight_bits)
+        show(report, output)
+        if not all(row["fits"] for row in report.rows):
+            raise typer.Exit(1)
+        return
+    if ep or pp or max_num_batched_tokens:
+        raise ConfigError("--ep, --pp and --max-num-batched-tokens are for --fit; add it")
     names = model or DEFAULT_MODELS
     asked = [name.strip().upper() for name in schemes.split(",")] if schemes else None
     if chosen == "theory":
@@ -156,6 +225,60 @@ def mla_size(
     if asked:
         raise ConfigError("--schemes are for other sections; --section latency runs a model's own")
     show(latency_report(model or DEFAULT_MODELS[1:], kv, sequences, contexts[0], where), output)
+
+
+def fit_report(
+    names: Sequence[str],
+    gpus: Sequence[str],
+    engine: EngineConfig,
+    contexts: Sequence[int | None],
+    gpu_memory: int | None,
+    weight_bits: str,
+) -> Report:
+    """What our engine will hold of GPUs, and whether it fits."""
+    from kvtool.sizing.fit import fit
+
+    found = [
+        fit(name, replace(engine, max_model_len=context), gpu, gpu_memory, weight_bits)
+        for name in names
+        for gpu in gpus
+        for context in contexts
+    ]
+    rows: list[dict[str, Any]] = [{**asdict(each), "total": each.parts.total, "fits": each.fits} for each in found]
+    config = {
+        "fit": list(gpus),
+        "models": list(names),
+        "contexts": list(contexts),
+        "gpu_memory": gpu_memory,
+        "weight_bits": weight_bits,
+        "engine": asdict(engine),
+    }
+    shown = [fit_row(row) for row in rows]
+    notes = [
+        "GiB of the GPU that holds most, of what --gpu-memory-utilization allows. Most sequences: of that context; "
+        "longest context: of so many sequences.",
+        f"As `kvtool serve --max-num-seqs {engine.max_num_seqs} --max-model-len CONTEXT --max-num-batched-tokens "
+        f"{engine.max_num_batched_tokens}` holds it in 16 bits. Workspace: of the largest step; reserve: of CUDA "
+        "itself and the kernels' code.",
+        *(f"Format: {text}." for text in dict.fromkeys(each.format for each in found)),
+    ]
+    if weight_bits != "16":
+        notes.append("Embedding, head, norms, routers and experts stay in 16 bits.")
+    return Report("mla-size", config, rows, (), [Table("", FIT, shown)], (), notes)
+
+
+def fit_row(row: Row) -> dict[str, Any]:
+    """A row in GiB and words."""
+    count, bits = row["tp"] * row["pp"], row["weight_bits"]
+    nbytes = {**row["parts"], "total": row["total"], "usable": row["usable"]}
+    return {
+        **row,
+        "model": row["model"] if bits == 16 else f"{row['model']}, {bits} bits",
+        "gpus": row["gpu"] if count == 1 else f"{count} × {row['gpu']}",
+        "sequences": f"{row['batch']:,} × {row['context']:,}",
+        "gib": {name: part / 2**30 for name, part in nbytes.items()},
+        "finding": "fits" if row["fits"] else "too much",
+    }
 
 
 def theory_report(

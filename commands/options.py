@@ -258,6 +258,12 @@ def engine_config(
     seed: Annotated[
         int, engine_option("--seed", min=0, max=2**63 - 1, help="Of dummy weights, and of requests that name no seed.")
     ] = EngineConfig.seed,
+    profile: Annotated[
+        str | None,
+        engine_option(
+            "--profile", metavar="DIR", help="Trace some of the steps to this folder, and tell where time and bytes go."
+        ),
+    ] = EngineConfig.profile,
     tp: Annotated[
         int | None,
         ranks_option(
@@ -336,6 +342,7 @@ def engine_config(
         dist_timeout=dist_timeout,
         restart=restart,
         kv=kv,
+        profile=profile,
     )
     return under_torchrun(engine) if "TORCHELASTIC_RUN_ID" in os.environ else engine
 

@@ -118,6 +118,7 @@ class EngineConfig:
         restart: when a rank has died, start all anew.
         speculation: how tokens are drafted; None: they are not.
         handoff: how it shares requests with other engines; None: it does not.
+        profile: a folder for traces of some of the steps; None: none are made.
     """
 
     model: str = "tiny"
@@ -148,6 +149,7 @@ class EngineConfig:
     kv: KVOptions = field(default_factory=KVOptions)
     speculation: SpeculationConfig | None = None
     handoff: HandoffConfig | None = None
+    profile: str | None = None
 
     @property
     def num_ranks(self) -> int:

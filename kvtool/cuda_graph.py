@@ -36,6 +36,17 @@ Step = Callable[[Tensor, KVBatch], Tensor]
 Outputs = TypeVar("Outputs")
 
 
+def decode_sizes(max_num_seqs: int) -> list[int]:
+    """Of `SIZES`, those that so many sequences need, and small ones for short prompts."""
+    return [size for size in SIZES if size <= 256 or size < max_num_seqs + STEP]
+
+
+def prompt_rooms(max_num_seqs: int, most_tokens: int) -> list[Room]:
+    """For prompts of up to `most_tokens` beside the decodes of so many sequences, the largest last."""
+    sizes = [size for size in PROMPT_SIZES if size <= most_tokens]
+    return [Room(decodes, size) for size in sizes for decodes in DECODES if decodes < 4 * max_num_seqs]
+
+
 def most_rows(max_num_batched_tokens: int) -> int:
     """Tokens that the model sees at once at most: those of a step, and nobody's, which fill up a graph."""
     return max(max_num_batched_tokens + DECODES[-1], SIZES[-1])
@@ -148,8 +159,8 @@ class DecodeGraphs:
     def __init__(self, step: Step, fmt: KVFormat, recent: Tensor, table: BlockTable) -> None:
         self._step, self._format, self._recent, self._table = step, fmt, recent, table
         self._newest = newest = recent[0]
-        device, shape, most = newest.device, len(Inputs._fields), len(newest) - 1
-        self.sizes = [size for size in SIZES if size <= 256 or size < most + STEP]
+        device, shape = newest.device, len(Inputs._fields)
+        self.sizes = decode_sizes(len(newest) - 1)
         self._inputs = {size: torch.zeros(shape, size, dtype=torch.int64, device=device) for size in self.sizes}
         self._staged = {size: torch.zeros(shape, size, dtype=torch.int64).pin_memory() for size in self.sizes}
         self._sent = torch.cuda.Event()
@@ -274,8 +285,7 @@ class PromptGraphs:
     def __init__(self, step: Step, fmt: KVFormat, recent: Tensor, table: BlockTable, most_tokens: int) -> None:
         self._step, self._format, self._recent, self._table = step, fmt, recent, table
         newest = recent[0]
-        sizes = [size for size in PROMPT_SIZES if size <= most_tokens]
-        self.rooms = [Room(decodes, size) for size in sizes for decodes in DECODES if decodes < 4 * (len(newest) - 1)]
+        self.rooms = prompt_rooms(len(newest) - 1, most_tokens)
         length = max((self._length(room) for room in self.rooms), default=0)
         self._memory = torch.zeros(length, dtype=torch.int64, device=newest.device)
         self._staged = torch.zeros(length, dtype=torch.int64).pin_memory()

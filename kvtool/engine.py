@@ -287,7 +287,10 @@ class Engine:
         """
         assert self.has_work, "a step needs requests: submit one first"
         has_launched = len(self._under_way) < self._most_under_way() and self._launch()
-        return [] if has_launched and len(self._under_way) < self._most_under_way() else self._collect()
+        news = [] if has_launched and len(self._under_way) < self._most_under_way() else self._collect()
+        if self.runner.profiler and not self.has_work:
+            self.runner.profiler.rest(self.runner.held)
+        return news
 
     def _most_under_way(self) -> int:
         """Steps at once. Each stage of a pipeline has one; elsewhere the next step can be launched before this one's

@@ -43,6 +43,6 @@ def find_gpu(name: str) -> tuple[str, GPU] | None:
     """The entry that the driver's name of a card, or part of that, stands for; None where the card is not known."""
     words = name.lower().replace("-", " ").replace("_", " ")
     for known, gpu in GPUS.items():
-        if re.search(rf"\b{known.lower()}\b", words):
+        if re.search(rf"\b{known.lower()}\b", words) or known.lower() == f"rtx {words}":
             return known, gpu
     return None

@@ -1,6 +1,6 @@
 """How a device's memory is shared out: weights, what a step needs beside them, and the KV cache."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 
@@ -15,27 +15,74 @@ CPU_KV_CACHE_MEMORY = 1 << 30
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """What a GPU's memory is needed for beside the KV cache, in bytes, as measured by running the largest step.
+    """What a GPU's memory is needed for beside the KV cache, in bytes: as measured by running the largest step, or as
+    `kvtool.sizing.fit` counts it beforehand.
 
     Attributes:
         usable: of the whole GPU, what --gpu-memory-utilization allows.
         others: of other processes, CUDA itself and the kernels' code.
         weights: of the model.
-        workspace: of a step, and of the CUDA graphs.
+        workspace: of a step.
+        graphs: of what CUDA graphs hold beside that.
     """
 
     usable: int
     others: int
     weights: int
     workspace: int
+    graphs: int
 
     @property
     def for_cache(self) -> int:
-        return self.usable - self.others - self.weights - self.workspace
+        return self.usable - self.others - self.weights - self.workspace - self.graphs
 
     def __str__(self) -> str:
-        parts = f"others {size(self.others)}, weights {size(self.weights)}, workspace {size(self.workspace)}"
+        parts = (
+            f"others {size(self.others)}, weights {size(self.weights)}, workspace {size(self.workspace)}, "
+            f"CUDA graphs {size(self.graphs)}"
+        )
         return f"{size(self.usable)} may be used: {parts}, which leaves {size(max(0, self.for_cache))}"
+
+
+@dataclass(frozen=True)
+class MemoryParts:
+    """The bytes of a device that serves a model, by what they are for.
+
+    Attributes:
+        weights: of the model, with its table of rotations.
+        codes: of packed blocks; at 16 bits, keys and values as they are.
+        metadata: of packed blocks: scales, zeros and padding.
+        windows: tails, the newest tokens of each sequence at full precision.
+        workspace: what a step needs; None: not known (a CPU's).
+        graphs: of CUDA graphs, likewise.
+        reserve: other processes, CUDA itself and the kernels' code, likewise.
+    """
+
+    weights: int
+    codes: int
+    metadata: int
+    windows: int
+    workspace: int | None
+    graphs: int | None
+    reserve: int | None
+
+    @classmethod
+    def of(
+        cls, layout: KVLayout, num_blocks: int, num_tail_slots: int, weights: int, device: DeviceMemory | None
+    ) -> "MemoryParts":
+        """Of a cache beside a model; `device` is None on a CPU."""
+        codes, blocks = num_blocks * layout.code_bytes, num_blocks * layout.block_bytes
+        beside = (device.workspace, device.graphs, device.others) if device else (None, None, None)
+        return cls(weights, codes, blocks - codes, num_tail_slots * layout.tail_bytes, *beside)
+
+    @property
+    def total(self) -> int:
+        return sum(part or 0 for part in astuple(self))
+
+    def named(self) -> dict[str, int | None]:
+        """Parts by their names for people."""
+        names = ("weights", "KV codes", "scales and zeros", "windows", "workspace", "CUDA graphs", "reserve")
+        return dict(zip(names, astuple(self), strict=True))
 
 
 def cache_memory(config: EngineConfig, layout: KVLayout, device: DeviceMemory | None) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._C._profiler import _RecordFunctionFast
 
 from kvtool.attention import PagedAttention, block_size
 from kvtool.attention.latents import LatentQueries
@@ -27,10 +28,20 @@ from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.staging import Staged
 from kvtool.kv.swap import SwapSpace
 from kvtool.layers.moe import ExpertLoad
-from kvtool.memory import CPU_KV_CACHE_MEMORY, DeviceMemory, allocate, cache_memory, capacity, check_context, size
-from kvtool.models import load_config, load_model, resolve_model
+from kvtool.memory import (
+    CPU_KV_CACHE_MEMORY,
+    DeviceMemory,
+    MemoryParts,
+    allocate,
+    cache_memory,
+    capacity,
+    check_context,
+    size,
+)
+from kvtool.models import load_config, load_model, resolve_model, weight_bytes
 from kvtool.models.config import ModelConfig
 from kvtool.parallel import ONE_RANK, Parallel
+from kvtool.profiling import StepProfiler, traces_folder
 from kvtool.request import Draft, Sample, SamplingParams, ScheduledBatch, ScheduledSpan, StepResult, TokenLogprobs
 from kvtool.sampler import Drafts, Sampler, is_greedy, reject, token_logprobs, verify
 from kvtool.tokenizer import vocabulary
@@ -116,6 +127,7 @@ class Runner:
     """
 
     def __init__(self, config: EngineConfig, parallel: Parallel = ONE_RANK) -> None:
+        folder = traces_folder(config.profile) if config.profile else None
         self.parallel, self.device = parallel, choose_device(config.device)
         self.path = resolve_model(config.model)
         self.model_config = load_config(self.path)
@@ -143,6 +155,7 @@ class Runner:
                 self.draft, config = self._load_draft(draft_path, config, layout)
             self._proposals: Proposals | None = None  # of the step that is being launched
             self.max_model_len = config.max_model_len or self.model_config.max_position
+            self.profiler: StepProfiler | None = None
             num_drafted = config.speculation.num_tokens if config.speculation else 0
             shape = (1 + num_drafted, config.max_num_seqs + 1)
             self.recent = torch.zeros(shape, dtype=torch.int64, device=self.device)
@@ -165,6 +178,14 @@ class Runner:
             )
             if self.graphs:
                 self._capture(self.graphs)
+        if folder:
+            name = config.handoff.role if config.handoff else f"rank{parallel.rank}"
+            self.profiler = StepProfiler(folder, name, self.device, is_follower=parallel.rank > 0)
+
+    def held(self) -> MemoryParts:
+        """What the device holds, of this rank."""
+        weights = self.memory.weights if self.memory else weight_bytes(self.model)
+        return MemoryParts.of(self.store.layout, self.store.num_blocks, len(self.newest) - 1, weights, self.memory)
 
     @torch.inference_mode()
     def take_in(self, token_ids: Mapping[int, int]) -> None:
@@ -193,6 +214,8 @@ class Runner:
             UnsupportedError: the cache's format cannot hold what the model makes of these tokens.
             CapacityError: the GPU has no memory left for so large a step.
         """
+        if self.profiler:
+            self.profiler.begin_step()
         self._move(batch)
         if batch.drafts:
             self._propose(batch.drafts)
@@ -274,15 +297,16 @@ class Runner:
         """Choose the tokens of a step, on the last stage; `greedy` are the likeliest, where a graph has found them."""
         fault = self.store.take_fault()
         token_ids, samples = fault[:0], batch.samples if self.parallel.stage.is_last else []
-        if samples and greedy is not None and all(is_greedy(sample) for sample in samples):
-            token_ids = greedy
-        elif samples:
-            token_ids = self.sampler.sample(logits, samples, allowed)
-        if samples and batch.drafts:
-            if self._proposals:
-                self._reject(self._proposals, samples, logits, token_ids)
-            token_ids = verify(token_ids, Drafts.send(samples, self.device), self.recent)
-        scores = _score_samples(samples, logits, token_ids)
+        with _RecordFunctionFast("kvtool::sampling"):
+            if samples and greedy is not None and all(is_greedy(sample) for sample in samples):
+                token_ids = greedy
+            elif samples:
+                token_ids = self.sampler.sample(logits, samples, allowed)
+            if samples and batch.drafts:
+                if self._proposals:
+                    self._reject(self._proposals, samples, logits, token_ids)
+                token_ids = verify(token_ids, Drafts.send(samples, self.device), self.recent)
+            scores = _score_samples(samples, logits, token_ids)
         return Handle(
             batch,
             outcome=_to_host(torch.cat([token_ids, fault])),
@@ -302,6 +326,8 @@ class Runner:
             handle.ready.synchronize()
         batch = handle.batch
         *token_ids, fault = handle.outcome.tolist()
+        if self.profiler:
+            self.profiler.end_step(self.held)
         check_fits(not fault)
         if not self.parallel.stage.is_last:
             return StepResult([], [], [])
@@ -413,6 +439,7 @@ class Runner:
             ep=1,
             nnodes=1,
             speculation=None,
+            profile=None,
             handoff=None,
         )
         with self.parallel.agreeing():
@@ -487,6 +514,7 @@ class Runner:
             self.collect(self.launch(largest))
             if self.store.sealer:
                 self.store.sealer.compile()
+            step = torch.cuda.max_memory_reserved(self.device)
             if self.graphs:
                 self.graphs.capture(largest=True)
             torch.cuda.synchronize(self.device)
@@ -495,7 +523,8 @@ class Runner:
                 f"{self.device} has no room for a step of {config.max_num_batched_tokens} tokens beside "
                 f"{size(weights)} of weights; lower --max-num-batched-tokens or --max-num-seqs"
             ) from error
-        workspace = torch.cuda.max_memory_reserved(self.device) - weights - self.store.nbytes
+        workspace = step - weights - self.store.nbytes
+        graphs = torch.cuda.max_memory_reserved(self.device) - step
         free, _ = torch.cuda.mem_get_info(self.device)
         others = total - free - torch.cuda.memory_reserved(self.device)
         del self.store, self.attention, self.graphs
@@ -503,7 +532,7 @@ class Runner:
         self.recent.zero_()
         if self.expert_load:
             self.expert_load.reset()
-        return DeviceMemory(int(total * config.gpu_memory_utilization), others, weights, workspace)
+        return DeviceMemory(int(total * config.gpu_memory_utilization), others, weights, workspace, graphs)
 
     def _attend(
         self,

@@ -20,8 +20,10 @@ from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.plan import BITS
-from kvtool.memory import allocate
-from kvtool.models import load_config, load_model, resolve_model
+from kvtool.kv.store import KVStore
+from kvtool.memory import MemoryParts, allocate
+from kvtool.models import load_config, load_model, resolve_model, weight_bytes
+from kvtool.profiling import StepProfiler, traces_folder
 from kvtool.runner import attention_layers, choose_device, choose_dtype, kv_spec
 
 SCORED_ROWS = 128  # of logits at a time
@@ -70,6 +72,7 @@ class ScoringModel:
     def __init__(self, config: EngineConfig) -> None:
         if config.num_ranks * config.ep > 1:
             raise UnsupportedError(f"{config.rank_options}: a model is scored on one device; leave them out")
+        folder = traces_folder(config.profile) if config.profile else None
         self.config = config
         self.device = choose_device(config.device)
         self.path = resolve_model(config.model)
@@ -87,6 +90,7 @@ class ScoringModel:
             )
         self.max_model_len = min(config.max_model_len or self.model_config.max_position, self.model_config.max_position)
         self._attention_layers = attention_layers(self.model_config)
+        self._profiler = StepProfiler(folder, "scoring", self.device) if folder else None
 
     @property
     def dtype_name(self) -> str:
@@ -149,6 +153,8 @@ class ScoringModel:
         attention = PagedAttention(store, self._attention_layers, self.config.attention_backend)
         for batch in batches:
             yield from self._forward(batch, attention)
+        if self._profiler:
+            self._profiler.rest(partial(self._held, store))
 
     @torch.inference_mode()
     def _forward(self, batch: Sequence[Window], attention: PagedAttention) -> list[Tensor]:
@@ -162,15 +168,24 @@ class ScoringModel:
                 Span(start, min(start + step, window.num_read), blocks, slot)
                 for slot, (window, blocks) in enumerate(zip(batch, owned, strict=True))
             ]
+            if self._profiler:
+                self._profiler.begin_step()
             kv_batch = KVBatch.build(store.format, spans, self.device)
             read = [token for w, span in zip(batch, spans, strict=True) for token in w.token_ids[span.start : span.end]]
             ids = torch.tensor(read, device=self.device)
             hidden = self.model(ids, kv_batch.positions, partial(_attend, attention, kv_batch))
             store.seal(kv_batch)
+            if self._profiler:
+                self._profiler.end_step(partial(self._held, store))
             for rows, piece in zip(hidden.split([span.length for span in spans]), pieces, strict=True):
                 piece.append(rows)
         check_fits(not store.take_fault().item())
         return [torch.cat(piece)[window.first - 1 :] for window, piece in zip(batch, pieces, strict=True)]
+
+    def _held(self, store: KVStore) -> MemoryParts:
+        """What the device holds for the model and this store."""
+        tails = len(store.tails) // max(1, store.layout.tail_bytes)
+        return MemoryParts.of(store.layout, store.num_blocks, tails, weight_bytes(self.model), None)
 
 
 def _attend(

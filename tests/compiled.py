@@ -76,12 +76,14 @@ def check_fits(kernel: Any, capability: int = 89) -> None:
     assert used["STACK"] <= STACK and used["LOCAL"] == 0, (used, kernel.metadata, kernel.src.constants)
 
 
-def check_compiled(launch: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Compile for sm_89 what `launch` would launch, each kernel within its bounds; how many those are."""
-    compiled = compile_for(89, monkeypatch)
+def check_compiled(
+    launch: Callable[[], object], monkeypatch: pytest.MonkeyPatch, capability: int = 89, *modules: ModuleType
+) -> int:
+    """Compile what `launch` would launch (`compile_for`), each kernel within its bounds; how many those are."""
+    compiled = compile_for(capability, monkeypatch, *modules)
     launch()
     for kernel in compiled:
-        check_fits(kernel)
+        check_fits(kernel, capability)
     return len(compiled)
 
 

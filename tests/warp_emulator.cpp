@@ -25,13 +25,9 @@
 #define __shared__
 #define __launch_bounds__(...)
 
+#include "words.cuh"
+
 using std::max, std::min;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-struct alignas(8) Words2 { u32 x[2]; };
-struct alignas(16) Words4 { u32 x[4]; };
-struct alignas(16) Floats4 { float x[4]; };
 struct Index3 { unsigned x, y, z; };
 
 constexpr int MAX_THREADS = 512, STACK = 1 << 18;
@@ -177,6 +173,10 @@ template <int N> static void await_groups() {
     __syncwarp();
 }
 
+template <int BYTES> static void read_once(u32* to, const void* from) { read<BYTES>(to, from); }
+static void prefetch(const void* from, u32 bytes) {
+    if (((uintptr_t)from | bytes) % 16) fputs("a prefetch is not aligned\n", stderr), abort();
+}
 static float load_written(const float* from) { return *from; }
 static Floats4 load_written4(const float* from) { return *(const Floats4*)from; }
 static void await_inputs() {}

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _RecordFunctionFast
 
 from kvtool.attention.cuda_backend import CudaDecode
 from kvtool.attention.flash_backend import PAGE, FlashAttention
@@ -163,7 +164,13 @@ class PagedAttention:
             key = hadamard(key)
         if kv.value.format.rotate:
             value = hadamard(value)
-        near = kv.write(key, value, batch)
+        with _RecordFunctionFast("kvtool::write"):
+            near = kv.write(key, value, batch)
+        with _RecordFunctionFast("kvtool::attention"):
+            return self._attend(index, q, near, batch)
+
+    def _attend(self, index: int, q: Tensor | LatentQueries, near: Near | None, batch: KVBatch) -> Tensor:
+        kv = self.store.layers[index]
         if not isinstance(q, LatentQueries):
             return self._forward(index, q, near, batch)
         if not batch.prompts or not q.expand(batch.prompts.spans):

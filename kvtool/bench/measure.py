@@ -294,6 +294,8 @@ async def opened(where: Where, engine: EngineConfig, streams: int) -> AsyncItera
             target = await stack.enter_async_context(engine_target(engine))
             yield Bench(target, local=True, floors=await probe(target.client.info) if probe else None)
         return
+    if engine.profile:
+        raise ConfigError("--profile: traces our own engine; give it to the server, and leave it out here")
     floors = None
     if where.floor_config or where.gpu:
         if not (where.floor_config and where.gpu):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+WORKSPACE = 128 << 20  # bytes of blocks that are decoded for prompts at a time, or of one KV head where those are more
+
 
 def takes(x: Tensor) -> bool:
     """Whether kernels compute with `x`; elsewhere than on a GPU, and in float64, torch does."""

@@ -6,14 +6,13 @@ kernel, `decode.cu`, is compiled when it is first called for a format and a shap
 
 import ctypes
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kvtool.kernels.decode import PackedStream, _num_sms, _num_splits, merge
 from kvtool.kernels.launch import capability
-from kvtool.kernels.nvrtc import Kernel, compile_cubin
+from kvtool.kernels.nvrtc import Kernel, compile_cubin, source
 
 HEAD_DIMS = (64, 128)
 MAX_GROUP_HEADS = 16
@@ -36,7 +35,7 @@ TILES: dict[tuple[int, str], tuple[int, int, int, int]] = {
 }
 WIDE_TILES: dict[int, tuple[int, int, int, int]] = {100: (2, 2, 2, 32), 228: (4, 2, 2, 32)}
 
-SOURCE = "".join((Path(__file__).parent / name).read_text() for name in ("warp.cuh", "decode.cuh", "decode.cu"))
+SOURCE = source("decode.cuh", "decode.cu")
 
 
 def refuses(key: PackedStream, value: PackedStream, num_heads: int) -> str | None:

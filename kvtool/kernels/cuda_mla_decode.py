@@ -6,7 +6,6 @@ the kernel, `mla_decode.cu`, is compiled when it is first called for a format.
 
 import ctypes
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 from kvtool.kernels.cuda_decode import MERGED_WITHIN, StreamPointers, _shared_kib
 from kvtool.kernels.decode import PackedStream, _num_sms, _num_splits, merge
 from kvtool.kernels.launch import capability
-from kvtool.kernels.nvrtc import Kernel, compile_cubin
+from kvtool.kernels.nvrtc import Kernel, compile_cubin, source
 
 LATENT_DIM, ROPE_DIM, GROUP = 512, 64, 64
 HEADS = 16  # of a program: the rows of a product
@@ -33,7 +32,7 @@ TILES: dict[tuple[int, str], tuple[int, int, int, int, int]] = {
     (228, "2"): (4, 64, 3, 2, 0),
 }
 
-SOURCE = "".join((Path(__file__).parent / name).read_text() for name in ("warp.cuh", "decode.cuh", "mla_decode.cu"))
+SOURCE = source("decode.cuh", "mla_decode.cu")
 
 
 def refuses(key: PackedStream, value: PackedStream) -> str | None:

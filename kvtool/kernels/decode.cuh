@@ -19,20 +19,6 @@ template <int BYTES, typename Place> __device__ inline void copy(char* to, const
         if (BYTES - at >= 512 || lane * 16 < BYTES - at) copy_async(to + place(at, lane * 16), from + at + lane * 16);
 }
 
-template <int BYTES> __device__ inline void read(u32* to, const void* from) {
-    if constexpr (BYTES == 16) {
-        Words4 x = *(const Words4*)from;
-        for (int i = 0; i < 4; i++) to[i] = x.x[i];
-    } else if constexpr (BYTES == 8) {
-        Words2 x = *(const Words2*)from;
-        for (int i = 0; i < 2; i++) to[i] = x.x[i];
-    } else if constexpr (BYTES == 4) {
-        *to = *(const u32*)from;
-    } else {
-        *to = *(const u16*)from;
-    }
-}
-
 // Programs meet: the last of `shares` to arrive finds what all have written, the outputs of `heads` rows from `row` on,
 // and makes their mean, by 2^lse. `shared` is memory that nobody reads any more.
 template <int CHANNELS> __device__ inline void merge_splits(

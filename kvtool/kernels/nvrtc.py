@@ -28,6 +28,11 @@ class _Config(ctypes.Structure):
     ]
 
 
+def source(*names: str) -> str:
+    """Of a kernel in these files of this folder, behind what all kernels use."""
+    return "".join((Path(__file__).parent / name).read_text() for name in ("words.cuh", "warp.cuh", *names))
+
+
 def compile_cubin(source: str, architecture: str, constants: dict[str, object]) -> bytes:
     """Machine code of `source` for "sm_90" and the like, with `constants` as macros. Needs no GPU."""
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
@@ -55,13 +60,17 @@ def refuses_to_compile() -> str | None:
 class Kernel:
     """The kernel `name` of a compiled module, on the current device; `shared_bytes` is a constant of that module.
 
+    Args:
+        carveout: percent of a multiprocessor's memory that is no cache but shared; -1 leaves it to the driver.
+
     Attributes:
         programs_per_sm: how many run at once on a multiprocessor.
     """
 
-    def __init__(self, cubin: bytes, name: str, threads: int) -> None:
-        torch.cuda.current_stream()  # makes the context that the module is loaded into
+    def __init__(self, cubin: bytes, name: str, threads: int, carveout: int = 100) -> None:
         driver, module, self._function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
+        self._context = _context(torch.cuda.current_device())
+        _check(driver.cuCtxSetCurrent(self._context), "CUDA")
         _check(driver.cuModuleLoadData(ctypes.byref(module), cubin), "CUDA")
         _check(driver.cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()), "CUDA")
         address, size, shared = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_int()
@@ -69,7 +78,7 @@ class Kernel:
         _check(found, "CUDA")
         _check(driver.cuMemcpyDtoH_v2(ctypes.byref(shared), address, size), "CUDA")
         _check(driver.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared.value), "CUDA")
-        _check(driver.cuFuncSetAttribute(self._function, _SHARED_CARVEOUT, 100), "CUDA")  # percent
+        _check(driver.cuFuncSetAttribute(self._function, _SHARED_CARVEOUT, carveout), "CUDA")
         self._threads, self._shared = threads, shared.value
         resident, size = ctypes.c_int(), ctypes.c_size_t(shared.value)
         count = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor
@@ -78,12 +87,26 @@ class Kernel:
 
     def __call__(self, grid: tuple[int, int], arguments: Sequence[Any], *, chained: bool) -> None:
         """Launch on the current stream; `arguments` are ctypes values, tensors for their addresses, None for null."""
+        _check(_driver().cuCtxSetCurrent(self._context), "CUDA")
         values = [pointer(x) if x is None or isinstance(x, Tensor) else x for x in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         attribute = _Attribute(_STREAM_SERIALIZATION, 0, 1)
         stream = torch.cuda.current_stream().cuda_stream
         config = _Config(*grid, 1, self._threads, 1, 1, self._shared, stream, ctypes.pointer(attribute), int(chained))
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None), "CUDA")
+
+
+@cache
+def _context(device: int) -> ctypes.c_void_p:
+    """The device's primary context, torch's too, which stays as long as the process.
+
+    A thread has none until it makes one current, and torch, where it need not ask the driver, does not do so.
+    """
+    driver, handle, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
+    _check(driver.cuInit(0), "CUDA")
+    _check(driver.cuDeviceGet(ctypes.byref(handle), device), "CUDA")
+    _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "CUDA")
+    return context
 
 
 def pointer(x: Tensor | None) -> ctypes.c_void_p:

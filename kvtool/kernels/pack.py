@@ -501,7 +501,7 @@ def _codes(x, scale, zero, packing: tl.constexpr):
     above = x - zero.to(tl.float32)
     divisor = tl.where(scale == 0.0, 1.0, scale.to(tl.float32))
     if packing.bits == "fp8":
-        return _e4m3(tl.div_rn(above, divisor))
+        return e4m3(tl.div_rn(above, divisor))
     return _integer(_quotient(above, divisor), packing)
 
 
@@ -526,7 +526,7 @@ def _integer(x, packing: tl.constexpr):
 
 
 @triton.jit
-def _e4m3(x):
+def e4m3(x):
     """The nearest e4m3, ties to even, of |x| <= 448. By hand: GPUs before sm_89 and the interpreter cannot."""
     bits = x.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF

@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvtool.kernels import WORKSPACE
 from kvtool.kernels.decode import HEAD_DIMS, PackedStream, _next_power_of_2, _num_sms, _or
 from kvtool.kernels.launch import capability
-
-WORKSPACE = 128 << 20  # bytes of decoded blocks at a time, or those of one KV head where they alone are more
 
 
 @dataclass(frozen=True)

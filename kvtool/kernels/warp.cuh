@@ -1,12 +1,4 @@
-// What a warp can do that C++ has no words for. Registers of packed pairs are `u32`, the earlier element low.
-
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-struct alignas(8) Words2 { u32 x[2]; };
-struct alignas(16) Words4 { u32 x[4]; };
-struct alignas(16) Floats4 { float x[4]; };
+// What a warp can do that C++ has no words for.
 
 __device__ inline u32 lane_id() { return threadIdx.x % 32; }
 
@@ -91,6 +83,23 @@ __device__ inline void end_group() { asm volatile("cp.async.commit_group;" ::: "
 template <int N> __device__ inline void await_groups() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
     __syncwarp();
+}
+
+// `BYTES` that are read this once.
+template <int BYTES> __device__ inline void read_once(u32* to, const void* from) {
+    if constexpr (BYTES == 16)
+        asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+            : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
+    else if constexpr (BYTES == 8)
+        asm("ld.global.nc.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
+    else asm("ld.global.nc.L2::128B.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
+}
+
+// Ask for so much memory, whole 16 bytes, to come to the L2 cache.
+__device__ inline void prefetch(const void* from, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
 }
 
 // What another program has written, past this multiprocessor's own cache.

@@ -58,6 +58,12 @@ class KVLayout:
         return sum(self.layer_block_bytes(layer) for layer in range(self.spec.num_layers))
 
     @property
+    def code_bytes(self) -> int:
+        """Bytes of codes in one packed block over all layers; the rest is scales, zeros and padding."""
+        fields = (field for layer in range(self.spec.num_layers) for stream in self.fields(layer) for field in stream)
+        return sum(field.nbytes for field in fields if field.name == "codes")
+
+    @property
     def tail_bytes(self) -> int:
         """Bytes of one sequence's full-precision tail over all layers."""
         return self.format.tail_tokens * self.spec.elements * self.spec.element_size

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _RecordFunctionFast
 
 from kvtool.kv.batch import KVBatch, integers, on_device
 from kvtool.kv.codecs import CODECS, Arrays
@@ -99,9 +100,10 @@ class KVStore:
         blocks = torch.tensor([owned[first // size] for _, first, owned in full], device=device)
         firsts = torch.tensor([first for _, first, _ in full], device=device)
         rows = (firsts[:, None] + torch.arange(size, device=device)) % self.format.tail_tokens
-        for layer in self.layers:
-            for stream in (layer.key, layer.value):
-                stream.write_blocks(stream.tail[slots[:, None], :, rows].transpose(1, 2), blocks)
+        with _RecordFunctionFast("kvtool::seal"):
+            for layer in self.layers:
+                for stream in (layer.key, layer.value):
+                    stream.write_blocks(stream.tail[slots[:, None], :, rows].transpose(1, 2), blocks)
 
     def take_fault(self) -> Tensor:
         """Whether a kernel met what the format cannot hold since this was last called: [1] int32 on the device.
@@ -283,7 +285,8 @@ class LayerKV:
             return None
         near = self._read_near(key, value, batch)
         if len(prompts.sealed_blocks):
-            self._write_blocks(near, prompts.sealed_rows, prompts.sealed_blocks)
+            with _RecordFunctionFast("kvtool::seal"):
+                self._write_blocks(near, prompts.sealed_rows, prompts.sealed_blocks)
         self._write_tails(key, value, prompts.kept_tokens, prompts.kept_slots, prompts.kept_rows)
         return near
 

@@ -1,8 +1,17 @@
 """Models: what they look like, where they are, how they are loaded and how they compute."""
 
-from kvtool.models.config import ModelConfig, load_config
+from kvtool.models.config import ModelConfig, load_config, parse_config
 from kvtool.models.decoder import Attend, Decoder
 from kvtool.models.resolve import resolve_model
-from kvtool.models.weights import load_model
+from kvtool.models.weights import load_model, weight_bytes
 
-__all__ = ["Attend", "Decoder", "ModelConfig", "load_config", "load_model", "resolve_model"]
+__all__ = [
+    "Attend",
+    "Decoder",
+    "ModelConfig",
+    "load_config",
+    "load_model",
+    "parse_config",
+    "resolve_model",
+    "weight_bytes",
+]

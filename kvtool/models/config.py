@@ -65,13 +65,23 @@ class ModelConfig:
 def load_config(folder: Path) -> ModelConfig:
     """Read config.json, and the end-of-text ids of generation_config.json where there is one.
 
+    Raises:
+        ModelError: a file is missing, or says what `parse_config` refuses.
+    """
+    generation_config = folder / "generation_config.json"
+    more = (read_fields(generation_config),) if generation_config.exists() else ()
+    return parse_config(read_fields(folder / "config.json"), *more)
+
+
+def parse_config(fields: "Fields", *generation_config: "Fields") -> ModelConfig:
+    """What a config.json, and perhaps a generation_config.json, say of a model.
+
     Fields mean what they mean in Hugging Face transformers, in its old spelling (`rope_theta`, `rope_scaling`,
     `torch_dtype`) and its new one (`rope_parameters`, `dtype`). Code that comes with a model is never run.
 
     Raises:
-        ModelError: a file is missing or is no JSON, a field is missing or impossible, or the architecture is unknown.
+        ModelError: a file is no JSON, a field is missing or impossible, or the architecture is unknown.
     """
-    fields = read_fields(folder / "config.json")
     architecture = _architecture(fields)
     if fields.get("quantization_config") is not None:
         fields.refuse("quantization_config", "says that the weights are quantised; use the original 16-bit checkpoint")
@@ -107,7 +117,7 @@ def load_config(folder: Path) -> ModelConfig:
         o_bias=attention_bias,
         mlp_bias=architecture.config_biases and fields.flag("mlp_bias"),
         dtype=_dtype(fields),
-        eos_token_ids=_eos_token_ids(fields, folder / "generation_config.json"),
+        eos_token_ids=_eos_token_ids(fields, *generation_config),
     )
 
 
@@ -417,9 +427,9 @@ def _dtype(fields: Fields) -> str:
     return str(dtype)
 
 
-def _eos_token_ids(config: Fields, generation_config: Path) -> tuple[int, ...]:
+def _eos_token_ids(*configs: Fields) -> tuple[int, ...]:
     ids: dict[int, None] = {}
-    for fields in (config, read_fields(generation_config)) if generation_config.exists() else (config,):
+    for fields in configs:
         value = fields.get("eos_token_id", [])
         several = value if isinstance(value, list) else [value]
         if not all(isinstance(id, int) and not isinstance(id, bool) and 0 <= id < 2**31 for id in several):

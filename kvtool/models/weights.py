@@ -103,6 +103,11 @@ def load_weights(model: Decoder, tensors: list[StoredTensor]) -> None:
         _fill(slot, tensor, buffer)
 
 
+def weight_bytes(model: Decoder) -> int:
+    """What the model takes where it is, the table of its rotations included."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
 def fill_randomly(model: Decoder, seed: int) -> None:
     """Random weights with standard deviation 0.02, norms 1. The same seed gives the same weights on the same device, of
     which each rank has its part."""

@@ -1,0 +1,308 @@
+"""What products with quantised weights take for a model's matrices, beside those in 16 bits.
+
+    python scripts/bench_linear.py --rows 1,8,16,64,256,4096 --output linear.json
+    python scripts/bench_linear.py --kinds w4a16 --rows 1,8,16,32,64 --sweep --output tiles.json
+
+Each figure is the mean of a CUDA graph that multiplies with one matrix after the other, 512 MiB of them, so that no
+cache holds any; where activations are quantised, that is part of it. "share" is of the bytes per second that a plain
+sum reads, "error" what was there before that: against the definition in fp32. What errs by more than rounding does is
+named and not listed. The best is printed as soon as it is known, and FILE, one JSON document, is written anew with it.
+--sweep times all the tiles that each kernel could use.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import product as pairs_of
+from pathlib import Path
+
+import torch
+import triton
+from bench_gemv import MODELS, Matrix, matrices_of
+from torch import Tensor
+
+from kvtool.kernels import w4a16, w4a16_gemv, w4a16_kernels, w8a8, w8a8_kernels
+from kvtool.kernels.launch import capability
+from kvtool.layers.linear import linear
+from kvtool.quantize.decode_speed import graph_seconds, read_bandwidth
+
+FOOTPRINT = 512 << 20
+GROUP = 128
+MAX_ERROR = {"bf16": 1e-2, "w4a16": 1e-2, "w8a8": 1e-2, "fp8": 2e-2}
+BFLOAT, DEVICE = torch.bfloat16, torch.device("cuda")
+REFUSALS = (RuntimeError, triton.runtime.errors.OutOfResources)
+
+Run = Callable[[Tensor, int], Tensor]  # x, index of the matrix
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Matrices of one shape and kind; `tensors` have a row for each."""
+
+    kind: str
+    outputs: int
+    depth: int
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of one matrix."""
+        return sum(x[0].nbytes for x in self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return tuple(x[index] for x in self.tensors)
+
+    @classmethod
+    def drawn(cls, kind: str, outputs: int, depth: int, nbytes: int) -> "Weights":
+        """As many as fill `nbytes`, and two at least."""
+        bits = {"bf16": 16, "w4a16": 4}.get(kind, 8)
+        shape = (max(2, math.ceil(nbytes * 8 / (outputs * depth * bits))), outputs, depth)
+        sigma = 1 / math.sqrt(depth)
+        if kind == "bf16":
+            return cls(kind, outputs, depth, (torch.randn(shape, dtype=BFLOAT, device=DEVICE) * sigma,))
+        if kind == "w4a16":
+            codes = torch.randint(256, (*shape[:2], depth // 2), dtype=torch.uint8, device=DEVICE)
+            scales = (torch.rand(*shape[:2], depth // GROUP, device=DEVICE) + 0.5).to(BFLOAT) * sigma / 4
+            return cls(kind, outputs, depth, (codes, scales, torch.full_like(scales, 7)))
+        scales = torch.rand(shape[:2], device=DEVICE) + 0.5
+        if kind == "w8a8":
+            codes = torch.randint(-127, 128, shape, dtype=torch.int8, device=DEVICE)
+            return cls(kind, outputs, depth, (codes, scales * sigma / 73))
+        weights = torch.empty(shape, dtype=w8a8.FP8, device=DEVICE)
+        for matrix in weights:
+            matrix.copy_(torch.randn(shape[1:], device=DEVICE))
+        return cls(kind, outputs, depth, (weights, scales * sigma))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="1,8,16,64,256,4096")
+    parser.add_argument("--kinds", default=",".join(MAX_ERROR))
+    parser.add_argument("--model", default="Qwen2.5-7B", choices=MODELS)
+    parser.add_argument("--sweep", action="store_true", help="time all tiles")
+    parser.add_argument("--output", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    rows, kinds = [int(n) for n in args.rows.split(",")], args.kinds.split(",")
+    matrices = {name: matrix for name, matrix in matrices_of(*MODELS[args.model]).items() if name != "head"}
+    compile_all(kinds, matrices.values(), rows, args.sweep)
+    environment = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "bandwidth": read_bandwidth(),
+    }
+    document = {
+        "schema": "kvtool.bench-linear/1",
+        "environment": environment,
+        "config": vars(args) | {"output": str(args.output)},
+        "rows": [],
+    }
+    print(f"{environment['gpu']}, read {environment['bandwidth'] / 1e12:.2f} TB/s")
+    print(f"{'matrix':>8} {'kind':>6} rows {'µs':>8} share TFLOP/s × bf16   error  by, and the next best")
+    for figures in measured(kinds, matrices, rows, args.sweep, environment["bandwidth"]):
+        document["rows"].append(figures)
+        show(figures)
+        if args.output:
+            unfinished = args.output.with_suffix(".part")
+            unfinished.write_text(json.dumps(document))
+            unfinished.replace(args.output)
+
+
+def measured(
+    kinds: list[str], matrices: dict[str, Matrix], rows: list[int], sweep: bool, bandwidth: float
+) -> Iterator[dict[str, object]]:
+    for name, matrix in matrices.items():
+        baselines: dict[int, float] = {}
+        for kind in kinds:
+            weights = Weights.drawn(kind, matrix.outputs, matrix.depth, FOOTPRINT)
+            for n in rows:
+                timed = time_all(weights, n, sweep)
+                if not timed:
+                    continue
+                (seconds, error, label), *others = timed
+                if kind == "bf16":
+                    baselines[n] = seconds
+                yield {
+                    "matrix": name,
+                    "outputs": matrix.outputs,
+                    "depth": matrix.depth,
+                    "kind": kind,
+                    "rows": n,
+                    "us": round(seconds * 1e6, 2),
+                    "share": round(weights.nbytes / seconds / bandwidth, 3),
+                    "tflops": round(2 * n * matrix.outputs * matrix.depth / seconds / 1e12, 1),
+                    "of_bf16": round(seconds / baselines[n], 3) if n in baselines else None,
+                    "error": error,
+                    "by": label,
+                    "others": {other: round(more * 1e6, 2) for more, _, other in others},
+                }
+
+
+def show(figures: dict[str, object]) -> None:
+    of_bf16 = "" if figures["of_bf16"] is None else f"{figures['of_bf16']:.3f}"
+    print(
+        f"{figures['matrix']:>8} {figures['kind']:>6} {figures['rows']:4} {figures['us']:8.2f} {figures['share']:5.0%} "
+        f"{figures['tflops']:7.1f} {of_bf16:>6} {figures['error']:7.1e}  {figures['by']}   "
+        + "  ".join(f"{other} {us:.2f}" for other, us in list(figures["others"].items())[:4]),
+        flush=True,
+    )
+
+
+def time_all(weights: Weights, rows: int, sweep: bool) -> list[tuple[float, float, str]]:
+    """Seconds, error and what was run, the fastest first."""
+    x = torch.randn(rows, weights.depth, dtype=BFLOAT, device=DEVICE)
+    expected = definition(x, weights)
+    results = []
+    for label, run in runs_of(weights, rows, sweep):
+        try:
+            out = run(x, 0)
+            error = float((out.float() - expected).norm() / expected.norm())
+            if not error < MAX_ERROR[weights.kind]:
+                print(f"{label} is wrong for {weights.kind}, {rows} rows: error {error:.3g}", file=sys.stderr)
+                continue
+            count = len(weights) if rows <= 512 else 2  # of many rows no cache holds the activations
+            seconds = graph_seconds(lambda index, run=run: run(x, index), range(count))
+            results.append((seconds, error, label))
+        except REFUSALS as refusal:
+            print(f"{label} does not run: {str(refusal).splitlines()[0]}", file=sys.stderr)
+    return sorted(results)
+
+
+def definition(x: Tensor, weights: Weights) -> Tensor:
+    """The product with the first matrix, in fp32."""
+    matrix = weights[0]
+    if weights.kind == "bf16":
+        return x.float() @ matrix[0].float().t()
+    if weights.kind == "w4a16":
+        return w4a16.w4a16_reference(x.float(), *matrix, None)
+    return (w8a8.w8a8_reference if weights.kind == "w8a8" else w8a8.fp8_reference)(x.float(), *matrix, None)
+
+
+def runs_of(weights: Weights, rows: int, sweep: bool) -> Iterator[tuple[str, Run]]:
+    """What computes the product: what the layer would call, and with `sweep` all that it could."""
+    kind = weights.kind
+    layer = {"bf16": linear, "w4a16": w4a16.w4a16_linear, "w8a8": w8a8.w8a8_linear, "fp8": w8a8.fp8_linear}[kind]
+    yield "as tabled", lambda x, index: layer(x, *weights[index])
+    if kind == "bf16":
+        yield "cuBLAS", lambda x, index: torch.nn.functional.linear(x, *weights[index])
+    elif sweep and kind == "w4a16":
+        for gemv in gemv_tiles(rows, sweep):
+            yield (
+                f"gemv {tuple(asdict(gemv).values())}",
+                (lambda x, index, tile=gemv: w4a16_gemv.gemv(x, *weights[index], None, tile)),
+            )
+        for tile in w4a16_tiles(rows):
+            yield (
+                f"product {tuple(asdict(tile).values())}",
+                (lambda x, index, tile=tile: w4a16_kernels.product(x, *weights[index], None, tile)),
+            )
+        if rows >= 64:
+            yield "decoded", lambda x, index: w4a16_kernels.decoded_product(x, *weights[index], None)
+    elif sweep:
+        dtype = weights.tensors[0].dtype
+        for tile in w8a8_tiles(rows):
+            yield (
+                f"product {tuple(asdict(tile).values())}",
+                (
+                    lambda x, index, tile=tile: w8a8_kernels.product(
+                        *w8a8_kernels.quantized(x, dtype), *weights[index], None, tile, x.dtype
+                    )
+                ),
+            )
+        if rows > 16 and w8a8_kernels.vendor_takes(BFLOAT, weights[0][0]):
+            yield (
+                "vendor",
+                (
+                    lambda x, index: w8a8_kernels.vendor_product(
+                        *w8a8_kernels.quantized(x, dtype), *weights[index], None, x.dtype
+                    )
+                ),
+            )
+
+
+def gemv_tiles(rows: int, sweep: bool) -> Iterator[w4a16_gemv.Tile]:
+    """Those of the table; to sweep, up to 128 registers of a thread, or 80 where that may do."""
+    if rows > w4a16_gemv.MAX_ROWS:
+        return
+    if not sweep:
+        entries = w4a16_gemv.TILES[capability(DEVICE), max(8, triton.next_power_of_2(rows))]
+        yield from (tile for *_, tile in entries)
+        return
+    for tiles, warps, stages in pairs_of((1, 2, 4), (2, 4, 8, 16), (1, 2, 3, 4)):
+        for resident in (16, 24) if tiles == 1 and rows <= 8 else (8, 16) if tiles < 4 else (8,):
+            if tiles * stages in (2, 3, 4, 6, 8) and resident >= warps:
+                yield w4a16_gemv.Tile(tiles, warps, stages, resident // warps)
+
+
+def w4a16_tiles(rows: int) -> Iterator[w4a16_kernels.Tile]:
+    """On sm_90 none of four warps or more (`w4a16_kernels.Tile` says why)."""
+    shapes = [(16, 8, 128, 1, 4), (32, 16, 128, 2, 4), (32, 32, 128, 2, 4), (64, 32, 128, 2, 3), (64, 32, 64, 2, 4)]
+    shapes += [(32, 64, 128, 2, 3), (64, 64, 64, 2, 3), (64, 64, 64, 2, 4), (64, 64, 128, 2, 3), (64, 128, 64, 2, 4)]
+    shapes += [(64, 64, 64, 4, 4), (64, 64, 128, 4, 3), (128, 64, 64, 4, 4), (128, 64, 128, 8, 3)]
+    shapes += [(64, 128, 64, 4, 4), (128, 128, 64, 8, 4), (128, 128, 128, 8, 3)]
+    width, most_warps = max(8, triton.next_power_of_2(rows)), 8 if capability(DEVICE) < 9 else 2
+    for tile in (w4a16_kernels.Tile(*shape) for shape in shapes) if rows <= 1024 else ():
+        if min(width // 4, 64) <= tile.rows <= width and tile.warps <= most_warps:
+            yield tile
+
+
+def w8a8_tiles(rows: int) -> Iterator[w8a8_kernels.Tile]:
+    width = min(256, max(8, triton.next_power_of_2(rows)))
+    if width <= 16:
+        shapes = [(16, width, 256, 1, 4), (16, width, 256, 1, 6), (16, width, 512, 1, 3), (16, width, 512, 1, 4)]
+        shapes += [(32, width, 256, 1, 4), (32, width, 256, 2, 4), (64, width, 128, 4, 6), (64, width, 256, 4, 4)]
+    elif width == 32:
+        shapes = [(16, 32, 256, 1, 4), (32, 32, 256, 2, 4), (64, 32, 128, 4, 5), (64, 32, 256, 4, 4)]
+    elif width == 64:
+        shapes = [(32, 64, 256, 2, 3), (64, 64, 128, 4, 3), (64, 64, 128, 4, 5), (64, 64, 256, 4, 4)]
+        shapes += [(128, 64, 128, 4, 4), (128, 64, 128, 8, 5)]
+    else:
+        shapes = [(64, 128, 128, 4, 4), (128, 64, 128, 4, 4), (128, 128, 128, 4, 3), (128, 128, 128, 8, 4)]
+        shapes += [(128, 256, 128, 8, 3), (256, 128, 128, 8, 3), (128, 256, 64, 8, 4)] if width == 256 else []
+    yield from (w8a8_kernels.Tile(*shape) for shape in shapes)
+
+
+def compile_all(kinds: list[str], matrices: Iterable[Matrix], rows: list[int], sweep: bool) -> None:
+    """Compile in parallel what will be timed: Triton's kernels to its cache, in processes, NVRTC's here, in threads."""
+    jobs = [(kind, matrix.outputs, matrix.depth, n, sweep) for matrix in matrices for kind in kinds for n in rows]
+    gemvs = {(8 * triton.cdiv(n, 8), tile) for n in rows for tile in gemv_tiles(n, sweep)} if "w4a16" in kinds else ()
+    workers = min(16, os.cpu_count() or 1)
+    with multiprocessing.get_context("spawn").Pool(workers) as pool, ThreadPoolExecutor(workers) as threads:
+        done = pool.starmap_async(run_once, jobs, chunksize=1)
+        for compiled in [threads.submit(gemv_once, *job) for job in gemvs]:
+            compiled.result()
+        done.get()
+    print(f"compiled for {len(jobs)} products, and {len(gemvs)} kernels in CUDA C++", file=sys.stderr)
+
+
+def gemv_once(rows: int, tile: w4a16_gemv.Tile) -> None:
+    with torch.inference_mode():
+        x = torch.zeros(rows, GROUP, dtype=BFLOAT, device=DEVICE)
+        scales = torch.zeros(16, 1, dtype=BFLOAT, device=DEVICE)
+        w4a16_gemv.gemv(x, torch.zeros(16, GROUP // 2, dtype=torch.uint8, device=DEVICE), scales, scales, None, tile)
+
+
+def run_once(kind: str, outputs: int, depth: int, rows: int, sweep: bool) -> None:
+    """All but what NVRTC compiles, which no other process finds again."""
+    with torch.inference_mode():
+        weights = Weights.drawn(kind, outputs, depth, 0)
+        x = torch.zeros(rows, depth, dtype=BFLOAT, device=DEVICE)
+        for label, run in runs_of(weights, rows, sweep):
+            if not label.startswith("gemv"):
+                with suppress(*REFUSALS):
+                    run(x, 0)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

@@ -1,0 +1,166 @@
+"""Products with 4-bit weights against their definition in float64.
+
+Where there is a GPU they run on it; elsewhere, on small shapes, Triton interprets its kernels, and an emulator runs the
+one in CUDA C++. That they compile for an RTX 4090 and an H200 needs no GPU.
+"""
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import emulator
+from compiled import ON_GPU, check_compiled, compiles, runs, usage
+
+from kvtool.kernels import nvrtc, w4a16, w4a16_gemv, w4a16_kernels
+
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float16]  # the interpreter multiplies no bf16
+TILES = [w4a16_kernels.Tile(16, 8, 64, 1, 2), w4a16_kernels.Tile(32, 16, 128, 2, 3)]
+TILES += [tile for _, tile in w4a16_kernels.TILES.values()] if ON_GPU else []
+GEMV_TILES = [w4a16_gemv.Tile(1, 2, 2, 1), w4a16_gemv.Tile(2, 4, 1, 1)]
+GEMV_TILES += sorted({tile for tiles in w4a16_gemv.TILES.values() for *_, tile in tiles}, key=repr) if ON_GPU else []
+# Outputs, columns and how many of these share a scale.
+SHAPES = [(40, 64, 32), (17, 192, 64), (33, 256, 128), (48, 384, 384), (16, 160, 160), (20, 1024, 64)]
+SHAPES += [(4608, 3584, 128), (3584, 18944, 128), (1000, 1056, 32), (50000, 896, 896)] if ON_GPU else []
+on_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+seeds = st.integers(0, 2**31 - 1)
+examples = settings(deadline=None, max_examples=int(os.environ.get("KVTOOL_TEST_EXAMPLES", 100)) if ON_GPU else 12)
+
+
+@dataclass
+class Case:
+    """Drawn arguments of `w4a16_linear`; `whole`: zeros are codes, else anything."""
+
+    rows: int
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    bias: bool
+    whole: bool
+    seed: int
+
+    def arguments(self, device: torch.device = DEVICE) -> list[Tensor]:
+        torch.manual_seed(self.seed)
+        outputs, depth, group = self.shape
+        codes = torch.randint(16, (outputs, depth), dtype=torch.uint8)
+        scales = (torch.rand(outputs, depth // group) + 0.5) / depth**0.5
+        zeros = torch.randint(17, scales.shape) if self.whole else torch.rand_like(scales) * 15
+        x, bias = torch.randn(self.rows, depth), torch.randn(outputs)
+        tensors = [x, w4a16.pack_w4(codes), scales, zeros, bias if self.bias else None]
+        return [None if x is None else x.to(device, None if x.dtype == torch.uint8 else self.dtype) for x in tensors]
+
+
+def error(out: Tensor, arguments: list[Tensor]) -> float:
+    x, weight, scales, zeros, bias = (None if x is None else x.cpu() for x in arguments)
+    exact = w4a16.w4a16_reference(x.double(), weight, scales.double(), zeros.double(), bias)
+    return float((out.cpu().double() - exact).norm() / exact.norm())
+
+
+cases = st.builds(
+    Case,
+    rows=st.integers(1, 300 if ON_GPU else 20),
+    shape=st.sampled_from(SHAPES),
+    dtype=st.sampled_from(DTYPES),
+    bias=st.booleans(),
+    whole=st.booleans(),
+    seed=seeds,
+)
+
+
+@given(st.integers(1, 5), st.sampled_from([2, 6, 32, 48, 64, 160]), seeds)
+def test_codes_come_back(outputs: int, depth: int, seed: int) -> None:
+    codes = torch.randint(16, (outputs, depth), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    packed = w4a16.pack_w4(codes)
+    assert packed.shape == (outputs, depth // 2)
+    assert torch.equal(w4a16.unpack_w4(packed), codes)
+
+
+@runs
+@examples
+@given(cases, st.sampled_from(TILES))
+def test_product(case: Case, tile: w4a16_kernels.Tile) -> None:
+    arguments = case.arguments()
+    assert error(w4a16_kernels.product(*arguments, tile), arguments) < 5e-3
+
+
+@runs
+@examples
+@given(cases, st.sampled_from([1 << 12, 1 << 20]))
+def test_product_of_a_matrix_decoded_to_memory(case: Case, piece: int) -> None:
+    arguments = case.arguments()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(w4a16_kernels, "DECODED", piece)
+        assert error(w4a16_kernels.decoded_product(*arguments), arguments) < 5e-3
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    case=cases,
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    tile=st.sampled_from(GEMV_TILES[:2]),
+    seed=seeds,
+)
+def test_the_source_computes_its_definition(case: Case, dtype: torch.dtype, tile: w4a16_gemv.Tile, seed: int) -> None:
+    case.dtype = dtype
+    x, weight, scales, *_ = arguments = case.arguments(torch.device("cpu"))
+    macros = w4a16_gemv.constants(x, scales, tile, x.device) | {"CHAINED": 1}
+    out = torch.full((len(x), len(weight)), float("nan"), dtype=dtype)
+    grid = (-(-len(weight) // (16 * tile.tiles)), 1)
+    values = w4a16_gemv.arguments(*arguments, out)
+    emulator.launch(emulator.build("w4a16.cu", "w4a16", tuple(macros.items())), grid, values, seed)
+    assert error(out, arguments) < 5e-3
+
+
+@on_gpu
+@examples
+@given(cases, st.sampled_from(GEMV_TILES))
+def test_gemv(case: Case, tile: w4a16_gemv.Tile) -> None:
+    case.rows = 1 + case.rows % w4a16_gemv.MAX_ROWS
+    arguments = case.arguments()
+    assert error(w4a16_gemv.gemv(*arguments, tile), arguments) < 5e-3
+
+
+@on_gpu
+@examples
+@given(cases)
+def test_linear_chooses_by_rows(case: Case) -> None:
+    arguments = case.arguments()
+    assert error(w4a16.w4a16_linear(*arguments), arguments) < 5e-3
+
+
+@compiles
+@pytest.mark.parametrize("major", [8, 9])
+def test_every_product_compiles_without_spills(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For an RTX 4090 and an H200."""
+
+    def launch() -> None:
+        _, tile = w4a16_kernels.TILES[major]
+        for dtype, depth, group in ((torch.bfloat16, 512, 128), (torch.float16, 4096, 32)):  # whole, and in parts
+            case = Case(64, (tile.outputs, depth, group), dtype, True, True, 0)
+            w4a16_kernels.product(*case.arguments(), tile)
+            w4a16_kernels.decode(*case.arguments()[1:4])
+
+    assert check_compiled(launch, monkeypatch, {8: 89, 9: 90}[major], w4a16_kernels) == 5
+
+
+@pytest.mark.parametrize(("major", "architecture"), [(8, "sm_89"), (9, "sm_90")])
+def test_programs_fit_a_multiprocessor_without_spills(major: int, architecture: str) -> None:
+    """As many as the tables say, in the widest groups, which take the most registers."""
+    if reason := nvrtc.refuses_to_compile():
+        pytest.skip(reason)
+    tiles = {(rows, tile) for (of, rows), entries in w4a16_gemv.TILES.items() if of == major for *_, tile in entries}
+    for rows, tile in sorted(tiles, key=repr):
+        case = Case(rows, (16, 256, 128), torch.bfloat16, True, True, 0)
+        x, _, scales, *_ = case.arguments(torch.device("cpu"))
+        macros = w4a16_gemv.constants(x, scales, tile, x.device) | {"CHAINED": int(major >= 9)}
+        shared = (99 if major == 8 else 227) << 10
+        bound = f"static_assert(shared_bytes + 1024 <= {shared} / {tile.per_sm});"
+        used = usage(nvrtc.compile_cubin(nvrtc.source("w4a16.cu") + bound, architecture, macros))
+        assert used["REG"] * tile.warps * 32 * tile.per_sm <= 65536
+        assert used["STACK"] == used["LOCAL"] == 0
