@@ -105,7 +105,7 @@ def pd_disagg(
     from kvtool.disagg.measure import Found, Load, measure, model_context
 
     lengths = length_list(prompt_tokens)
-    devices = device_pair(engine.device, prefill_device, decode_device)
+    devices = device_pair(engine, prefill_device, decode_device)
     config = {
         "engine": asdict(engine),
         "prompt_tokens": lengths,
@@ -147,14 +147,14 @@ def length_list(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def device_pair(device: str, prefill: str | None, decode: str | None) -> tuple[str, str]:
-    """Where the two engines run: on two GPUs, where there are two and nothing else was asked for."""
-    if device == "auto" and not (prefill or decode):
+def device_pair(engine: EngineConfig, prefill: str | None, decode: str | None) -> tuple[str, str]:
+    """Where the two engines begin: on GPUs of their own, where there are enough and nothing else was asked for."""
+    if engine.device == "auto" and not (prefill or decode):
         from .output import environment
 
-        if len(environment()["gpus"]) > 1:
-            return "cuda:0", "cuda:1"
-    return prefill or device, decode or device
+        if len(environment()["gpus"]) >= 2 * engine.num_ranks:
+            return "cuda:0", f"cuda:{engine.num_ranks}"
+    return prefill or engine.device, decode or engine.device
 
 
 def report(config: dict[str, Any], found: "Found", link: "Link | None") -> Report:

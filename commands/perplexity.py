@@ -1,6 +1,7 @@
 """`kvtool perplexity`: what KV formats do to a model's predictions."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -108,45 +109,47 @@ def perplexity(
         raise ConfigError("--baseline reads the file that --save-baseline writes; leave out one of them")
     kv_formats = parse_formats(formats, engine.kv)
     documents = read_documents(Path(data) if data else SAMPLE, field)
-    model = ScoringModel(engine)
-    task = make_task(
-        protocol,
-        documents,
-        Tokenizer.load(model.path, model.model_config.vocab_size),
-        model.max_model_len,
-        window=window,
-        stride=stride,
-        max_tokens=max_tokens,
-    )
-    config = {
-        "engine": asdict(engine),
-        "data": data or "built-in sample",
-        "field": field,
-        "max_tokens": max_tokens,
-        "protocol": protocol,
-        "window": task.window,
-        "stride": task.stride,
-        "formats": list(kv_formats),
-        "baseline": baseline,
-    }
-
-    def show_scores(scores: "list[FormatScore]") -> None:
-        rows = [asdict(score) for score in scores]
-        what = (
-            f"{engine.model} in {model.dtype_name} on {model.device}, {protocol}: {len(task.windows):,} windows of "
-            f"{task.window:,} tokens, {scores[0].tokens:,} of {task.num_tokens:,} places scored."
+    with closing(ScoringModel(engine)) as model:
+        task = make_task(
+            protocol,
+            documents,
+            Tokenizer.load(model.path, model.model_config.vocab_size),
+            model.max_model_len,
+            window=window,
+            stride=stride,
+            max_tokens=max_tokens,
         )
-        notes = [what, *DEFINITIONS]
-        show(Report("perplexity", config, rows, COLUMNS, tables(rows), charts(rows), notes), output)
+        config = {
+            "engine": asdict(engine),
+            "data": data or "built-in sample",
+            "field": field,
+            "max_tokens": max_tokens,
+            "protocol": protocol,
+            "window": task.window,
+            "stride": task.stride,
+            "formats": list(kv_formats),
+            "baseline": baseline,
+        }
 
-    kept, keep = (Path(file) if file else None for file in (baseline, save_baseline))
-    try:
-        with progress("scoring") as on_progress:
-            scores = score_formats(model, task, kv_formats, baseline=kept, save_baseline=keep, on_progress=on_progress)
-    except Interrupted as interrupt:
-        show_scores(interrupt.scores)
-        raise
-    show_scores(scores)
+        def show_scores(scores: "list[FormatScore]") -> None:
+            rows = [asdict(score) for score in scores]
+            what = (
+                f"{engine.model} in {model.dtype_name} on {model.device}, {protocol}: {len(task.windows):,} windows of "
+                f"{task.window:,} tokens, {scores[0].tokens:,} of {task.num_tokens:,} places scored."
+            )
+            notes = [what, *DEFINITIONS]
+            show(Report("perplexity", config, rows, COLUMNS, tables(rows), charts(rows), notes), output)
+
+        kept, keep = (Path(file) if file else None for file in (baseline, save_baseline))
+        try:
+            with progress("scoring") as on_progress:
+                scores = score_formats(
+                    model, task, kv_formats, baseline=kept, save_baseline=keep, on_progress=on_progress
+                )
+        except Interrupted as interrupt:
+            show_scores(interrupt.scores)
+            raise
+        show_scores(scores)
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from kvtool.config import MOST_DRAFTED, EngineConfig, HandoffConfig
 from kvtool.errors import CapacityError, ConfigError, KVToolError, RequestError, UnsupportedError
 from kvtool.grammar import GrammarCompiler, Matcher
-from kvtool.handoff import Inlet, Pusher
+from kvtool.handoff import Inlet, Pusher, WholeStore
 from kvtool.kv.blocks import BlockPool
 from kvtool.kv.receiver import Arrival, Loss
 from kvtool.kv.wire import Identity
 from kvtool.models.resolve import fingerprint
-from kvtool.ranks import Ranks
+from kvtool.ranks import RunnerRanks
 from kvtool.request import (
     EngineInfo,
     EngineStats,
@@ -78,14 +78,12 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         start = time.perf_counter()
         check_speculation(config)
-        if config.handoff and config.num_ranks > 1:
-            raise ConfigError(
-                f"--role {config.handoff.role}: KV of several ranks does not travel; leave out --tp, --ep, --pp"
-            )
+        if config.handoff and config.pp > 1:
+            raise ConfigError(f"--role {config.handoff.role}: KV of several stages does not travel; leave out --pp")
         self._pusher: Pusher | None = None
         self._inlet: Inlet | None = None
         has_ranks = config.num_ranks * config.ep * config.nnodes > 1  # or they would have, and are told what is missing
-        self.ranks = Ranks(config) if has_ranks else None
+        self.ranks = RunnerRanks(config) if has_ranks else None
         self.runner = self.ranks.runner if self.ranks else Runner(config)
         store, model = self.runner.store, self.runner.model_config
         self.scheduler = Scheduler(
@@ -156,12 +154,13 @@ class Engine:
     def _hand_off(self, config: EngineConfig, handoff: HandoffConfig) -> None:
         """Find the engines to share requests with, or let them come."""
         weights = f"seed {config.seed} " if config.load_format == "dummy" else ""
-        identity = Identity.of(weights + fingerprint(self.runner.path), self.runner.store.layout, self.runner.dtype)
+        store = WholeStore(self.runner.store, self.runner.whole_layout, self.runner.parallel.tp)
+        identity = Identity.of(weights + fingerprint(self.runner.path), store.layout, self.runner.dtype)
         most_bytes = max(config.swap_space, LEAST_HANDOFF_BYTES)
         if handoff.role == "prefill":
-            self._pusher = Pusher(handoff, self.runner.store, identity, most_bytes)
+            self._pusher = Pusher(handoff, store, identity, most_bytes)
         else:
-            self._inlet = Inlet(handoff, self.runner.store, identity, most_bytes)
+            self._inlet = Inlet(handoff, store, identity, most_bytes)
 
     @property
     def bell(self) -> socket.socket | None:
@@ -230,7 +229,7 @@ class Engine:
             self._imported[request.id] = event
             first = event.close
             whole = self.scheduler.add_imported(
-                request, self._seed(request.params), first.first_token, first.num_cached_tokens
+                request, self._seed(request.params), first.first_token, first.num_cached_tokens, event.origin
             )
             news += [self._follow(self._with_times(tokens), {}) for tokens in whole]
         return news
@@ -309,28 +308,25 @@ class Engine:
             self._queued[request_id] = now - self._submitted.pop(request_id)
         faults: dict[str, str] = {}
         allowed = self._allowed(batch, faults)
+        outgoing = self._pusher.outgoing(batch) if self._pusher else None
+        exports, on_layer = (outgoing.exports, outgoing.on_layer) if outgoing else ((), None)
+        land = self._inlet.land if self._inlet else None
+        outcome: Handle | UnsupportedError | CapacityError
         try:
-            launch = self.ranks.launch if self.ranks else self._launch_here
-            outcome: Handle | UnsupportedError | CapacityError = launch(batch, allowed)
+            if self.ranks:
+                outcome = self.ranks.launch(batch, allowed, exports, land, on_layer)
+            else:
+                outcome = self.runner.launch(batch, allowed, land, on_layer)
         except (UnsupportedError, CapacityError) as error:
             outcome = error
-        if self._pusher:
-            self._pusher.launched(batch)
+        if outgoing:
+            outgoing.finish()
         if self._inlet:
             for imported in batch.imports:
                 self._inlet.release(imported.id)
         self._under_way.append(Launched(outcome, faults))
         self._collected = now if self._collected is None else self._collected
         return True
-
-    def _launch_here(self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None) -> Handle:
-        """Start a step that may take in what other engines have computed, and send on what it computes."""
-        return self.runner.launch(
-            batch,
-            allowed,
-            landings=self._inlet.landings if self._inlet else None,
-            on_layer=self._pusher.on_layer(batch) if self._pusher else None,
-        )
 
     def _collect(self) -> list[Tokens]:
         """Wait for the oldest step under way and take in what it yielded."""

@@ -1,7 +1,7 @@
 """Ranks that share a model, one process each: what each holds, and how they exchange tensors, by torch.distributed."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 from torch._C._profiler import _RecordFunctionFast
 
-from kvtool.errors import KVToolError
+from kvtool.errors import KVToolError, UnsupportedError
 
 # Its name up to torch 2.12, which later ones warn of.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -124,6 +124,27 @@ class Group:
             all_gather(gathered, x.contiguous(), group=self.ranks)
         return gathered.view(self.size, *x.shape).transpose(0, 1).reshape(len(x), self.size * x.shape[1])
 
+    def broadcast(self, x: Tensor) -> Tensor:
+        """The first one's `x`, which the others have room for in theirs; returns it."""
+        if self.size > 1:
+            dist.broadcast(x, group=self.ranks, group_src=0)
+        return x
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """All ranks' `x`, in their order, on the first one; nothing on the others."""
+        if self.size == 1:
+            return [x]
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(x, parts, group=self.ranks, group_dst=0)
+        return parts or []
+
+    def scatter(self, parts: list[Tensor], into: Tensor) -> Tensor:
+        """Fill `into` with this rank's one of `parts`, which the first has; returns it."""
+        if self.size == 1:
+            return into.copy_(parts[0])
+        dist.scatter(into, parts if self.rank == 0 else None, group=self.ranks, group_src=0)
+        return into
+
 
 ALONE = Group()
 
@@ -179,6 +200,25 @@ class Parallel:
     tp: Group = ALONE
     stage: Stage = field(default_factory=Stage)
 
+    @property
+    def first_of_last_stage(self) -> int:
+        """The rank that speaks for the end of the pipeline."""
+        return self.size - self.tp.size
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        """`x` of the rank `source`, which all others have room for in theirs; returns it."""
+        if self.size > 1:
+            dist.broadcast(x, source)
+        return x
+
+    def send(self, x: Tensor, rank: int) -> None:
+        dist.send(x.contiguous(), rank)
+
+    def receive(self, into: Tensor, rank: int) -> Tensor:
+        """Fill `into` with what `rank` sends; returns it."""
+        dist.recv(into, rank)
+        return into
+
     def least(self, *values: int) -> tuple[int, ...]:
         """The smallest that any rank has, of each."""
         return self._reduced(values, dist.ReduceOp.MIN)
@@ -219,6 +259,17 @@ class Parallel:
         for rank, row in enumerate(told):
             if row.any():
                 raise KVToolError(f"rank {rank}: {bytes(row.tolist()).rstrip(bytes(1)).decode(errors='replace')}")
+
+    @contextmanager
+    def faults_noted(self, note: Callable[[], None]) -> Iterator[None]:
+        """What a format cannot hold is an error at once, but not where other ranks wait for this one in the midst of a
+        step: it goes on, and whoever asks the store behind the step hears that it was in vain."""
+        try:
+            yield
+        except UnsupportedError:
+            if self.size == 1:
+                raise
+            note()
 
 
 ONE_RANK = Parallel()

@@ -1,31 +1,28 @@
-"""An engine of several processes: rank 0 schedules, and the others follow each of its steps.
+"""A model of several processes: how rank 0 finds the others, tells them what to compute, and sees who is lost.
 
 Tensors go by torch.distributed. What rank 0 tells the others, and what they answer, goes over a socket to each, which
-also shows who has died or hangs.
+also shows who has died or hangs. What the others do all the while stands in `kvtool.follower`.
 """
 
 import atexit
 import contextlib
 import errno
 import fcntl
-import gc
 import os
 import queue
 import secrets
 import select
-import signal
 import socket
 import struct
 import subprocess
 import sys
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from threading import Lock, Thread
-from typing import NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import msgspec
 import numpy as np
@@ -41,7 +38,7 @@ from kvtool.models import ModelConfig, load_config, resolve_model
 from kvtool.p2p import all_on_nvlink
 from kvtool.parallel import Parallel, join, leave, use_one_shot
 from kvtool.processes import Inbox, command, cpu_threads, frame
-from kvtool.request import ScheduledBatch, StepResult
+from kvtool.request import Export, Import, ScheduledBatch, StepResult
 from kvtool.runner import Handle, Runner, choose_device
 
 INTERFACES = {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}  # environment variables
@@ -49,6 +46,8 @@ BEAT_SECONDS = 1.0
 SILENT_SECONDS = 6.0  # a rank that says nothing for so long hangs
 RANK_0_SILENT_SECONDS = 8.0  # which also prepares grammars, and may be slow to speak meanwhile
 STARTING_SECONDS = 60.0  # while it starts: what is imported, allocated or compiled may stop all of its threads
+STEP_SECONDS = 8.0  # behind the launch of a step, whose device may hang; or, if that is more,
+SLOWER = 4  # times what the longest one took
 END_SECONDS = 3  # for those that need not be killed
 COPY_SECONDS = 60  # to start a process and copy a few megabytes between all GPUs
 ENDED = "has ended"
@@ -82,9 +81,10 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):
-    """`pid` is rank 0's, on its machine."""
+    """What for: an engine's steps, or to score texts. `pid` is rank 0's, on its machine."""
 
     config: EngineConfig
+    work: Literal["steps", "scores"]
     pid: int
 
 
@@ -95,6 +95,7 @@ class Launch(msgspec.Struct, frozen=True, tag="launch"):
     batch: ScheduledBatch
     allowed: bytes | None
     token_ids: dict[int, int]
+    exports: list[Export]
 
 
 class Count(msgspec.Struct, frozen=True, tag="count"):
@@ -119,6 +120,12 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     error: str
 
 
+class Launched(msgspec.Struct, frozen=True, tag="launched"):
+    """All of a step is on its way to the device; no kernel is compiled for it any more."""
+
+    step: int
+
+
 class Done(msgspec.Struct, frozen=True, tag="done"):
     """A step is over; `error` is for its requests. The result is the last stage's."""
 
@@ -131,6 +138,10 @@ class Counted(msgspec.Struct, frozen=True, tag="counted"):
     """Tokens of each expert, by layer, of a rank's own stage."""
 
     expert_tokens: dict[int, list[int]]
+
+
+ANSWERS = (Ready, Launched, Done, Counted)
+Answer = TypeVar("Answer", Launched, Done)
 
 
 class Link:
@@ -168,8 +179,17 @@ class Link:
                 self._sending.release()
 
 
-def watch(links: Sequence[Link], receive: Callable[[Link, bytes], None], lost: Callable[[Link, str], None]) -> None:
-    """Take in what comes and tell the others that this rank lives, until one of them does not: `lost` hears why."""
+def watch(
+    links: Sequence[Link],
+    receive: Callable[[Link, bytes], None],
+    lost: Callable[[Link, str], None],
+    look: Callable[[], None] = lambda: None,
+) -> None:
+    """Take in what comes and tell the others that this rank lives, until one of them does not: `lost` hears why.
+
+    Args:
+        look: called once a second, or more often.
+    """
     beaten = 0.0
     while True:
         readable = select.select([link.socket for link in links], [], [], BEAT_SECONDS)[0]
@@ -181,6 +201,7 @@ def watch(links: Sequence[Link], receive: Callable[[Link, bytes], None], lost: C
                         receive(link, body)
                 except (EOFError, OSError):
                     return lost(link, ENDED)
+        look()
         now = time.monotonic()
         if now - beaten >= BEAT_SECONDS:
             beaten = now
@@ -192,114 +213,62 @@ def watch(links: Sequence[Link], receive: Callable[[Link, bytes], None], lost: C
 
 
 class Ranks:
-    """Rank 0 of an engine and its followers, which launch and collect as one `Runner` does.
+    """The other ranks of a model, as rank 0 sees them. It begins by starting those of this machine.
 
     A rank that dies or hangs ends this process, and the others with it: who waits for a rank in the midst of a step
     cannot be told otherwise.
 
     Attributes:
-        runner: rank 0's.
+        config: of rank 0, on its own device.
+        parallel: its place.
 
     Raises:
         ConfigError: ranks that do not fit the model or the machine, or that did not find each other in time.
         KVToolError: a rank could not start.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, work: Literal["steps", "scores"]) -> None:
         check_topology(config)
         check_model(config, load_config(resolve_model(config.model)))
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: list[Link] = []
-        self._answers: dict[str, queue.SimpleQueue[Ready | Done]] = {}
-        self._counts: queue.SimpleQueue[Counted] = queue.SimpleQueue()
-        self._step = 0
-        self._patience = max(config.dist_timeout, 60)  # for one step, which may compile kernels
-        self._launched: deque[tuple[int, Handle]] = deque()
-        self._token_ids: dict[int, int] = {}
+        self._answers: dict[tuple[Link, type], queue.SimpleQueue[Any]] = {}  # by kind, each kind in its order
+        self._awaited: tuple[str, float, float] | None = None
         self._closing = False
         self._named_by_the_user = INTERFACES & os.environ.keys()
         check_copies(config)
         atexit.register(self.dismiss)
-        try:
+        with self.starting():
             address = config.dist_init_addr or "127.0.0.1:0"
             store, address = open_store(address, config.num_ranks, config.dist_timeout, 0)
             self._processes = start_followers(config, address, config.ranks_here[1:])
             self._gather(store, config, address)
-            for link in self._links:
-                link.send(Start(config, os.getpid()))
-            Thread(target=watch, args=[self._links, self._receive, self._lost], daemon=True).start()
-            config = placed(config, config.local_rank)
-            with self._waiting():
-                parallel = take_place(store, 0, config)
-                self.runner = Runner(config, parallel)
-                for link in self._links:
-                    self._answers[link.name].get()  # that it is ready
-                    link.patience = SILENT_SECONDS
+            self.tell(Start(config, work, os.getpid()))
+            Thread(target=watch, args=[self._links, self._receive, self._lost, self._look], daemon=True).start()
+            self.config = placed(config, config.local_rank)
+            self.parallel = take_place(store, 0, self.config)
+
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Around what this rank makes of its place while the others make the same; an error ends them."""
+        try:
+            with self.waiting():
+                yield
         except BaseException:
             self.close()
             raise
 
-    def launch(self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None = None) -> Handle:
-        """Start one step on all ranks."""
-        self._step += 1
-        mask = None if allowed is None else allowed.tobytes()
-        told = frame(Launch(self._step, batch, mask, self._token_ids))
+    def await_ready(self) -> None:
+        """Let the others end what they have begun with."""
+        for link in self._links:
+            self._answers[link, Ready].get()
+            link.patience = SILENT_SECONDS
+
+    def tell(self, message: object) -> None:
+        """Say something to all others, who carry it out in its turn."""
+        told = frame(message)
         for link in self._links:
             link.send_frame(told)
-        with self._waiting():
-            if self._token_ids:
-                self.runner.take_in(self._token_ids)
-            try:
-                handle = self.runner.launch(batch, allowed)
-            except CapacityError as error:  # the others wait for it in the midst of the step
-                self._end(f"rank 0 has failed: {error}")
-        self._token_ids = {}
-        self._launched.append((self._step, handle))
-        return handle
-
-    def collect(self, handle: Handle) -> StepResult:
-        """What a launched step yielded, once all ranks are through with it.
-
-        Raises:
-            UnsupportedError: the cache's format cannot hold what the model made of these tokens, on some rank.
-        """
-        step = 0
-        while not step:  # steps before it may have been given up
-            number, launched = self._launched.popleft()
-            step = number if launched is handle else 0
-        answers = [self._answer_of(link, step) for link in self._links]
-        with self._waiting():
-            result = self.runner.collect(handle)
-        for done in answers:
-            if done.error:
-                raise UnsupportedError(done.error)
-            result = done.result or result
-        if not self.runner.parallel.stage.is_last:
-            slots = [sample.slot for sample in handle.batch.samples]
-            self._token_ids |= {slot: max(token, 0) for slot, token in zip(slots, result.token_ids, strict=True)}
-        return result
-
-    def _answer_of(self, link: Link, step: int) -> Done:
-        """What a follower says of a step, whatever it has said of steps before."""
-        try:
-            while True:
-                answer = self._answers[link.name].get(timeout=self._patience)
-                if isinstance(answer, Done) and answer.step == step:
-                    return answer
-        except queue.Empty:
-            self._end(f"{link.name} has been in one step for {self._patience} s")
-
-    def expert_tokens(self) -> dict[int, list[int]]:
-        """What `Runner.expert_tokens` says on all stages."""
-        for link in self._links:
-            link.send(Count())
-        totals = self.runner.expert_tokens()
-        try:
-            for _ in self._links:
-                totals |= self._counts.get(timeout=self._patience).expert_tokens
-        except queue.Empty:
-            self._end(f"a rank has not counted for {self._patience} s")
-        return dict(sorted(totals.items()))
 
     def dismiss(self) -> None:
         """Tell the followers that it is over, whatever this process is in the midst of."""
@@ -353,25 +322,23 @@ class Ranks:
                     if hello and hello.rank in missing and secrets.compare_digest(hello.secret, meeting.secret):
                         missing.remove(hello.rank)
                         name = f"rank {hello.rank} (process {hello.pid} on {hello.host})"
-                        self._links.append(Link(connection, name))
-                        self._answers[name] = queue.SimpleQueue()
+                        self._links.append(link := Link(connection, name))
+                        self._answers |= {(link, kind): queue.SimpleQueue() for kind in ANSWERS}
                     else:
                         connection.close()
 
     def _receive(self, link: Link, body: bytes) -> None:
-        message = msgspec.msgpack.decode(body, type=Ready | Done | Counted | Failed | Beat)
+        message = msgspec.msgpack.decode(body, type=Ready | Launched | Done | Counted | Failed | Beat)
         if isinstance(message, Failed):
             self._lost(link, message.error)
-        elif isinstance(message, Counted):
-            self._counts.put(message)
         elif not isinstance(message, Beat):
-            self._answers[link.name].put(message)
+            self._answers[link, type(message)].put(message)
 
     def _lost(self, link: Link, why: str) -> None:
         if not self._closing:
-            self._end(f"{link.name} {why}")
+            self.end(f"{link.name} {why}")
 
-    def _end(self, why: str) -> NoReturn:
+    def end(self, why: str) -> NoReturn:
         """End all ranks, as each waits for all."""
         print(f"error: {why}; all ranks end with it", file=sys.stderr, flush=True)
         for process in self._processes:
@@ -379,7 +346,21 @@ class Ranks:
         os._exit(1)
 
     @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
+    def within(self, rank: str, seconds: float) -> Iterator[None]:
+        """While `rank` is waited for in the midst of a step, which ends all ranks where it takes longer than that."""
+        self._awaited = (rank, time.monotonic() + seconds, seconds)
+        try:
+            yield
+        finally:
+            self._awaited = None
+
+    def _look(self) -> None:
+        awaited = self._awaited
+        if awaited and time.monotonic() > awaited[1] and not self._closing:
+            self.end(f"{awaited[0]} has been in one step for {awaited[2]:.0f} s")
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
         """Where another rank has ended, torch's complaint comes before ours, and does not say which one."""
         try:
             yield
@@ -388,95 +369,89 @@ class Ranks:
             raise
 
 
-def _end_with_stdin() -> None:
-    os.read(sys.stdin.fileno(), 1)  # a read of sys.stdin itself would hold a lock that Python wants when it ends
-    os._exit(1)
+class RunnerRanks(Ranks):
+    """Rank 0 of an engine and its followers, which launch and collect as one `Runner` does.
 
+    Attributes:
+        runner: rank 0's.
+    """
 
-def main(seat: str) -> None:
-    """The process of a follower: its seat in JSON. It ends when the one that started it does, which holds its stdin."""
-    Thread(target=_end_with_stdin, daemon=True).start()
-    # Ctrl-C and a service manager's SIGTERM reach the whole group; rank 0 says when it is over.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    follow(msgspec.json.decode(seat, type=Seat))
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config, "steps")
+        self._step = 0
+        self._patience = max(config.dist_timeout, 60)  # for the launch of a step, which may compile kernels
+        self._launched: deque[tuple[int, Handle]] = deque()
+        self._token_ids: dict[int, int] = {}
+        with self.starting():
+            self.runner = Runner(self.config, self.parallel)
+            self.await_ready()
+        self._longest = self.runner.largest_step_seconds  # that a step has taken behind its launch
 
+    def launch(
+        self,
+        batch: ScheduledBatch,
+        allowed: NDArray[np.int32] | None = None,
+        exports: Sequence[Export] = (),
+        land: Callable[[Import], None] | None = None,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> Handle:
+        """Start one step on all ranks; the last three are those of `Runner.launch`, and what `on_layer` takes out."""
+        self._step += 1
+        mask = None if allowed is None else allowed.tobytes()
+        self.tell(Launch(self._step, batch, mask, self._token_ids, list(exports)))
+        with self.waiting(), self.within("rank 0", self._patience):
+            if self._token_ids:
+                self.runner.take_in(self._token_ids)
+            try:
+                handle = self.runner.launch(batch, allowed, land, on_layer)
+            except CapacityError as error:  # the others wait for it in the midst of the step
+                self.end(f"rank 0 has failed: {error}")
+        self._token_ids = {}
+        self._launched.append((self._step, handle))
+        return handle
 
-def follow(seat: Seat) -> NoReturn:
-    """Be a rank, until rank 0 says that it is over, or says nothing any more."""
-    inbox: queue.SimpleQueue[Start | Launch | Count | End] = queue.SimpleQueue()
-    parent, is_over = 0, False
+    def collect(self, handle: Handle) -> StepResult:
+        """What a launched step yielded, once all ranks are through with it.
 
-    def receive(link: Link, body: bytes) -> None:
-        nonlocal is_over
-        message = msgspec.msgpack.decode(body, type=Start | Launch | Count | End | Beat)
-        if not isinstance(message, Beat):
-            inbox.put(message)
-        is_over |= isinstance(message, End)
+        Raises:
+            UnsupportedError: the cache's format cannot hold what the model made of these tokens, on some rank.
+        """
+        step = 0
+        while not step:  # steps before it may have been given up
+            number, launched = self._launched.popleft()
+            step = number if launched is handle else 0
+        for link in self._links:
+            self._answer_of(link, Launched, step, self._patience)
+        began, most = time.monotonic(), max(STEP_SECONDS, SLOWER * self._longest)
+        answers = [self._answer_of(link, Done, step, most) for link in self._links]
+        with self.waiting(), self.within("rank 0", most):
+            result = self.runner.collect(handle)
+        self._longest = max(self._longest, time.monotonic() - began)
+        for done in answers:
+            if done.error:
+                raise UnsupportedError(done.error)
+            result = done.result or result
+        if not self.runner.parallel.stage.is_last:
+            slots = [sample.slot for sample in handle.batch.samples]
+            self._token_ids |= {slot: max(token, 0) for slot, token in zip(slots, result.token_ids, strict=True)}
+        return result
 
-    def lost(link: Link, why: str) -> None:
-        if is_over:
-            time.sleep(END_SECONDS)
-            os._exit(0)
-        print(f"error: {link.name} {why}; rank {seat.rank} ends with it", file=sys.stderr, flush=True)
-        if why != ENDED and os.getppid() == parent:  # who waits for it would wait forever
-            os.kill(parent, signal.SIGKILL)
-        os._exit(1)
+    def expert_tokens(self) -> dict[int, list[int]]:
+        """What `Runner.expert_tokens` says on all stages."""
+        self.tell(Count())
+        with self.waiting(), self.within("a rank", self._patience):
+            totals = self.runner.expert_tokens()
+            for link in self._links:
+                totals |= self._answers[link, Counted].get().expert_tokens
+        return dict(sorted(totals.items()))
 
-    try:
-        store, _ = open_store(seat.address, seat.size, seat.timeout, seat.rank)
-        link = meet(store, seat)
-    except KVToolError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)
-    Thread(target=watch, args=[[link], receive, lost], daemon=True).start()
-    start = inbox.get()
-    assert isinstance(start, Start)
-    parent, config = start.pid, placed(start.config, seat.local_rank)
-    try:
-        runner = Runner(config, take_place(store, seat.rank, config))
-        gc.collect()
-        gc.freeze()  # as in the engine process
-        link.send(Ready())
-        link.patience = RANK_0_SILENT_SECONDS
-        steps: queue.SimpleQueue[tuple[int, Handle]] = queue.SimpleQueue()
-        Thread(target=_answer, args=[runner, steps, link], daemon=True).start()
-        while isinstance(message := inbox.get(), Launch | Count):
-            if isinstance(message, Count):
-                link.send(Counted(runner.expert_tokens()))
-                continue
-            mask = None
-            if message.allowed is not None:
-                mask = np.frombuffer(message.allowed, np.int32).reshape(len(message.batch.samples), -1)
-            if message.token_ids:
-                runner.take_in(message.token_ids)
-            steps.put((message.step, runner.launch(message.batch, mask)))
-        leave()
-        os._exit(0)
-    except Exception as error:
-        # Rank 0 may have met the same, or be about to hear of the rank whose end has ended this one.
-        time.sleep(2 * BEAT_SECONDS)
-        if not isinstance(error, KVToolError):
-            traceback.print_exc()
-        link.send(Failed(f"has failed: {error}"))
-    while True:  # rank 0 ends it
-        signal.pause()
-
-
-def _answer(runner: Runner, steps: "queue.SimpleQueue[tuple[int, Handle]]", link: Link) -> None:
-    """Tell rank 0 of each step that is over, whatever else is being launched."""
-    speaks = runner.parallel.stage.is_last and not runner.parallel.stage.is_first and runner.parallel.tp.rank == 0
-    while True:
-        step, handle = steps.get()
-        result, error = None, None
-        try:
-            result = runner.collect(handle)
-        except UnsupportedError as fault:
-            error = str(fault)
-        except Exception as fault:
-            traceback.print_exc()
-            return link.send(Failed(f"has failed: {fault}"))
-        link.send(Done(step, error, result if speaks else None))
+    def _answer_of(self, link: Link, kind: type[Answer], step: int, seconds: float) -> Answer:
+        """What a follower says of a step, whatever it has said of steps before."""
+        with self.within(link.name, seconds):
+            while True:
+                answer: Answer = self._answers[link, kind].get()
+                if answer.step == step:
+                    return answer
 
 
 # Starting
@@ -488,7 +463,7 @@ def start_followers(config: EngineConfig, address: str, ranks: Sequence[int]) ->
     for rank in ranks:
         local_rank = config.local_rank + rank - config.ranks_here.start
         seat = msgspec.json.encode(Seat(rank, config.num_ranks, local_rank, address, config.dist_timeout)).decode()
-        argv = command("kvtool.ranks", seat)
+        argv = command("kvtool.follower", seat)
         processes.append(subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL))
     return processes
 

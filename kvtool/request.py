@@ -321,6 +321,20 @@ class Import(msgspec.Struct, frozen=True):
     memory: Memory
 
 
+class Export(msgspec.Struct, frozen=True, gc=False):
+    """What a step yields for another engine.
+
+    Attributes:
+        blocks: that hold what is to be sent.
+        slot: the sequence's tail, where it is to be sent; else -1.
+        by_layer: a layer's part is there as soon as it has run, not only when all have.
+    """
+
+    blocks: list[int]
+    slot: int
+    by_layer: bool
+
+
 class Fork(msgspec.Struct, frozen=True):
     """Copy what two sequences cannot share: the tail, and a block that is not full (-1: there is none)."""
 

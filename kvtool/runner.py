@@ -1,7 +1,7 @@
 """The model on its device: a scheduled batch goes in, sampled token ids come out."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, islice
@@ -19,13 +19,12 @@ from kvtool.attention.latents import LatentQueries
 from kvtool.attention.layer import AttentionLayer
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.cuda_graph import MOST_WORK, StepGraphs, as_kv_span, known, most_rows, place
-from kvtool.errors import CapacityError, ConfigError, UnsupportedError
+from kvtool.errors import CapacityError, ConfigError
 from kvtool.kv.batch import KVBatch, on_device
 from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
-from kvtool.kv.staging import Staged
 from kvtool.kv.swap import SwapSpace
 from kvtool.layers.moe import ExpertLoad
 from kvtool.memory import (
@@ -42,7 +41,16 @@ from kvtool.models import load_config, load_model, resolve_model, weight_bytes
 from kvtool.models.config import ModelConfig
 from kvtool.parallel import ONE_RANK, Parallel
 from kvtool.profiling import StepProfiler, traces_folder
-from kvtool.request import Draft, Sample, SamplingParams, ScheduledBatch, ScheduledSpan, StepResult, TokenLogprobs
+from kvtool.request import (
+    Draft,
+    Import,
+    Sample,
+    SamplingParams,
+    ScheduledBatch,
+    ScheduledSpan,
+    StepResult,
+    TokenLogprobs,
+)
 from kvtool.sampler import Drafts, Sampler, is_greedy, reject, token_logprobs, verify
 from kvtool.tokenizer import vocabulary
 
@@ -122,6 +130,7 @@ class Runner:
         draft: the model that drafts for it, whole on every rank; None: there is none.
         swap_space: for sequences that must make room.
         memory: what a GPU holds beside the store.
+        largest_step_seconds: that the largest step took behind its launch, as tried on a GPU.
         expert_load: of the layers of this rank's stage that have experts, kept by the first rank of its group.
         on_all_ranks: elements of a token, bytes of a block, of a tail and of the cache, of all ranks together.
     """
@@ -161,6 +170,7 @@ class Runner:
             self.recent = torch.zeros(shape, dtype=torch.int64, device=self.device)
             self.newest = self.recent[0]
             self.sampler = Sampler(self.newest, self.model_config.eos_token_ids)
+            self.largest_step_seconds = 0.0
             routers = self.model.routers() if parallel.tp.rank == 0 else {}
             self.expert_load = ExpertLoad(routers, most_rows(config.max_num_batched_tokens)) if routers else None
             self.memory = self._measure(config, layout) if self.device.type == "cuda" else None
@@ -187,6 +197,11 @@ class Runner:
         weights = self.memory.weights if self.memory else weight_bytes(self.model)
         return MemoryParts.of(self.store.layout, self.store.num_blocks, len(self.newest) - 1, weights, self.memory)
 
+    @property
+    def whole_layout(self) -> KVLayout:
+        """Of the cache of all heads and layers, whichever of them are this rank's."""
+        return KVLayout(kv_spec(self.model_config, self.dtype), self.format)
+
     @torch.inference_mode()
     def take_in(self, token_ids: Mapping[int, int]) -> None:
         """Ids that the last stage of a pipeline has sampled, by slot, for the first one to compute."""
@@ -199,7 +214,7 @@ class Runner:
         self,
         batch: ScheduledBatch,
         allowed: NDArray[np.int32] | None = None,
-        landings: Mapping[str, Staged] | None = None,
+        land: Callable[[Import], None] | None = None,
         on_layer: Callable[[int], None] | None = None,
     ) -> Handle:
         """Start one step.
@@ -207,7 +222,7 @@ class Runner:
         Args:
             allowed: [len(batch.samples), ceil(vocab_size / 32)]: bit i % 32 of word i // 32 is set where token i may
                 be chosen.
-            landings: what the batch imports, by id.
+            land: puts what the batch imports into the store.
             on_layer: called with each layer that has written its keys and values, unless the step is a graph.
 
         Raises:
@@ -220,8 +235,8 @@ class Runner:
         if batch.drafts:
             self._propose(batch.drafts)
         for imported in batch.imports:
-            assert landings is not None
-            landings[imported.id].store_in(self.store, imported.memory.blocks, imported.memory.slot)
+            assert land is not None
+            land(imported)
         try:
             return self._run(batch, allowed, on_layer)
         except torch.OutOfMemoryError as error:
@@ -241,7 +256,7 @@ class Runner:
             self.store.seal(kv_batch)
             return self._sample(batch, logits, greedy, allowed, [])
         kv_batch, hidden = self._hidden_states(batch, on_layer)
-        with self._faults_noted():
+        with self.parallel.faults_noted(self.store.note_fault):
             self.store.seal(kv_batch)
         for fork in batch.forks:
             self.store.fork(fork.source_block, fork.source_slot, fork.block, fork.slot)
@@ -511,7 +526,9 @@ class Runner:
             self._hold(layout, sum(len(span.blocks) for span in largest.spans) + 1, config)
             self.graphs = self._graphs(config)
             torch.cuda.reset_peak_memory_stats(self.device)
-            self.collect(self.launch(largest))
+            handle, launched = self.launch(largest), time.perf_counter()
+            self.collect(handle)
+            self.largest_step_seconds = time.perf_counter() - launched
             if self.store.sealer:
                 self.store.sealer.compile()
             step = torch.cuda.max_memory_reserved(self.device)
@@ -544,7 +561,7 @@ class Runner:
         value: Tensor,
     ) -> Tensor:
         index, out = layer - self._layers.start, None
-        with self._faults_noted():
+        with self.parallel.faults_noted(self.store.note_fault):
             out = self.attention(index, q, key, value, batch)
         if on_layer:
             on_layer(index)
@@ -552,17 +569,6 @@ class Runner:
             out = q.empty() if isinstance(q, LatentQueries) else torch.empty_like(q)
             out.zero_()
         return out
-
-    @contextmanager
-    def _faults_noted(self) -> Iterator[None]:
-        """What the format cannot hold is an error at once, but not where other ranks wait for this one in the midst of
-        the step: it goes on, and `collect` says that it was in vain."""
-        try:
-            yield
-        except UnsupportedError:
-            if self.parallel.size == 1:
-                raise
-            self.store.note_fault()
 
 
 def find_draft(config: EngineConfig, path: Path, model: ModelConfig) -> Path | None:

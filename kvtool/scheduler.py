@@ -52,6 +52,7 @@ class Sequence:
         num_cached_tokens: of the prompt, found in the prefix cache at its first admission; -1 before that.
         num_told: tokens of the answer that have been given out.
         is_imported: another engine has computed the prompt, and what it has made of it waits outside the store.
+        origin: the format in which it has, where that is another one than ours.
         blocks: packed blocks it owns or shares, in order of position.
         num_held_tokens: how many tokens they and the tail have room for.
         num_sealed: how many of them, from the first, are known by their digests.
@@ -82,6 +83,7 @@ class Sequence:
     num_cached_tokens: int = -1
     num_told: int = 0
     is_imported: bool = False
+    origin: str = ""
     blocks: list[int] = field(default_factory=list)
     num_held_tokens: int = 0
     num_sealed: int = 0
@@ -222,10 +224,20 @@ class Scheduler:
         """
         self.waiting.append(self._sequence(request, seed))
 
-    def add_imported(self, request: Request, seed: int, first_token: int, num_cached_tokens: int) -> list[Tokens]:
+    def add_imported(
+        self, request: Request, seed: int, first_token: int, num_cached_tokens: int, origin: str
+    ) -> list[Tokens]:
         """Queue a request whose prompt and first token another engine has computed, as if it had been swapped out here;
-        its answer, if that was all of it."""
+        its answer, if that was all of it.
+
+        Args:
+            origin: the format in which it was computed; empty if that is ours. Others' prefixes are not what these
+                tokens would be here, and are shared among those of one origin.
+        """
         sequence = self._sequence(request, seed)
+        sequence.origin = origin
+        if origin and sequence.root:
+            sequence.root = block_digest(sequence.root, list(origin.encode()))
         sequence.tokens.append(first_token)
         sequence.num_cached_tokens = num_cached_tokens
         if self._finish_reason(sequence):
@@ -678,6 +690,8 @@ class Scheduler:
     def _compute_again(self, sequence: Sequence) -> None:
         """Let a sequence that has lost its memory wait, first in line."""
         sequence.num_computed_tokens = 0
+        if sequence.origin:  # it becomes neither what it was nor what it would have been
+            sequence.root = b""
         if sequence.num_generated == 0:
             sequence.prompt_logprobs = []
         self.waiting.appendleft(sequence)

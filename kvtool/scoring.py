@@ -1,20 +1,21 @@
 """Teacher-forced scoring through the packed store: every token reads exactly what decoding would let it read."""
 
-import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from typing import cast
 
+import msgspec
 import torch
 from torch import Tensor
 
 from kvtool.attention import PagedAttention, block_size
-from kvtool.attention.latents import LatentQueries
+from kvtool.attention.latents import LatentQueries, absorbing
 from kvtool.config import Bits, EngineConfig, KVOptions
-from kvtool.errors import ConfigError, UnsupportedError
+from kvtool.errors import ConfigError
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import resolve
@@ -22,8 +23,11 @@ from kvtool.kv.layout import KVLayout
 from kvtool.kv.plan import BITS
 from kvtool.kv.store import KVStore
 from kvtool.memory import MemoryParts, allocate
-from kvtool.models import load_config, load_model, resolve_model, weight_bytes
+from kvtool.models import Attend, ModelConfig, load_config, load_model, resolve_model, weight_bytes
+from kvtool.models.resolve import fingerprint
+from kvtool.parallel import ONE_RANK, Parallel, Stage
 from kvtool.profiling import StepProfiler, traces_folder
+from kvtool.ranks import Ranks
 from kvtool.runner import attention_layers, choose_device, choose_dtype, kv_spec
 
 SCORED_ROWS = 128  # of logits at a time
@@ -53,44 +57,117 @@ class Window:
         return self.token_ids[self.first :]
 
 
+class OpenStore(msgspec.Struct, frozen=True, tag="open_store"):
+    """Make a store of this format, which goes by `number`."""
+
+    number: int
+    kv: KVOptions
+    num_blocks: int
+    num_tail_slots: int
+
+
+class Read(msgspec.Struct, frozen=True, tag="read"):
+    """Run windows together through a store."""
+
+    number: int
+    windows: list[Window]
+
+
+class Predict(msgspec.Struct, frozen=True, tag="predict"):
+    """Compute the logits of so many hidden states, which rank 0 has."""
+
+    num_rows: int
+
+
+class DropStore(msgspec.Struct, frozen=True, tag="drop_store"):
+    """No more windows go through this store."""
+
+    number: int
+
+
+class Walk(msgspec.Struct, frozen=True, tag="walk"):
+    """Run tokens through the layers, whose attention rank 0 computes, of all heads."""
+
+    token_ids: list[int]
+    positions: list[int]
+
+
+ScoringOrder = OpenStore | Read | Predict | DropStore | Walk
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """A model as whoever looks into its layers runs it: called as a `Decoder` is, for what its attention is given. All
+    heads of all layers come here, whichever ranks hold them.
+
+    Attributes:
+        run: the tokens, their positions, and attention.
+    """
+
+    config: ModelConfig
+    run: Callable[[Tensor, Tensor, Attend], object]
+
+    def __call__(self, ids: Tensor, positions: Tensor, attend: Attend) -> None:
+        self.run(ids, positions, attend)
+
+
 class ScoringModel:
     """A model, loaded once and scored under any number of KV formats, each with a packed store of its own.
 
-    Of `config`, `max_num_batched_tokens` bounds the tokens that are computed together, and its `kv` is not used.
+    Of `config`, `max_num_batched_tokens` bounds the tokens that are computed together, and its `kv` is not used. Where
+    it asks for several ranks, this one starts the others, and each has a `ScoringModel` that carries out its orders.
+
+    Args:
+        parallel: the place of a rank that another has started.
 
     Attributes:
         path: local folder of the model.
         model_config: what the checkpoint is.
-        model: the decoder, on `device` in `dtype`.
+        model: the decoder, on `device` in `dtype`, or this rank's part of it.
         max_model_len: tokens of the longest window.
 
     Raises:
-        KVToolError: the model cannot be loaded.
-        UnsupportedError: on several devices.
+        KVToolError: the model cannot be loaded, or does not fit the ranks.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        if config.num_ranks * config.ep > 1:
-            raise UnsupportedError(f"{config.rank_options}: a model is scored on one device; leave them out")
+    def __init__(self, config: EngineConfig, parallel: Parallel = ONE_RANK) -> None:
         folder = traces_folder(config.profile) if config.profile else None
-        self.config = config
-        self.device = choose_device(config.device)
-        self.path = resolve_model(config.model)
-        self.model_config = load_config(self.path)
-        self.dtype = choose_dtype(config, self.model_config, self.device)
-        with torch.inference_mode():
-            self.model = load_model(
-                self.path,
-                self.model_config,
-                dtype=self.dtype,
-                device=self.device,
-                load_format=config.load_format,
-                seed=config.seed,
-                max_model_len=config.max_model_len,
-            )
+        self._ranks: Ranks | None = None
+        if config.num_ranks * config.ep * config.nnodes > 1 and parallel.size == 1:
+            self._ranks = Ranks(config, "scores")
+            config, parallel = self._ranks.config, self._ranks.parallel
+        self.config, self.parallel = config, parallel
+        with self._ranks.starting() if self._ranks else nullcontext():
+            self.device = choose_device(config.device)
+            self.path = resolve_model(config.model)
+            self.model_config = load_config(self.path)
+            self.dtype = choose_dtype(config, self.model_config, self.device)
+            with torch.inference_mode(), parallel.agreeing():
+                self.model = load_model(
+                    self.path,
+                    self.model_config,
+                    dtype=self.dtype,
+                    device=self.device,
+                    load_format=config.load_format,
+                    seed=config.seed,
+                    max_model_len=config.max_model_len,
+                    parallel=parallel,
+                )
+            if self._ranks:
+                self._ranks.await_ready()
         self.max_model_len = min(config.max_model_len or self.model_config.max_position, self.model_config.max_position)
-        self._attention_layers = attention_layers(self.model_config)
-        self._profiler = StepProfiler(folder, "scoring", self.device) if folder else None
+        self._attention_layers = attention_layers(self.model_config, parallel)
+        self._layers = parallel.stage.layers(self.model_config.num_layers)
+        self._attentions: dict[int, PagedAttention] = {}
+        self._numbers = count()
+        name = "scoring" if parallel.size == 1 else f"scoring-rank{parallel.rank}"
+        is_follower = parallel.rank > 0
+        self._profiler = StepProfiler(folder, name, self.device, is_follower=is_follower) if folder else None
+
+    def close(self) -> None:
+        """End the processes of other ranks, if there are any; nothing more can be scored."""
+        if self._ranks:
+            self._ranks.close()
 
     @property
     def dtype_name(self) -> str:
@@ -106,13 +183,14 @@ class ScoringModel:
         spec = kv_spec(self.model_config, self.dtype)
         return KVLayout(spec, resolve(kv, spec, block_size(self.config.attention_backend)))
 
+    @property
+    def whole(self) -> WholeModel:
+        return WholeModel(self.model_config, self._walk)
+
     def fingerprint(self) -> str:
-        """Names the weights, by some thousand elements of each tensor: training again changes nearly all of them."""
-        digest = hashlib.sha256(repr(self.model_config).encode())
-        for name, slot in self.model.slots():
-            sample = slot.to.flatten()[:: max(1, slot.to.numel() // 4096)]
-            digest.update(name.encode() + sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """Names the weights, however many ranks hold them."""
+        seed = f"seed {self.config.seed} " if self.config.load_format == "dummy" else ""
+        return seed + fingerprint(self.path)
 
     def log_probs(self, windows: Sequence[Window], kv: KVOptions) -> Iterator[tuple[Tensor, Tensor]]:
         """Log-probabilities of all next tokens at the scored places of all windows, in their order.
@@ -134,7 +212,7 @@ class ScoringModel:
         targets = torch.tensor(window.targets, device=self.device)
         for rows, ids in zip(hidden.split(SCORED_ROWS), targets.split(SCORED_ROWS), strict=True):
             with torch.inference_mode():  # not across the yield: it would hold in the caller, too
-                logits = self.model.logits(rows)
+                (logits,) = self._order(Predict(len(rows)), rows)
                 log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
             yield log_probs, ids
 
@@ -149,14 +227,72 @@ class ScoringModel:
         """
         layout, batches = self.layout(kv), _batches(windows, self.config.max_num_batched_tokens)
         num_blocks = max(sum(layout.format.num_blocks(window.num_read) for window in batch) for batch in batches)
-        store = allocate(layout, max(1, num_blocks), max(map(len, batches)), self.dtype, self.device)
-        attention = PagedAttention(store, self._attention_layers, self.config.attention_backend)
-        for batch in batches:
-            yield from self._forward(batch, attention)
-        if self._profiler:
-            self._profiler.rest(partial(self._held, store))
+        number = next(self._numbers)
+        try:
+            self._order(OpenStore(number, kv, max(1, num_blocks), max(map(len, batches))))
+            for batch in batches:
+                yield from self._order(Read(number, batch))
+        finally:
+            self._order(DropStore(number))
+
+    def _order(self, order: ScoringOrder, rows: Tensor | None = None) -> list[Tensor]:
+        """Let all ranks carry out an order, this one among them."""
+        if self._ranks is None:
+            return self.carry_out(order, rows)
+        self._ranks.tell(order)
+        with self._ranks.waiting():
+            return self.carry_out(order, rows)
 
     @torch.inference_mode()
+    def carry_out(self, order: ScoringOrder, rows: Tensor | None = None) -> list[Tensor]:
+        """Do this rank's part of what rank 0 wants of all.
+
+        Args:
+            rows: hidden states of a `Predict`, on rank 0.
+
+        Returns:
+            On rank 0, of `Read` the final hidden states of each window's scored tokens, of `Predict` the logits.
+
+        Raises:
+            CapacityError, UnsupportedError: on all ranks, whichever of them has met it.
+        """
+        match order:
+            case OpenStore():
+                self._attentions[order.number] = self._opened(order)
+            case Read():
+                return self._forward(order.windows, self._attentions[order.number])
+            case Predict():
+                return [self._logits(order.num_rows, rows)]
+            case DropStore():
+                attention = self._attentions.pop(order.number, None)
+                if attention and self._profiler and self.parallel.rank == 0:
+                    self._profiler.rest(partial(self._held, attention.store))
+            case Walk():
+                ids, positions = (torch.tensor(x, device=self.device) for x in (order.token_ids, order.positions))
+                self.model(ids, positions, absorbing(SharedHeads(self.model_config, self.parallel)))
+        return []
+
+    @torch.inference_mode()
+    def _walk(self, ids: Tensor, positions: Tensor, attend: Attend) -> None:
+        """Let all ranks run tokens through their layers, with this one's attention."""
+        if self._ranks is None:
+            self.model(ids, positions, attend)
+            return
+        self._ranks.tell(Walk(ids.tolist(), positions.tolist()))
+        shared = SharedHeads(self.model_config, self.parallel, attend)
+        with self._ranks.waiting():
+            self.model(ids, positions, absorbing(shared))
+            for layer in range(self._layers.stop, self.model_config.num_layers):
+                shared.serve(layer, len(ids), self.dtype, self.device)
+
+    def _opened(self, order: OpenStore) -> PagedAttention:
+        layout = KVLayout(
+            kv_spec(self.model_config, self.dtype, self.parallel), self.layout(order.kv).format.of_layers(self._layers)
+        )
+        with self.parallel.agreeing():
+            store = allocate(layout, order.num_blocks, order.num_tail_slots, self.dtype, self.device)
+            return PagedAttention(store, self._attention_layers, self.config.attention_backend)
+
     def _forward(self, batch: Sequence[Window], attention: PagedAttention) -> list[Tensor]:
         """Run windows together, each from its own empty memory; one that is longer than a step goes in pieces."""
         store, step = attention.store, self.config.max_num_batched_tokens
@@ -173,14 +309,50 @@ class ScoringModel:
             kv_batch = KVBatch.build(store.format, spans, self.device)
             read = [token for w, span in zip(batch, spans, strict=True) for token in w.token_ids[span.start : span.end]]
             ids = torch.tensor(read, device=self.device)
-            hidden = self.model(ids, kv_batch.positions, partial(_attend, attention, kv_batch))
-            store.seal(kv_batch)
+            hidden = self.model(ids, kv_batch.positions, partial(self._attend, attention, kv_batch))
+            with self.parallel.faults_noted(store.note_fault):
+                store.seal(kv_batch)
             if self._profiler:
                 self._profiler.end_step(partial(self._held, store))
             for rows, piece in zip(hidden.split([span.length for span in spans]), pieces, strict=True):
                 piece.append(rows)
-        check_fits(not store.take_fault().item())
-        return [torch.cat(piece)[window.first - 1 :] for window, piece in zip(batch, pieces, strict=True)]
+        (fault,) = self.parallel.total(int(store.take_fault().item()))
+        check_fits(not fault)
+        scored = [torch.cat(piece)[window.first - 1 :] for window, piece in zip(batch, pieces, strict=True)]
+        if self.parallel.stage.count == 1:
+            return scored
+        whole = self.parallel.broadcast(torch.cat(scored), self.parallel.first_of_last_stage)
+        return list(whole.split([len(rows) for rows in scored]))
+
+    def _logits(self, num_rows: int, rows: Tensor | None) -> Tensor:
+        """[num_rows, vocab_size] in the model's dtype, of hidden states that rank 0 has; where that is not the last
+        stage, they go there and come back."""
+        config, parallel = self.model_config, self.parallel
+        if rows is None:
+            rows = torch.empty(num_rows, config.hidden_size, dtype=self.dtype, device=self.device)
+        rows = parallel.broadcast(rows.contiguous(), 0)
+        if parallel.stage.is_last:
+            logits = self.model.logits(rows)
+        else:
+            logits = torch.empty(num_rows, config.vocab_size, dtype=self.dtype, device=self.device)
+        return logits if parallel.stage.count == 1 else parallel.broadcast(logits, parallel.first_of_last_stage)
+
+    def _attend(
+        self,
+        attention: PagedAttention,
+        batch: KVBatch,
+        layer: int,
+        q: Tensor | LatentQueries,
+        key: Tensor,
+        value: Tensor,
+    ) -> Tensor:
+        out = None
+        with self.parallel.faults_noted(attention.store.note_fault):
+            out = attention(layer - self._layers.start, q, key, value, batch)
+        if out is None:
+            out = q.empty() if isinstance(q, LatentQueries) else torch.empty_like(q)
+            out.zero_()
+        return out
 
     def _held(self, store: KVStore) -> MemoryParts:
         """What the device holds for the model and this store."""
@@ -188,10 +360,55 @@ class ScoringModel:
         return MemoryParts.of(store.layout, store.num_blocks, tails, weight_bytes(self.model), None)
 
 
-def _attend(
-    attention: PagedAttention, batch: KVBatch, layer: int, q: Tensor | LatentQueries, key: Tensor, value: Tensor
-) -> Tensor:
-    return attention(layer, q, key, value, batch)
+class SharedHeads:
+    """Attention of layers whose heads several ranks share, computed by rank 0: each gives what its layer made, and
+    gets what its heads have gathered.
+
+    Args:
+        attend: rank 0's, of all heads.
+    """
+
+    def __init__(self, config: ModelConfig, parallel: Parallel, attend: Attend | None = None) -> None:
+        self.config, self.parallel, self.attend = config, parallel, attend
+
+    def __call__(self, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        tp, stage, shapes = self.parallel.tp, self.parallel.stage, attention_layers(self.config)
+        whole = [self._whole(q, shapes[layer].num_heads)]
+        whole += [self._whole(x, shapes[layer].num_kv_heads) for x in (key, value)]
+        heads, dim = shapes[layer].num_heads, shapes[layer].latent_dim or shapes[layer].head_dim
+        out = torch.empty(len(q), heads, dim, dtype=q.dtype, device=q.device)
+        if self.attend:
+            out.copy_(self.attend(layer, *whole))
+        elif tp.rank == 0 and not stage.is_first:
+            for x in whole:
+                self.parallel.send(x, 0)
+            self.parallel.receive(out, 0)
+        own = tp.shard(heads)
+        return tp.broadcast(out)[:, own.start : own.start + own.size]
+
+    def serve(self, layer: int, num_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Compute the attention of another stage's layer, on rank 0."""
+        assert self.attend
+        shape, spec = attention_layers(self.config)[layer], kv_spec(self.config, dtype)
+        there = next(
+            index * self.parallel.tp.size
+            for index in range(self.parallel.stage.count)
+            if layer in Stage(index, self.parallel.stage.count).layers(self.config.num_layers)
+        )
+        streams = [(shape.num_heads, shape.head_dim)]
+        streams += [(stream.heads, stream.dim) for stream in (spec.key, spec.value)]
+        q, key, value = (
+            self.parallel.receive(torch.empty(num_tokens, *stream, dtype=dtype, device=device), there)
+            for stream in streams
+        )
+        self.parallel.send(self.attend(layer, q, key, value).to(dtype), there)
+
+    def _whole(self, x: Tensor, heads: int) -> Tensor:
+        """[T, heads, D] of all ranks of the group; a head that several of them have comes once."""
+        if x.shape[1] == heads:
+            return x.contiguous()
+        gathered = self.parallel.tp.all_gather(x.flatten(1)).view(len(x), -1, x.shape[2])
+        return gathered[:, :: gathered.shape[1] // heads].contiguous()
 
 
 def _batches(windows: Sequence[Window], most: int) -> list[list[Window]]:

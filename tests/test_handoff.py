@@ -2,14 +2,21 @@
 
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
+import torch
 from test_engine import FORMATS, MIB, engine, prompts
 
 from kvtool.config import EngineConfig, HandoffConfig, KVOptions
 from kvtool.engine import Engine
 from kvtool.errors import KVToolError, RequestError
+from kvtool.kv.format import KVFormat
+from kvtool.quantize.layer_errors import attend_packed
 from kvtool.request import Request, SamplingParams, Tokens
+from kvtool.runner import attention_layers
+from kvtool.scoring import ScoringModel
 
 SECRET = "only these tests know"
 
@@ -76,6 +83,84 @@ def test_two_engines_answer_as_one_would(kv):
     assert decode.stats().arrivals_total == len(asked) and decode.stats().losses_total == 0
     for tested in (prefill, decode):
         assert_nothing_is_held(tested)
+
+
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
+@pytest.mark.parametrize(("name", "prefill_tp", "decode_tp"), [("16", 2, 1), ("2, window", 2, 1), ("2, window", 1, 2)])
+def test_the_two_sides_may_share_heads_among_other_numbers_of_ranks(name, prefill_tp, decode_tp, device):
+    kv, params = FORMATS[name], SamplingParams(max_tokens=30, ignore_eos=True, seed=3)
+    asked, settings = [*prompts(4, 200), [9] * 129, [3]], {"device": device, "max_num_batched_tokens": 50}
+    with closing_all() as made:
+        decode = engine(kv, handoff=HandoffConfig("decode", SECRET), tp=decode_tp, **settings)
+        made.append(decode)
+        to = HandoffConfig("prefill", SECRET, peers=(decode.info.kv_address,), transfer="tcp")
+        prefill = engine(kv, handoff=to, tp=prefill_tp, run_ahead=True, **settings)
+        made.append(prefill)
+        said = share(prefill, decode, asked, params)
+        again = share(prefill, decode, asked, params)
+        assert (decode.stats().arrivals_total, decode.stats().losses_total) == (2 * len(asked), 0)
+        for tested in made:
+            assert_nothing_is_held(tested)
+    assert ids(said) == ids(again) == alone(kv, asked, params)
+
+
+def answer_of_packed_prompt(model: ScoringModel, kv: KVOptions, prompt: list[int], count: int) -> list[int]:
+    """The definition, in plain torch: a prompt computed in 16 bits, whose cache is packed before the answer goes on."""
+    fmt, shapes, memory = model.layout(kv).format, attention_layers(model.model_config), {}
+
+    @torch.inference_mode()
+    def next_token(ids: list[int], start: int, by: KVFormat) -> int:
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            old = memory.get(layer, (k[:0], v[:0]))
+            key, value = memory[layer] = tuple(torch.cat(pair) for pair in zip(old, (k, v), strict=True))
+            query = torch.cat([q.new_zeros(start, *q.shape[1:]), q])  # whose rows nobody looks at
+            kinds = by.layers[layer]
+            return attend_packed(query[None], key[None], value[None], kinds.key, kinds.value, by, shapes[layer])[
+                0, start:
+            ]
+
+        positions = torch.arange(start, start + len(ids))
+        return int(model.model.logits(model.model(torch.tensor(ids), positions, attend))[-1].argmax())
+
+    answer = [next_token(prompt, 0, model.layout(KVOptions()).format)]
+    while len(answer) < count:
+        answer.append(next_token(answer[-1:], len(prompt) + len(answer) - 1, fmt))
+    return answer
+
+
+@pytest.mark.parametrize(("name", "tp"), [("4", 1), ("4, rotated, on write", 1), ("2, window", 2)])
+def test_a_prefill_side_of_16_bits_packs_for_the_decode_side(name, tp):
+    kv, params = FORMATS[name], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    asked = [random.Random(n).choices(range(3, 4000), k=n) for n in (200, 129, 64, 3)]
+    model = ScoringModel(EngineConfig(dtype="float64"))
+    expected = [answer_of_packed_prompt(model, kv, prompt, 12) for prompt in asked]
+    decode = engine(kv, handoff=HandoffConfig("decode", SECRET))
+    to = HandoffConfig("prefill", SECRET, peers=(decode.info.kv_address,))
+    prefill = engine(KVOptions(), handoff=to, tp=tp, max_num_batched_tokens=50)
+    try:
+        assert ids(share(prefill, decode, asked, params)) == expected
+        assert ids(share(prefill, decode, asked, params)) == expected, "from the prefix caches of both"
+        layout = decode.runner.store.layout
+        assert decode.take_arrivals() == [] and decode.stats().losses_total == 0
+        again = share(prefill, decode, asked[:1], params)["0"][0].handoff
+        assert again and layout.bytes_for([200]) < again.num_bytes < layout.bytes_for([200]) + 8192
+        # What has come is not what these prompts would have become here.
+        assert [c.token_ids for c in decode.generate(asked[:1], params)] == alone(kv, asked[:1], params)
+    finally:
+        prefill.close()
+
+
+@contextmanager
+def closing_all() -> Iterator[list[Engine]]:
+    made: list[Engine] = []
+    try:
+        yield made
+    finally:
+        for tested in made:
+            tested.close()
 
 
 def test_what_has_come_is_a_prefix_hit_for_others():
@@ -191,8 +276,8 @@ def test_engines_that_do_not_fit_are_told_so_at_the_start():
         with pytest.raises(KVToolError) as caught:
             Engine(EngineConfig(**settings))  # type: ignore[arg-type]
         assert "--peer" in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(KVToolError, match="KV of several ranks does not travel"):
-        engine(KVOptions(), handoff=to, tp=2)
+    with pytest.raises(KVToolError, match="KV of several stages does not travel"):
+        engine(KVOptions(), handoff=to, pp=2)
     port = int(decode.info.kv_address.rpartition(":")[2])
     with pytest.raises(KVToolError, match="change --kv-port"):
         engine(KVOptions(), handoff=HandoffConfig("decode", SECRET, port=port))

@@ -17,7 +17,7 @@ ROWS = [
     {"engine_process"},
     {"quantize", "expert_parallel", "sizing"},
     {"perplexity"},
-    {"client", "engine"},
+    {"client", "engine", "follower"},
     {"handoff"},
     {"scheduler"},
     {"scoring"},

@@ -2,8 +2,10 @@
 
 import random
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +14,17 @@ from safetensors.torch import load_file, save_file
 
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
-from kvtool.errors import ConfigError
+from kvtool.errors import CapacityError, ConfigError, UnsupportedError
 from kvtool.kv.format import resolve
 from kvtool.models import Decoder, load_config, load_model, resolve_model
 from kvtool.p2p import wrong_copies
 from kvtool.parallel import Group, Parallel, Stage
+from kvtool.perplexity import SAMPLE, make_task, read_documents, score_formats
+from kvtool.quantize.layer_errors import calibrate, layer_errors, propagated_errors
 from kvtool.request import Request, SamplingParams, Tokens
 from kvtool.runner import kv_spec
+from kvtool.scoring import ScoringModel, Window
+from kvtool.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -177,6 +183,21 @@ def test_ranks_together_answer_as_one_does(tp: int, pp: int, kv: KVOptions) -> N
     assert_same_answers(answers(replace(config, tp=tp, pp=pp, run_ahead=True), asked), expected)
 
 
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@TWO_GPUS
+@pytest.mark.parametrize("ranks", [{"tp": 2}, {"tp": 2, "all_reduce": "nccl"}, {"pp": 2}])
+def test_two_gpus_answer_and_score_as_one_does(ranks: dict[str, Any]) -> None:
+    config, asked = replace(CONFIG, device="cuda", kv=KVOptions(nbits="4")), requests(4000)
+    assert_same_answers(answers(replace(config, **ranks), asked), answers(config, asked))
+    windows = [Window([(7 * n) % 4000 for n in range(300)])]
+    (expected,) = ScoringModel(config).hidden_states(windows, config.kv)
+    with closing(ScoringModel(replace(config, **ranks))) as model:
+        (found,) = model.hidden_states(windows, config.kv)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
 def test_ranks_share_what_does_not_divide_and_has_biases(tmp_path: Path) -> None:
     """199 ids on two ranks, biases on all projections, three layers on two stages; sequences make room."""
     make_checkpoint("llama", tmp_path, attention_bias=True, mlp_bias=True)
@@ -217,10 +238,10 @@ def test_whole_experts_on_ranks_answer_as_one_process_does(
     assert counted[0] == counted[1] and all(map(all, counted[0].values()))
 
 
-def test_what_one_rank_cannot_hold_fails_its_request_alone(tmp_path: Path) -> None:
-    """A token whose keys are beyond fp16 in the second KV head, which only the second rank has."""
-    make_checkpoint("llama", tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
+def make_unfit_checkpoint(folder: Path) -> None:
+    """Keys of token 5 are beyond fp16 in the second KV head, which only the second rank has."""
+    make_checkpoint("llama", folder)
+    tensors = load_file(folder / "model.safetensors")
     embedding, keys = tensors["model.embed_tokens.weight"], tensors["model.layers.1.self_attn.k_proj.weight"]
     embedding[:, 0], embedding[5] = 0, 0
     embedding[5, 0] = 1e6  # all that is left of it behind a norm
@@ -228,7 +249,23 @@ def test_what_one_rank_cannot_hold_fails_its_request_alone(tmp_path: Path) -> No
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             tensors[f"model.layers.{layer}.{name}.weight"][0] = 0  # nothing else gets into that channel
     keys[16:, 0] = 1e5
-    save_file(tensors, tmp_path / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_what_one_rank_cannot_hold_is_not_scored_and_the_next_text_is(tmp_path: Path) -> None:
+    make_unfit_checkpoint(tmp_path)
+    config = replace(CONFIG, model=str(tmp_path))
+    fits, kv = [Window([10] * 90)], KVOptions(nbits="4")
+    (expected,) = ScoringModel(config).hidden_states(fits, kv)
+    with closing(ScoringModel(replace(config, tp=2))) as model:
+        with pytest.raises(UnsupportedError, match="cannot be quantised"):
+            list(model.hidden_states([Window([5] * 90)], kv))
+        (found,) = model.hidden_states(fits, kv)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_what_one_rank_cannot_hold_fails_its_request_alone(tmp_path: Path) -> None:
+    make_unfit_checkpoint(tmp_path)
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     asked = [Request(str(i), [10 + i] * 70, params) for i in range(3)]
     config = replace(CONFIG, model=str(tmp_path), kv=KVOptions(nbits="4"), prefix_caching=False)
@@ -248,6 +285,47 @@ def test_what_one_rank_cannot_hold_fails_its_request_alone(tmp_path: Path) -> No
     assert {name: [t.token_ids for t in tokens] for name, tokens in got.items()} == {
         name: [t.token_ids for t in tokens] for name, tokens in expected.items()
     }
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_ranks_together_score_as_one_does(tp: int, pp: int, tmp_path: Path) -> None:
+    """Perplexity and divergence under several formats at once, and a baseline that either can read."""
+    formats = {"16": KVOptions(), "4": KVOptions(nbits="4"), "2": KVOptions(nbits="2"), "plan": PLAN}
+    config, file = replace(CONFIG, max_num_batched_tokens=300), tmp_path / "baseline.safetensors"
+    with closing(ScoringModel(config)) as model:
+        tokenizer = Tokenizer.load(model.path, model.model_config.vocab_size)
+        task = make_task("hf-stride", read_documents(SAMPLE), tokenizer, 2048, window=400, stride=300, max_tokens=900)
+        expected = score_formats(model, task, formats, save_baseline=file)
+    with closing(ScoringModel(replace(config, tp=tp, pp=pp))) as model:
+        found = score_formats(model, task, formats)
+        again = score_formats(model, task, {"4": formats["4"]}, baseline=file)
+        with pytest.raises(CapacityError, match=r"has no .* for the KV cache"):
+            next(model.hidden_states([Window([5, 6])], KVOptions(nbits="4", residual_length=2**40)))
+        assert score_formats(model, task, {"4": formats["4"]})[0].perplexity == found[1].perplexity
+    for ours, theirs in zip([*found, again[0]], [*expected, expected[1]], strict=True):
+        assert ours.format == theirs.format and ours.bytes_per_token == theirs.bytes_per_token
+        figures = [(score.perplexity, score.kld_mean, score.kld_max, score.top1_agreement) for score in (ours, theirs)]
+        assert figures[0] == pytest.approx(figures[1], abs=1e-9, rel=1e-9)
+
+
+@pytest.mark.parametrize(("model_type", "tp", "pp"), [("tiny", 4, 1), ("deepseek_v3", 1, 2)])
+def test_layers_of_ranks_are_looked_into_as_those_of_one(model_type: str, tp: int, pp: int, tmp_path: Path) -> None:
+    """Keys, values and what attention makes of them, of all heads and stages."""
+    config, kv = CONFIG, KVOptions(nbits="4")
+    if model_type != "tiny":
+        make_checkpoint(model_type, tmp_path, **MIXTURES[model_type])
+        config = replace(config, model=str(tmp_path))
+    windows = torch.tensor([[(7 * n) % 199 for n in range(start, start + 150)] for start in (0, 40)])
+
+    def looked_into(asked: EngineConfig) -> list[float]:
+        with closing(ScoringModel(asked)) as model:
+            fmt, activations = model.layout(kv).format, calibrate(model.whole, windows)
+            errors = [x for e in layer_errors(activations, fmt) for x in (e.key, e.value, e.output)]
+            return errors + list(propagated_errors(model.whole, windows, activations, fmt))
+
+    found, expected = looked_into(replace(config, tp=tp, pp=pp)), looked_into(config)
+    assert min(expected) > 0 and len(set(expected)) == len(expected) - 1, "the first layer has none before it"
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_stage_keeps_the_tail_that_another_needs() -> None:

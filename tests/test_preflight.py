@@ -179,7 +179,7 @@ def test_a_verdict_is_stored_and_read_again(verdicts, capsys):
 
 def test_a_short_context_is_no_reason_to_read_less(twin, capsys):
     """The text is longer than what this server may hold, and a verdict holds for servers of any length."""
-    config = EngineConfig(model=str(twin), kv=PER_TOKEN, max_model_len=96)
+    config = EngineConfig(model=str(twin), kv=PER_TOKEN, max_model_len=96, tp=2, nnodes=2)  # which it starts none of
     assert preflight(config) == config
     assert "collapse in layers" in capsys.readouterr().err
 

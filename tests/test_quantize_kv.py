@@ -285,6 +285,7 @@ def test_an_ablation_as_a_report(command, tmp_path):
     [
         (["--nbits", "3"], "--nbits"),
         (["--ablate", "colour"], "--ablate 'colour'"),
+        (["--tp", "2", "--dump", "x.safetensors"], "--dump: is written by one rank; leave out --tp 2 --pp 1"),
         (["--ablate", "bits", "--dump", "x"], "--dump is for one format"),
         (["--ablate", "bits", "--task", "retrieval"], "--task is for one format"),
         (["--ablate", "bits", "--prompt", "Hi"], "--prompt is for one format"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -91,6 +92,54 @@ def test_a_rank_that_hangs_ends_all(victim: str, named: str) -> None:
     assert named.format(follower) in stderr
     assert took < 20
     assert ended(engine) and ended(follower)
+
+
+STUCK = """
+import sys, threading, time
+from pathlib import Path
+
+def stick():
+    while not hasattr(sys.modules.get("kvtool.follower"), "main"):
+        time.sleep(0.01)
+    from kvtool.runner import Runner
+    collect = Runner.collect
+
+    def stuck(runner, handle):
+        while Path(__file__).with_name("stuck").exists():
+            time.sleep(0.1)
+        return collect(runner, handle)
+
+    Runner.collect = stuck
+
+if any("kvtool.follower" in word for word in sys.orig_argv):
+    threading.Thread(target=stick, daemon=True).start()
+"""
+STREAM = """
+import json, sys, time
+from pathlib import Path
+from kvtool.config import EngineConfig
+from kvtool.engine import Engine
+for _ in Engine(EngineConfig(**json.loads(sys.argv[1]), tp=2)).stream("Once upon a time"):
+    Path(sys.argv[2]).touch()
+    print(time.monotonic(), flush=True)
+"""
+
+
+def test_a_rank_whose_device_hangs_ends_all(tmp_path: Path) -> None:
+    """It lives, and goes on saying so, but a step that it has launched does not end."""
+    (tmp_path / "sitecustomize.py").write_text(STUCK)
+    done = subprocess.run(
+        [sys.executable, "-c", STREAM, json.dumps(CONFIG), tmp_path / "stuck"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        timeout=200,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"},
+    )
+    ended = time.monotonic()
+    assert done.returncode == 1
+    assert re.search(r"error: rank 1 \(process .*\) has been in one step for 8 s; all ranks end with it", done.stderr)
+    assert ended - float(done.stdout.split()[-1]) < 20
 
 
 def test_a_rank_that_dies_ends_all_and_restart_starts_them_anew() -> None:

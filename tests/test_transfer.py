@@ -16,16 +16,21 @@ from kvtool.config import KVOptions
 from kvtool.errors import UnsupportedError
 from kvtool.kv import receiver as receiving
 from kvtool.kv import transfer, wire
+from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.channels import SocketChannel
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
+from kvtool.kv.packer import Packer
 from kvtool.kv.receiver import Arrival, Loss, Receiver
 from kvtool.kv.sender import Sender
+from kvtool.kv.shares import Share
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.store import KVStore
 from kvtool.kv.transfer import Route
 from kvtool.kv.wire import Close, Identity, Refusal, TransferError
+from kvtool.parallel import Group
 
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SPEC = KVSpec(3, StreamSpec(2, 32), StreamSpec(2, 32), 4)
 FORMATS = {
     "16": KVOptions(),
@@ -160,12 +165,103 @@ def test_a_sender_in_the_same_process_needs_no_socket(name):
 def test_a_checksum_tells_what_goes_wrong(data):
     sizes = data.draw(st.lists(st.integers(1, 3000), min_size=1, max_size=3))
     pieces = [torch.randint(0, 256, (8 * size,), dtype=torch.uint8) for size in sizes]
-    before = wire.checksum(pieces)
-    assert wire.checksum([piece.clone().view(-1, 8) for piece in pieces]) == before
+    before = checksum([pieces])
+    assert checksum([[piece.clone().view(-1, 8) for piece in pieces]]) == before
+    cut = 8192 * data.draw(st.integers(0, 2))
+    assert checksum([[pieces[0][:cut]], [pieces[0][cut:], *pieces[1:]]]) == before, "in portions of whole rows"
     piece = data.draw(st.sampled_from(pieces))
     at = data.draw(st.integers(0, len(piece) - 1))
     piece[at] ^= data.draw(st.integers(1, 255))
-    assert wire.checksum(pieces) != before
+    assert checksum([pieces]) != before
+
+
+def checksum(portions: list[list[torch.Tensor]]) -> bytes:
+    total = wire.Checksum()
+    for portion in portions:
+        total.add(portion)
+    return total.digest()
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(list(FORMATS)), heads=st.sampled_from([1, 2, 4]), size=st.sampled_from([1, 2, 4]))
+def test_shares_are_what_ranks_with_these_heads_store(name, heads, size):
+    """Of blocks and tails; put together they are the whole again."""
+    spec = KVSpec(3, StreamSpec(heads, 32), StreamSpec(heads, 64), 4)
+    fmt = resolve(FORMATS[name], spec)
+    whole = filled(KVLayout(spec, fmt), range(heads))
+    together = [torch.zeros(2, whole.layout.layer_block_bytes(layer), dtype=torch.uint8) for layer in range(3)]
+    tail = torch.zeros(whole.layout.tail_bytes, dtype=torch.uint8)
+    for rank in range(size):
+        mine = Group(rank, size).shard(heads)
+        own = KVSpec(3, StreamSpec(mine.size, 32), StreamSpec(mine.size, 64), 4)
+        rank_store = filled(KVLayout(own, fmt), range(mine.start, mine.start + mine.size))
+        share = Share(whole.layout, rank_store.layout, (mine.start, mine.start))
+        for layer in range(3):
+            part, all_heads = layer_blocks(rank_store, layer), layer_blocks(whole, layer)
+            assert torch.equal(share.of_blocks(layer, all_heads), part)
+            share.into_blocks(layer, part, together[layer])
+        assert torch.equal(share.of_tail(whole.tail(0)), rank_store.tail(0))
+        share.into_tail(rank_store.tail(0), tail)
+    assert torch.equal(torch.cat(together, dim=1), whole.gather_blocks([0, 1]))
+    assert torch.equal(tail, whole.tail(0))
+
+
+def filled(of: KVLayout, heads: range) -> KVStore:
+    """What a store holds of two blocks and a tail of tokens that are random, but for each head the same ones."""
+    made, num_tokens = KVStore(of, 2, 1, torch.float32), 2 * of.format.block_size
+    batch = KVBatch.build(of.format, [Span(0, num_tokens, [0, 1], 0)], torch.device("cpu"))
+
+    def noise(dim: int, layer: int) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(9 * layer + head) for head in heads]
+        return torch.stack([torch.randn(num_tokens, dim, generator=generator) for generator in generators], 1)
+
+    for index, layer in enumerate(made.layers):
+        layer.write(noise(32, index), noise(64, index), batch)
+    return made
+
+
+def layer_blocks(of: KVStore, layer: int) -> torch.Tensor:
+    out = torch.empty(2, of.layout.layer_block_bytes(layer), dtype=torch.uint8)
+    of.gather_layer(layer, torch.arange(2), out)
+    return out
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+@pytest.mark.parametrize("block_size", [64, 256])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "16"])
+def test_what_is_packed_on_the_way_is_what_would_have_been_stored(name, block_size, device):
+    """In two steps of a prompt, from 16-bit blocks of any size."""
+    exact, packed = KVLayout(SPEC, resolve(KVOptions(), SPEC, block_size)), layout(name)
+    fmt, count = packed.format, len(TOKENS)
+    source, target = (KVStore(of, 12, 2, torch.float32, device) for of in (exact, packed))
+    blocks = [11, 3, 5, 0, 1, 7, 9, 2, 4, 10]
+    for seed, (one, two) in enumerate(zip(source.layers, target.layers, strict=True)):
+        generator = torch.Generator().manual_seed(seed)
+        key, value = (torch.randn(count, 2, 32, generator=generator).to(device) for _ in range(2))
+        for of, kv in ((source, one), (target, two)):
+            owned = blocks[: of.format.num_blocks(count)]
+            kv.write(key, value, KVBatch.build(of.format, [Span(0, count, owned, 1)], torch.device(device)))
+    packer = Packer(exact, packed, torch.float32, torch.device(device))
+    half = fmt.packed_tokens(170) // fmt.block_size
+    tail = torch.full((packed.tail_bytes,), 7, dtype=torch.uint8, device=device)
+    for layer in range(3):
+        for first, end, end_token in ((0, half, half * fmt.block_size), (half, fmt.num_blocks(count), count)):
+            room, sources = packer.room(layer, first, end_token), packer.sources(first, end_token)
+            source.gather_layer(layer, source.index(blocks[sources.start : sources.stop]), room)
+            out = torch.empty(end - first, packed.layer_block_bytes(layer), dtype=torch.uint8, device=device)
+            packer.pack(layer, room, first, end_token, out)
+            stored = torch.empty_like(out)
+            target.gather_layer(layer, target.index(blocks[first:end]), stored)
+            assert torch.equal(out, stored)
+        if packed.tail_bytes:
+            packer.write_tail(layer, room, half, count, tail)
+    assert not packer.take_fault().item()
+    if packed.tail_bytes:
+        rows = [position % fmt.tail_tokens for position in range(fmt.packed_tokens(count), count)]
+        got, stored = (
+            x.view(torch.float32).view(6, 2, fmt.tail_tokens, 32)[:, :, rows] for x in (tail, target.tail(1))
+        )
+        assert torch.equal(got, stored)
 
 
 def test_tables_say_why_a_transfer_is_refused():
@@ -186,6 +282,7 @@ def test_tables_say_why_a_transfer_is_refused():
         ({"secret": b"another"}, "another --kv-secret"),
         ({"model": "other"}, "it has another model"),
         ({"name": "2, window"}, "its KV format is K 2 bits"),
+        ({"name": "16"}, "its KV format is K and V at the model's precision"),
     ],
 )
 def test_peers_that_do_not_fit_part_at_once(settings, says):
@@ -199,8 +296,8 @@ def test_peers_that_do_not_fit_part_at_once(settings, says):
 def test_peers_of_different_versions_part_at_once(monkeypatch):
     tested = receiver("4")
     channel = tested.attach()
-    channel.send_frame(msgspec.msgpack.encode(wire.Hello(2, b"n" * 32)))
-    with pytest.raises(TransferError, match="version 1 of kvtool's transfer; here it is 2"):
+    channel.send_frame(msgspec.msgpack.encode(wire.Hello(1, b"n" * 32)))
+    with pytest.raises(TransferError, match="version 2 of kvtool's transfer; here it is 1"):
         wire.decoded(channel.receive_frame(), wire.Welcome)
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -253,11 +253,11 @@ def format_scores(variants: Variants) -> dict[str, Row]:
     from kvtool.scoring import ScoringModel
     from kvtool.tokenizer import Tokenizer
 
-    model = ScoringModel(next(iter(variants.values())))
-    tokenizer = Tokenizer.load(model.path, model.model_config.vocab_size)
-    documents = read_documents(SAMPLE)
-    task = make_task("gptq", documents, tokenizer, model.max_model_len, max_tokens=SCORED_TOKENS)
-    scores = score_formats(model, task, {name: engine.kv for name, engine in variants.items()})
+    with closing(ScoringModel(next(iter(variants.values())))) as model:
+        tokenizer = Tokenizer.load(model.path, model.model_config.vocab_size)
+        documents = read_documents(SAMPLE)
+        task = make_task("gptq", documents, tokenizer, model.max_model_len, max_tokens=SCORED_TOKENS)
+        scores = score_formats(model, task, {name: engine.kv for name, engine in variants.items()})
     return {
         score.format.name: {"perplexity_change": score.perplexity_change, "kld_mean": score.kld_mean}
         for score in scores

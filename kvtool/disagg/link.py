@@ -30,6 +30,7 @@ from kvtool.runner import choose_device, choose_dtype, kv_spec
 
 PLAIN_BYTES = 64 << 20
 LIMIT_SECONDS = 60.0
+PAUSE_SECONDS = 0.03  # in which the other end stores what has come, before the next comes
 BITS: tuple[Bits, ...] = ("16", "8", "4", "2")
 PART_BYTES = (64 << 10, 1 << 20, 16 << 20)  # that a bake-off sends at once
 LARGE_BYTES = 64 << 20
@@ -232,6 +233,7 @@ def _push(job: Job, case: Case) -> None:
         push.put_tail(store.tail(0))
         push.close(Close(0, 0, started, time.perf_counter(), b""))
         push.wait(LIMIT_SECONDS)
+        time.sleep(PAUSE_SECONDS)
     sender.close()
 
 

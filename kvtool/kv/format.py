@@ -88,6 +88,11 @@ class KVFormat:
         return self.residual == 0 and not self.keeps_tail and all(stream.axis == "token" for stream in streams)
 
     @property
+    def is_exact(self) -> bool:
+        """Everything is stored at the model's precision."""
+        return all(stream.bits == "16" for layer in self.layers for stream in (layer.key, layer.value))
+
+    @property
     def tail_tokens(self) -> int:
         """Tokens that a sequence's private tail holds; its position p stands in row p mod tail_tokens."""
         return 0 if self.packs_on_write else self.residual + self.block_size

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from threading import Condition, Thread
 
 import torch
-from torch import Tensor
 
 from kvtool.errors import UnsupportedError
 from kvtool.kv.channels import Channel, QueueChannel, SocketChannel
@@ -35,7 +34,6 @@ from kvtool.kv.wire import (
     Session,
     TransferError,
     admit,
-    checksum,
     token_hash,
 )
 
@@ -52,6 +50,7 @@ class Arrival:
     """A sequence that has been received and checked.
 
     Attributes:
+        origin: the format that the sender has packed it from; empty where both have one format.
         opened, received: when it was announced, and when all of it was there and checked, on this clock.
         nbytes: that came for it, frames included.
     """
@@ -59,6 +58,7 @@ class Arrival:
     id: str
     staged: Staged
     close: Close
+    origin: str
     opened: float
     received: float
     nbytes: int
@@ -192,9 +192,9 @@ class Receiver:
         stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         try:
             with torch.cuda.stream(stream):
-                session, on_device = self._meet(channel)
+                session, on_device, origin = self._meet(channel)
                 while True:
-                    self._take_sequence(session, on_device)
+                    self._take_sequence(session, on_device, origin)
         except (OSError, TransferError) as error:
             if isinstance(error, TransferError):
                 logger.warning("KV transfer: refused: %s", error)
@@ -203,14 +203,16 @@ class Receiver:
                 self._channels.discard(channel)
             channel.close()
 
-    def _meet(self, channel: Channel) -> tuple[Session, bool]:
+    def _meet(self, channel: Channel) -> tuple[Session, bool, str]:
+        """A session, whether tensors arrive on the device, and the sender's own format where it is another one."""
         session = admit(channel, self._secret)
         peer = session.hear(Peer)
-        if difference := self.identity.difference(peer.identity):
-            session.say(Refused(peer.identity.difference(self.identity) or ""))
-            raise TransferError(f"a peer: {difference}")
+        if not self.identity.takes(peer.identity):
+            session.say(Refused(peer.identity.difference(self.identity)))
+            raise TransferError(f"a peer: {self.identity.difference(peer.identity)}")
         route = Route(self._device.type, peer.device, isinstance(channel, QueueChannel))
-        session.say(Peer(self.identity, self._device.type, [t.name for t in TRANSFERS if t.refuses(route) is None]))
+        transfers = [t.name for t in TRANSFERS if t.refuses(route) is None]
+        session.say(Peer(self.identity, self.layout.format, self._device.type, transfers))
         chosen = session.hear(Choice).transfer
         try:
             transfer = select(route, chosen)
@@ -224,9 +226,10 @@ class Receiver:
             session.say(Pong(time.perf_counter()))
         if isinstance(channel, SocketChannel):
             channel.limit(0)  # a connection may be idle; `_watch` ends those that keep a sequence
-        return session, transfer.lands_on_device
+        origin = "" if peer.identity.layout == self.identity.layout else peer.identity.kv_format
+        return session, transfer.lands_on_device, origin
 
-    def _take_sequence(self, session: Session, on_device: bool) -> None:
+    def _take_sequence(self, session: Session, on_device: bool, origin: str) -> None:
         """The next sequence of a connection.
 
         Raises:
@@ -252,7 +255,7 @@ class Receiver:
             self._finish(opening.id, Loss(opening.id, close.reason), staged)
             return
         received = time.perf_counter()
-        arrival = Arrival(opening.id, staged, close, begun, received, session.nbytes - before)
+        arrival = Arrival(opening.id, staged, close, origin, begun, received, session.nbytes - before)
         if self._finish(opening.id, arrival, None):
             session.say(Received())
         else:
@@ -294,7 +297,7 @@ class Receiver:
             if not inside or not all(have[layer] == message.first_block < message.end_block for layer in layers):
                 raise TransferError("a part that is not the next of its layers")
             pieces = [staged.layers[layer][message.first_block : message.end_block] for layer in layers]
-            self._receive(session, pieces, message.checksum)
+            session.receive(pieces, message.checksum)
             for layer in layers:
                 have[layer] = message.end_block
         if isinstance(message, Drop):
@@ -302,14 +305,9 @@ class Receiver:
         assert isinstance(message, Close)
         if have != [num_blocks] * num_layers:
             raise TransferError("parts are missing")
-        self._receive(session, [staged.tail] if len(staged.tail) else [], message.checksum)
+        if len(staged.tail):
+            session.receive([staged.tail], message.checksum)
         return message
-
-    def _receive(self, session: Session, pieces: list[Tensor], expected: bytes) -> None:
-        if pieces:
-            session.receive(pieces)
-        if not hmac.compare_digest(checksum(pieces), expected):
-            raise TransferError("bytes whose checksum is wrong")
 
     def _finish(self, request_id: str, event: Arrival | Loss, unused: Staged | None) -> bool:
         """Say what has come of a sequence, if anybody still waits."""

@@ -20,6 +20,7 @@ from kvtool.kv.transfer import IDLE_SECONDS, Route, Transfer, meet_as_sender, se
 from kvtool.kv.wire import (
     PINGS,
     Accepted,
+    Checksum,
     Choice,
     Close,
     Drop,
@@ -33,7 +34,6 @@ from kvtool.kv.wire import (
     Refusal,
     Session,
     TransferError,
-    checksum,
     greet,
     token_hash,
 )
@@ -48,12 +48,20 @@ class Piece:
     """Bytes of one message, gathered.
 
     Attributes:
+        total: their checksum; of those on a GPU it is made beside what the engine computes, later.
         ready: when they are there, on a GPU.
     """
 
     message: Part | Close
     tensors: list[Tensor]
+    total: Checksum
     ready: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, message: Part | Close, tensors: list[Tensor], total: Checksum) -> "Piece":
+        on_gpu = bool(tensors) and tensors[0].is_cuda
+        ready = torch.cuda.current_stream(tensors[0].device).record_event() if on_gpu else None
+        return cls(message, tensors, total, ready)
 
 
 @dataclass
@@ -61,6 +69,7 @@ class Push:
     """A sequence on its way: what is put here is sent as soon as its peer takes it.
 
     Attributes:
+        layout: of what is sent.
         staging: where what is put waits.
         num_sent: blocks of each layer that have been put, from the first.
         staged: room for all of it, once something has been put.
@@ -68,6 +77,7 @@ class Push:
     """
 
     opening: Open
+    layout: KVLayout
     staging: Staging
     num_sent: list[int]
     staged: Staged | None = None
@@ -78,31 +88,47 @@ class Push:
 
     def put_blocks(self, layers: range, end_block: int, store: KVStore, blocks: Sequence[int]) -> None:
         """Send what is new of the first `end_block` of the sequence's `blocks`, in `layers` that are equally far."""
+        index = store.index(blocks[self.num_sent[layers.start] : end_block])
+        self.put(layers, end_block, lambda layer, out: store.gather_layer(layer, index, out))
+
+    def put(self, layers: range, end_block: int, write: Callable[[int, Tensor], None]) -> None:
+        """Send what is new of the first `end_block` blocks, in `layers` that are equally far.
+
+        Args:
+            write: puts a layer's part of the new ones, [n, layer_block_bytes] uint8, where it is told.
+        """
         first = self.num_sent[layers.start]
         staged = self._room() if end_block > first else None
         if staged is None:
             return
-        index = store.index(blocks[first:end_block])
-        tensors = [staged.layers[layer][first:end_block] for layer in layers]
+        tensors, total = [staged.layers[layer][first:end_block] for layer in layers], Checksum()
         for layer, tensor in zip(layers, tensors, strict=True):
-            store.gather_layer(layer, index, tensor)
+            write(layer, tensor)
+            if not tensor.is_cuda:
+                total.add([tensor])  # while the cache has it
             self.num_sent[layer] = end_block
-        part = Part(layers.start, layers.stop, first, end_block, b"")
-        self.pieces.put(Piece(part, tensors, _event(tensors)))
+        self.pieces.put(Piece.of(Part(layers.start, layers.stop, first, end_block, b""), tensors, total))
 
     def put_tail(self, tail: Tensor) -> None:
         """Keep the tail, which goes last."""
+        self.write_tail(lambda room: room.copy_(tail))
+
+    def write_tail(self, write: Callable[[Tensor], object]) -> None:
+        """Let the tail, or some of it, be written where it waits."""
         if staged := self._room():
-            staged.tail.copy_(tail)
+            write(staged.tail)
 
     def close(self, closing: Close) -> None:
         """Send the tail and the first token; all blocks have been put."""
         if staged := self._room():
-            tensors = [staged.tail] if len(staged.tail) else []
-            self.pieces.put(Piece(closing, tensors, _event(tensors)))
+            tensors, total = [staged.tail] if len(staged.tail) else [], Checksum()
+            if not staged.tail.is_cuda:
+                total.add(tensors)
+            self.pieces.put(Piece.of(closing, tensors, total))
 
     def drop(self, reason: str) -> None:
         """It is not to arrive."""
+        self.failed = True
         self.pieces.put(Drop(reason))
 
     def _room(self) -> Staged | None:
@@ -111,7 +137,6 @@ class Push:
             if self.staged is None and not self.failed:
                 self.staged = self.staging.take(self.opening.num_tokens, on_device=True)
                 if self.staged is None:
-                    self.failed = True
                     self.drop(f"too much waits to be sent: {self.staging.free_bytes} bytes are free")
             return self.staged
 
@@ -129,19 +154,19 @@ class Push:
         return self._ended.wait(seconds) and not self.failed
 
 
-def _event(tensors: Sequence[Tensor]) -> torch.cuda.Event | None:
-    on_gpu = bool(tensors) and tensors[0].is_cuda
-    return torch.cuda.current_stream(tensors[0].device).record_event() if on_gpu else None
-
-
 class Sender:
     """Pushes sequences to one receiver, over a few connections that last.
 
     Args:
         name: of the peer, for errors.
+        layout: of the store that is sent from.
         dial: opens a way to it; raises an OSError while there is none.
         asked: transfer, "auto" or by name.
         most_bytes: of sequences that have been computed and wait for the peer.
+
+    Attributes:
+        layout: of what is sent, which is the receiver's, and known once it is connected; it differs from that of the
+            store where that is exact.
     """
 
     def __init__(
@@ -157,6 +182,7 @@ class Sender:
         most_bytes: int = 4 << 30,
     ) -> None:
         self.name, self.layout, self.identity = name, layout, identity
+        self._own, self._most_bytes = layout, most_bytes
         self._dial, self._secret, self._device, self._asked = dial, secret, torch.device(device), asked
         self._waiting: SimpleQueue[Push | None] = SimpleQueue()
         self._threads: list[Thread] = []
@@ -184,6 +210,8 @@ class Sender:
                     ) from error
                 time.sleep(RETRY_SECONDS)
         self.transfer = link.transfer
+        if link.layout != self.layout:
+            self.layout, self._staging = link.layout, Staging(link.layout, self._device, self._most_bytes)
         with self._lock:
             self._links.append(link)
         for _ in range(link.transfer.connections):
@@ -196,7 +224,8 @@ class Sender:
         layout = self.layout
         num_blocks = layout.format.num_blocks(len(token_ids))
         sizes = (len(token_ids), num_blocks, layout.block_bytes, layout.tail_bytes)
-        push = Push(Open(request_id, token_hash(token_ids), *sizes), self._staging, [0] * layout.spec.num_layers)
+        opening = Open(request_id, token_hash(token_ids), *sizes)
+        push = Push(opening, layout, self._staging, [0] * layout.spec.num_layers)
         self._waiting.put(push)
         return push
 
@@ -234,8 +263,11 @@ class Sender:
         channel = self._dial()
         try:
             session = greet(channel, self._secret)
-            session.say(Peer(self.identity, self._device.type, []))
+            session.say(Peer(self.identity, self._own.format, self._device.type, []))
             peer = session.hear(Peer)
+            layout = peer.layout(self._own.spec)
+            if self.transfer and layout != self.layout:
+                raise TransferError("it has another KV format than before; start this side again")
             route = Route(self._device.type, peer.device, isinstance(channel, QueueChannel))
             transfer = select(route, self._asked, peer.transfers)
             session.say(Choice(transfer.name))
@@ -253,19 +285,20 @@ class Sender:
         except BaseException:
             channel.close()
             raise
-        return Link(session, transfer, min(offsets)[1])
+        return Link(session, transfer, layout, min(offsets)[1])
 
 
 class Link:
     """One connection of a sender.
 
     Attributes:
+        layout: of the receiver's store.
         clock_offset: seconds that the receiver's clock is ahead, measured on the quickest of a few round trips.
         is_good: can take another sequence.
     """
 
-    def __init__(self, session: Session, transfer: Transfer, clock_offset: float) -> None:
-        self.session, self.transfer, self.clock_offset = session, transfer, clock_offset
+    def __init__(self, session: Session, transfer: Transfer, layout: KVLayout, clock_offset: float) -> None:
+        self.session, self.transfer, self.layout, self.clock_offset = session, transfer, layout, clock_offset
         self.is_good = True
 
     def carry(self, push: Push) -> None:
@@ -290,7 +323,8 @@ class Link:
                 break
             if piece.ready:
                 torch.cuda.current_stream().wait_event(piece.ready)
-            message = msgspec.structs.replace(piece.message, checksum=checksum(piece.tensors))
+                piece.total.add(piece.tensors)
+            message = msgspec.structs.replace(piece.message, checksum=piece.total.digest())
             if isinstance(message, Close):
                 message = msgspec.structs.replace(
                     message,

@@ -37,8 +37,12 @@ class Staged:
             for layer, data in enumerate(self.layers):
                 store.scatter_layer(layer, index, data[len(data) - len(blocks) :])
         store.tail(slot).copy_(self.tail, non_blocking=True)
-        if store.blocks.is_cuda:
-            stream = torch.cuda.current_stream(store.blocks.device)
+        self.note_read(store.blocks.device)
+
+    def note_read(self, device: torch.device) -> None:
+        """All that reads it has been launched on `device`."""
+        if device.type == "cuda":
+            stream = torch.cuda.current_stream(device)
             self.read = stream.record_event()
             if self.memory.is_cuda:  # it was allocated for another stream
                 self.memory.record_stream(stream)

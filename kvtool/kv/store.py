@@ -286,7 +286,7 @@ class LayerKV:
         near = self._read_near(key, value, batch)
         if len(prompts.sealed_blocks):
             with _RecordFunctionFast("kvtool::seal"):
-                self._write_blocks(near, prompts.sealed_rows, prompts.sealed_blocks)
+                self.write_blocks(near, prompts.sealed_rows, prompts.sealed_blocks)
         self._write_tails(key, value, prompts.kept_tokens, prompts.kept_slots, prompts.kept_rows)
         return near
 
@@ -326,7 +326,7 @@ class LayerKV:
             self.key.tail[slots, :, rows] = key if tokens is None else key[tokens]
             self.value.tail[slots, :, rows] = value if tokens is None else value[tokens]
 
-    def _write_blocks(self, near: Near, rows: Tensor, blocks: Tensor) -> None:
+    def write_blocks(self, near: Near, rows: Tensor, blocks: Tensor) -> None:
         """Pack whole blocks: the B near tokens from each of `rows` on."""
         if self.writer:
             self.writer.write_blocks(near.key, near.value, rows, blocks)

@@ -4,7 +4,8 @@ A prefill side *pushes* a sequence's sealed blocks while it still computes, laye
 token. Each sequence travels alone over one of a few connections, so that what is refused costs that sequence only:
 
     Hello, Welcome, Proof     both know the secret: HMAC-SHA256 over both nonces, which also give the session's key
-    Peer, Peer                model and format must be the same; the sender chooses a transfer that both take
+    Peer, Peer                model and format must be the same, or the sender holds 16 bits and packs what it sends in
+                              the receiver's format; it chooses a transfer that both take
     Choice, Pong …            the choice; the offset of the clocks
     Open → Accepted           for each sequence: tokens, their hash, sizes; the receiver must expect just that
       Part, bytes …             layers and blocks, and a checksum of the bytes behind it
@@ -21,7 +22,7 @@ import hashlib
 import hmac
 import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -31,12 +32,16 @@ from torch import Tensor
 from kvtool.errors import KVToolError
 from kvtool.kv.blocks import block_digest
 from kvtool.kv.channels import Channel
+from kvtool.kv.format import KVFormat, StreamFormat
 from kvtool.kv.layout import KVLayout
+from kvtool.kv.spec import KVSpec
 
-VERSION = 1
+VERSION = 2
+MAX_TOKENS = 1 << 20  # of a block, or a window
 NONCE_BYTES = MAC_BYTES = 32
 PINGS = 5  # by which the offset of the clocks is found
 ROW_WORDS = 1024  # of 8 bytes, to one sum of a checksum
+PORTION_BYTES = 1 << 20  # whole rows
 
 
 class TransferError(KVToolError):
@@ -69,39 +74,83 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """What must be the same at both ends.
+    """What must fit at both ends.
 
     Attributes:
         model: fingerprint of configuration and weights.
+        values: fingerprint of what is cached of a token, before it is packed: shape and dtype.
         kv_format: for people.
-        layout: fingerprint of format, shape and dtype.
+        layout: fingerprint of all bytes: values and format.
+        is_exact: nothing is packed.
     """
 
     model: str
+    values: str
     kv_format: str
     layout: str
+    is_exact: bool
 
     @classmethod
     def of(cls, model: str, layout: KVLayout, dtype: torch.dtype) -> "Identity":
-        exact = repr((layout.spec, layout.format, dtype)).encode()
+        values = hashlib.sha256(repr((layout.spec, dtype)).encode()).hexdigest()
         name = f"{layout.format.describe_layers()}, {str(dtype).removeprefix('torch.')}"
-        return cls(model, name, hashlib.sha256(exact).hexdigest())
+        return cls(model, values, name, _layout_fingerprint(values, layout.format), layout.format.is_exact)
 
-    def difference(self, other: "Identity") -> str | None:
-        """Why sequences of `other` are none of ours."""
+    def takes(self, sender: "Identity") -> bool:
+        """Sequences of `sender` can be ours, as they are or packed by it."""
+        same = self.layout == sender.layout or (sender.is_exact and self.values == sender.values)
+        return self.model == sender.model and same
+
+    def difference(self, other: "Identity") -> str:
+        """How `other` is not like this."""
         if self.model != other.model:
             return f"it has another model ({other.model[:12]}, here {self.model[:12]}); start both with one --model"
-        if self.layout != other.layout:
-            return f"its KV format is {other.kv_format}; here it is {self.kv_format}; start both with the same options"
-        return None
+        return (
+            f"its KV format is {other.kv_format}; here it is {self.kv_format}; start both with the same options, or "
+            "prefill with 16 bits"
+        )
+
+
+def _layout_fingerprint(values: str, fmt: KVFormat) -> str:
+    return hashlib.sha256(f"{values} {fmt!r}".encode()).hexdigest()
 
 
 class Peer(msgspec.Struct, frozen=True, tag="peer"):
-    """Who one is, and which transfers one takes, best first."""
+    """Who one is, how one stores KV, and which transfers one takes, best first."""
 
     identity: Identity
+    format: KVFormat
     device: str
     transfers: list[str]
+
+    def layout(self, spec: KVSpec) -> KVLayout:
+        """What it stores of a model of `spec`.
+
+        Raises:
+            TransferError: its format is none of such a model, or not the one of its identity.
+        """
+        fmt, sizes = self.format, (self.format.block_size, self.format.residual)
+        streams = [
+            (pair, dim)
+            for layer in fmt.layers
+            for pair, dim in ((layer.key, spec.key.dim), (layer.value, spec.value.dim))
+        ]
+        if (
+            len(fmt.layers) != spec.num_layers
+            or not (0 < sizes[0] <= MAX_TOKENS and 0 <= sizes[1] <= MAX_TOKENS and sizes[1] % sizes[0] == 0)
+            or not all(_is_possible(stream, dim, sizes[0]) for stream, dim in streams)
+            or self.identity.layout != _layout_fingerprint(self.identity.values, fmt)
+        ):
+            raise TransferError("its KV format is none of this model")
+        return KVLayout(spec, fmt)
+
+
+def _is_possible(stream: StreamFormat, dim: int, block_size: int) -> bool:
+    if stream.bits == "16":
+        return True
+    if stream.axis == "channel":
+        return stream.bits != "fp8" and stream.group == block_size
+    return stream.group > 0 and dim % stream.group == 0
 
 
 class Choice(msgspec.Struct, frozen=True, tag="choice"):
@@ -188,18 +237,26 @@ def token_hash(token_ids: Sequence[int]) -> bytes:
     return block_digest(b"", token_ids)
 
 
-def checksum(pieces: Sequence[Tensor]) -> bytes:
+class Checksum:
     """SHA-256 of sums of 8 KiB each (as 64-bit words, modulo 2^64) of uint8 tensors, whose sizes divide by 8.
 
     Finds what goes wrong on the way at the speed of memory, on a GPU as well: any change within a word, and rows that
-    are lost, doubled or in the wrong place.
+    are lost, doubled or in the wrong place. A tensor may be added in portions of whole rows.
     """
-    sums = []
-    for piece in pieces:
-        words = piece.view(-1).view(torch.int64)
-        whole = len(words) // ROW_WORDS * ROW_WORDS
-        sums += [words[:whole].view(-1, ROW_WORDS).sum(1), words[whole:].sum()[None]]
-    return hashlib.sha256(torch.cat(sums).cpu().numpy().tobytes()).digest() if sums else b""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+
+    def add(self, pieces: Sequence[Tensor]) -> None:
+        for piece in pieces:
+            words = piece.view(-1).view(torch.int64)
+            whole = len(words) // ROW_WORDS * ROW_WORDS
+            self._sums.append(words[:whole].view(-1, ROW_WORDS).sum(1))
+            if whole < len(words):
+                self._sums.append(words[whole:].sum()[None])
+
+    def digest(self) -> bytes:
+        return hashlib.sha256(torch.cat(self._sums).cpu().numpy().tobytes()).digest() if self._sums else b""
 
 
 # An authenticated way
@@ -241,9 +298,35 @@ class Session:
         self.channel.send(pieces)
         self.nbytes += sum(piece.nbytes for piece in pieces)
 
-    def receive(self, pieces: Sequence[Tensor]) -> None:
-        self.channel.receive(pieces)
+    def receive(self, pieces: Sequence[Tensor], checksum: bytes) -> None:
+        """Fill `pieces` with what is sent, whose checksum is known.
+
+        Raises:
+            TransferError: something else has arrived.
+        """
+        total = Checksum()
+        for portion in self._portions(pieces):
+            self.channel.receive(portion)
+            total.add(portion)  # while a core's cache has it
         self.nbytes += sum(piece.nbytes for piece in pieces)
+        if not hmac.compare_digest(checksum, total.digest()):
+            raise TransferError("bytes whose checksum is wrong")
+
+    def _portions(self, pieces: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+        """`pieces` as they are taken from the channel."""
+        if not self.channel.is_stream or pieces[0].is_cuda:
+            yield pieces
+            return
+        portion: list[Tensor] = []
+        room = PORTION_BYTES
+        for piece in pieces:
+            for part in piece.view(-1).split(PORTION_BYTES):
+                if portion and part.nbytes > room:
+                    yield portion
+                    portion, room = [], PORTION_BYTES
+                portion.append(part)
+                room -= part.nbytes
+        yield portion
 
     def _mac(self, way: int, body: bytes) -> bytes:
         number = struct.pack("<Q", self._counts[way])

@@ -1,6 +1,7 @@
 """Ablations: one choice of a format varied while all others stay as they are."""
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -57,12 +58,13 @@ def ablate(
     with TemporaryDirectory(prefix="kvtool-") as folder:
         with progress("reading the text, 16 bits") as on_progress:
             examiner = Examiner(config, exam, Path(folder) / "baseline.safetensors", on_progress)
-        journal = Journal(journal_path, examiner.identity(), dict)
-        missing = {digest: kv for digest, kv in formats.items() if digest not in journal.rows}
-        with progress(f"{len(missing)} formats") as on_progress:
-            for done, (digest, kv) in enumerate(missing.items()):
-                part = partial(_report_part, on_progress, done, len(missing))
-                journal.record(digest, examiner.measure(kv, part).row())
+        with closing(examiner):
+            journal = Journal(journal_path, examiner.identity(), dict)
+            missing = {digest: kv for digest, kv in formats.items() if digest not in journal.rows}
+            with progress(f"{len(missing)} formats") as on_progress:
+                for done, (digest, kv) in enumerate(missing.items()):
+                    part = partial(_report_part, on_progress, done, len(missing))
+                    journal.record(digest, examiner.measure(kv, part).row())
     return [
         {
             "ablation": row.ablation,

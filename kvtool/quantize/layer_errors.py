@@ -15,6 +15,7 @@ from kvtool.kv.format import KVFormat, StreamFormat
 from kvtool.kv.hadamard import hadamard
 from kvtool.models import Decoder
 from kvtool.runner import attention_layers
+from kvtool.scoring import WholeModel
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Outlier:
 
 
 @torch.inference_mode()
-def calibrate(model: Decoder, windows: Tensor) -> tuple[LayerActivations, ...]:
+def calibrate(model: Decoder | WholeModel, windows: Tensor) -> tuple[LayerActivations, ...]:
     """Queries, keys, values and outputs of every layer on `windows` [W, T] of token ids, all kept on the device.
 
     Raises:
@@ -105,7 +106,7 @@ def layer_errors(activations: Sequence[LayerActivations], fmt: KVFormat) -> tupl
 
 @torch.inference_mode()
 def propagated_errors(
-    model: Decoder, windows: Tensor, activations: Sequence[LayerActivations], fmt: KVFormat
+    model: Decoder | WholeModel, windows: Tensor, activations: Sequence[LayerActivations], fmt: KVFormat
 ) -> tuple[float, ...]:
     """Each layer's attention-output error when all layers before it are packed too.
 
@@ -202,7 +203,7 @@ def _reconstruction_error(x: Tensor, fmt: StreamFormat, kv: KVFormat) -> float:
     return relative_error(repack(packed, fmt, kv.block_size), packed)
 
 
-def _run(model: Decoder, windows: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> None:
+def _run(model: Decoder | WholeModel, windows: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> None:
     """One pass over `windows` [W, T], laid end to end; queries over latents come absorbed."""
     positions = torch.arange(windows.shape[1], device=windows.device).repeat(windows.shape[0])
     model(windows.flatten(), positions, absorbing(attend))

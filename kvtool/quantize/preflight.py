@@ -254,8 +254,8 @@ def calibration_windows(tokenizer: Tokenizer, most: int, device: torch.device) -
 
 
 def _examine_folder(config: EngineConfig) -> Verdict:
-    # The text may be longer than what will be served.
-    alone = replace(config, tp=1, ep=1, pp=1, max_model_len=None, profile=None)
+    # On one device, and the text may be longer than what will be served.
+    alone = replace(config, tp=1, ep=1, pp=1, nnodes=1, max_model_len=None, profile=None)
     model = ScoringModel(alone)
     tokenizer = Tokenizer.load(model.path, model.model_config.vocab_size)
     windows = calibration_windows(tokenizer, min(TOKENS, model.model_config.max_position), model.device)

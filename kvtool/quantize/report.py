@@ -4,7 +4,7 @@ import gc
 import math
 import re
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -171,10 +171,14 @@ class Examiner:
         self.task = _text(exam, self.model)
         first = list(self.task.windows[0].token_ids[:CALIBRATION_TOKENS])
         self._calibration = torch.tensor([first], device=self.model.device)
-        self._activations = calibrate(self.model.model, self._calibration)
+        self._activations = calibrate(self.model.whole, self._calibration)
         self._outliers = [(outlier(layer.key), outlier(layer.value)) for layer in self._activations]
         formats = {"16 bits": SIXTEEN_BITS}
         score_formats(self.model, self.task, formats, save_baseline=baseline, on_progress=on_progress)
+
+    def close(self) -> None:
+        """End the processes of other ranks, if there are any."""
+        self.model.close()
 
     def measure(self, kv: KVOptions, on_progress: OnProgress) -> FormatCost:
         """What the format that `kv` asks for costs.
@@ -211,7 +215,7 @@ class Examiner:
     def _layers(self, layout: KVLayout) -> tuple[LayerCost, ...]:
         fmt = layout.format
         own = layer_errors(self._activations, fmt)
-        propagated = propagated_errors(self.model.model, self._calibration, self._activations, fmt)
+        propagated = propagated_errors(self.model.whole, self._calibration, self._activations, fmt)
         costs = []
         for index, kind in enumerate(fmt.layers):
             key_memory, value_memory = layer_memory(layout, index, self.num_seqs, self.context)
@@ -244,7 +248,7 @@ def examine(config: EngineConfig, exam: Exam, progress: Progress) -> tuple[Forma
     with TemporaryDirectory(prefix="kvtool-") as folder:
         with progress("reading the text, 16 bits") as on_progress:
             examiner = Examiner(config, exam, Path(folder) / "baseline.safetensors", on_progress)
-        with progress("reading the text, packed") as on_progress:
+        with closing(examiner), progress("reading the text, packed") as on_progress:
             costs = [examiner.measure(kv, on_progress) for kv in formats.values()]
     del examiner
     tasks = [_ask(replace(config, kv=kv), questions, exam, name, progress) for name, kv in formats.items()]
@@ -286,6 +290,8 @@ def dump_cache(config: EngineConfig, prompt: str | None, path: Path) -> CachedPr
         ConfigError: a prompt that is empty or does not fit the model, or a file that cannot be written.
         KVToolError: what comes back is not what was written.
     """
+    if config.num_ranks > 1:
+        raise ConfigError(f"--dump: is written by one rank; leave out {config.rank_options}")
     if prompt is not None and re.search("[\ud800-\udfff]", prompt):  # bytes that a shell hands over as they are
         raise ConfigError("--prompt: is no UTF-8 text; write it in UTF-8")
     model = ScoringModel(config)

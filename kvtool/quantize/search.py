@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -201,7 +202,19 @@ def find_plan(
         raise ConfigError("--search finds the bits; leave out --nbits and --kv-plan")
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"--save-plan {path}: is a folder, or lies in none; name a file")
-    model = ScoringModel(config)
+    with closing(ScoringModel(config)) as model:
+        return _find_plan(model, config, exam, budget, path, num_trials, progress)
+
+
+def _find_plan(
+    model: ScoringModel,
+    config: EngineConfig,
+    exam: Exam,
+    budget: Budget,
+    path: Path,
+    num_trials: int,
+    progress: Progress,
+) -> SearchResult:
     check_budget(model, config.kv, budget)
     tokenizer = Tokenizer.load(model.path, model.model_config.vocab_size)
     documents = read_documents(Path(exam.data) if exam.data else SAMPLE, exam.field)
@@ -245,10 +258,10 @@ def _windows_of(task: Task, first: int, end: int) -> Task:
 def sensitivities(model: ScoringModel, text: Task, base: KVOptions, spec: KVSpec) -> list[list[float]]:
     """[layers][PAIRS]: each layer's attention-output error where it and all before it are in these bits."""
     windows = torch.tensor([window.token_ids for window in text.windows], device=model.device)
-    activations = calibrate(model.model, windows)
+    activations = calibrate(model.whole, windows)
     by_pair = [
         propagated_errors(
-            model.model, windows, activations, resolve(_plan_options(base, 0, [pair] * spec.num_layers), spec)
+            model.whole, windows, activations, resolve(_plan_options(base, 0, [pair] * spec.num_layers), spec)
         )
         for pair in PAIRS
     ]

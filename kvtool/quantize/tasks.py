@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import chain
@@ -101,7 +102,13 @@ def answer_all(
     Raises:
         KVToolError: a question that does not fit the model's context, or an engine that cannot run.
     """
-    engine = Engine(config)
+    with closing(Engine(config)) as engine:
+        return _answer_all(engine, questions, max_tokens, on_progress)
+
+
+def _answer_all(
+    engine: Engine, questions: Sequence[Question], max_tokens: int, on_progress: Callable[[float, float], None]
+) -> list[Answer]:
     tokenizer = Tokenizer.load(engine.runner.path, engine.info.vocab_size)
     is_chat = tokenizer.info["chat_template"] is not None
     for index, question in enumerate(questions):
