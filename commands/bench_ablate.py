@@ -25,6 +25,8 @@ ABLATION = (
     Column("hit rate", "hit_rate", ".0%"),
     Column("KV B/token", "kv_bytes_per_token", ",.0f"),
     Column("tokens that fit", "kv_tokens", ",d"),
+    Column("weights, B", "weight_bytes", ",d"),
+    Column("up in, s", "start_seconds", ",.1f"),
     Column("memory, MiB", "memory_mib", ",.0f"),
     Column("GPU use", "gpu_utilization", ".0%"),
     Column("ΔPPL", "perplexity_change", "+.3%"),
@@ -51,6 +53,7 @@ Knob = Literal[
     "cuda-graph",
     "attention-backend",
     "speculation",
+    "quantization",
     "kv-allocation",
     "stack",
 ]
@@ -68,7 +71,7 @@ def ablation(
     concurrency: int,
 ) -> None:
     """Measure each setting in an engine of its own, and hold it against the first."""
-    from kvtool.bench.ablate import FORMATS, KNOBS, format_scores, measure_variants, stack
+    from kvtool.bench.ablate import KNOBS, SCORED, format_scores, measure_variants, stack
 
     config = config | {"workload": [workload.describe()], "ablate": knob}
     if knob == "kv-allocation":
@@ -80,7 +83,7 @@ def ablation(
     where = replace(bench.where, floor=False)
     measure = partial(measure_variants, where, variants, workload, concurrency, bench.how, baseline=knob == "stack")
     result = drive(bench, results, measure)
-    if knob in FORMATS and not result.stopped:
+    if knob in SCORED and not result.stopped:
         scores = format_scores({row["variant"]: variants[row["variant"]] for row in result.rows})
         result = replace(result, rows=[row | scores[row["variant"]] for row in result.rows])
     added = SPECULATION if knob == "speculation" else ()

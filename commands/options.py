@@ -167,6 +167,21 @@ def engine_config(
         Literal["auto", "dummy"],
         model_option("--load-format", help="dummy: random weights of the config's true shape."),
     ] = EngineConfig.load_format,
+    quantization: Annotated[
+        Literal["auto", "w8a8", "fp8", "gptq", "awq", "w4a16"],
+        model_option("--quantization", help="Bits of weights; auto: the checkpoint's own, others round 16-bit ones."),
+    ] = EngineConfig.quantization,
+    quantize_head: Annotated[
+        bool, model_option("--quantize-head/--no-quantize-head", help="Round the output projection as well.")
+    ] = EngineConfig.quantize_head,
+    keep_layers: Annotated[
+        str | None,
+        model_option("--keep-layers", metavar="GLOBS", help="Layers to keep in 16 bits: 'layers.0.*,*.down_proj'."),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        model_option("--calibration", metavar="FILE", help="Text that gptq and awq look at (default: a built-in one)."),
+    ] = EngineConfig.calibration,
     max_model_len: Annotated[
         int | None,
         model_option(
@@ -321,6 +336,10 @@ def engine_config(
         device=device,
         seed=seed,
         load_format=load_format,
+        quantization=quantization,
+        quantize_head=quantize_head,
+        keep_layers=tuple(glob.strip() for glob in keep_layers.split(",")) if keep_layers else (),
+        calibration=calibration,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,

@@ -1,8 +1,8 @@
 """`kvtool perplexity`: what KV formats do to a model's predictions."""
 
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import asdict
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,7 +46,8 @@ ORIGINAL_TEXT = (
     Column("bits/byte", "bits_per_byte", ".5f"),
 )
 DEFINITIONS = (
-    "KLD: nats, from the predictions with a 16-bit cache; ΔPPL: from paired differences.",
+    "KLD: nats, from the predictions with a 16-bit cache and weights as the checkpoint has them; ΔPPL: from paired "
+    "differences.",
     "bits of an element, B/token: of packed tokens, scales and zeros included; tail B: newest tokens at full "
     "precision, for each running sequence. All of a model that is served in 16 bits.",
 )
@@ -109,7 +110,14 @@ def perplexity(
         raise ConfigError("--baseline reads the file that --save-baseline writes; leave out one of them")
     kv_formats = parse_formats(formats, engine.kv)
     documents = read_documents(Path(data) if data else SAMPLE, field)
-    with closing(ScoringModel(engine)) as model:
+    with ExitStack() as models:
+        model = models.enter_context(closing(ScoringModel(engine)))
+        plain, reference = (
+            replace(engine, quantization="auto", quantize_head=False, keep_layers=(), calibration=None),
+            None,
+        )
+        if model.quantization and engine.num_ranks == 1:
+            reference = models.enter_context(closing(ScoringModel(plain)))
         task = make_task(
             protocol,
             documents,
@@ -133,8 +141,9 @@ def perplexity(
 
         def show_scores(scores: "list[FormatScore]") -> None:
             rows = [asdict(score) for score in scores]
+            name = f"{engine.model} with weights in {engine.quantization}" if model.quantization else engine.model
             what = (
-                f"{engine.model} in {model.dtype_name} on {model.device}, {protocol}: {len(task.windows):,} windows of "
+                f"{name} in {model.dtype_name} on {model.device}, {protocol}: {len(task.windows):,} windows of "
                 f"{task.window:,} tokens, {scores[0].tokens:,} of {task.num_tokens:,} places scored."
             )
             notes = [what, *DEFINITIONS]
@@ -144,7 +153,13 @@ def perplexity(
         try:
             with progress("scoring") as on_progress:
                 scores = score_formats(
-                    model, task, kv_formats, baseline=kept, save_baseline=keep, on_progress=on_progress
+                    model,
+                    task,
+                    kv_formats,
+                    reference=reference,
+                    baseline=kept,
+                    save_baseline=keep,
+                    on_progress=on_progress,
                 )
         except Interrupted as interrupt:
             show_scores(interrupt.scores)

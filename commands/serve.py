@@ -174,10 +174,13 @@ def start_card(info: "EngineInfo", url: str, needs_key: bool) -> str:
     body = '{"text": "Once upon a time", "sampling_params": {"temperature": 0}}'
     arrives = f"\n  arrives   at {info.kv_address}, from --role prefill" if info.kv_address else ""
     where = info.device if info.num_ranks == 1 else f"{info.num_ranks} ranks, the first on {info.device}"
+    weights = (
+        "" if info.quantization == "none" else f", weights {info.quantization} ({info.weight_bytes / 2**20:,.0f} MiB)"
+    )
     header = "-H 'Authorization: Bearer KEY' " if needs_key else ""
     return f"""\
 kvtool serves {info.model} at {url}
-  model     {info.dtype} on {where}, context {info.max_model_len:,} tokens, up in {info.start_seconds:.1f} s
+  model     {info.dtype}{weights} on {where}, context {info.max_model_len:,} tokens, up in {info.start_seconds:.1f} s
   KV cache  {info.kv_format}{arrives}
   holds     {info.kv_tokens:,} tokens in {memory}; {plain}
   chat      {url}/ in a browser

@@ -92,6 +92,12 @@ class EngineConfig:
         device: "auto" is cuda where there is one.
         seed: of dummy weights and of requests that name no seed.
         load_format: "dummy" gives random weights of the config's true shape.
+        quantization: how weights are kept: "auto": as the checkpoint has them; else what becomes of 16-bit ones when
+            they are loaded: 8 bits, and of activations as well ("w8a8" int8, "fp8" e4m3), or 4 bits in groups of 128,
+            rounded to the nearest ("w4a16") or after a text has shown what matters ("gptq", "awq").
+        quantize_head: round the output projection as well.
+        keep_layers: globs of names of layers that stay in 16 bits.
+        calibration: file of that text; None: a built-in one.
         max_model_len: tokens of prompt and answer together; None: the model's context.
         max_num_seqs: sequences that run at once; each owns a tail slot.
         max_num_batched_tokens: tokens computed in one step; longer prompts are cut into chunks.
@@ -126,6 +132,10 @@ class EngineConfig:
     device: str = "auto"
     seed: int = 0
     load_format: Literal["auto", "dummy"] = "auto"
+    quantization: Literal["auto", "w8a8", "fp8", "gptq", "awq", "w4a16"] = "auto"
+    quantize_head: bool = False
+    keep_layers: tuple[str, ...] = ()
+    calibration: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048

@@ -116,7 +116,7 @@ class Engine:
         self.arrivals = self.losses = 0  # of requests that other engines have begun, or should have
         self._imported: dict[str, Arrival] = {}  # of requests that have no token of ours yet
         self._arrivals: dict[str, deque[Tokens]] = {}  # of `generate` and `stream`, by request
-        elements, block_bytes, tail_bytes, kv_bytes = self.runner.on_all_ranks
+        elements, block_bytes, tail_bytes, kv_bytes, weight_bytes, step_bytes = self.runner.on_all_ranks
         self.info = EngineInfo(
             model=config.model,
             path=str(self.runner.path),
@@ -126,6 +126,9 @@ class Engine:
             dtype=str(self.runner.dtype).removeprefix("torch."),
             device=str(self.runner.device),
             num_ranks=config.num_ranks,
+            quantization=self.runner.quantization,
+            weight_bytes=weight_bytes,
+            step_bytes=step_bytes,
             num_experts=max((experts.routing.num_experts for experts in model.experts if experts), default=0),
             ep=config.ep,
             kv_format=self.runner.format.describe(),
@@ -154,6 +157,7 @@ class Engine:
     def _hand_off(self, config: EngineConfig, handoff: HandoffConfig) -> None:
         """Find the engines to share requests with, or let them come."""
         weights = f"seed {config.seed} " if config.load_format == "dummy" else ""
+        weights += f"{self.runner.quantization} {config.quantize_head} {config.keep_layers} {config.calibration} "
         store = WholeStore(self.runner.store, self.runner.whole_layout, self.runner.parallel.tp)
         identity = Identity.of(weights + fingerprint(self.runner.path), store.layout, self.runner.dtype)
         most_bytes = max(config.swap_space, LEAST_HANDOFF_BYTES)
@@ -493,4 +497,4 @@ def check_speculation(config: EngineConfig) -> None:
 def _cache_identity(runner: Runner) -> bytes:
     """Names all that the bytes of a block depend on, beside its tokens."""
     store, model = runner.store, runner.model_config
-    return repr((str(runner.path), model, store.format, store.dtype, runner.device.type)).encode()
+    return repr((str(runner.path), runner.quantization, model, store.format, store.dtype, runner.device.type)).encode()

@@ -271,17 +271,19 @@ def score_formats(
     task: Task,
     formats: Mapping[str, KVOptions],
     *,
+    reference: ScoringModel | None = None,
     baseline: Path | None = None,
     save_baseline: Path | None = None,
     on_progress: Callable[[float, float], None] = lambda done, total: None,
 ) -> list[FormatScore]:
-    """Score `task` under each of `formats`, and compare with 16 bits place by place.
+    """Score `task` under each of `formats`, and compare with a 16-bit cache place by place.
 
     All formats and the baseline advance together, a few places at a time; of each place a few numbers are kept.
 
     Args:
         formats: by name; what it returns is in their order.
-        baseline, save_baseline: a file of the 16-bit model's final hidden states, from which its log-probabilities
+        reference: the model, with other weights, that has that cache; None: `model`.
+        baseline, save_baseline: a file of that model's final hidden states, from which its log-probabilities
             follow exactly: to read instead of running it, or to write.
         on_progress: called with the places that are done and all.
 
@@ -291,12 +293,14 @@ def score_formats(
         Interrupted: by Ctrl-C, with the figures so far, if there are any.
     """
     kv_formats = {name: model.layout(kv).format for name, kv in formats.items()}
-    sources = {name: model.log_probs(task.windows, kv) for name, kv in formats.items() if kv != SIXTEEN_BITS}
-    hidden = read_baseline(baseline, model, task) if baseline else model.hidden_states(task.windows, SIXTEEN_BITS)
+    compared = {name: kv for name, kv in formats.items() if reference or kv != SIXTEEN_BITS}
+    sources = {name: model.log_probs(task.windows, kv) for name, kv in compared.items()}
+    judge = reference or model
+    hidden = read_baseline(baseline, judge, task) if baseline else judge.hidden_states(task.windows, SIXTEEN_BITS)
     if save_baseline:
-        hidden = write_baseline(save_baseline, model, task, hidden)
-    reference = (
-        piece for window, rows in zip(task.windows, hidden, strict=True) for piece in model.log_probs_of(window, rows)
+        hidden = write_baseline(save_baseline, judge, task, hidden)
+    right = (
+        piece for window, rows in zip(task.windows, hidden, strict=True) for piece in judge.log_probs_of(window, rows)
     )
     exact, tallies = _Tally(task.num_tokens), {name: _Tally(task.num_tokens) for name in sources}
 
@@ -306,7 +310,7 @@ def score_formats(
         ]
 
     try:
-        while (expected := exact.take(reference)) is not None:
+        while (expected := exact.take(right)) is not None:
             for name, source in sources.items():
                 tallies[name].take(source, expected)
             on_progress(exact.num_tokens, task.num_tokens)

@@ -613,6 +613,11 @@ def check_model(config: EngineConfig, model: ModelConfig) -> None:
         raise ConfigError(f"--tp {tp}: neither divides the model's {heads} KV heads nor is a multiple of them")
     if config.pp > model.num_layers:
         raise ConfigError(f"--pp {config.pp}: the model has only {model.num_layers} layers")
+    if config.quantization in ("gptq", "awq") and model.quantization is None:
+        raise ConfigError(
+            f"--quantization {config.quantization}: several ranks cannot look at a text together; "
+            "save the weights with scripts/quantize_weights.py first"
+        )
 
 
 # Finding each other

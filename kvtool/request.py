@@ -392,6 +392,8 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
         eos_token_ids: ids that end an answer.
         dtype, device: as resolved, of rank 0.
         num_ranks: processes that share the model, on GPUs a device each.
+        quantization: how weights are kept, as `--quantization` names it; "none": in 16 bits, or as `dtype` says.
+        weight_bytes, step_bytes: of all ranks together, and those of them that a step reads.
         num_experts, ep: of each mixture in it, and the parts in which ranks have them, one behind the other.
         kv_format: one line for people.
         bits_per_element: honest bits of a packed element.
@@ -416,6 +418,9 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
     dtype: str
     device: str
     num_ranks: int
+    quantization: str
+    weight_bytes: int
+    step_bytes: int
     num_experts: int
     ep: int
     kv_format: str

@@ -17,6 +17,7 @@ from torch._C._profiler import _RecordFunctionFast
 from kvtool.attention import PagedAttention, block_size
 from kvtool.attention.latents import LatentQueries
 from kvtool.attention.layer import AttentionLayer
+from kvtool.calibration import choose_quantization
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.cuda_graph import MOST_WORK, StepGraphs, as_kv_span, known, most_rows, place
 from kvtool.errors import CapacityError, ConfigError
@@ -124,6 +125,7 @@ class Runner:
         parallel: this rank's place among all.
         path: local folder of the model.
         model_config: what the checkpoint is.
+        quantization: how weights are kept, as `--quantization` names it; "none": in 16 bits, or as the dtype says.
         max_model_len: tokens of prompt and answer together, as asked for or as model and cache allow.
         format: of the cache of all layers.
         store: this rank's part of it, sized from the configuration; all have as many blocks.
@@ -132,7 +134,8 @@ class Runner:
         memory: what a GPU holds beside the store.
         largest_step_seconds: that the largest step took behind its launch, as tried on a GPU.
         expert_load: of the layers of this rank's stage that have experts, kept by the first rank of its group.
-        on_all_ranks: elements of a token, bytes of a block, of a tail and of the cache, of all ranks together.
+        on_all_ranks: elements of a token, bytes of a block, of a tail, of the cache, of the weights and of those that a
+            step reads, of all ranks together.
     """
 
     def __init__(self, config: EngineConfig, parallel: Parallel = ONE_RANK) -> None:
@@ -143,6 +146,9 @@ class Runner:
         self.dtype = choose_dtype(config, self.model_config, self.device)
         check_context(config, self.model_config)
         draft_path = find_draft(config, self.path, self.model_config)
+        quantization = choose_quantization(config, self.model_config, self.path, self.device)
+        stored = self.model_config.quantization
+        self.quantization = stored.method if stored else quantization.method if quantization else "none"
         spec = kv_spec(self.model_config, self.dtype)
         self.format = resolve(config.kv, spec, block_size(config.attention_backend))
         self._layers = parallel.stage.layers(self.model_config.num_layers)
@@ -158,6 +164,7 @@ class Runner:
                     seed=config.seed,
                     max_model_len=config.max_model_len,
                     parallel=parallel,
+                    quantization=quantization,
                 )
             self.draft: Runner | None = None
             if draft_path:
@@ -184,7 +191,12 @@ class Runner:
                 self.swap_space = SwapSpace(self.store, num_units)
             self.graphs = self._graphs(config)
             self.on_all_ranks = parallel.total(
-                layout.spec.elements, layout.block_bytes, layout.tail_bytes, self.store.nbytes
+                layout.spec.elements,
+                layout.block_bytes,
+                layout.tail_bytes,
+                self.store.nbytes,
+                self.model.weight_bytes,
+                self.model.step_bytes,
             )
             if self.graphs:
                 self._capture(self.graphs)
@@ -455,6 +467,10 @@ class Runner:
             nnodes=1,
             speculation=None,
             profile=None,
+            quantization=EngineConfig.quantization,
+            quantize_head=EngineConfig.quantize_head,
+            keep_layers=EngineConfig.keep_layers,
+            calibration=None,
             handoff=None,
         )
         with self.parallel.agreeing():
@@ -485,8 +501,8 @@ class Runner:
         (is_capturable,) = self.parallel.least(config.cuda_graph and self.attention.is_capturable)
         if not is_capturable:
             return None
-        fmt, weights = self.store.format, sum(weight.numel() for weight in self.model.layers.parameters())
-        most_tokens, captured = min(MOST_WORK // weights, config.max_num_batched_tokens), self.attention.captured_tokens
+        fmt, captured = self.store.format, self.attention.captured_tokens
+        most_tokens = min(MOST_WORK // self.model.layer_elements, config.max_num_batched_tokens)
         (most_tokens,) = self.parallel.least(most_tokens if captured is None else min(most_tokens, captured))
         # Stages but the last have no logits, and nobody looks at what comes of their hidden states.
         head = self.model.logits if self.parallel.stage.is_last else torch.Tensor.contiguous

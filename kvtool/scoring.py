@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvtool.attention import PagedAttention, block_size
 from kvtool.attention.latents import LatentQueries, absorbing
+from kvtool.calibration import choose_quantization
 from kvtool.config import Bits, EngineConfig, KVOptions
 from kvtool.errors import ConfigError
 from kvtool.kv.batch import KVBatch, Span
@@ -123,6 +124,7 @@ class ScoringModel:
     Attributes:
         path: local folder of the model.
         model_config: what the checkpoint is.
+        quantization: what became of its weights when they were loaded.
         model: the decoder, on `device` in `dtype`, or this rank's part of it.
         max_model_len: tokens of the longest window.
 
@@ -142,6 +144,7 @@ class ScoringModel:
             self.path = resolve_model(config.model)
             self.model_config = load_config(self.path)
             self.dtype = choose_dtype(config, self.model_config, self.device)
+            self.quantization = choose_quantization(config, self.model_config, self.path, self.device)
             with torch.inference_mode(), parallel.agreeing():
                 self.model = load_model(
                     self.path,
@@ -152,6 +155,7 @@ class ScoringModel:
                     seed=config.seed,
                     max_model_len=config.max_model_len,
                     parallel=parallel,
+                    quantization=self.quantization,
                 )
             if self._ranks:
                 self._ranks.await_ready()
@@ -189,8 +193,10 @@ class ScoringModel:
 
     def fingerprint(self) -> str:
         """Names the weights, however many ranks hold them."""
-        seed = f"seed {self.config.seed} " if self.config.load_format == "dummy" else ""
-        return seed + fingerprint(self.path)
+        config = self.config
+        seed = f"seed {config.seed} " if config.load_format == "dummy" else ""
+        rounded = f"{config.quantization} {config.quantize_head} {config.keep_layers} {config.calibration} "
+        return seed + (rounded if self.quantization else "") + fingerprint(self.path)
 
     def log_probs(self, windows: Sequence[Window], kv: KVOptions) -> Iterator[tuple[Tensor, Tensor]]:
         """Log-probabilities of all next tokens at the scored places of all windows, in their order.

@@ -2,6 +2,7 @@
 
     python scripts/gpu_report.py --output report.json
     python scripts/gpu_report.py --models Qwen2.5-7B --workloads bs1,long16 --nbits 16,4 --peer vllm.jsonl
+    python scripts/gpu_report.py --models Qwen2.5-7B --workloads bs1,bs64,ttft --nbits 16 --quantization none,w4a16,fp8
 
 Greedy, end of text ignored, prefix caching off. A row holds the figure, its floor on this GPU (bytes of weights and KV,
 and FLOPs, over the rates measured first) and, where a peer's figures are given as JSON lines, theirs. What does not fit
@@ -22,10 +23,12 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -75,6 +78,7 @@ def main() -> None:
     )
     parser.add_argument("--workloads", default="bs1,bs8,bs64,ttft,mixed256,long16,cap512", help=f"of {WORKLOADS}")
     parser.add_argument("--nbits", default="16,8,4,2", help="KV formats: the default recipes")
+    parser.add_argument("--quantization", default="none", help="of the weights: none, w4a16, w8a8, fp8")
     parser.add_argument("--peer", type=Path, help="JSON lines of peer_vllm.py")
     parser.add_argument("--output", type=Path, help="JSON file for all rows")
     args = parser.parse_args()
@@ -82,19 +86,24 @@ def main() -> None:
         parser.error(f"--workloads {min(unknown)}: must be of {', '.join(WORKLOADS)}")
     if not torch.cuda.is_available():
         sys.exit("error: this needs an NVIDIA GPU")
-    rates = measure_rates(torch.bfloat16, torch.device("cuda"), 2 << 30)
+    rates = {
+        weights: measure_rates(torch.bfloat16, torch.device("cuda"), 2 << 30, weights)
+        for weights in dict.fromkeys(["none", *args.quantization.split(",")])
+    }
     report = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "read_tb_s": round(rates.bytes_per_s / 1e12, 2),
-        "bf16_tflop_s": round(rates.flops_per_s / 1e12),
+        "read_tb_s": round(rates["none"].bytes_per_s / 1e12, 2),
+        "bf16_tflop_s": round(rates["none"].flops_per_s / 1e12),
+        "tflop_s": {weights: round(of.flops_per_s / 1e12) for weights, of in rates.items()},
         "rows": [],
     }
     print(json.dumps({name: value for name, value in report.items() if name != "rows"}), file=sys.stderr, flush=True)
     peer = read_peer(args.peer) if args.peer else {}
     for name in args.models.split(","):
         with model_folder(name) as folder:
-            for row in measure(name, folder, args.nbits.split(","), args.workloads.split(","), rates):
+            asked = product(args.nbits.split(","), args.quantization.split(","))
+            for row in measure(name, folder, asked, args.workloads.split(","), rates):
                 row["peer"] = peer.get((Path(name).name.split("-Instruct")[0], row["nbits"], row["workload"]))
                 report["rows"].append(row)
                 print(json.dumps(row), file=sys.stderr, flush=True)
@@ -117,43 +126,56 @@ class model_folder(tempfile.TemporaryDirectory[str]):
 
 
 def measure(
-    name: str, folder: str, formats: Sequence[str], workloads: Sequence[str], rates: Rates
+    name: str,
+    folder: str,
+    formats: Iterable[tuple[str, str]],
+    workloads: Sequence[str],
+    rates: Mapping[str, Rates],
 ) -> Iterator[dict[str, Any]]:
-    """A row for each figure. Workloads that can share an engine do."""
+    """A row for each figure, by bits of KV and the way that weights are kept. Workloads that can share an engine do.
+
+    Args:
+        rates: of this GPU, by the way that weights are kept.
+    """
     capped = {"max_model_len": 2048, "max_num_seqs": 512, "kv_cache_memory": CAP_MEMORY}
     groups: tuple[tuple[list[str], dict[str, Any]], ...] = (
         ([w for w in workloads if w not in ("long16", "cap512")], {"max_model_len": 8192, "max_num_seqs": 256}),
         ([w for w in workloads if w == "long16"], {"max_model_len": 32768, "max_num_seqs": 16}),
         ([w for w in workloads if w == "cap512"], capped),
     )
-    for nbits in formats:
+    for nbits, weights in formats:
+        what = f"{name}, {nbits} bits, weights {weights}"
         for group, settings in groups:
             if not group:
                 continue
             start = time.perf_counter()
             try:
-                engine = make_engine(folder, nbits, **settings)
+                engine = make_engine(folder, nbits, weights, **settings)
             except KVToolError as error:
-                print(f"{name}, {nbits} bits, {', '.join(group)}: left out: {error}", file=sys.stderr, flush=True)
+                print(f"{what}, {', '.join(group)}: left out: {error}", file=sys.stderr, flush=True)
                 continue
             seconds(engine, [16] * 4, [8] * 4)  # what is loaded on first use
-            print(f"{name}, {nbits} bits: {memory_line(engine)}", file=sys.stderr, flush=True)
-            common = {"model": name, "nbits": nbits, "start_s": round(time.perf_counter() - start, 1)}
+            print(f"{what}: {memory_line(engine)}", file=sys.stderr, flush=True)
+            common = {"model": name, "nbits": nbits, "weights": weights, "weight_bytes": engine.info.weight_bytes}
+            common |= {"start_s": round(time.perf_counter() - start, 1)}
             model = cost(load_config(Path(folder)), 2, engine.info.block_bytes / engine.info.block_size)
+            if weights != "none":
+                model = msgspec.structs.replace(model, weight_bytes=engine.info.step_bytes)
             for workload in group:
-                for figure in FIGURES[workload.rstrip("0123456789")](engine, workload, model, rates):
+                for figure in FIGURES[workload.rstrip("0123456789")](engine, workload, model, rates[weights]):
                     yield common | figure
             del engine
             gc.collect()
             torch.cuda.empty_cache()
 
 
-def make_engine(folder: str, nbits: str, **settings: Any) -> Engine:
+def make_engine(folder: str, nbits: str, weights: str, **settings: Any) -> Engine:
     return Engine(
         EngineConfig(
             model=folder,
             load_format="dummy",
             device="cuda",
+            quantization="auto" if weights == "none" else weights,  # type: ignore[arg-type]
             kv=KVOptions(nbits=nbits),  # type: ignore[arg-type]
             max_num_batched_tokens=8192,
             swap_space=0 if "kv_cache_memory" not in settings else 4 << 30,
@@ -286,12 +308,20 @@ def show(report: dict[str, Any]) -> None:
     rates = f"{report['read_tb_s']} TB/s read, {report['bf16_tflop_s']} TFLOP/s"
     title = f"{report['gpu']}, torch {report['torch']}: {rates}"
     table = Table(title=title, box=None)
-    for heading in ("model", "KV bits", "workload", "", "value", "floor", "share", "peer", "× peer"):
-        table.add_column(heading, justify="left" if heading in ("model", "workload", "") else "right")
+    for heading in ("model", "KV bits", "weights", "workload", "", "value", "floor", "share", "peer", "× peer"):
+        table.add_column(heading, justify="left" if heading in ("model", "weights", "workload", "") else "right")
     for row in report["rows"]:
         value, peer = row["value"], row["peer"]
         ratio = "" if peer is None else f"{peer / value if row['unit'] == 'ms' else value / peer:.2f}"
-        cells = (row["model"], row["nbits"], row["workload"], row["unit"], f"{value:,.2f}", f"{row['floor']:,.2f}")
+        cells = (
+            row["model"],
+            row["nbits"],
+            row["weights"],
+            row["workload"],
+            row["unit"],
+            f"{value:,.2f}",
+            f"{row['floor']:,.2f}",
+        )
         table.add_row(*cells, f"{row['share']:.0%}", "" if peer is None else f"{peer:,.2f}", ratio)
     Console(width=None if os.isatty(1) else 110).print(table)
 

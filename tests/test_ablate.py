@@ -8,7 +8,8 @@ from conftest import kvtool
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtool.bench.ablate import FORMATS, KNOBS, _against, kv_allocation, stack
+from kvtool.bench import ablate
+from kvtool.bench.ablate import FORMATS, KNOBS, _against, format_scores, kv_allocation, stack
 from kvtool.bench.events import WorkItem
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.errors import ConfigError
@@ -57,6 +58,13 @@ def test_the_first_setting_of_another_knob_is_the_default(knob: str) -> None:
     first, *others = KNOBS[knob](EngineConfig()).values()
     assert first == EngineConfig()
     assert EngineConfig() not in others
+
+
+def test_weights_are_scored_against_those_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablate, "SCORED_TOKENS", 2048)
+    variants = KNOBS["quantization"](EngineConfig(kv=KVOptions(nbits="8")))
+    scores = format_scores({name: variants[name] for name in ("16 bits", "fp8", "w4a16")})
+    assert 0 < scores["16 bits"]["kld_mean"] < 1e-4 < scores["fp8"]["kld_mean"] < scores["w4a16"]["kld_mean"]
 
 
 def test_each_step_of_the_stack_changes_one_thing() -> None:

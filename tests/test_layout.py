@@ -22,7 +22,7 @@ ROWS = [
     {"scheduler"},
     {"scoring"},
     {"ranks"},
-    {"runner", "memory", "profiling", "cuda_graph", "sampler", "grammar", "tokenizer", "chat_template"},
+    {"calibration", "runner", "memory", "profiling", "cuda_graph", "sampler", "grammar", "tokenizer", "chat_template"},
     {"speculation"},
     {"models"},
     {"layers"},

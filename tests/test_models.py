@@ -335,7 +335,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "odd head": ({"head_dim": 15}, "head_dim is 15"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
     "dtype": ({"torch_dtype": "int8"}, "torch_dtype is 'int8'; it must be one of"),
-    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config says"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.bits is None; only 4"),
     "eos": ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
     "architecture": ({"model_type": "gpt2"}, "model_type is 'gpt2', which is not supported; use one of deepseek_v2"),
     "remote code": ({"model_type": "x", "auto_map": {"AutoModel": "x.X"}}, "auto_map asks to run code"),

@@ -89,6 +89,21 @@ def _speculation(engine: EngineConfig) -> Variants:
     return {name: replace(engine, speculation=method) for name, method in methods.items()}
 
 
+def _quantization(engine: EngineConfig) -> Variants:
+    methods = {"16 bits": "auto"} | {name: name for name in ("w8a8", "fp8", "w4a16", "gptq", "awq")}
+    calibrated = ("gptq", "awq")
+    return {
+        name: replace(
+            engine,
+            quantization=method,  # type: ignore[arg-type]
+            quantize_head=engine.quantize_head and method != "auto",
+            keep_layers=engine.keep_layers if method != "auto" else (),
+            calibration=engine.calibration if method in calibrated else None,
+        )
+        for name, method in methods.items()
+    }
+
+
 KNOBS: dict[str, Callable[[EngineConfig], Variants]] = {
     "nbits": _nbits,
     "axis": _axis,
@@ -101,9 +116,11 @@ KNOBS: dict[str, Callable[[EngineConfig], Variants]] = {
     "cuda-graph": _cuda_graph,
     "attention-backend": _attention_backend,
     "speculation": _speculation,
+    "quantization": _quantization,
 }
 ON_GPUS = ("+ fused attention", "+ CUDA graphs")
-FORMATS = ("nbits", "axis", "symmetry", "residual", "group", "block-size")  # these change what the model says
+FORMATS = ("nbits", "axis", "symmetry", "residual", "group", "block-size")
+SCORED = (*FORMATS, "quantization")  # these change what the model says
 
 
 def stack(engine: EngineConfig) -> Variants:
@@ -199,6 +216,8 @@ def _memory(row: Row, target: Mapping[str, Any]) -> Row:
     return {
         "kv_bytes_per_token": engine["block_bytes"] / engine["block_size"],
         "kv_tokens": engine["kv_tokens"],
+        "weight_bytes": engine["weight_bytes"],
+        "start_seconds": engine["start_seconds"],
         "memory_mib": row["gpu_peak_mib"] or row["engine_rss_mib"],
         "gpu_utilization": row["gpus"][0].get("utilization") if row["gpus"] else None,
     }
@@ -248,16 +267,22 @@ def _against(first: Row) -> Callable[[Row], Row]:
 
 
 def format_scores(variants: Variants) -> dict[str, Row]:
-    """Perplexity and KLD of each variant's KV format on the built-in sample. Loads the model here."""
+    """Perplexity and KLD of each variant's KV format and weights on the built-in sample, held against the first one's
+    weights and a 16-bit cache. Loads the models here, not more than two at once."""
     from kvtool.perplexity import SAMPLE, make_task, read_documents, score_formats
     from kvtool.scoring import ScoringModel
     from kvtool.tokenizer import Tokenizer
 
-    with closing(ScoringModel(next(iter(variants.values())))) as model:
-        tokenizer = Tokenizer.load(model.path, model.model_config.vocab_size)
+    first = next(iter(variants.values()))
+    with closing(ScoringModel(first)) as plain:
+        tokenizer = Tokenizer.load(plain.path, plain.model_config.vocab_size)
         documents = read_documents(SAMPLE)
-        task = make_task("gptq", documents, tokenizer, model.max_model_len, max_tokens=SCORED_TOKENS)
-        scores = score_formats(model, task, {name: engine.kv for name, engine in variants.items()})
+        task = make_task("gptq", documents, tokenizer, plain.max_model_len, max_tokens=SCORED_TOKENS)
+        alike = {name: engine.kv for name, engine in variants.items() if engine.quantization == first.quantization}
+        scores = score_formats(plain, task, alike)
+        for name in variants.keys() - alike.keys():
+            with closing(ScoringModel(variants[name])) as model:
+                scores += score_formats(model, task, {name: variants[name].kv}, reference=plain)
     return {
         score.format.name: {"perplexity_change": score.perplexity_change, "kld_mean": score.kld_mean}
         for score in scores

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # bits; for 16-bit operands an AMX unit).
 CPU_HZ, CPU_LOAD_BYTES = 6e9, 128
 CPU_FLOPS = {"float64": 32, "float32": 64, "bfloat16": 2048, "float16": 2048}
+EIGHT_BITS = ("w8a8", "fp8")  # ways to keep weights whose products are of 8-bit numbers
 TIMES = 7  # the best of so many is a rate
 IN_A_ROW = 10  # launches between two looks at the clock
 
@@ -191,11 +192,14 @@ def main() -> None:
     torch.set_num_threads(cpu_threads())
     dtype = getattr(torch, info.dtype)
     model = cost(load_config(Path(info.path)), dtype.itemsize, info.block_bytes / info.block_size)
-    device, peak = torch.device(info.device), peak_of(info.device, info.dtype)
+    if info.quantization != "none":
+        model = msgspec.structs.replace(model, weight_bytes=info.step_bytes)
+    device = torch.device(info.device)
+    peak = peak_of(info.device, info.dtype, eight_bit=info.quantization in EIGHT_BITS)
     devices = 1 if device.type == "cpu" else info.num_ranks
     floors = Floors(
         model=model,
-        rates=measure_rates(dtype, device, model.weight_bytes).times(devices),
+        rates=measure_rates(dtype, device, model.weight_bytes, info.quantization).times(devices),
         peak=peak and peak.times(devices),
         steps=True,
         max_num_seqs=info.max_num_seqs,
@@ -244,10 +248,14 @@ def _mlp_weights(config: "ModelConfig", experts: "MoEShape | None") -> int:
     return config.hidden_size * (3 * width + experts.routing.num_experts + experts.shared_gate)
 
 
-def measure_rates(dtype: "torch.dtype", device: "torch.device", nbytes: int) -> Rates:
+def measure_rates(dtype: "torch.dtype", device: "torch.device", nbytes: int, quantization: str = "none") -> Rates:
     """Rates of this machine: reading a memory of `nbytes` over and over, so that what fits a cache comes from there as
     a model's weights do, and multiplying square matrices of random numbers, of which a GPU multiplies fewer a second
-    than of ones. A GPU reads fastest where it sums up, a CPU where it multiplies with a vector."""
+    than of ones. A GPU reads fastest where it sums up, a CPU where it multiplies with a vector.
+
+    Args:
+        quantization: how weights are kept; with 8 bits a GPU multiplies such numbers.
+    """
     import torch
 
     gpu = device.type == "cuda"
@@ -257,9 +265,22 @@ def measure_rates(dtype: "torch.dtype", device: "torch.device", nbytes: int) -> 
     vector = torch.ones(width, dtype=weights.dtype, device=device)
     square = torch.randn(width, width, dtype=dtype, device=device)
     streamed = best_seconds(weights.sum if gpu else lambda: torch.mv(weights, vector), device)
-    multiplied = best_seconds(lambda: torch.mm(square, square), device)
+    multiplied = best_seconds(_product(square, quantization if gpu else "none"), device)
     name = torch.cuda.get_device_name(device) if gpu else cpu_name()
     return Rates(f"measured on {name}", weights.nbytes / streamed, 2 * width**3 / multiplied)
+
+
+def _product(square: "torch.Tensor", quantization: str) -> Callable[[], object]:
+    """The square of a matrix, of 8-bit numbers where weights are such."""
+    import torch
+
+    if quantization == "w8a8":
+        whole = (square * 32).to(torch.int8)
+        return lambda: torch._int_mm(whole, whole.t())
+    if quantization == "fp8":
+        coarse, one = square.to(torch.float8_e4m3fn), torch.ones((), device=square.device)
+        return lambda: torch._scaled_mm(coarse, coarse.t(), one, one, out_dtype=torch.bfloat16)
+    return lambda: torch.mm(square, square)
 
 
 def best_seconds(work: Callable[[], object], device: "torch.device") -> float:
@@ -279,12 +300,12 @@ def best_seconds(work: Callable[[], object], device: "torch.device") -> float:
     return min(timed() for _ in range(TIMES + 1))
 
 
-def peak_of(device: str, dtype: str) -> Rates | None:
+def peak_of(device: str, dtype: str, eight_bit: bool) -> Rates | None:
     """What the datasheet of this machine's device promises; None for a GPU that is not known."""
     import torch
 
     if device != "cpu":
-        return datasheet(torch.cuda.get_device_name(device), eight_bit=False)
+        return datasheet(torch.cuda.get_device_name(device), eight_bit)
     cores = os.cpu_count() or 1
     source = f"any CPU of {cores} cores"
     return Rates(source, cores * CPU_HZ * CPU_LOAD_BYTES, cores * CPU_HZ * CPU_FLOPS[dtype], last_level_cache())

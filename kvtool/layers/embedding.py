@@ -7,13 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.layers.linear import Slot, empty_parameter, linear
+from kvtool.layers.quantized import Matrix
 from kvtool.parallel import Group
 
 
 class Embedding(nn.Module):
-    """One row per token id, to look ids up or to score them. Each rank has as many rows, the last ones fewer."""
+    """One row per token id, to look ids up or to score them. Each rank has as many rows, the last ones fewer.
+
+    Attributes:
+        scorer: the same rows in fewer bits, to score ids with; None: the weight does.
+    """
 
     weight: Tensor
+    scorer: Matrix | None
 
     def __init__(
         self, vocab_size: int, hidden_size: int, tp: Group, *, dtype: torch.dtype, device: torch.device
@@ -23,6 +29,7 @@ class Embedding(nn.Module):
         self.num_rows = -(-vocab_size // tp.size)
         self.first = tp.rank * self.num_rows
         self.weight = empty_parameter(self.num_rows, hidden_size, dtype=dtype, device=device)
+        self.scorer = None
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows of `ids` [T] int64: [T, hidden_size]."""
@@ -35,7 +42,8 @@ class Embedding(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of all ids: hidden [N, hidden_size] → [N, vocab_size]."""
-        return self.tp.all_gather(linear(hidden, self.weight))[:, : self.vocab_size].contiguous()
+        rows = self.weight if self.scorer is None else self.scorer
+        return self.tp.all_gather(linear(hidden, rows))[:, : self.vocab_size].contiguous()
 
     def slots(self, path: str) -> Iterator[tuple[str, Slot]]:
         """Checkpoint name of the weight, and where it goes."""

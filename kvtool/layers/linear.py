@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvtool.errors import UnsupportedError
 from kvtool.kernels import takes
+from kvtool.layers.quantized import Matrix
 from kvtool.parallel import Group, Shard
 
 
@@ -45,8 +47,10 @@ def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn
     return nn.Parameter(weights, requires_grad=False)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Matrix, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b: x [T, K], weight [N, K] → [T, N]."""
+    if isinstance(weight, Matrix):
+        return weight.linear(x, bias)
     if takes(x):
         from kvtool.kernels.gemv import gemv, tile_for
 
@@ -55,24 +59,32 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def gated_linear(x: Tensor, weight: Tensor | Matrix, bias: Tensor | None = None) -> Tensor:
     """silu(x Gᵀ + b) · (x Uᵀ + c), the gates G being the first half of the weight: x [T, K], [N, K] → [T, N / 2]."""
     if takes(x):
         from kvtool.kernels.activation import silu_mul
         from kvtool.kernels.gemv import gemv, tile_for
 
-        if tile := tile_for(x, weight):
+        if isinstance(weight, Tensor) and (tile := tile_for(x, weight)):
             return gemv(x, weight, bias, tile, gated=True)
-        return silu_mul(F.linear(x, weight, bias))
-    gate, up = F.linear(x, weight, bias).chunk(2, dim=-1)
+        return silu_mul(_product(x, weight, bias))
+    gate, up = _product(x, weight, bias).chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
 
+def _product(x: Tensor, weight: Tensor | Matrix, bias: Tensor | None) -> Tensor:
+    return weight.linear(x, bias) if isinstance(weight, Matrix) else F.linear(x, weight, bias)
+
+
 class Linear(nn.Module):
-    """y = x Wᵀ + b, x [T, in_features] → [T, out_features]."""
+    """y = x Wᵀ + b, x [T, in_features] → [T, out_features].
+
+    Attributes:
+        weight: [out_features, in_features] in the model's dtype, or a `Matrix` that has taken its place.
+    """
 
     gated = False
-    weight: Tensor
+    weight: Tensor | Matrix
     bias: Tensor | None
 
     def __init__(
@@ -85,9 +97,20 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
+    def replace(self, matrix: Matrix) -> None:
+        """Put a matrix of fewer bits in place of the weight."""
+        del self.weight
+        self.weight = matrix
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight as numbers of `dtype`."""
+        return self.weight.dense(dtype) if isinstance(self.weight, Matrix) else self.weight.to(dtype)
+
     def slots(self, path: str) -> Iterator[tuple[str, Slot]]:
-        """Checkpoint names of this layer's tensors, the layer's own name being `path`, and where each one goes."""
-        yield f"{path}.weight", Slot.whole(self.weight)
+        """Checkpoint names of this layer's tensors, the layer's own name being `path`, and where each one goes; of a
+        matrix of fewer bits none."""
+        if isinstance(self.weight, Tensor):
+            yield f"{path}.weight", Slot.whole(self.weight)
         if self.bias is not None:
             yield f"{path}.bias", Slot.whole(self.bias)
 
@@ -96,20 +119,45 @@ class RowLinear(Linear):
     """y = x Wᵀ + b, of which each rank has some columns of W and those of x: x [T, inputs.size] → [T, out_features].
 
     Row-parallel in the words of Megatron-LM (Shoeybi et al., 2019), which counts rows of Wᵀ. All ranks get the sum.
+
+    Attributes:
+        by_outputs: each rank computes some of the outputs instead, of the inputs of all: of a quantised weight whose
+            groups of columns are not a rank's own.
     """
 
     def __init__(
         self, inputs: Shard, out_features: int, tp: Group, *, bias: bool, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(inputs.size, out_features, bias=bias, dtype=dtype, device=device)
-        self.inputs, self.tp = inputs, tp
+        self.inputs, self.tp, self.by_outputs = inputs, tp, False
+
+    def share_outputs(self) -> None:
+        """Have some of the outputs, of a weight yet to be filled.
+
+        Raises:
+            UnsupportedError: there are not as many for each rank.
+        """
+        assert isinstance(self.weight, Tensor)
+        if len(self.weight) % self.tp.size:
+            raise UnsupportedError(
+                f"--tp {self.tp.size}: cuts groups of quantised columns, and does not divide {len(self.weight)} outputs"
+            )
+        columns, rows = self.inputs.total, self.tp.shard(len(self.weight)).size
+        self.by_outputs = True
+        self.weight = empty_parameter(rows, columns, dtype=self.weight.dtype, device=self.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.by_outputs:
+            out = self.tp.all_gather(linear(self.tp.all_gather(x), self.weight))
+            return out if self.bias is None else out.add_(self.bias)
         return self.tp.all_reduce(linear(x, self.weight, self.bias if self.tp.rank == 0 else None))
 
     def slots(self, path: str) -> Iterator[tuple[str, Slot]]:
         for name, slot in super().slots(path):
-            if slot.to is self.weight:
+            if slot.to is self.weight and self.by_outputs:
+                rows, columns = slot.shape
+                slot = Slot(slot.to, (self.tp.size * rows, columns), (self.tp.rank * rows, 0))
+            elif slot.to is self.weight:
                 slot = Slot(slot.to, (slot.shape[0], self.inputs.total), (0, self.inputs.start))
             yield name, slot
 

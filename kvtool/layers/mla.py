@@ -113,7 +113,7 @@ class MLA(nn.Module):
         dtype."""
         products = self.kv_b_proj.weight[:, self.shape.nope_dim :].to(attended.dtype)
         values = torch.einsum("...hl,hvl->...hv", attended, products)
-        return F.linear(values.flatten(-2), self.o_proj.weight.to(attended.dtype))
+        return F.linear(values.flatten(-2), self.o_proj.dense(attended.dtype))
 
 
 def rotate_and_norm(

@@ -107,6 +107,8 @@ class Router(Linear):
         chosen: [rows, top_k] int32, where the ids of the newest step stay; None: nowhere.
     """
 
+    weight: Tensor
+
     def __init__(
         self, hidden_size: int, routing: Routing, first: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:

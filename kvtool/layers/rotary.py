@@ -121,12 +121,14 @@ class Rotary(nn.Module):
     def __init__(self, rope: Rope, max_len: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        frequencies = rope.inverse_frequencies(max_len, exact).to(device)
-        angles = torch.arange(max_len, dtype=exact, device=device)[:, None] * frequencies
+        # To compute on the meta device torch imports its compiler, which takes seconds.
+        where = torch.device("cpu") if device.type == "meta" else device
+        frequencies = rope.inverse_frequencies(max_len, exact).to(where)
+        angles = torch.arange(max_len, dtype=exact, device=where)[:, None] * frequencies
         cos, sin = angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
         # The signs of rotate_half go with the sines, so that a rotation is x·cos + swapped(x)·sin.
         table = torch.stack((cos, cos, -sin, sin), dim=1)
-        self.register_buffer("table", table.to(dtype), persistent=False)
+        self.register_buffer("table", table.to(device, dtype), persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and signed sin [T, 1, 2, dim / 2] of positions [T] int64, to be used by all layers of a step."""

@@ -2,6 +2,7 @@
 
 from kvtool.models.config import ModelConfig, load_config, parse_config
 from kvtool.models.decoder import Attend, Decoder
+from kvtool.models.quantization import Quantization, check_quantization
 from kvtool.models.resolve import resolve_model
 from kvtool.models.weights import load_model, weight_bytes
 
@@ -9,6 +10,8 @@ __all__ = [
     "Attend",
     "Decoder",
     "ModelConfig",
+    "Quantization",
+    "check_quantization",
     "load_config",
     "load_model",
     "parse_config",

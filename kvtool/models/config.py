@@ -13,6 +13,7 @@ from kvtool.layers.mla import MLAShape
 from kvtool.layers.moe import MoEShape, Routing
 from kvtool.layers.rotary import LinearRope, Llama3Rope, LongRope, Rope, YarnRope
 from kvtool.models.architectures import ARCHITECTURES, Architecture, ExpertFields
+from kvtool.models.stored import StoredQuantization
 
 # Beyond any model; tables and lists of weights are built before a weight is seen.
 MAX_LAYERS, MAX_POSITIONS, MAX_EXPERTS = 1024, 1 << 24, 4096
@@ -36,6 +37,7 @@ class ModelConfig:
         qkv_bias, o_bias, mlp_bias: which projections have biases.
         dtype: of the checkpoint, one of `DTYPES`.
         eos_token_ids: ids that end an answer, from config.json and generation_config.json.
+        quantization: how the checkpoint's weights are quantised; None: they are not.
     """
 
     model_type: str
@@ -60,6 +62,7 @@ class ModelConfig:
     mlp_bias: bool
     dtype: str
     eos_token_ids: tuple[int, ...]
+    quantization: StoredQuantization | None
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -83,8 +86,6 @@ def parse_config(fields: "Fields", *generation_config: "Fields") -> ModelConfig:
         ModelError: a file is no JSON, a field is missing or impossible, or the architecture is unknown.
     """
     architecture = _architecture(fields)
-    if fields.get("quantization_config") is not None:
-        fields.refuse("quantization_config", "says that the weights are quantised; use the original 16-bit checkpoint")
     if fields.get("hidden_act", "silu") != "silu":
         fields.refuse("hidden_act", f"is {fields.get('hidden_act')!r}; only 'silu' is supported")
 
@@ -118,6 +119,7 @@ def parse_config(fields: "Fields", *generation_config: "Fields") -> ModelConfig:
         mlp_bias=architecture.config_biases and fields.flag("mlp_bias"),
         dtype=_dtype(fields),
         eos_token_ids=_eos_token_ids(fields, *generation_config),
+        quantization=_quantization(fields),
     )
 
 
@@ -436,3 +438,96 @@ def _eos_token_ids(*configs: Fields) -> tuple[int, ...]:
             fields.refuse("eos_token_id", f"is {value!r}; it must be a token id or a list of them")
         ids |= dict.fromkeys(several)
     return tuple(ids)
+
+
+def _quantization(fields: Fields) -> StoredQuantization | None:
+    """How the weights are quantised, in the words of the tool that did it."""
+    stored = fields.nested("quantization_config")
+    if not stored.values:
+        return None
+    method = stored.get("quant_method")
+    if method == "gptq":
+        return _gptq(stored)
+    if method == "awq":
+        return _awq(stored)
+    if method == "compressed-tensors":
+        return _compressed_tensors(stored)
+    stored.refuse("quant_method", f"is {method!r:.40}; it must be gptq, awq or compressed-tensors")
+
+
+def _gptq(stored: Fields) -> StoredQuantization:
+    _demand(stored, "bits", 4)
+    formats = {"gptq": True, "gptq_v2": False}
+    name = stored.get("checkpoint_format", "gptq")
+    if name not in formats:
+        stored.refuse("checkpoint_format", f"is {name!r:.40}; it must be {' or '.join(formats)}")
+    _demand(stored, "pack_dtype", "int32", optional=True)
+    return StoredQuantization("gptq", _group_size(stored, "group_size"), less_one=formats[name])
+
+
+def _awq(stored: Fields) -> StoredQuantization:
+    older = stored.get("bits") is None  # AutoAWQ's own names
+    _demand(stored, "w_bit" if older else "bits", 4)
+    version = stored.get("version", "gemm")
+    if str(version).lower() != "gemm":
+        stored.refuse("version", f"is {version!r:.40}; only the gemm packing is supported")
+    return StoredQuantization("awq", _group_size(stored, "q_group_size" if older else "group_size"))
+
+
+def _compressed_tensors(stored: Fields) -> StoredQuantization:
+    """One scheme for all linear layers; those left out hold plain weights."""
+    for name in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+        if stored.get(name):
+            stored.refuse(name, "is set, which is not supported; weights and activations alone can be quantised")
+    _demand(stored, "quantization_status", "compressed", optional=True)
+    groups = stored.nested("config_groups")
+    schemes = [_scheme(groups.nested(name), stored) for name in groups.values]
+    if not schemes:
+        stored.refuse("config_groups", "is missing or empty; it says how weights are quantised")
+    if any(scheme != schemes[0] for scheme in schemes):
+        stored.refuse("config_groups", "holds different schemes; one for all layers is supported")
+    return schemes[0]
+
+
+def _scheme(group: Fields, stored: Fields) -> StoredQuantization:
+    weights, inputs = group.nested("weights"), group.nested("input_activations")
+    bits, kind = weights.count("num_bits"), weights.get("type", "int")
+    named = {"int4": "pack-quantized", "int8": "int-quantized", "float8": "float-quantized"}.get(f"{kind}{bits}")
+    if named is None:
+        weights.refuse("num_bits", f"is {bits} of type {kind!r:.40}; int of 4 or 8 and float of 8 bits are supported")
+    form = group.get("format", stored.get("format"))
+    if form not in (None, named):
+        stored.refuse("format", f"is {form!r:.40}; {kind} of {bits} bits is supported as {named}")
+    strategy, symmetric = weights.get("strategy"), weights.flag("symmetric", default=True)
+    if bits == 4:
+        if inputs.values:
+            group.refuse("input_activations", "are quantised beside 4-bit weights, which is not supported")
+        if strategy not in ("group", "channel"):
+            weights.refuse("strategy", f"is {strategy!r:.40}; it must be group or channel")
+        size = _group_size(weights, "group_size") if strategy == "group" else None
+        return StoredQuantization("int4", size, has_zeros=not symmetric)
+    if strategy not in ("channel", "tensor"):
+        weights.refuse("strategy", f"is {strategy!r:.40}; it must be channel or tensor")
+    if not symmetric:
+        weights.refuse("symmetric", "is false; 8-bit weights are supported without zeros")
+    if inputs.get("num_bits") != bits or inputs.get("type", "int") != kind or inputs.get("dynamic") is not True:
+        inputs.refuse(
+            "dynamic", f"must be true, for {bits} bits of type {kind}: activations are rounded token by token"
+        )
+    return StoredQuantization("int8" if kind == "int" else "fp8")
+
+
+def _group_size(stored: Fields, name: str) -> int | None:
+    """Columns that share a scale; None: all of a row."""
+    if stored.get(name) == -1:
+        return None
+    size = stored.count(name)
+    if size % 32:
+        stored.refuse(name, f"is {size}; it must be a multiple of 32, or -1 for one group")
+    return size
+
+
+def _demand(stored: Fields, name: str, value: object, optional: bool = False) -> None:
+    found = stored.get(name)
+    if found != value and not (optional and found is None):
+        stored.refuse(name, f"is {found!r:.40}; only {value} is supported")

@@ -1,5 +1,6 @@
 """The forward pass: one decoder for all architectures. Where keys and values are kept is not its business."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,6 +13,7 @@ from kvtool.layers.linear import GatedLinear, Linear, MergedLinear, RowLinear, S
 from kvtool.layers.mla import MLA, LatentProducts
 from kvtool.layers.moe import Experts, MoE, Router
 from kvtool.layers.norm import QKNorm, RMSNorm
+from kvtool.layers.quantized import Matrix
 from kvtool.layers.rotary import Rotary, queries_and_keys
 from kvtool.models.architectures import ARCHITECTURES
 from kvtool.models.config import ModelConfig
@@ -59,7 +61,7 @@ class Attention(nn.Module):
 
     def project(self, attended: Tensor) -> Tensor:
         """What heads have gathered [..., Hq, D] as they add it to the stream [..., hidden_size], in its own dtype."""
-        return F.linear(attended.flatten(-2), self.o_proj.weight.to(attended.dtype))
+        return F.linear(attended.flatten(-2), self.o_proj.dense(attended.dtype))
 
 
 class MLP(nn.Module):
@@ -116,6 +118,7 @@ class Decoder(nn.Module):
     Args:
         max_len: tokens of the longest sequence it will see.
         parallel: what this rank has of it: the shards of its group, of the layers of its stage.
+        has_layers: without, they are yet to be added, one by one.
 
     Attributes:
         is_whole: of every stored tensor at least a piece is here.
@@ -129,10 +132,12 @@ class Decoder(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         parallel: Parallel = ONE_RANK,
+        has_layers: bool = True,
     ) -> None:
         super().__init__()
         tp, stage = parallel.tp, parallel.stage
         self.config, self.stage, self.dtype = config, stage, dtype
+        self._tp, self._device = tp, device
         self.is_whole = stage.count == tp.ep == 1
 
         def embedding() -> Embedding:
@@ -141,16 +146,17 @@ class Decoder(nn.Module):
         tied = config.tie_word_embeddings
         self.embed_tokens = embedding() if stage.is_first or (stage.is_last and tied) else None
         self.rotary = Rotary(config.rope, max_len, dtype=dtype, device=device)
-        self.layers = nn.ModuleDict(
-            {
-                str(layer): DecoderLayer(config, layer, tp, dtype=dtype, device=device)
-                for layer in stage.layers(config.num_layers)
-            }
-        )
+        self.layers = nn.ModuleDict()
+        for layer in stage.layers(config.num_layers) if has_layers else ():
+            self.add_layer(layer)
         self.norm = (
             RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device) if stage.is_last else None
         )
         self.lm_head = embedding() if stage.is_last and not tied else None
+
+    def add_layer(self, layer: int) -> None:
+        """The next layer of this stage."""
+        self.layers[str(layer)] = DecoderLayer(self.config, layer, self._tp, dtype=self.dtype, device=self._device)
 
     def routers(self) -> dict[int, Router]:
         """Those of this stage's layers that have experts, by layer."""
@@ -188,16 +194,51 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: hidden [N, hidden_size] → [N, vocab_size], in the model's dtype."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        assert head is not None, "the last stage has one"
-        return head.logits(hidden)
+        assert self.head is not None, "the last stage has one"
+        return self.head.logits(hidden)
 
-    def slots(self) -> Iterator[tuple[str, Slot]]:
-        """Every tensor that a checkpoint must hold, and where it goes, one name for each piece. Leave out the "model."
-        that files prepend."""
+    @property
+    def head(self) -> Embedding | None:
+        """What scores ids, on the last stage."""
+        return (self.lm_head or self.embed_tokens) if self.stage.is_last else None
+
+    def linears(self, layer: int) -> dict[str, Linear]:
+        """The products of a layer, by their paths in the model."""
+        path = f"layers.{layer}"
+        modules = self.layers[str(layer)].named_modules(prefix=path)
+        return {name: module for name, module in modules if isinstance(module, Linear)}
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """All that was loaded or made of it, by names of this model's own."""
+        yield from self.named_parameters()
+        for path, module in self.named_modules():
+            if isinstance(module, Matrix):
+                yield from ((f"{path}.{name}", tensor) for name, tensor in module.named_buffers(recurse=False))
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(tensor.nbytes for _, tensor in self.weights())
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that computing a token reads: of all but an embedding that only looks ids up."""
+        embedding = self.embed_tokens
+        scores = embedding is None or (embedding is self.head and embedding.scorer is None)
+        return self.weight_bytes - (embedding.weight.nbytes if embedding is not None and not scores else 0)
+
+    @property
+    def layer_elements(self) -> int:
+        """Elements of the layers' weights, however many bits each has."""
+        quantized = (m.weight for m in self.layers.modules() if isinstance(m, Linear) and isinstance(m.weight, Matrix))
+        return sum(weight.numel() for weight in self.layers.parameters()) + sum(math.prod(q.shape) for q in quantized)
+
+    def slots(self, within: str = "") -> Iterator[tuple[str, Slot]]:
+        """Every tensor that a checkpoint must hold, and where it goes, one name for each piece, of modules whose paths
+        begin with `within`. Leave out the "model." that files prepend."""
         stored_names = ARCHITECTURES[self.config.model_type].stored_names
         for path, module in self.named_modules():
-            if isinstance(module, (Linear, Embedding, RMSNorm, QKNorm, Experts, LatentProducts)):
+            named = isinstance(module, (Linear, Embedding, RMSNorm, QKNorm, Experts, LatentProducts))
+            if named and path.startswith(within):
                 for name, slot in module.slots(path):
                     for ours, stored in stored_names if ".mlp." in name else ():
                         name = name.replace(ours, stored)

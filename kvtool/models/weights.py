@@ -3,6 +3,8 @@
 import json
 import math
 import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvtool.errors import CapacityError, ModelError
-from kvtool.layers.linear import Slot
+from kvtool.layers.linear import RowLinear, Slot
 from kvtool.layers.norm import QKNorm, RMSNorm
+from kvtool.layers.quantized import Dense, EightBitMatrix, Int4Matrix, Matrix, side_by_side
 from kvtool.models.config import ModelConfig, read_fields, refuse_lfs_pointer
 from kvtool.models.decoder import Decoder
-from kvtool.parallel import ONE_RANK, Parallel
+from kvtool.models.quantization import Conversion, Quantization, common_group, named
+from kvtool.models.stored import StoredQuantization, marker, pieces_of, read_matrix
+from kvtool.parallel import ONE_RANK, Parallel, Shard
 
 INDEX = "model.safetensors.index.json"
 PIECE_BYTES = 4 << 20
@@ -48,33 +53,73 @@ def load_model(
     seed: int = 0,
     max_model_len: int | None = None,
     parallel: Parallel = ONE_RANK,
+    quantization: Quantization | None = None,
 ) -> Decoder:
     """The model in this folder, or a rank's part of it, on the device, in the given dtype.
 
     Weights go shard by shard and piece by piece to where they stay: beyond the model itself, a piece's worth of host
-    memory is used.
+    memory is used. Where layers hold quantised weights, one layer at a time has room for 16-bit ones.
 
     Args:
         load_format: "dummy" reads no weights and draws them from `seed`.
         max_model_len: tokens of the longest sequence it will see; None: `config.max_position`. LongRoPE chooses its
             factors by it.
-        parallel: what the rank holds; nothing else is read.
+        parallel: what the rank holds; nothing else is read but whole matrices of quantised weights, to be cut.
+        quantization: what becomes of a checkpoint whose weights are not quantised yet.
 
     Raises:
         ModelError: the weights are missing, damaged or not those of `config`.
+        ConfigError: `quantization` keeps a layer that the model has not.
         CapacityError: the device has no room for them.
     """
     tensors = stored_tensors(folder) if load_format == "auto" else []
+    if load_format == "dummy" and config.quantization:
+        quantization = Quantization(config.quantization.rounding)
+    whole = quantization is None and config.quantization is None
+    with _within_memory(folder, device):
+        longest = max_model_len or config.max_position
+        model = Decoder(config, longest, dtype=dtype, device=device, parallel=parallel, has_layers=whole)
+    plan = model if whole and model.is_whole else Decoder(config, 1, dtype=torch.bfloat16, device=META)
+    if quantization:
+        quantization.check(plan)
+    weights = RandomWeights(seed) if load_format == "dummy" else Checkpoint(plan, tensors)
+    weights.fill(model)
+    if not whole:
+        with _within_memory(folder, device, torch.OutOfMemoryError):
+            conversion = Conversion(quantization, model, common_group(plan)) if quantization else None
+            _add_layers(model, weights, parallel.stage.layers(config.num_layers), conversion)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what is measured next is without what only loading took
+    return model
+
+
+def _add_layers(
+    model: Decoder, weights: "RandomWeights | Checkpoint", layers: Iterable[int], conversion: Conversion | None
+) -> None:
+    """Make, fill and quantise one layer after the other."""
+    for layer in layers:
+        model.add_layer(layer)
+        if conversion:
+            conversion.prepare(layer)
+        elif isinstance(weights, Checkpoint):
+            weights.fill_quantized(model, layer)
+        weights.fill(model, f"layers.{layer}.")
+        if conversion:
+            conversion(layer)
+
+
+@contextmanager
+def _within_memory(folder: Path, device: torch.device, failure: type[RuntimeError] = RuntimeError) -> Iterator[None]:
+    """Raises CapacityError where the device has too little memory for what happens inside.
+
+    Args:
+        failure: torch's word for that; a CPU has none of its own.
+    """
     try:
-        model = Decoder(config, max_model_len or config.max_position, dtype=dtype, device=device, parallel=parallel)
-    except RuntimeError as error:  # torch's word for a failed allocation
+        yield
+    except failure as error:
         reason = str(error).partition("\n")[0]
         raise CapacityError(f"{folder}: the model does not fit in the memory of {device}: {reason}") from error
-    if load_format == "dummy":
-        fill_randomly(model, seed)
-    else:
-        load_weights(model, tensors)
-    return model
 
 
 def stored_tensors(folder: Path) -> list[StoredTensor]:
@@ -86,21 +131,76 @@ def stored_tensors(folder: Path) -> list[StoredTensor]:
     return [tensor for file in _weight_files(folder) for tensor in _tensors_of(file)]
 
 
-def load_weights(model: Decoder, tensors: list[StoredTensor]) -> None:
-    """Fill the model from a checkpoint. All names and shapes are checked before the first weight is read.
+class Checkpoint:
+    """Weights in files, of which all names and shapes are checked before the first one is read.
 
-    Weights are converted to the model's dtype on the host, a piece at a time, and refused where the result is not
-    finite.
+    They are converted to the model's dtype on the host, a piece at a time, and refused where the result is not finite.
+
+    Args:
+        plan: all of the model, perhaps on no device.
 
     Raises:
-        ModelError: a tensor is missing, unexpected, stored twice, of the wrong shape or an unreadable type, or holds
-            NaN or infinity.
+        ModelError: a tensor is missing, unexpected, stored twice, of the wrong shape or an unreadable type.
     """
-    matched = _match(model, tensors)
-    longest_row = max(math.prod(tensor.shape[1:]) * STORED_DTYPES[tensor.dtype].itemsize for tensor, _ in matched)
-    buffer = bytearray(max(PIECE_BYTES, longest_row))
-    for tensor, slot in matched:
-        _fill(slot, tensor, buffer)
+
+    def __init__(self, plan: Decoder, tensors: list[StoredTensor]) -> None:
+        known = {name: slots[0].shape for name, slots in _slots(plan).items()}
+        self.stored = plan.config.quantization
+        self.quantized: dict[str, dict[str, StoredTensor]] = {}
+        if self.stored:
+            self.quantized = _quantized(self.stored, known, tensors)
+            taken = {tensor.name for pieces in self.quantized.values() for tensor in pieces.values()}
+            known = {name: shape for name, shape in known.items() if name.removesuffix(".weight") not in self.quantized}
+            tensors = [tensor for tensor in tensors if tensor.name not in taken]
+        self.plain = _match(plan.config, known, tensors)
+        rows = (math.prod(tensor.shape[1:]) * STORED_DTYPES[tensor.dtype].itemsize for tensor in self.plain.values())
+        self.buffer = bytearray(max(PIECE_BYTES, *rows))
+
+    def fill(self, model: Decoder, within: str = "") -> None:
+        """Fill what the model has under paths that begin with `within`, in the order of the files' bytes.
+
+        Raises:
+            ModelError: a tensor holds NaN or infinity, or what the model's dtype cannot hold.
+        """
+        slots = _slots(model, within)
+        for name, tensor in self.plain.items():
+            for slot in slots.get(name, ()):
+                _fill(slot, tensor, self.buffer)
+
+    def fill_quantized(self, model: Decoder, layer: int) -> None:
+        """Give the products of a layer the matrices that are stored for them.
+
+        Raises:
+            ModelError: numbers of theirs mean nothing.
+            UnsupportedError: they cannot be shared out among the ranks.
+        """
+        for path, linear in model.linears(layer).items():
+            names = dict.fromkeys(named(path, linear))
+            if not any(name in self.quantized for name in names):
+                continue
+            device = next(slot.to.device for _, slot in linear.slots(path))
+            matrices = {name: self._read(name, model.dtype, device) for name in names if name in self.quantized}
+            if isinstance(linear, RowLinear) and not matrices[path].cuts(linear.inputs):
+                linear.share_outputs()
+            pieces: list[Matrix] = []
+            for name, (_, slot) in zip(named(path, linear), linear.slots(path), strict=False):  # biases come last
+                if name in matrices:
+                    pieces.append(matrices[name].cut(*map(Shard, slot.shape, slot.start, slot.to.shape)))
+                else:
+                    _fill(slot, self.plain[f"{name}.weight"], self.buffer)
+                    pieces.append(Dense(slot.to.clone()))
+            linear.replace(side_by_side(pieces))
+
+    def _read(self, part: str, dtype: torch.dtype, device: torch.device) -> Int4Matrix | EightBitMatrix:
+        assert self.stored is not None
+        tensors = {}
+        for suffix, tensor in self.quantized[part].items():
+            with safe_open(tensor.file, "pt") as file:
+                tensors[suffix] = file.get_tensor(tensor.name).to(device)
+        try:
+            return read_matrix(self.stored, tensors, dtype)
+        except ValueError as error:
+            raise ModelError(f"{tensor.file}: {part}: {error}; the checkpoint is damaged, download it again") from None
 
 
 def weight_bytes(model: Decoder) -> int:
@@ -108,27 +208,33 @@ def weight_bytes(model: Decoder) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def fill_randomly(model: Decoder, seed: int) -> None:
+class RandomWeights:
     """Random weights with standard deviation 0.02, norms 1. The same seed gives the same weights on the same device, of
     which each rank has its part."""
-    example = next(model.parameters())
-    if example.device.type == "meta":
-        return
-    # Drawing billions of numbers takes minutes on CPU. Repeating one block, of a length prime to every row's, takes
-    # seconds, and no two rows come out equal.
-    generator, length = torch.Generator(example.device).manual_seed(seed), 1_000_003
-    block = (torch.randn(length, generator=generator, device=example.device) * 0.02).to(example.dtype)
-    block = torch.cat([block, block])
-    for name, slot in model.slots():
-        width, columns = math.prod(slot.shape[1:]), slice(sum(slot.start[1:]), None)
-        place = zlib.crc32(name.encode()) + slot.start[0] * width
-        for rows in slot.to.split(max(1, length // width)):
-            whole = block[place % length :][: len(rows) * width].view(len(rows), *slot.shape[1:])
-            rows.copy_(whole[:, columns][:, : rows.shape[1]] if rows.ndim == 2 else whole)
-            place += whole.numel()
-    for module in model.modules():
-        if isinstance(module, (RMSNorm, QKNorm)):
-            module.weight.fill_(1.0)
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def fill(self, model: Decoder, within: str = "") -> None:
+        """Fill what the model has under paths that begin with `within`."""
+        device = model.rotary.table.device
+        if device.type == "meta":
+            return
+        # Drawing billions of numbers takes minutes on CPU. Repeating one block, of a length prime to every row's, takes
+        # seconds, and no two rows come out equal.
+        generator, length = torch.Generator(device).manual_seed(self.seed), 1_000_003
+        block = (torch.randn(length, generator=generator, device=device) * 0.02).to(model.dtype)
+        block = torch.cat([block, block])
+        for name, slot in model.slots(within):
+            width, columns = math.prod(slot.shape[1:]), slice(sum(slot.start[1:]), None)
+            place = zlib.crc32(name.encode()) + slot.start[0] * width
+            for rows in slot.to.split(max(1, length // width)):
+                whole = block[place % length :][: len(rows) * width].view(len(rows), *slot.shape[1:])
+                rows.copy_(whole[:, columns][:, : rows.shape[1]] if rows.ndim == 2 else whole)
+                place += whole.numel()
+        for path, module in model.named_modules():
+            if isinstance(module, (RMSNorm, QKNorm)) and path.startswith(within):
+                module.weight.fill_(1.0)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -173,12 +279,50 @@ def _tensors_of(file: Path) -> list[StoredTensor]:
     return sorted(tensors, key=lambda tensor: tensor.start)
 
 
-def _match(model: Decoder, tensors: list[StoredTensor]) -> list[tuple[StoredTensor, Slot]]:
-    """Where each tensor, or a piece of it, goes; pieces in the order of their bytes."""
-    known = _slots(model if model.is_whole else Decoder(model.config, 1, dtype=torch.bfloat16, device=META))
-    slots = _slots(model)
+def _quantized(
+    stored: StoredQuantization, known: Mapping[str, tuple[int, ...]], tensors: Iterable[StoredTensor]
+) -> dict[str, dict[str, StoredTensor]]:
+    """The tensors of each quantised matrix of the layers, by the last part of their names."""
+    by_name: dict[str, StoredTensor] = {}
+    for tensor in tensors:
+        if (first := by_name.setdefault(tensor.name.removeprefix("model."), tensor)) is not tensor:
+            raise ModelError(f"{tensor} is also in {first.file.name}; download the checkpoint again")
+    found: dict[str, dict[str, StoredTensor]] = {}
+    for name, shape in known.items():
+        part = name.removesuffix(".weight")
+        marked = by_name.get(f"{part}.{marker(stored)}")
+        if marked is None or not name.startswith("layers.") or len(shape) != 2:
+            continue
+        pieces = pieces_of(stored, *shape)
+        if isinstance(pieces, str):
+            raise ModelError(f"{marked}: {pieces}; is quantization_config of config.json that of these weights?")
+        found[part] = {}
+        for suffix, piece in pieces.items():
+            beside = by_name.get(f"{part}.{suffix}")
+            if beside is None:
+                if piece.optional:
+                    continue
+                raise ModelError(f"{marked} has no {part}.{suffix} beside it; download the checkpoint again")
+            if beside.dtype not in piece.dtypes or beside.shape not in piece.shapes:
+                wanted = f"{' or '.join(piece.dtypes)} {list(piece.shapes[0])}"
+                raise ModelError(
+                    f"{beside} is {beside.dtype} {list(beside.shape)}, but config.json makes it {wanted}; "
+                    "are both of one model?"
+                )
+            found[part][suffix] = beside
+    if not found:
+        raise ModelError(
+            f"config.json: quantization_config says that weights are quantised, but no layer has a {marker(stored)}"
+        )
+    return found
+
+
+def _match(
+    config: ModelConfig, known: Mapping[str, tuple[int, ...]], tensors: list[StoredTensor]
+) -> dict[str, StoredTensor]:
+    """The tensor of each name of the model, in the order of their bytes."""
     matched: dict[str, StoredTensor] = {}
-    drafts = tuple(f"layers.{model.config.num_layers + i}." for i in range(model.config.num_draft_layers))
+    drafts = tuple(f"layers.{config.num_layers + i}." for i in range(config.num_draft_layers))
     for tensor in tensors:
         name = tensor.name.removeprefix("model.")
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in known):
@@ -187,16 +331,15 @@ def _match(model: Decoder, tensors: list[StoredTensor]) -> list[tuple[StoredTens
             continue
         if name not in known:
             raise ModelError(
-                f"{tensor} has no place in the {model.config.model_type} model of config.json; are both of one model?"
+                f"{tensor} has no place in the {config.model_type} model of config.json; are both of one model?"
             )
         if name in matched:
             raise ModelError(f"{tensor} is also in {matched[name].file.name}; download the checkpoint again")
         if tensor.dtype not in STORED_DTYPES:
             raise ModelError(f"{tensor} is stored as {tensor.dtype}; convert it to one of {', '.join(STORED_DTYPES)}")
-        shape = known[name][0].shape
-        if tensor.shape != shape:
+        if tensor.shape != known[name]:
             raise ModelError(
-                f"{tensor} has shape {list(tensor.shape)}, but config.json makes it {list(shape)}; "
+                f"{tensor} has shape {list(tensor.shape)}, but config.json makes it {list(known[name])}; "
                 "are both of one model?"
             )
         matched[name] = tensor
@@ -205,12 +348,12 @@ def _match(model: Decoder, tensors: list[StoredTensor]) -> list[tuple[StoredTens
         folder = tensors[0].file.parent if tensors else "the checkpoint"
         named = ", ".join(missing[:3]) + " …" * (len(missing) > 3)
         raise ModelError(f"{folder}: {named} is missing from the weights; download them again")
-    return [(tensor, slot) for name, tensor in matched.items() for slot in slots.get(name, ())]
+    return matched
 
 
-def _slots(model: Decoder) -> dict[str, list[Slot]]:
+def _slots(model: Decoder, within: str = "") -> dict[str, list[Slot]]:
     slots: dict[str, list[Slot]] = {}
-    for name, slot in model.slots():
+    for name, slot in model.slots(within):
         slots.setdefault(name, []).append(slot)
     return slots
 

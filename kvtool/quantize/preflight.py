@@ -40,7 +40,7 @@ LIMIT = 0.3
 OUTLIER = 8.0  # a channel this many times the median one explains a collapse; without outliers it is 2 to 4
 UNHELD = 1e9  # the error of a format whose fp16 scales cannot hold the numbers
 TOKENS = 1024  # of calibration text
-EDITION = 1  # of verdicts: another one when what is stored, or what options mean, changes
+EDITION = 2  # of verdicts: another one when what is stored, or what options mean, changes
 WIDTHS: dict[Bits, int] = {"2": 2, "4": 4, "8": 8, "fp8": 8, "16": 16}
 
 
@@ -274,6 +274,7 @@ def _file_of(config: EngineConfig) -> Path:
         LIMIT,
         fingerprint(resolve_model(config.model)),
         asdict(config.kv),
+        [config.quantization, config.quantize_head, config.keep_layers, config.calibration],
         config.dtype,
         choose_device(config.device).type,
         [hashlib.sha256(file.read_bytes()).hexdigest() for file in plans if file.is_file()],

@@ -1,0 +1,68 @@
+"""How a model's weights are kept, as the options ask for it, and the text that some ways look at first."""
+
+from pathlib import Path
+
+import torch
+
+from kvtool.config import EngineConfig
+from kvtool.errors import ConfigError
+from kvtool.models import ModelConfig, Quantization, check_quantization
+from kvtool.models.resolve import EMBEDDED
+from kvtool.tokenizer import Tokenizer
+
+TEXT = EMBEDDED["tiny"] / "sample.txt"
+WINDOW, WINDOWS = 512, 128  # tokens of a piece of the text, and how many of them count at most
+LEAST_TOKENS = 256
+MOST_BYTES = 4 << 20  # of a text: more than 128 windows of any tokenizer
+
+
+def choose_quantization(
+    config: EngineConfig, model: ModelConfig, path: Path, device: torch.device
+) -> Quantization | None:
+    """What becomes of a checkpoint's weights when they are loaded; None: they stay as they are.
+
+    Args:
+        path: folder of the model, whose tokenizer reads the text.
+
+    Raises:
+        ConfigError: options that contradict each other or the checkpoint, or a text that cannot be used.
+        UnsupportedError: the model, or the GPU, cannot do it.
+        ModelError: a text is wanted, and the folder has no usable tokenizer.
+    """
+    method = config.quantization
+    check_quantization(method, config.keep_layers, config.quantize_head, model, device)
+    calibrated = method in ("gptq", "awq") and model.quantization is None
+    if config.calibration and not calibrated:
+        raise ConfigError("--calibration is for --quantization gptq and awq of a 16-bit checkpoint")
+    if method == "auto" or model.quantization:
+        return None
+    if not calibrated:
+        return Quantization(method, config.quantize_head, config.keep_layers)
+    if config.load_format == "dummy":
+        raise ConfigError(f"--quantization {method}: a text shows nothing about random weights; use w4a16")
+    return Quantization(
+        method,
+        config.quantize_head,
+        config.keep_layers,
+        text_windows(config.calibration, config.max_model_len or model.max_position, model, path),
+    )
+
+
+def text_windows(file: str | None, longest: int, model: ModelConfig, path: Path) -> list[list[int]]:
+    """Pieces of a text, evenly spread over it, as ids of the model's tokenizer. All have one length, at most `longest`.
+
+    Raises:
+        ConfigError: the file cannot be read, or is too short.
+    """
+    name = file or str(TEXT)
+    try:
+        with Path(name).open("rb") as stream:
+            text = stream.read(MOST_BYTES).decode(errors="ignore")
+    except OSError as error:
+        raise ConfigError(f"--calibration {name}: cannot be read: {error.strerror}") from error
+    ids = Tokenizer.load(path, model.vocab_size).encode(text)
+    if len(ids) < LEAST_TOKENS:
+        raise ConfigError(f"--calibration {name}: holds {len(ids)} tokens; give at least {LEAST_TOKENS}")
+    length = min(WINDOW, longest, len(ids))
+    count = min(WINDOWS, len(ids) // length)
+    return [ids[start : start + length] for start in range(0, len(ids) // count * count, len(ids) // count)]

@@ -1,0 +1,155 @@
+#!/usr/bin/env python3
+"""Quantise a model's weights once, and save them as a checkpoint that others open as well.
+
+    scripts/quantize_weights.py --model Qwen/Qwen2.5-7B-Instruct --method awq --output Qwen2.5-7B-AWQ
+    kvtool serve --model Qwen2.5-7B-AWQ
+
+awq is saved as an AWQ checkpoint (gemm), gptq and w4a16 as GPTQ (its first format), w8a8 and fp8 as compressed-tensors.
+Embedding and output projection stay as they are; so do layers that --keep-layers names, which loaders tell by their
+tensors. Nothing is written before all is computed.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from kvtool.calibration import choose_quantization
+from kvtool.config import EngineConfig
+from kvtool.errors import ConfigError, KVToolError
+from kvtool.layers.quantized import Int4Matrix, Matrix
+from kvtool.models import Decoder, ModelConfig, load_config, load_model, resolve_model
+from kvtool.models.quantization import named
+from kvtool.models.stored import Kind, StoredQuantization, pieces_of, write_matrix
+from kvtool.parallel import Shard
+from kvtool.runner import choose_device, choose_dtype
+
+KINDS: dict[str, Kind] = {"gptq": "gptq", "awq": "awq", "w4a16": "gptq", "w8a8": "int8", "fp8": "fp8"}
+COPIED = ("*.json", "*.txt", "*.jinja", "*.model")  # beside the weights: tokenizer, template, generation defaults
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny", help="a folder, a hub id, or the name of an embedded model")
+    parser.add_argument("--method", required=True, choices=KINDS)
+    parser.add_argument("--output", required=True, type=Path, help="folder to make")
+    parser.add_argument("--calibration", metavar="FILE", help="text that gptq and awq look at")
+    parser.add_argument("--keep-layers", default="", metavar="GLOBS", help="layers that stay in 16 bits")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto", help="to compute in; auto: the checkpoint's on a GPU, else float32")
+    args = parser.parse_args()
+    keep = tuple(glob.strip() for glob in args.keep_layers.split(",") if glob.strip())
+    config = EngineConfig(
+        model=args.model,
+        device=args.device,
+        dtype=args.dtype,
+        quantization=args.method,
+        keep_layers=keep,
+        calibration=args.calibration,
+    )
+    try:
+        save(config, args.output)
+    except KVToolError as error:
+        sys.exit(f"error: {error}")
+
+
+def save(engine: EngineConfig, output: Path) -> None:
+    """Write the folder.
+
+    Raises:
+        KVToolError: the model cannot be loaded or quantised, or the folder cannot be made.
+    """
+    if output.exists():
+        raise ConfigError(f"--output {output}: exists; give a new folder")
+    folder, device = resolve_model(engine.model), choose_device(engine.device)
+    config = load_config(folder)
+    if config.quantization:
+        raise ConfigError(f"--model {engine.model}: its weights are quantised already, as {config.quantization.method}")
+    dtype, quantization = choose_dtype(engine, config, device), choose_quantization(engine, config, folder, device)
+    with torch.inference_mode():
+        model = load_model(folder, config, dtype=dtype, device=device, quantization=quantization)
+    method = engine.quantization
+    stored = StoredQuantization(KINDS[method], less_one=True)
+    tensors = dict(stored_tensors(model, config, stored))
+    groups = {m.group_size for m in model.modules() if isinstance(m, Int4Matrix)}
+    fields = json.loads((folder / "config.json").read_text())
+    fields["quantization_config"] = quantization_config(method, max(groups, default=0), list(engine.keep_layers))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as made:
+            for pattern in COPIED:
+                for file in folder.glob(pattern):
+                    if not file.name.endswith(".safetensors.index.json"):
+                        shutil.copy(file, made)
+            (Path(made) / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+            save_file(tensors, Path(made) / "model.safetensors", metadata={"format": "pt"})
+            shutil.copytree(made, output)
+    except OSError as error:
+        raise ConfigError(f"--output {output}: {error.strerror}") from error
+    print(f"{output}: {method}, {sum(tensor.nbytes for tensor in tensors.values()):,} bytes of weights")
+
+
+def stored_tensors(model: Decoder, config: ModelConfig, stored: StoredQuantization) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the checkpoint; those that are no matrices of fewer bits in the dtype that they came in."""
+    dtype = getattr(torch, config.dtype)
+    plain: dict[str, Tensor] = {}
+    for name, slot in model.slots():
+        into = plain.setdefault(name, torch.empty(slot.shape, dtype=dtype))
+        into[tuple(slice(first, first + n) for first, n in zip(slot.start, slot.to.shape, strict=True))] = slot.to
+    yield from ((as_stored(name), tensor) for name, tensor in plain.items())
+    plan = Decoder(config, 1, dtype=dtype, device=torch.device("meta"))
+    for layer in range(config.num_layers):
+        for path, linear in model.linears(layer).items():
+            if not isinstance(linear.weight, Matrix):
+                continue
+            whole, first = plan.linears(layer)[path], 0
+            columns = Shard.whole(linear.weight.shape[1])
+            for name in dict.fromkeys(named(path, whole)):
+                total = sum(slot.to.shape[0] for of, slot in whole.slots(path) if of == f"{name}.weight")
+                if isinstance(why := pieces_of(stored, total, columns.size), str):
+                    raise ConfigError(f"{name}: {why}; keep it with --keep-layers")
+                rows, first = Shard(linear.weight.shape[0], first, total), first + total
+                for suffix, tensor in write_matrix(stored, linear.weight.cut(rows, columns)).items():
+                    yield as_stored(f"{name}.{suffix}"), tensor.contiguous().cpu()
+
+
+def as_stored(name: str) -> str:
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def quantization_config(method: str, group: int, keep: list[str]) -> dict[str, Any]:
+    """What config.json says of it, in the words of the tools that others read it with."""
+    if method in ("gptq", "w4a16"):
+        common = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "static_groups": True}
+        return common | {"sym": False, "lm_head": False, "checkpoint_format": "gptq", "pack_dtype": "int32"}
+    if method == "awq":
+        common = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
+        return common | {"modules_to_not_convert": keep or None}
+    eight_bits = {"num_bits": 8, "type": "int" if method == "w8a8" else "float", "symmetric": True}
+    scheme = {
+        "targets": ["Linear"],
+        "weights": eight_bits | {"strategy": "channel", "dynamic": False},
+        "input_activations": eight_bits | {"strategy": "token", "dynamic": True},
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized" if method == "w8a8" else "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme},
+        "ignore": ["lm_head", *keep],
+        "kv_cache_scheme": None,
+    }
+
+
+if __name__ == "__main__":
+    main()

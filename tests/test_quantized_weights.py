@@ -1,0 +1,531 @@
+"""Weights in fewer bits: as checkpoints store them, against transformers; as they are rounded; shared out; refused."""
+
+from collections.abc import Callable
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import DenseAttend, make_checkpoint, run
+from quantized_checkpoints import (
+    Recipe,
+    awq,
+    compressed,
+    edit_config,
+    eight_bits,
+    gptq,
+    pack_quantized,
+    quantize,
+    words,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kvtool.calibration import choose_quantization, text_windows
+from kvtool.config import EngineConfig, KVOptions
+from kvtool.engine import Engine
+from kvtool.errors import ConfigError, KVToolError, ModelError, UnsupportedError
+from kvtool.layers.quantized import Int4Matrix, SideBySide, rounded
+from kvtool.models import Decoder, Quantization, check_quantization, load_config, load_model, resolve_model
+from kvtool.models.calibrate import gptq as solve_gptq
+from kvtool.models.calibrate import nearest
+from kvtool.parallel import Group, Parallel
+from kvtool.request import SamplingParams
+
+CPU = torch.device("cpu")
+SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_hidden_layers": 2}
+IDS = [3, 150, 7, 7, 198, 42, 60, 61, 5, 99, 100, 12]
+
+RECIPES = {
+    "gptq": gptq(32, symmetric=True),
+    "gptq, no g_idx": gptq(64, g_idx=False),
+    "gptq, a row": gptq(-1),
+    "gptq, act-order": gptq(32, act_order=True),
+    "gptq v2": gptq(128, version=2),
+    "gptq v2, act-order": gptq(64, version=2, act_order=True),
+    "awq": awq(64),
+    "awq 128": awq(128),
+    "int4": pack_quantized(32),
+    "int4, zeros": pack_quantized(128, symmetric=False),
+    "int4, a row": pack_quantized(None),
+    "int4, orders of their own": pack_quantized(32, act_order=True),
+    "int8": eight_bits("int", "channel"),
+    "int8, one scale": eight_bits("int", "tensor"),
+    "fp8": eight_bits("float", "channel"),
+    "fp8, one scale": eight_bits("float", "tensor"),
+}
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float64, **options: Any) -> Decoder:
+    return load_model(folder, load_config(folder), dtype=dtype, device=CPU, **options)
+
+
+def logits(model: Decoder) -> Tensor:
+    return run(model, IDS, DenseAttend(model.config))
+
+
+def written(folder: Path, recipe: Recipe, model_type: str = "qwen2", **options: Any) -> Tensor:
+    """A checkpoint of this recipe, and what transformers makes of the weights that it stands for."""
+    model = make_checkpoint(model_type, folder, **SHAPE).double()
+    model.load_state_dict(quantize(folder, recipe, **options))
+    if recipe.activations:
+        round_inputs = {"int8": int8_nearest, "fp8": fp8_nearest}[recipe.activations]
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and name.endswith("proj"):
+                module.register_forward_pre_hook(lambda _, x: (round_inputs(x[0]),))
+    with torch.inference_mode():
+        expected: Tensor = model(torch.tensor([IDS])).logits[0]
+    return expected
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """Root of the mean squared error, in units of what differs between logits."""
+    return float((got - expected).square().mean().sqrt() / expected.std())
+
+
+def int8_nearest(x: Tensor) -> Tensor:
+    step = x.abs().amax(-1, keepdim=True) / 127
+    return (x / step).round() * step
+
+
+def fp8_nearest(x: Tensor) -> Tensor:
+    """e4m3: 3 bits behind the leading one, exponents from -6 up."""
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    scaled = x / scale
+    step = torch.exp2(scaled.abs().clamp(min=2.0**-6).log2().floor() - 3)
+    return (scaled / step).round() * step * scale
+
+
+# --- as checkpoints store them ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_stored_weights_compute_what_they_stand_for(name: str, tmp_path: Path) -> None:
+    expected = written(tmp_path, RECIPES[name])
+    # transformers computes norms in float32, which makes an activation another 8-bit number now and then.
+    assert error(logits(load(tmp_path)), expected) < (1e-3 if RECIPES[name].activations else 1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "phi3"])
+def test_other_architectures_store_them_too(model_type: str, tmp_path: Path) -> None:
+    expected = written(tmp_path, gptq(32, act_order=True), model_type)
+    assert error(logits(load(tmp_path)), expected) < 1e-5
+
+
+def test_a_part_of_a_fused_layer_may_be_plain(tmp_path: Path) -> None:
+    expected = written(tmp_path, awq(32), keep=("k_proj", "layers.1.mlp"))
+    model = load(tmp_path)
+    assert error(logits(model), expected) < 1e-5
+    assert isinstance(model.linears(0)["layers.0.self_attn.qkv_proj"].weight, SideBySide)
+    assert isinstance(model.linears(1)["layers.1.mlp.down_proj"].weight, nn.Parameter)
+
+
+def test_zeros_less_one_borrow_as_gptqmodel_has_them(tmp_path: Path) -> None:
+    """A zero of 0 borrows from the word's next number, and adding ones to the word gives it back."""
+    zeros = [0, 3, 15, 0, 0, 8, 1, 9]
+    stored = (words([zeros]).long() - 0x11111111) & 0xFFFFFFFF
+    signed = torch.where(stored >> 31 == 1, stored - (1 << 32), stored).int()
+    make_checkpoint("llama", tmp_path, **SHAPE)
+    quantize(tmp_path, gptq(32))
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.qzeros"
+    tensors[name][:] = signed
+    save_file(tensors, tmp_path / "model.safetensors")
+    matrix = load(tmp_path).linears(0)["layers.0.self_attn.o_proj"].weight
+    assert isinstance(matrix, Int4Matrix)
+    assert matrix.zeros[:8, 0].tolist() == zeros
+
+
+def test_words_are_those_of_compressed_tensors() -> None:
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    codes = torch.randint(0, 16, (8, 64), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(words(codes.tolist()), helpers.pack_to_int32((codes - 8).to(torch.int8), 4))
+    packed = helpers.pack_to_int32((codes - 8).to(torch.int8), 4, packed_dim=0)
+    assert torch.equal(words(codes.t().tolist()).t(), packed)
+
+
+# --- rounded while they are loaded ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["w8a8", "fp8", "w4a16"])
+def test_rounding_is_to_the_nearest(method: str) -> None:
+    weight = torch.randn(24, 256, generator=torch.Generator().manual_seed(1))
+    weight[3] = 0
+    weight[4, :128] = weight[4, :128].abs() + 1  # far from 0
+    off = (rounded(weight, method, 128).dense(torch.float64) - weight).abs()
+    if method == "fp8":
+        step = weight.abs().amax(1, keepdim=True) / 448 * 2**-6
+        assert (off <= torch.maximum(weight.abs() / 16, step) * 1.01).all()
+        return
+    groups = weight.unflatten(1, (-1, 256 if method == "w8a8" else 128))
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    step = groups.abs().amax(-1) / 127 if method == "w8a8" else (high - low) / 15
+    # A zero between two codes shifts the grid by up to half a step, which the least or greatest then lies outside of.
+    most = 0.501 if method == "w8a8" else 1.01
+    assert (off.unflatten(1, groups.shape[1:]).amax(-1) <= most * step + 1e-6).all()
+
+
+@pytest.mark.parametrize("method", ["w8a8", "fp8", "w4a16"])
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_bytes_are_those_of_the_arithmetic(method: Any, load_format: Any, tmp_path: Path) -> None:
+    make_checkpoint("qwen2", tmp_path, **SHAPE)
+    options = {"dtype": torch.bfloat16, "load_format": load_format}
+    plain = load(tmp_path, **options)
+    model = load(tmp_path, **options, quantization=Quantization(method, keep=("*.o_proj",)))
+    rows = {"qkv": (8 + 2 * 2) * 16, "gate_up": 512, "down": 128}
+    columns = {"qkv": 128, "gate_up": 128, "down": 256}
+    saved = 0
+    for kind, n in rows.items():
+        k = columns[kind]
+        held = n * k // 2 + 2 * 2 * n * k // 128 if method == "w4a16" else n * k + 4 * n
+        saved += 2 * (2 * n * k - held)
+    assert plain.weight_bytes - model.weight_bytes == saved
+    assert model.layer_elements == plain.layer_elements
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_rounded_where_that_is_asked(tied: bool, tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path, **SHAPE, tie_word_embeddings=tied)
+    options = {"dtype": torch.bfloat16, "quantization": Quantization("w8a8")}
+    plain = load(tmp_path, **options)
+    model = load(tmp_path, **options | {"quantization": Quantization("w8a8", head=True)})
+    rows, columns = 199, 128
+    held, rounded_head = 2 * rows * columns, rows * columns + 4 * rows
+    assert model.weight_bytes - plain.weight_bytes == (rounded_head if tied else rounded_head - held)
+    assert model.step_bytes - plain.step_bytes == rounded_head - held
+    assert plain.step_bytes == plain.weight_bytes - (0 if tied else held)
+    assert 0 < error(logits(model).float(), logits(plain).float()) < 0.05
+
+
+def test_dummies_of_a_quantised_checkpoint_need_no_weights(tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path, **SHAPE)
+    edit_config(tmp_path, quantization_config=RECIPES["gptq"].config)
+    (tmp_path / "model.safetensors").unlink()
+    model = load(tmp_path, load_format="dummy")
+    assert isinstance(model.linears(1)["layers.1.mlp.gate_up_proj"].weight, Int4Matrix)
+    assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize("form", [solve_gptq, nearest])
+def test_calibration_costs_outputs_less(form: Callable[[Tensor, Tensor, int, torch.dtype], Int4Matrix]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    mixed = torch.randn(256, 256, generator=generator) / 16
+    x = torch.randn(2048, 256, generator=generator) @ (mixed + torch.eye(256)) * torch.linspace(0.1, 3, 256)
+    x[:, 17] = 0  # of which nothing is known
+    weight = torch.randn(64, 256, generator=generator)
+
+    def cost(matrix: Any) -> float:
+        return float((x @ (matrix.dense(torch.float32) - weight).t()).square().mean())
+
+    plain, better = cost(rounded(weight, "w4a16", 128)), cost(form(weight, x.t() @ x, 128, torch.float32))
+    assert better < (0.6 if form is solve_gptq else 0.95) * plain
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+def test_calibrated_layers_stay_near(method: Any, model_type: str, tmp_path: Path) -> None:
+    """Scales that move from norms and rows into columns change nothing but the rounding."""
+    make_checkpoint(model_type, tmp_path, **SHAPE | {"num_key_value_heads": 8})
+    exact = logits(load(tmp_path))
+    windows = torch.randint(10, 190, (32, 64), generator=torch.Generator().manual_seed(0)).tolist()
+    off = {
+        name: error(logits(load(tmp_path, quantization=Quantization(name, windows=windows))), exact)
+        for name in ("w4a16", method)
+    }
+    assert off[method] < 1.2 * off["w4a16"] < 0.6
+
+
+def test_eight_bits_say_what_sixteen_say_on_tiny() -> None:
+    """Token by token on the same text, most choices are the same."""
+    folder, choices = resolve_model("tiny"), []
+    ids = Engine(EngineConfig(kv_cache_memory=1 << 22)).generate(
+        ["The old man"], SamplingParams(max_tokens=200, seed=1)
+    )
+    text = ids[0].prompt_token_ids + ids[0].token_ids
+    for quantization in (None, Quantization("w8a8"), Quantization("fp8"), Quantization("w4a16")):
+        model = load(folder, torch.float32, quantization=quantization)
+        choices.append(run(model, text, DenseAttend(model.config)).argmax(-1))
+    exact, w8a8, fp8, w4a16 = choices
+    assert (w8a8 == exact).float().mean() > 0.9
+    assert (fp8 == exact).float().mean() > 0.9
+    assert (w4a16 == exact).float().mean() > 0.72
+
+
+def test_a_text_is_read_in_pieces_that_the_model_can_take(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"One two three four. \xff" * 100)
+    config = load_config(resolve_model("tiny"))
+    pieces = text_windows(str(tmp_path / "text.txt"), 96, config, resolve_model("tiny"))
+    assert {len(piece) for piece in pieces} == {96}
+    assert len(pieces) >= 4
+    (tmp_path / "short.txt").write_text("One two three")
+    with pytest.raises(ConfigError, match=r"short\.txt: holds 3 tokens; give at least 256"):
+        text_windows(str(tmp_path / "short.txt"), 96, config, resolve_model("tiny"))
+
+
+# --- saved ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "w4a16", "w8a8", "fp8"])
+@pytest.mark.parametrize("model_type", ["qwen2", "phi3"])
+def test_saved_weights_are_those_that_were_computed(method: Any, model_type: str, tmp_path: Path) -> None:
+    make_checkpoint(model_type, tmp_path / "from", **SHAPE)
+    add_tokenizer(tmp_path / "from")
+    text = tmp_path / "text.txt"
+    text.write_text((resolve_model("tiny") / "sample.txt").read_text()[:3000])
+    script = load_script("quantize_weights")
+    engine = EngineConfig(
+        model=str(tmp_path / "from"),
+        dtype="float32",
+        device="cpu",
+        quantization=method,
+        keep_layers=("layers.1.mlp.*",),
+        calibration=str(text) if method in ("gptq", "awq") else None,
+    )
+    script.save(engine, tmp_path / "to")
+    saved, config = load(tmp_path / "to", torch.float32), load_config(tmp_path / "from")
+    quantization = choose_quantization(engine, config, tmp_path / "from", CPU)
+    computed = load(tmp_path / "from", torch.float32, quantization=quantization)
+    assert torch.equal(logits(saved), logits(computed))
+    assert isinstance(saved.linears(1)["layers.1.mlp.down_proj"].weight, nn.Parameter)
+    assert (tmp_path / "to" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(("method", "tolerance"), [("fp8", 1e-5), ("w8a8", 0.06)])
+def test_transformers_opens_what_was_saved(method: Any, tolerance: float, tmp_path: Path) -> None:
+    """fp8 to the digit; int8 activations reach to max|x| / 127.5 there."""
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM
+
+    make_checkpoint("qwen2", tmp_path / "from", **SHAPE)
+    engine = EngineConfig(model=str(tmp_path / "from"), dtype="float32", device="cpu", quantization=method)
+    load_script("quantize_weights").save(engine, tmp_path / "to")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "to", dtype=torch.float32)
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([IDS])).logits[0]
+    assert error(logits(load(tmp_path / "to", torch.float32)), expected) < tolerance
+
+
+def load_script(name: str) -> Any:
+    spec = util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
+    assert spec and spec.loader
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def add_tokenizer(folder: Path) -> None:
+    """One of fewer tokens than the small checkpoints have."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {chr(32 + i): i for i in range(95)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
+# --- shared out -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq, act-order", "gptq, a row", "awq 128", "int4, zeros", "int8", "fp8"])
+def test_ranks_hold_pieces_of_the_whole(name: str, tmp_path: Path) -> None:
+    make_checkpoint("qwen2", tmp_path, **SHAPE | {"num_key_value_heads": 4})
+    quantize(tmp_path, RECIPES[name])
+    shards_of(tmp_path, None)
+
+
+@pytest.mark.parametrize("method", ["w8a8", "w4a16"])
+def test_ranks_round_their_pieces(method: Any, tmp_path: Path) -> None:
+    """In 4 bits to the same numbers; 8 bits have a scale for the columns of a rank, which is finer."""
+    make_checkpoint("qwen2", tmp_path, **SHAPE | {"num_key_value_heads": 4})
+    shards_of(tmp_path, Quantization(method), atol=0 if method == "w4a16" else 0.02)
+
+
+def shards_of(folder: Path, quantization: Quantization | None, atol: float = 0) -> None:
+    """Compare the layers of four ranks with those of one."""
+    whole = load(folder, quantization=quantization)
+    ranks = [load(folder, quantization=quantization, parallel=Parallel(tp=Group(rank, 4))) for rank in range(4)]
+    for path, linear in whole.linears(1).items():
+        of_ranks: list[Any] = [rank.linears(1)[path] for rank in ranks]
+        pieces = [one.dense(torch.float64) for one in of_ranks]
+        if path.endswith(("o_proj", "down_proj")):
+            put_together = torch.cat(pieces, 0 if of_ranks[0].by_outputs else 1)
+        else:
+            splits = [
+                piece.split([part.size for part in one.parts.values()])
+                for one, piece in zip(of_ranks, pieces, strict=True)
+            ]
+            put_together = torch.cat([torch.cat(part) for part in zip(*splits, strict=True)])
+        torch.testing.assert_close(put_together, linear.dense(torch.float64), rtol=0, atol=atol)
+
+
+def test_two_ranks_answer_as_one_does(tmp_path: Path) -> None:
+    """Columns of the output projections are in an order of their own, so that ranks share their outputs."""
+    make_checkpoint("qwen2", tmp_path, **SHAPE)
+    quantize(tmp_path, gptq(32, act_order=True))
+    said = []
+    for tp in (1, 2):
+        config = EngineConfig(
+            model=str(tmp_path),
+            dtype="float64",
+            device="cpu",
+            kv_cache_memory=1 << 22,
+            max_num_seqs=2,
+            tp=tp,
+            kv=KVOptions(nbits="4"),
+        )
+        engine = Engine(config)
+        try:
+            params = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
+            said.append([answer.token_ids for answer in engine.generate([IDS, IDS[:5]], params)])
+            assert engine.info.quantization == "gptq"
+        finally:
+            engine.close()
+    assert said[0] == said[1]
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+GPTQ = RECIPES["gptq"].config
+INT4, INT8 = RECIPES["int4"].config, RECIPES["int8"].config
+O_PROJ = "model.layers.1.self_attn.o_proj."
+CONFIGS: dict[str, tuple[Any, str]] = {
+    "no object": ([1], "quantization_config is [1]; it must be an object"),
+    "no method": ({"bits": 4}, "quantization_config.quant_method is None; it must be gptq, awq or compressed-tensors"),
+    "method": ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'; it must be gptq, awq or"),
+    "bits": (GPTQ | {"bits": 3}, "quantization_config.bits is 3; only 4 is supported"),
+    "group": (GPTQ | {"group_size": 48}, "group_size is 48; it must be a multiple of 32, or -1"),
+    "no group": (GPTQ | {"group_size": None}, "quantization_config.group_size is missing"),
+    "huge group": (GPTQ | {"group_size": 1 << 60}, "group_size is 1152921504606846976; it must be"),
+    "packing": (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; it must be gptq or gptq_v2"),
+    "awq version": (RECIPES["awq"].config | {"version": "gemv"}, "version is 'gemv'; only the gemm packing"),
+    "no schemes": (INT8 | {"config_groups": {}}, "config_groups is missing or empty"),
+    "two schemes": (
+        INT4 | {"config_groups": INT4["config_groups"] | {"1": pack_quantized(64).config["config_groups"]["group_0"]}},
+        "config_groups holds different schemes",
+    ),
+    "kv scheme": (INT8 | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is set, which is not supported"),
+    "weights alone": (
+        compressed("int-quantized", {"num_bits": 8, "strategy": "channel"}, None),
+        "input_activations.dynamic must be true",
+    ),
+    "static activations": (
+        compressed("int-quantized", {"num_bits": 8, "strategy": "channel"}, {"num_bits": 8, "dynamic": False}),
+        "input_activations.dynamic must be true",
+    ),
+    "blocks": (
+        compressed("float-quantized", {"num_bits": 8, "type": "float", "strategy": "block"}, None),
+        "weights.strategy is 'block'; it must be channel or tensor",
+    ),
+    "six bits": (compressed("pack-quantized", {"num_bits": 6}, None), "weights.num_bits is 6 of type 'int'; int of 4"),
+    "format": (compressed("marlin-24", {"num_bits": 4}, None), "format is 'marlin-24'; int of 4 bits is supported as"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_that_cannot_be_are_refused(name: str, tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path, **SHAPE)
+    fields, why = CONFIGS[name]
+    edit_config(tmp_path, quantization_config=fields)
+    with pytest.raises(ModelError, match=r"config\.json: quantization_config") as refused:
+        load_config(tmp_path)
+    assert why in str(refused.value)
+
+
+def _with(**pieces: Callable[[Tensor], Tensor | None]) -> Callable[[dict[str, Tensor]], None]:
+    """Change tensors of an output projection, by the last part of their names."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for suffix, make in pieces.items():
+            made = make(tensors.pop(O_PROJ + suffix))
+            if made is not None:
+                tensors[O_PROJ + suffix] = made.contiguous()
+
+    return change
+
+
+TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
+    "scales of another group": (_with(scales=lambda x: x[:2]), "scales is F16 [2, 128], but config.json makes it"),
+    "zeros of another width": (_with(qzeros=lambda x: x[:, :3]), "qzeros is I32 [4, 3], but config.json makes it"),
+    "codes of another type": (_with(qweight=lambda x: x.float()), "qweight is F32 [16, 128], but config.json makes it"),
+    "no zeros": (_with(qzeros=lambda x: None), "has no layers.1.self_attn.o_proj.qzeros beside it"),
+    "a group beyond": (_with(g_idx=lambda x: x + 1), "layers.1.self_attn.o_proj: g_idx names groups beyond its 4"),
+    "a group below": (_with(g_idx=lambda x: x - 1), "g_idx names groups beyond its 4"),
+    "uneven groups": (_with(g_idx=lambda x: x.clamp(max=2)), "g_idx does not give each group 32 columns"),
+    "a scale that is no number": (_with(scales=lambda x: x * torch.nan), "scales holds NaN or infinity"),
+    "a stray tensor": (lambda tensors: tensors.update({O_PROJ + "x": torch.zeros(2)}), "o_proj.x has no place in the"),
+    "nothing quantised": (lambda tensors: [tensors.pop(name) for name in list(tensors) if "qweight" in name] and None,
+                          "no layer has a qweight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors_that_do_not_fit_are_refused(name: str, tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path, **SHAPE)
+    quantize(tmp_path, RECIPES["gptq"])
+    change, why = TENSORS[name]
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError) as refused:
+        load(tmp_path, torch.float16)
+    assert why in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_groups_that_do_not_divide_a_matrix_are_refused(tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path, **SHAPE)
+    quantize(tmp_path, gptq(128))
+    edit_config(tmp_path, quantization_config=gptq(96).config)
+    with pytest.raises(ModelError, match="groups of 96 do not fit its 128 columns"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "keep", "why"),
+    [
+        ("awq", (), "--quantization awq: the checkpoint's weights are quantised already, as gptq"),
+        ("auto", ("*",), "--keep-layers goes with a --quantization of a 16-bit checkpoint"),
+    ],
+)
+def test_what_contradicts_a_checkpoint_is_refused(asked: str, keep: tuple[str, ...], why: str, tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path, **SHAPE)
+    edit_config(tmp_path, quantization_config=GPTQ)
+    with pytest.raises(ConfigError, match=why):
+        check_quantization(asked, keep, False, load_config(tmp_path), CPU)
+
+
+def test_experts_and_latents_are_refused(tmp_path: Path) -> None:
+    make_checkpoint("mixtral", tmp_path, num_local_experts=4)
+    with pytest.raises(UnsupportedError, match="models with experts run with 16-bit weights only"):
+        check_quantization("w8a8", (), False, load_config(tmp_path), CPU)
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "a layer that is none": ({"quantization": "w8a8", "keep_layers": ("layers.9.*",)}, "--keep-layers layers.9.*: the"),
+    "a text for nothing": (
+        {"quantization": "w8a8", "calibration": "x"},
+        "--calibration is for --quantization gptq and",
+    ),
+    "no text": ({"quantization": "gptq", "calibration": "nowhere.txt"}, "--calibration nowhere.txt: cannot be read"),
+    "ranks": ({"quantization": "awq", "tp": 2}, "several ranks cannot look at a text together"),
+    "nothing to see": ({"quantization": "gptq", "load_format": "dummy"}, "a text shows nothing about random weights"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_that_contradict_each_other_are_refused(name: str) -> None:
+    options, why = OPTIONS[name]
+    with pytest.raises(KVToolError) as refused:
+        Engine(EngineConfig(kv_cache_memory=1 << 22, **options))
+    assert why in str(refused.value)
+
+
+def test_gpus_that_cannot_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    config = load_config(resolve_model("tiny"))
+    with pytest.raises(UnsupportedError, match=r"--quantization fp8: NVIDIA A100 cannot.*8\.9 can; use w4a16"):
+        check_quantization("fp8", (), False, config, torch.device("cuda"))
+    check_quantization("w8a8", (), False, config, torch.device("cuda"))
