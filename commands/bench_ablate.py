@@ -33,6 +33,7 @@ ABLATION = (
     Column("KLD", "kld_mean", ".2e"),
     Column("", "state"),
 )
+SPECULATION = (Column("accepted", "acceptance", ".0%"), Column("tokens/draft", "accepted_length", ".2f"))
 ALLOCATION = (
     Column("allocation", "variant"),
     Column("tokens stored", "stored", ",d"),
@@ -51,6 +52,7 @@ Knob = Literal[
     "prefix-cache",
     "cuda-graph",
     "attention-backend",
+    "speculation",
     "quantization",
     "kv-allocation",
     "stack",
@@ -84,7 +86,8 @@ def ablation(
     if knob in SCORED and not result.stopped:
         scores = format_scores({row["variant"]: variants[row["variant"]] for row in result.rows})
         result = replace(result, rows=[row | scores[row["variant"]] for row in result.rows])
-    form = Form(command, (Column(knob, "variant"), *ABLATION), lambda rows: (), lambda results: [])
+    added = SPECULATION if knob == "speculation" else ()
+    form = Form(command, (Column(knob, "variant"), *added, *ABLATION), lambda rows: (), lambda results: [])
     notes = [f"left out: {reason}" for reason in result.target.get("refused", ())]
     finish(form, config, bench, results, output, result, notes)
 

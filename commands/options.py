@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_origin
 import typer
 from typer.core import TyperCommand
 
-from kvtool.config import Axis, Bits, EngineConfig, KVOptions
+from kvtool.config import MOST_DRAFTED, Axis, Bits, EngineConfig, KVOptions, SpeculationConfig
 from kvtool.errors import ConfigError
 
 from .output import OutputOptions, check_output
@@ -31,6 +31,8 @@ ALIASES = {
     "--pp-size": "--pp",
     "--pipeline-parallel-size": "--pp",
     "--nccl-init-addr": "--dist-init-addr",
+    "--speculative-draft-model-path": "--draft-model",
+    "--speculative-num-draft-tokens": "--num-speculative-tokens",
 }
 # KVTuner's switch says only that there is a quantised cache; its options name the bits, or this does.
 KVTUNER_SWITCH, KVTUNER_NBITS = "--enable-kvtuner-quant", "4"
@@ -243,6 +245,31 @@ def engine_config(
             show_default=False,
         ),
     ] = EngineConfig.run_ahead,
+    speculate: Annotated[
+        Literal["draft", "ngram"] | None,
+        engine_option(
+            "--speculate",
+            help="Confirm several tokens in a step, drafted by a smaller model or found earlier in the text.",
+        ),
+    ] = None,
+    draft_model: Annotated[
+        str | None,
+        engine_option(
+            "--draft-model",
+            metavar="MODEL",
+            help="Of --speculate draft: a model of the same vocabulary (default: tiny-draft, for tiny).",
+        ),
+    ] = None,
+    draft_nbits: Annotated[
+        Bits | None,
+        engine_option("--draft-nbits", help="Bits of the draft model's KV cache (default: as the model's)."),
+    ] = None,
+    num_speculative_tokens: Annotated[
+        int | None,
+        engine_option(
+            "--num-speculative-tokens", min=1, max=MOST_DRAFTED, help="Drafted for a sequence in a step, at most (4)."
+        ),
+    ] = None,
     seed: Annotated[
         int, engine_option("--seed", min=0, max=2**63 - 1, help="Of dummy weights, and of requests that name no seed.")
     ] = EngineConfig.seed,
@@ -323,6 +350,7 @@ def engine_config(
         attention_backend=attention_backend,
         cuda_graph=cuda_graph,
         run_ahead=run_ahead,
+        speculation=speculation(speculate, draft_model, draft_nbits, num_speculative_tokens),
         tp=ep if tp is None else tp,
         ep=ep,
         pp=pp,
@@ -336,6 +364,20 @@ def engine_config(
         profile=profile,
     )
     return under_torchrun(engine) if "TORCHELASTIC_RUN_ID" in os.environ else engine
+
+
+def speculation(
+    method: Literal["draft", "ngram"] | None, model: str | None, nbits: Bits | None, num_tokens: int | None
+) -> SpeculationConfig | None:
+    """Raises ConfigError for options that mean nothing without another."""
+    for name, value in (("draft-model", model), ("draft-nbits", nbits), ("num-speculative-tokens", num_tokens)):
+        if value is not None and method is None:
+            raise ConfigError(f"--{name} means nothing without --speculate; add --speculate draft or ngram")
+        if value is not None and method == "ngram" and name.startswith("draft"):
+            raise ConfigError(f"--{name} means nothing to --speculate ngram; leave it out")
+    if method is None:
+        return None
+    return SpeculationConfig(method, num_tokens or SpeculationConfig.num_tokens, model, nbits)
 
 
 def under_torchrun(engine: EngineConfig) -> EngineConfig:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+MOST_DRAFTED = 16  # tokens for a sequence in a step: fewer than any block holds
+
 Axis = Literal["token", "channel"]
 Bits = Literal["16", "8", "4", "2", "fp8"]
 
@@ -35,6 +37,24 @@ class KVOptions:
     rotate: bool | None = None
     plan: str | None = None
     layer_bits: tuple[tuple[Bits, Bits], ...] | None = None
+
+
+@dataclass(frozen=True)
+class SpeculationConfig:
+    """How tokens are drafted, so that one step of the model can confirm several.
+
+    Attributes:
+        method: "draft" asks a smaller model of the same vocabulary, "ngram" looks for what followed the newest tokens
+            when they stood in the prompt or answer before (prompt lookup).
+        num_tokens: drafted for a sequence in a step, at most.
+        draft_model: of "draft": as `EngineConfig.model`; None: the one that is embedded with an embedded model.
+        draft_nbits: bits of the draft model's KV cache; None: in the format of the model's.
+    """
+
+    method: Literal["draft", "ngram"]
+    num_tokens: int = 4
+    draft_model: str | None = None
+    draft_nbits: Bits | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +122,7 @@ class EngineConfig:
         dist_timeout: seconds that ranks wait for each other when they start.
         local_rank: of this machine's devices, the first to use.
         restart: when a rank has died, start all anew.
+        speculation: how tokens are drafted; None: they are not.
         handoff: how it shares requests with other engines; None: it does not.
         profile: a folder for traces of some of the steps; None: none are made.
     """
@@ -136,6 +157,7 @@ class EngineConfig:
     local_rank: int = 0
     restart: bool = False
     kv: KVOptions = field(default_factory=KVOptions)
+    speculation: SpeculationConfig | None = None
     handoff: HandoffConfig | None = None
     profile: str | None = None
 

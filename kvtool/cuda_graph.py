@@ -123,7 +123,7 @@ class Inputs(NamedTuple):
         slots, positions, visible: of the token; the first position that it reads at full precision.
         rows, blocks: where it is written: row of its block or tail, and the block.
         columns, newest: the sequence's newest block: its place in the table, and the block.
-        ids: the token; -1: what was sampled last for its slot.
+        ids: the token, or its place: see `known`.
         targets: where the sampled id goes: a slot, or behind the last where nothing is sampled.
         samples: rows whose logits are asked for, the rest anything.
     """
@@ -149,14 +149,16 @@ class DecodeGraphs:
     Args:
         step: the model on a batch; what it runs is captured, so it must not look at any value.
         fmt: of the KV store.
-        newest: [max_num_seqs + 1], ids that were sampled last, by slot, and one that nobody reads.
+        recent: [1 + K, max_num_seqs + 1], ids that were sampled last and drafted, by slot, and of a slot that nobody
+            reads.
 
     Attributes:
         sizes: of `SIZES`, those that so many sequences need.
     """
 
-    def __init__(self, step: Step, fmt: KVFormat, newest: Tensor, table: BlockTable) -> None:
-        self._step, self._format, self._newest, self._table = step, fmt, newest, table
+    def __init__(self, step: Step, fmt: KVFormat, recent: Tensor, table: BlockTable) -> None:
+        self._step, self._format, self._recent, self._table = step, fmt, recent, table
+        self._newest = newest = recent[0]
         device, shape = newest.device, len(Inputs._fields)
         self.sizes = decode_sizes(len(newest) - 1)
         self._inputs = {size: torch.zeros(shape, size, dtype=torch.int64, device=device) for size in self.sizes}
@@ -224,11 +226,21 @@ class DecodeGraphs:
             tail_slots=inputs.slots,
             visible=inputs.visible,
         )
-        computed = self._step(torch.where(inputs.ids < 0, self._newest[inputs.slots], inputs.ids), batch)
+        computed = self._step(known(inputs.ids, self._recent), batch)
         if len(self._logits) < size:
             self._logits = torch.empty_like(computed)
         logits = self._logits[:size].copy_(computed)
         return batch, logits, greedy(logits, self._newest, inputs.targets)
+
+
+def place(span: ScheduledSpan, width: int) -> int:
+    """Stands for the token of a decode, which is in `recent` [1 + K, width]."""
+    return -1 - (span.draft * width + span.slot)
+
+
+def known(ids: Tensor, recent: Tensor) -> Tensor:
+    """`ids` [n], with the tokens of `recent` in place of what stands for them."""
+    return torch.where(ids < 0, recent.flatten()[(-1 - ids).clamp_(min=0)], ids)
 
 
 def decode_rows(fmt: KVFormat, spans: Sequence[ScheduledSpan], ends: Integers, nobody: int) -> Integers:
@@ -244,9 +256,10 @@ def decode_rows(fmt: KVFormat, spans: Sequence[ScheduledSpan], ends: Integers, n
     slots = integers((span.slot for span in spans), count)[owners]
     columns = integers((max(0, len(span.blocks) - 1) for span in spans), count)[owners]
     newest = integers((span.blocks[-1] if span.blocks else 0 for span in spans), count)[owners]
-    ids, written = np.full_like(positions, -1), np.zeros_like(positions)
+    ids, written = np.empty_like(positions), np.zeros_like(positions)
     prompts = [span for span in spans if span.token_ids]
     num_decodes = count - len(prompts)
+    ids[:num_decodes] = [place(span, nobody + 1) for span in spans[:num_decodes]]
     ids[num_decodes:] = list(chain.from_iterable(span.token_ids for span in prompts))
     if fmt.packs_on_write:
         written[:] = [spans[o].blocks[p // size] for o, p in zip(owners.tolist(), positions.tolist(), strict=True)]
@@ -265,12 +278,13 @@ class PromptGraphs:
     Args:
         step: the model on a batch, up to its hidden states; it must not look at any value.
         fmt: of the KV store.
-        newest: [max_num_seqs + 1], ids that were sampled last, by slot.
+        recent: [1 + K, max_num_seqs + 1], ids that were sampled last and drafted, by slot.
         most_tokens: of the prompts in a step.
     """
 
-    def __init__(self, step: Step, fmt: KVFormat, newest: Tensor, table: BlockTable, most_tokens: int) -> None:
-        self._step, self._format, self._newest, self._table = step, fmt, newest, table
+    def __init__(self, step: Step, fmt: KVFormat, recent: Tensor, table: BlockTable, most_tokens: int) -> None:
+        self._step, self._format, self._recent, self._table = step, fmt, recent, table
+        newest = recent[0]
         self.rooms = prompt_rooms(len(newest) - 1, most_tokens)
         length = max((self._length(room) for room in self.rooms), default=0)
         self._memory = torch.zeros(length, dtype=torch.int64, device=newest.device)
@@ -303,7 +317,8 @@ class PromptGraphs:
         decodes, nobody = batch.spans[:n], room.decodes - n
         self._table.send(decodes)
         arrays = room.lay_out(self._format, spans, tile)
-        ids = [span.token_ids[0] if span.token_ids else -1 for span in decodes] + [-1] * nobody
+        width = self._recent.shape[1]
+        ids = [span.token_ids[0] if span.token_ids else place(span, width) for span in decodes] + [-1] * nobody
         ids += [token_id for span in batch.spans[n:] for token_id in span.token_ids]
         newest = [
             (span.slot, len(span.blocks) - 1, span.blocks[-1]) if span.blocks else (span.slot, 0, 0) for span in decodes
@@ -334,7 +349,7 @@ class PromptGraphs:
         return ran, torch.cat([hidden[:n], hidden[room.decodes :]]) if nobody else hidden
 
     def _shapes(self, room: Room) -> dict[str, tuple[int, ...]]:
-        """Of a step's inputs. ids: -1 is what was sampled last; newest: slot, column and block of each decode."""
+        """Of a step's inputs. ids: see `known`; newest: slot, column and block of each decode."""
         shapes = room.shapes(self._format)
         return shapes | {"ids": shapes["positions"], "newest": (3, room.decodes)}
 
@@ -356,9 +371,7 @@ class PromptGraphs:
         if n:
             self._table.rows.index_put_((slots, columns), newest)
         batch, prompts = fixed_batch(self._format, room, inputs, slots, self._table.rows)
-        ids = inputs["ids"]
-        sampled = torch.where(ids[:n] < 0, self._newest[slots], ids[:n])
-        hidden = self._step(torch.cat([sampled, ids[n:].clamp(min=0)]), batch)
+        hidden = self._step(known(inputs["ids"], self._recent), batch)
         if len(self._hidden) < len(hidden):
             self._hidden = torch.empty_like(hidden)
         self._hidden[: len(hidden)].copy_(hidden)
@@ -370,7 +383,8 @@ class StepGraphs:
 
     Args:
         hidden_states: the model on a batch; logits: of hidden states.
-        newest: [max_num_seqs + 1], ids that were sampled last, by slot, and one that nobody reads.
+        recent: [1 + K, max_num_seqs + 1], ids that were sampled last and drafted, by slot, and of a slot that nobody
+            reads.
         max_blocks: of the longest sequence.
         most_prompt_tokens: of prompts in a step; 0 where the kernels look at them on the host.
     """
@@ -380,13 +394,13 @@ class StepGraphs:
         hidden_states: Step,
         logits: Callable[[Tensor], Tensor],
         fmt: KVFormat,
-        newest: Tensor,
+        recent: Tensor,
         max_blocks: int,
         most_prompt_tokens: int,
     ) -> None:
-        self._table = BlockTable(len(newest) - 1, max_blocks, newest.device)
-        self.decodes = DecodeGraphs(lambda ids, batch: logits(hidden_states(ids, batch)), fmt, newest, self._table)
-        self.prompts = PromptGraphs(hidden_states, fmt, newest, self._table, most_prompt_tokens)
+        self._table = BlockTable(recent.shape[1] - 1, max_blocks, recent.device)
+        self.decodes = DecodeGraphs(lambda ids, batch: logits(hidden_states(ids, batch)), fmt, recent, self._table)
+        self.prompts = PromptGraphs(hidden_states, fmt, recent, self._table, most_prompt_tokens)
 
     def capture(self, *, largest: bool = False) -> None:
         """Capture all of them; `largest`: only those that need most memory."""

@@ -15,10 +15,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtool.config import EngineConfig, HandoffConfig
+from kvtool.config import MOST_DRAFTED, EngineConfig, HandoffConfig
 from kvtool.errors import CapacityError, ConfigError, KVToolError, RequestError, UnsupportedError
 from kvtool.grammar import GrammarCompiler, Matcher
 from kvtool.handoff import Inlet, Pusher, WholeStore
+from kvtool.kv.blocks import BlockPool
 from kvtool.kv.receiver import Arrival, Loss
 from kvtool.kv.wire import Identity
 from kvtool.models.resolve import fingerprint
@@ -35,6 +36,7 @@ from kvtool.request import (
 )
 from kvtool.runner import Handle, Runner
 from kvtool.scheduler import Scheduler
+from kvtool.speculation import DraftCache
 from kvtool.tokenizer import Detokenizer, Tokenizer
 
 LEAST_HANDOFF_BYTES = 1 << 28  # of sequences between two engines
@@ -75,6 +77,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         start = time.perf_counter()
+        check_speculation(config)
         if config.handoff and config.pp > 1:
             raise ConfigError(f"--role {config.handoff.role}: KV of several stages does not travel; leave out --pp")
         self._pusher: Pusher | None = None
@@ -94,12 +97,15 @@ class Engine:
             tail_units=store.layout.tail_units,
             cache_identity=_cache_identity(self.runner) if config.prefix_caching else None,
             num_micro_batches=config.pp,
+            speculation=config.speculation,
+            draft_cache=self._draft_cache(),
         )
         self._num_micro_batches = config.pp
         if config.handoff:
             self._hand_off(config, config.handoff)
         self._runs_ahead = self.runner.device.type == "cuda" if config.run_ahead is None else config.run_ahead
         self._under_way: deque[Launched] = deque()
+        self._collected: float | None = None  # when the last step was; None where there was nothing to do since
         self._seeds = random.Random(config.seed)
         self._grammars: GrammarCompiler | None = None
         self._preparing = Lock()
@@ -138,8 +144,15 @@ class Engine:
             kv_tokens=store.num_blocks * store.format.block_size + config.max_num_seqs * store.format.tail_tokens,
             kv_tokens_16bit=kv_bytes // (2 * elements),
             start_seconds=time.perf_counter() - start,
+            draft_kv_bytes=self.runner.draft.store.nbytes if self.runner.draft else 0,
             kv_address=self._inlet.address if self._inlet else "",
         )
+
+    def _draft_cache(self) -> DraftCache | None:
+        """Room for what a draft model reads."""
+        if (draft := self.runner.draft) is None:
+            return None
+        return DraftCache(draft.store.format, BlockPool(draft.store.num_blocks), draft.max_model_len)
 
     def _hand_off(self, config: EngineConfig, handoff: HandoffConfig) -> None:
         """Find the engines to share requests with, or let them come."""
@@ -284,14 +297,15 @@ class Engine:
 
     def _most_under_way(self) -> int:
         """Steps at once. Each stage of a pipeline has one; elsewhere the next step can be launched before this one's
-        tokens are known, but a grammar must see its own first."""
+        tokens are known, but a grammar must see its own first, and a draft follows on them."""
         if self._num_micro_batches > 1:
             return self._num_micro_batches
-        return 2 if self._runs_ahead and not self.scheduler.grammar_awaits else 1
+        return 2 if self._runs_ahead and not self.scheduler.awaits_tokens else 1
 
     def _launch(self) -> bool:
         """Start a step, if the scheduler has one."""
-        batch, now = self.scheduler.schedule(), time.perf_counter()
+        now = time.perf_counter()
+        batch = self.scheduler.schedule()
         if not batch.spans:
             return False
         for request_id in [span.id for span in batch.spans if span.id in self._submitted]:
@@ -315,6 +329,7 @@ class Engine:
             for imported in batch.imports:
                 self._inlet.release(imported.id)
         self._under_way.append(Launched(outcome, faults))
+        self._collected = now if self._collected is None else self._collected
         return True
 
     def _collect(self) -> list[Tokens]:
@@ -323,7 +338,9 @@ class Engine:
         try:
             if not isinstance(outcome, Handle):
                 raise outcome
-            news = self.scheduler.update((self.ranks or self.runner).collect(outcome))
+            result, now = (self.ranks or self.runner).collect(outcome), time.perf_counter()
+            news = self.scheduler.update(result, seconds=now - (self._collected or now))
+            self._collected = now if self.has_work else None
         except (UnsupportedError, CapacityError) as error:
             self._under_way.clear()
             news = self.scheduler.fail(str(error))
@@ -465,6 +482,16 @@ class Engine:
                 self.abort(request_id)
             for request in requests:
                 self._arrivals.pop(request.id, None)
+
+
+def check_speculation(config: EngineConfig) -> None:
+    """Raises ConfigError for options that contradict each other, or are outside their ranges."""
+    if (asked := config.speculation) is None:
+        return
+    if not 1 <= asked.num_tokens <= MOST_DRAFTED:
+        raise ConfigError(f"--num-speculative-tokens {asked.num_tokens}: must be from 1 to {MOST_DRAFTED}")
+    if config.pp > 1:
+        raise ConfigError("--speculate and --pp do not go together: stages would wait for each other; leave one out")
 
 
 def _cache_identity(runner: Runner) -> bytes:

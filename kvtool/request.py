@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort"]
+VOID = -2  # in place of a token: it does not count
 
 
 class Grammar(msgspec.Struct, frozen=True):
@@ -41,6 +42,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         ignore_eos: do not end at an end-of-text token.
         stop_token_ids: end at one of these.
         grammar: what the answer must look like.
+        speculate: its tokens may be drafted, where the engine drafts; they are the same either way.
         logprobs: give the log-probability of each token and so many of the most likely ones; None: of none. They are
             the model's own, before temperature, penalties and the like.
         prompt_logprobs: the same for the prompt's tokens but the first; such a request takes no prefix hit.
@@ -60,6 +62,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     stop_token_ids: list[int] = []
     grammar: Grammar | None = None
+    speculate: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
@@ -171,6 +174,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         preemptions_total: requests that had to give up their memory; of those, `recomputations_total` found the swap
             space full and were computed again.
         arrivals_total, losses_total: requests whose KV came from another engine, or should have.
+        speculative_tokens: drafted for a sequence in a step now, at most; `speculation_off` says why none are.
+        verifications_total: of the drafts of a sequence; of their drafted_total tokens accepted_total were right.
     """
 
     running: int = 0
@@ -192,6 +197,11 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     awaited: int = 0
     arrivals_total: int = 0
     losses_total: int = 0
+    speculative_tokens: int = 0
+    speculation_off: str = ""
+    verifications_total: int = 0
+    drafted_total: int = 0
+    accepted_total: int = 0
 
 
 class Update(msgspec.Struct, frozen=True, tag="update"):
@@ -213,7 +223,8 @@ class ScheduledSpan(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         id: of the request.
         slot: the sequence's tail slot, and its row in the runner's memory of newest tokens.
         token_ids: the tokens at these positions; empty for a decode, whose one token is what was sampled last for
-            `slot`.
+            `slot`, or is drafted.
+        draft: 0, or of a decode: its token is the one that was drafted so many behind what was sampled last.
         blocks: the sequence's blocks, enough for `end` tokens; the scheduler adds to them when it makes the next step.
         targets: tokens behind each of the first positions, whose log-probabilities are asked for.
         num_top: how many of the most likely tokens go with them.
@@ -225,6 +236,7 @@ class ScheduledSpan(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     end: int
     blocks: list[int]
     token_ids: Sequence[int] = ()
+    draft: int = 0
     targets: Sequence[int] = ()
     num_top: int = 0
 
@@ -255,6 +267,37 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     seed: int
     num_generated: int
     history: Sequence[int] = ()
+
+
+class Question(msgspec.Struct, frozen=True, gc=False):
+    """What a draft model is asked.
+
+    Attributes:
+        span: what it has to read of a sequence first, in blocks of its own cache.
+        sample: how the first token behind that is chosen.
+        may_reject: it is drawn by a number of its own, and accepted by its probability. Else it is drawn by the number
+            that the model will draw by, so that both choose the same more often, and accepted if they do.
+    """
+
+    span: ScheduledSpan
+    sample: Sample
+    may_reject: bool
+
+
+class Draft(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Tokens proposed behind a sequence's newest, which the step verifies.
+
+    Attributes:
+        slot: of the sequence.
+        num_tokens: proposed; none where the draft model only computes what it has yet to read.
+        token_ids: what is proposed; empty where the draft model is asked.
+        question: to the draft model.
+    """
+
+    slot: int
+    num_tokens: int
+    token_ids: Sequence[int] = ()
+    question: Question | None = None
 
 
 class Memory(msgspec.Struct, frozen=True):
@@ -306,13 +349,16 @@ class ScheduledBatch(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         spans: decodes first, then other spans of one token, then longer ones, as the KV store wants them.
-        samples: what the step yields, in the order of the runner's answer.
+        samples: what the step yields, in the order of the runner's answer. Behind a sequence's newest token come those
+            that follow its drafted ones: they hold as far as each drafted token is the one sampled in its place.
+        drafts: what is proposed before the model runs.
         swap_outs, wipes, swap_ins, imports: done in this order before the model runs.
         forks: done after it.
     """
 
     spans: list[ScheduledSpan]
     samples: list[Sample]
+    drafts: list[Draft] = []
     swap_outs: list[Swap] = []
     wipes: list[Memory] = []
     swap_ins: list[Swap] = []
@@ -324,7 +370,8 @@ class StepResult(msgspec.Struct, frozen=True):
     """What a step yielded.
 
     Attributes:
-        token_ids: of each sample; -1 where the model's logits were not finite.
+        token_ids: of each sample; -1 where the model's logits were not finite, `VOID` where it follows a drafted token
+            that was not accepted, `VOID` - 1 if that made them not finite.
         logprobs: of each sample, None where not asked for.
         prompt_logprobs: of each span, for each of its targets.
     """
@@ -359,6 +406,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
         kv_bytes: bytes of blocks and tails, as allocated.
         kv_tokens: tokens that fit, blocks and tails together.
         kv_tokens_16bit: tokens that the same bytes would hold at 2 bytes an element.
+        draft_kv_bytes: bytes of the draft model's cache, as allocated.
         start_seconds: it took to load the model, compile kernels and capture CUDA graphs.
     """
 
@@ -389,6 +437,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
     kv_tokens_16bit: int
     start_seconds: float
     kv_address: str = ""
+    draft_kv_bytes: int = 0
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):

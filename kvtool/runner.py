@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, islice
+from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,8 +18,8 @@ from kvtool.attention import PagedAttention, block_size
 from kvtool.attention.latents import LatentQueries
 from kvtool.attention.layer import AttentionLayer
 from kvtool.calibration import choose_quantization
-from kvtool.config import EngineConfig
-from kvtool.cuda_graph import MOST_WORK, StepGraphs, as_kv_span, most_rows
+from kvtool.config import EngineConfig, KVOptions
+from kvtool.cuda_graph import MOST_WORK, StepGraphs, as_kv_span, known, most_rows, place
 from kvtool.errors import CapacityError, ConfigError
 from kvtool.kv.batch import KVBatch, on_device
 from kvtool.kv.codecs import check_fits
@@ -26,15 +28,37 @@ from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.swap import SwapSpace
 from kvtool.layers.moe import ExpertLoad
-from kvtool.memory import DeviceMemory, MemoryParts, allocate, cache_memory, capacity, check_context, size
+from kvtool.memory import (
+    CPU_KV_CACHE_MEMORY,
+    DeviceMemory,
+    MemoryParts,
+    allocate,
+    cache_memory,
+    capacity,
+    check_context,
+    size,
+)
 from kvtool.models import load_config, load_model, resolve_model, weight_bytes
 from kvtool.models.config import ModelConfig
 from kvtool.parallel import ONE_RANK, Parallel
 from kvtool.profiling import StepProfiler, traces_folder
-from kvtool.request import Import, Sample, SamplingParams, ScheduledBatch, ScheduledSpan, StepResult, TokenLogprobs
-from kvtool.sampler import Sampler, is_greedy, token_logprobs
+from kvtool.request import (
+    Draft,
+    Import,
+    Sample,
+    SamplingParams,
+    ScheduledBatch,
+    ScheduledSpan,
+    StepResult,
+    TokenLogprobs,
+)
+from kvtool.sampler import Drafts, Sampler, is_greedy, reject, token_logprobs, verify
+from kvtool.tokenizer import vocabulary
 
 SCORED_ROWS = 128  # of logits at a time
+REJECTED_ROWS = 32  # of probabilities in float64
+EMBEDDED_DRAFTS = {"tiny": "tiny-draft"}
+DRAFT_CACHE_SHARE = 0.8  # of what a GPU has left, before it is known what else a step needs
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 
 
@@ -62,17 +86,32 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Proposals:
+    """Tokens drawn by a draft model's probabilities.
+
+    Attributes:
+        logits: [n, its vocab_size], that they were drawn from.
+        places: the row of each token's, by slot and by how many were drafted before it.
+    """
+
+    logits: Tensor
+    places: Mapping[tuple[int, int], int]
+
+
+@dataclass(frozen=True)
 class Handle:
     """A step under way. Its tensors are on the host, and good once `ready` has happened (None: at once).
 
     Attributes:
         outcome: [len(batch.samples) + 1] int64, ids, and whether the store met what its format cannot hold.
+        logits: of the samples, on the device; good until the next step is launched.
         scores: of those samples that ask for them.
         prompt_scores: of all spans' targets, in pieces that follow each other.
     """
 
     batch: ScheduledBatch
     outcome: Tensor
+    logits: Tensor
     scores: Scores | None
     prompt_scores: list[Scores]
     ready: torch.cuda.Event | None
@@ -90,6 +129,7 @@ class Runner:
         max_model_len: tokens of prompt and answer together, as asked for or as model and cache allow.
         format: of the cache of all layers.
         store: this rank's part of it, sized from the configuration; all have as many blocks.
+        draft: the model that drafts for it, whole on every rank; None: there is none.
         swap_space: for sequences that must make room.
         memory: what a GPU holds beside the store.
         largest_step_seconds: that the largest step took behind its launch, as tried on a GPU.
@@ -105,6 +145,7 @@ class Runner:
         self.model_config = load_config(self.path)
         self.dtype = choose_dtype(config, self.model_config, self.device)
         check_context(config, self.model_config)
+        draft_path = find_draft(config, self.path, self.model_config)
         quantization = choose_quantization(config, self.model_config, self.path, self.device)
         stored = self.model_config.quantization
         self.quantization = stored.method if stored else quantization.method if quantization else "none"
@@ -125,9 +166,16 @@ class Runner:
                     parallel=parallel,
                     quantization=quantization,
                 )
+            self.draft: Runner | None = None
+            if draft_path:
+                self.draft, config = self._load_draft(draft_path, config, layout)
+            self._proposals: Proposals | None = None  # of the step that is being launched
             self.max_model_len = config.max_model_len or self.model_config.max_position
             self.profiler: StepProfiler | None = None
-            self.newest = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.device)
+            num_drafted = config.speculation.num_tokens if config.speculation else 0
+            shape = (1 + num_drafted, config.max_num_seqs + 1)
+            self.recent = torch.zeros(shape, dtype=torch.int64, device=self.device)
+            self.newest = self.recent[0]
             self.sampler = Sampler(self.newest, self.model_config.eos_token_ids)
             self.largest_step_seconds = 0.0
             routers = self.model.routers() if parallel.tp.rank == 0 else {}
@@ -196,6 +244,8 @@ class Runner:
         if self.profiler:
             self.profiler.begin_step()
         self._move(batch)
+        if batch.drafts:
+            self._propose(batch.drafts)
         for imported in batch.imports:
             assert land is not None
             land(imported)
@@ -242,10 +292,10 @@ class Runner:
             self._count_experts(slice(n), slice(start, start + len(hidden) - n))
             return kv_batch, hidden
         kv_batch = KVBatch.build(self.store.format, list(map(as_kv_span, batch.spans)), self.device)
-        known = [token for span in batch.spans for token in span.token_ids]
-        sampled = self.newest[kv_batch.tail_slots[: sum(not span.token_ids for span in batch.spans)]]
-        ids = torch.cat([sampled, on_device({"known": np.array(known, np.int64)}, self.device)["known"]])
-        hidden = self._compute(ids, kv_batch, on_layer)
+        width = self.recent.shape[1]
+        ids = [token for span in batch.spans for token in span.token_ids or [place(span, width)]]
+        sent = on_device({"ids": np.array(ids, np.int64)}, self.device)["ids"]
+        hidden = self._compute(known(sent, self.recent), kv_batch, on_layer)
         self._count_experts(slice(len(ids)))
         return kv_batch, hidden
 
@@ -279,10 +329,15 @@ class Runner:
                 token_ids = greedy
             elif samples:
                 token_ids = self.sampler.sample(logits, samples, allowed)
+            if samples and batch.drafts:
+                if self._proposals:
+                    self._reject(self._proposals, samples, logits, token_ids)
+                token_ids = verify(token_ids, Drafts.send(samples, self.device), self.recent)
             scores = _score_samples(samples, logits, token_ids)
         return Handle(
             batch,
             outcome=_to_host(torch.cat([token_ids, fault])),
+            logits=logits,
             scores=scores and scores.to_host(),
             prompt_scores=[piece.to_host() for piece in prompt_scores],
             ready=torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None,
@@ -320,6 +375,107 @@ class Runner:
         for back in batch.swap_ins:
             self.swap_space.load(back.units, back.memory.blocks, back.memory.slot)
 
+    def _propose(self, drafts: Sequence[Draft]) -> None:
+        """Have drafted tokens where the step finds them."""
+        if self.draft:
+            self._ask(self.draft, drafts)
+            return
+        slots, places, token_ids = zip(
+            *((draft.slot, 1 + index, token) for draft in drafts for index, token in enumerate(draft.token_ids)),
+            strict=True,
+        )
+        arrays = {"places": places, "slots": slots, "token_ids": token_ids}
+        sent = on_device({name: np.array(values, np.int64) for name, values in arrays.items()}, self.device)
+        self.recent.index_put_((sent["places"], sent["slots"]), sent["token_ids"])
+
+    def _ask(self, model: "Runner", drafts: Sequence[Draft]) -> None:
+        """Have the draft model read what it has yet to read, and propose tokens one after the other."""
+        last = model.model_config.vocab_size - 1  # the vocabularies are the same, but what pads them may not be
+        asked = [(draft.question, draft.num_tokens) for draft in drafts if draft.question]
+        asked.sort(key=lambda item: item[0].span.length > 1)
+        spans = [
+            msgspec.structs.replace(question.span, token_ids=[min(token, last) for token in question.span.token_ids])
+            for question, _ in asked
+        ]
+        pieces: list[Tensor] = []
+        places: dict[tuple[int, int], int] = {}
+        for index in range(max(1, *(count for _, count in asked))):
+            samples = [
+                msgspec.structs.replace(question.sample, span=row, position=question.sample.position + index)
+                for row, (question, count) in enumerate(asked)
+                if count > index
+            ]
+            logits = model.launch(ScheduledBatch(spans=spans, samples=samples)).logits
+            self.recent[1 + index].copy_(model.newest)
+            drawn = [question for question, count in asked if count > index]
+            if any(question.may_reject for question in drawn):
+                first = sum(map(len, pieces))
+                pieces.append(logits.clone())
+                places |= {(q.span.slot, index): first + row for row, q in enumerate(drawn) if q.may_reject}
+            asked = [(question, count) for question, count in asked if count > index + 1]
+            ends = [(question.span, question.span.end + index) for question, _ in asked]
+            spans = [
+                ScheduledSpan(id=span.id, slot=span.slot, start=end, end=end + 1, blocks=span.blocks)
+                for span, end in ends
+            ]
+        self._proposals = Proposals(torch.cat(pieces), places) if pieces else None
+
+    def _reject(self, proposals: "Proposals", samples: Sequence[Sample], logits: Tensor, token_ids: Tensor) -> None:
+        """Replace what is sampled behind tokens drafted by a probability, a few rows of probabilities at a time."""
+        starts = dict(reversed([(sample.slot, row) for row, sample in enumerate(samples)]))
+        found = [
+            (row, proposals.places[key], *key)
+            for row, sample in enumerate(samples)
+            if (key := (sample.slot, row - starts[sample.slot])) in proposals.places
+        ]
+        for first in range(0, len(found), REJECTED_ROWS):
+            columns = np.array(found[first : first + REJECTED_ROWS], np.int64).T
+            rows, at, slots, offsets = on_device({"columns": columns}, self.device)["columns"]
+            chosen = [samples[row] for row in columns[0]]
+            drafted = self.recent[1 + offsets, slots]
+            settled = reject(token_ids[rows], logits[rows], proposals.logits[at], drafted, chosen)
+            token_ids.index_copy_(0, rows, settled)
+
+    def _load_draft(self, path: Path, config: EngineConfig, layout: KVLayout) -> tuple["Runner", EngineConfig]:
+        """The draft model with a cache for as many tokens as this one's, and what is left to this one."""
+        model = load_config(path)
+        nbits = config.speculation.draft_nbits if config.speculation else None
+        kv = replace(KVOptions(nbits=nbits) if nbits else config.kv, plan=None, layer_bits=None)
+        spec = kv_spec(model, self.dtype)
+        with self.parallel.agreeing():
+            cache = KVLayout(spec, resolve(kv, spec, block_size(config.attention_backend)))
+        drafts, own = (x.block_bytes / x.format.block_size for x in (cache, layout))  # bytes of a token
+        memory, part = config.kv_cache_memory, drafts / (drafts + own)
+        if memory is None and self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            share = int(DRAFT_CACHE_SHARE * part * max(0, free - total * (1 - config.gpu_memory_utilization)))
+        else:
+            memory = CPU_KV_CACHE_MEMORY if memory is None else memory
+            share = int(part * memory)
+            config = replace(config, kv_cache_memory=memory - share)
+        (share,) = self.parallel.least(share)
+        length = config.max_model_len
+        asked = replace(
+            config,
+            model=str(path),
+            max_model_len=length and min(length, model.max_position),
+            kv_cache_memory=share,
+            kv=kv,
+            swap_space=0,
+            tp=1,
+            ep=1,
+            nnodes=1,
+            speculation=None,
+            profile=None,
+            quantization=EngineConfig.quantization,
+            quantize_head=EngineConfig.quantize_head,
+            keep_layers=EngineConfig.keep_layers,
+            calibration=None,
+            handoff=None,
+        )
+        with self.parallel.agreeing():
+            return Runner(asked), config
+
     def _score_prompts(self, batch: ScheduledBatch, hidden: Tensor) -> list[Scores]:
         """Scores of all spans' targets; a few rows of logits at a time, as a whole prompt's fill the memory."""
         starts = accumulate((span.length for span in batch.spans), initial=0)
@@ -354,7 +510,7 @@ class Runner:
             self._compute,
             head,
             fmt,
-            self.newest,
+            self.recent,
             max_blocks=max(1, fmt.num_blocks(self.max_model_len)),
             most_prompt_tokens=most_tokens,
         )
@@ -406,7 +562,7 @@ class Runner:
         others = total - free - torch.cuda.memory_reserved(self.device)
         del self.store, self.attention, self.graphs
         torch.cuda.empty_cache()
-        self.newest.zero_()
+        self.recent.zero_()
         if self.expert_load:
             self.expert_load.reset()
         return DeviceMemory(int(total * config.gpu_memory_utilization), others, weights, workspace, graphs)
@@ -429,6 +585,27 @@ class Runner:
             out = q.empty() if isinstance(q, LatentQueries) else torch.empty_like(q)
             out.zero_()
         return out
+
+
+def find_draft(config: EngineConfig, path: Path, model: ModelConfig) -> Path | None:
+    """The folder of the model that drafts for the one in `path`, if one is asked for.
+
+    Raises:
+        ConfigError: nobody says which one it is, or it has other tokens; what pads their embeddings may differ.
+    """
+    asked = config.speculation
+    if asked is None or asked.method != "draft":
+        return None
+    name = asked.draft_model or EMBEDDED_DRAFTS.get(config.model)
+    if name is None:
+        raise ConfigError("--speculate draft needs --draft-model: a smaller model of the same vocabulary")
+    draft_path = resolve_model(name)
+    draft = load_config(draft_path)
+    known = [vocabulary(folder, each.vocab_size) for folder, each in ((path, model), (draft_path, draft))]
+    is_same = known[0] == known[1] if all(known) else model.vocab_size == draft.vocab_size
+    if not is_same or draft.vocab_size > model.vocab_size:
+        raise ConfigError(f"--draft-model {name}: its vocabulary is not that of {config.model}; choose another model")
+    return draft_path
 
 
 def largest_step(config: EngineConfig, fmt: KVFormat, max_model_len: int) -> ScheduledBatch:

@@ -9,11 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtool.kernels import takes
-from kvtool.request import Sample
+from kvtool.kv.batch import on_device
+from kvtool.request import VOID, Sample
+from kvtool.speculation import other_seed
 
 COLDEST = 1e-5  # a lower temperature is greedy in all but name
 
@@ -155,7 +158,7 @@ class Sampler:
 
         Args:
             logits: as the model gives them; left as they are.
-            samples: how each row is chosen from; no two of one slot.
+            samples: how each row is chosen from; of one slot none but those that `verify` judges look at `newest`.
             allowed: [N, ceil(V / 32)], bit i % 32 of word i // 32 being set where token i may follow.
         """
         choices, mask, counts = self.prepare(samples, logits, allowed)
@@ -273,10 +276,17 @@ def _draw(logits: Tensor, choices: Choices) -> Tensor:
     After the temperature min_p, top_k and top_p, in this order, keep the most likely tokens, always at least one; among
     equals the first ids. Probabilities are then summed up in order of ids.
     """
+    top_k, top_p, min_p = (choices.column(name) for name in ("top_k", "top_p", "min_p"))
+    is_narrowed = bool(((top_k > 0) | (top_p < 1) | (min_p > 0)).any())
+    return _drawn(_kept(logits, choices, is_narrowed), choices.column("uniform"))
+
+
+def _kept(logits: Tensor, choices: Choices, is_narrowed: bool) -> Tensor:
+    """Probabilities [N, V] of what is kept, 0 of all else; they sum up to less than 1 if something is narrowed."""
     temperature, top_k = choices.column("temperature"), choices.column("top_k")
     min_p, top_p = choices.column("min_p"), choices.column("top_p")
     kept = (logits.double() / temperature.clamp(min=COLDEST)).softmax(-1)
-    if ((top_k > 0) | (top_p < 1) | (min_p > 0)).any():
+    if is_narrowed:
         probs, ids = kept.sort(stable=True, dim=-1, descending=True)
         probs[probs < min_p * probs[:, :1]] = 0
         rank = torch.arange(probs.shape[-1], device=logits.device)
@@ -284,10 +294,97 @@ def _draw(logits: Tensor, choices: Choices) -> Tensor:
         before = probs.cumsum(-1) - probs
         probs[before >= top_p * probs.sum(-1, keepdim=True)] = 0
         kept = torch.zeros_like(probs).scatter(-1, ids, probs)
+    return kept
+
+
+def _drawn(kept: Tensor, uniform: Tensor) -> Tensor:
+    """The id [N] at which the sum of `kept` [N, V] passes `uniform` [N, 1] of it all."""
     cumulative = kept.cumsum(-1)
-    drawn = torch.searchsorted(cumulative, choices.column("uniform") * cumulative[:, -1:], right=True)[:, 0]
+    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
     last = kept.shape[-1] - 1 - (kept > 0).flip(-1).int().argmax(-1)
     return drawn.minimum(last)
+
+
+class Drafts(NamedTuple):
+    """Which of a step's N samples belong together, each [G] or [N] int64: a sequence's newest token, and those behind
+    its drafted ones.
+
+    Attributes:
+        slots, firsts, counts: of each of G sequences: its slot, its first sample, and how many are behind that.
+        owners, offsets: of each sample: its sequence, and how far behind its first it comes.
+    """
+
+    slots: Tensor
+    firsts: Tensor
+    counts: Tensor
+    owners: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def send(cls, samples: Sequence[Sample], device: torch.device) -> "Drafts":
+        slots = np.array([sample.slot for sample in samples], np.int64)
+        firsts = np.flatnonzero(np.diff(slots, prepend=-1))
+        counts = np.diff(firsts, append=len(slots)) - 1
+        owners = np.arange(len(firsts)).repeat(counts + 1)
+        offsets = np.arange(len(slots)) - firsts[owners]
+        arrays = (slots[firsts], firsts, counts, owners, offsets)
+        return cls(**on_device(dict(zip(cls._fields, arrays, strict=True)), device))
+
+
+def reject(
+    token_ids: Tensor,
+    logits: Tensor,
+    draft_logits: Tensor,
+    drafted: Tensor,
+    samples: Sequence[Sample],
+) -> Tensor:
+    """Modified rejection sampling (Leviathan et al., 2023; Chen et al., 2023) of drafts drawn from a distribution q: a
+    drafted d is accepted with probability min(1, p(d) / q(d)), p being the target's; what replaces it otherwise is
+    drawn from max(0, p - q), so that what comes out has p.
+
+    Args:
+        token_ids: [N] as sampled, -1 where logits were not finite.
+        logits: [N, V] of the target, at most so many of the draft.
+        drafted: [N], from `draft_logits` by the rows' parameters.
+        samples: the N of the target; their own numbers draw what replaces.
+
+    Returns:
+        [N] int64, what stands in each place: as drafted if that is accepted.
+    """
+    choices, at = Choices.send(samples, logits.device), drafted[:, None]
+    numbers = torch.tensor([uniform(other_seed(s.seed), other_seed(s.position)) for s in samples], dtype=torch.float64)
+    if logits.is_cuda:
+        numbers = numbers.pin_memory().to(logits.device, non_blocking=True)
+    is_narrowed = any(s.params.top_k > 0 or s.params.top_p < 1 or s.params.min_p > 0 for s in samples)
+    p, q = (_kept(x, choices, is_narrowed) for x in (logits, draft_logits))
+    p, q = p / p.sum(-1, keepdim=True), F.pad(q / q.sum(-1, keepdim=True), (0, p.shape[1] - q.shape[1]))
+    is_accepted = numbers * q.gather(-1, at)[:, 0] < p.gather(-1, at)[:, 0]
+    others = _drawn((p - q).clamp_(min=0), choices.column("uniform"))
+    return torch.where(token_ids < 0, token_ids, torch.where(is_accepted, drafted, others))
+
+
+def verify(token_ids: Tensor, drafts: Drafts, recent: Tensor) -> Tensor:
+    """How far drafts hold: tokens count up to the first that is not as drafted.
+
+    Where the tokens are those that the target samples by itself, this is modified rejection sampling of drafts of one
+    token each. Such a draft d is a distribution with all its mass on d: it is to be accepted with the target's
+    probability p(d), and what replaces it otherwise comes from p without d. A token drawn from p is both at once: it is
+    d with probability p(d), and else one of the others in proportion to p. So a seed gives the same tokens with drafts
+    as without, whatever is drafted and however far (Daliri et al., 2025, drafter invariance).
+
+    Args:
+        token_ids: [N] as sampled, -1 where logits were not finite.
+        recent: [1 + K, slots], of each slot what was sampled last, which is brought up to date, and what was drafted.
+
+    Returns:
+        token_ids, `VOID` for those that follow a drafted token that was not accepted, and `VOID` - 1 if those were -1.
+    """
+    steps = torch.arange(len(recent) - 1, device=recent.device)
+    rows = drafts.firsts[:, None] + steps.minimum(drafts.counts[:, None])
+    is_right = (token_ids[rows] == recent[1:, drafts.slots].T) & (steps < drafts.counts[:, None])
+    num_accepted = is_right.long().cumprod(1).sum(1)
+    recent[0].index_copy_(0, drafts.slots, token_ids[drafts.firsts + num_accepted].clamp(min=0))
+    return torch.where(drafts.offsets > num_accepted[drafts.owners], VOID - (token_ids < 0).long(), token_ids)
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,19 +4,23 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import groupby, takewhile
 from math import inf
 from typing import NamedTuple
 
+from kvtool.config import SpeculationConfig
 from kvtool.errors import RequestError
 from kvtool.kv.blocks import BlockPool, SlotPool, block_digest
 from kvtool.kv.format import KVFormat
 from kvtool.request import (
+    VOID,
+    Draft,
     EngineStats,
     FinishReason,
     Fork,
     Import,
     Memory,
+    Question,
     Request,
     Sample,
     SamplingParams,
@@ -27,6 +31,7 @@ from kvtool.request import (
     TokenLogprobs,
     Tokens,
 )
+from kvtool.speculation import DraftCache, NGrams, Pace, averaged, most_drafted, other_seed
 
 NOT_FINITE = "the model computed NaN or infinity for this prompt; a wider --dtype may help"
 MAX_LOGPROBS = 20
@@ -56,6 +61,12 @@ class Sequence:
         units: of the swap space, which hold its computed blocks and its tail while it waits.
         prompt_logprobs: as far as they have been computed.
         is_counted: the runner knows what it has seen, by its slot, if it looks back.
+        num_drafted: of the tokens that the step under way computes for it, how many are drafted.
+        acceptance: running average of how often a token drafted for it is right.
+        may_draft: it may have some; not any more once they may have been to blame for a step that failed.
+        ngrams: of its tokens, where drafts are looked for among them.
+        draft_blocks: of the draft model's cache, its own alone.
+        num_draft_computed_tokens: how many of its tokens the draft model has read.
         alone: until its next token it is computed in steps of its own; one that failed may have been its fault.
         ended: nothing more is said of it. It keeps its memory until the step under way, which writes there, is done.
         unfit: what it stored may not be finite.
@@ -81,6 +92,12 @@ class Sequence:
     units: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     is_counted: bool = False
+    num_drafted: int = 0
+    acceptance: float = 1.0
+    may_draft: bool = True
+    ngrams: NGrams = field(default_factory=NGrams)
+    draft_blocks: list[int] = field(default_factory=list)
+    num_draft_computed_tokens: int = 0
     alone: bool = False
     ended: bool = False
     unfit: bool = False
@@ -108,15 +125,25 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """It can compute its newest token, which may be on its way, to get one more."""
-        return self.num_known_tokens <= self.num_computed_tokens < self.length < self.max_length and not self.ended
+        """It can compute its newest token, which may be on its way, to get one more; not where drafts stand between."""
+        is_known = self.num_known_tokens <= self.num_computed_tokens < self.length < self.max_length
+        return is_known and not self.num_drafted and not self.ended
 
 
 class UnderWay(NamedTuple):
-    """A step that has been scheduled and whose outcome is not known: who computes in it, and who takes its samples."""
+    """A step that has been scheduled and whose outcome is not known.
+
+    Attributes:
+        computing, takers: who computes in it, and who takes its samples.
+        num_tokens: that were to be drafted for a sequence, at most; None where it tells nothing of what drafts are
+            worth: others than decodes compute in it, or nobody may draft.
+        num_hits: sequences for which some were.
+    """
 
     computing: list[Sequence]
     takers: list[Sequence]
+    num_tokens: int | None
+    num_hits: int
 
 
 class Scheduler:
@@ -138,6 +165,9 @@ class Scheduler:
         cache_identity: of model and format; prefixes are shared under one identity only. None: never.
         num_micro_batches: stages of a pipeline that compute at the same time, each another step, so that a sequence
             waits for its token before it is in the next one and each step leaves others' share of the decodes to them.
+        speculation: how tokens are drafted. A sequence that may have some waits for its tokens, too: what is drafted
+            follows on them, and how far it holds decides where the next ones stand.
+        draft_cache: of the draft model; None: there is none.
     """
 
     def __init__(
@@ -153,12 +183,16 @@ class Scheduler:
         tail_units: int = 0,
         cache_identity: bytes | None = None,
         num_micro_batches: int = 1,
+        speculation: SpeculationConfig | None = None,
+        draft_cache: DraftCache | None = None,
     ) -> None:
         self.format = fmt
         self.blocks, self.slots, self.swap = BlockPool(num_blocks), SlotPool(max_num_seqs), BlockPool(num_swap_units)
         self.max_num_batched_tokens, self.max_model_len = max_num_batched_tokens, max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
         self.tail_units, self.num_micro_batches = tail_units, num_micro_batches
+        self.pace = Pace(speculation.num_tokens) if speculation else None
+        self.draft_cache = draft_cache
         # Behind a window the newest tokens are read at full precision, which their blocks do not hold.
         self.cache_identity = cache_identity if fmt.residual == 0 else None
         self.waiting: deque[Sequence] = deque()
@@ -170,15 +204,17 @@ class Scheduler:
         self._imports: list[Import] = []
         self._wipes: list[Memory] = []
         self._forks: list[Fork] = []
+        self._drafts: list[Draft] = []
+        self._draft_budget = 0  # of tokens that the draft model may yet read in this step
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running or self._under_way)
 
     @property
-    def grammar_awaits(self) -> bool:
-        """A step under way will yield a token that decides what may follow it."""
-        return any(sequence.params.grammar and sequence.num_pending for sequence in self.running)
+    def awaits_tokens(self) -> bool:
+        """A step under way will yield a token that decides what follows on it."""
+        return any(s.num_pending and (s.params.grammar or self._may_draft(s)) for s in self.running)
 
     def add(self, request: Request, seed: int) -> None:
         """Queue a request.
@@ -205,7 +241,7 @@ class Scheduler:
         sequence.tokens.append(first_token)
         sequence.num_cached_tokens = num_cached_tokens
         if self._finish_reason(sequence):
-            return [self._news(sequence, None)]
+            return [self._news(sequence, [])]
         sequence.num_computed_tokens, sequence.is_imported = len(request.prompt), True
         self.waiting.append(sequence)
         return []
@@ -248,7 +284,7 @@ class Scheduler:
         """The spans of the next step, with memory for each. Without spans: what is under way must be known before."""
         if self._under_way and not self._can_all_grow():
             return ScheduledBatch(spans=[], samples=[])
-        budget = self.max_num_batched_tokens
+        budget = self._draft_budget = self.max_num_batched_tokens
         work: list[tuple[ScheduledSpan, Sequence, list[Sequence]]] = []  # and who takes a token from each
         suspect = self._suspect()
         for sequence in self._decodes() if suspect is None else ():
@@ -260,8 +296,9 @@ class Scheduler:
                 if youngest is sequence:
                     break
             else:
-                work.append(self._compute(sequence, 1))
-                budget -= 1
+                for draft in range(1 + self._propose(sequence, budget - 1)):
+                    work.append(self._compute(sequence, 1, draft))
+                    budget -= 1
         for sequence in [suspect] if suspect else list(self.running):
             if sequence.is_prefilling and budget > 0:
                 work.append(self._compute(sequence, budget))
@@ -273,20 +310,27 @@ class Scheduler:
             work.sort(key=lambda item: (bool(item[0].token_ids), item[0].length > 1))
         return self._batch(work) if work else ScheduledBatch(spans=[], samples=[])
 
-    def update(self, result: StepResult) -> list[Tokens]:
-        """Take in what the oldest step under way yielded: seal, append, finish and free what has ended.
+    def update(self, result: StepResult, seconds: float = 0.0) -> list[Tokens]:
+        """Take in what the oldest step under way yielded, and how long it took: seal, append, finish and free what has
+        ended.
 
         A token of -1 says that the model's logits were not finite.
         """
-        computing, takers = self._under_way.popleft()
+        computing, takers, num_tokens, num_hits = self._under_way.popleft()
+        if self.pace and num_tokens is not None:
+            self.pace.observe(len({id(sequence) for sequence in computing}), num_tokens, num_hits, seconds)
         news = []
         for taker, token in zip(takers, result.token_ids, strict=True):
             taker.num_pending -= 1
-            taker.unfit |= token < 0
+            taker.num_computed_tokens -= token <= VOID
+            taker.unfit |= token == -1
         for sequence, scores in zip(computing, result.prompt_logprobs, strict=True):
             if not sequence.unfit:
                 sequence.prompt_logprobs.extend(scores)
-        for taker, token, logprobs in zip(takers, result.token_ids, result.logprobs, strict=True):
+        yielded = zip(takers, result.token_ids, result.logprobs, strict=True)
+        for _, group in groupby(yielded, key=lambda item: id(item[0])):
+            samples = list(group)
+            taker = samples[0][0]
             if taker.ended:
                 self._end(taker)
                 continue
@@ -294,12 +338,25 @@ class Scheduler:
                 self._end(taker)
                 news.append(Tokens(taker.id, [], error=NOT_FINITE))
                 continue
-            taker.tokens.append(token)
+            logprobs: list[TokenLogprobs] = []
+            for _, token, logprob in samples:
+                if token <= VOID:
+                    break
+                taker.tokens.append(token)
+                logprobs += [logprob] if logprob else []
+                if self._finish_reason(taker):
+                    break
             taker.alone = False
+            if taker.num_drafted:
+                self._count_drafts(taker, sum(token > VOID for _, token, _ in samples) - 1)
             self._seal(taker)
             news.append(self._news(taker, logprobs))
             if news[-1].finish_reason:
                 self._end(taker)
+            elif samples[-1][1] < VOID:  # what is behind its tokens would reach them
+                self._release_unfit(taker)
+                self._compute_again(taker)
+            taker.num_drafted = 0
         return news
 
     def fail(self, error: str) -> list[Tokens]:
@@ -312,14 +369,14 @@ class Scheduler:
         sequences = [sequence for sequence in self.running if id(sequence) in failed | later]
         errors = []
         for sequence in reversed(sequences):
-            sequence.num_pending, sequence.unfit = 0, True
-            self._release(sequence)
+            sequence.num_pending, is_alone = 0, failed == {id(sequence)} and not sequence.num_drafted
+            self._release_unfit(sequence)
             if sequence.ended:
                 continue
-            if failed == {id(sequence)}:
+            if is_alone:
                 errors.append(Tokens(sequence.id, [], error=error))
                 continue
-            sequence.unfit, sequence.alone = False, True
+            sequence.alone = True
             self._compute_again(sequence)
         return errors
 
@@ -352,12 +409,14 @@ class Scheduler:
             sealed_blocks=self.blocks.num_sealed,
             used_tails=self.slots.num_slots - self.slots.num_free,
             used_swap_units=self.swap.num_used,
+            speculative_tokens=self.pace.num_tokens if self.pace else 0,
+            speculation_off=self.pace.off if self.pace else "",
             **self.totals,
         )
 
     def _decodes(self) -> list[Sequence]:
         """Who decodes in this step."""
-        decoding = [sequence for sequence in self.running if sequence.is_decoding]
+        decoding = [s for s in self.running if s.is_decoding and not (s.num_pending and self._may_draft(s))]
         if self.num_micro_batches == 1:
             return decoding
         most = -(-len(decoding) // self.num_micro_batches)
@@ -369,6 +428,7 @@ class Scheduler:
         batch = ScheduledBatch(
             spans=[span for span, _, _ in work],
             samples=[self._sample(taker, index) for taker, index in takers],
+            drafts=self._drafts,
             swap_outs=self._swap_outs,
             wipes=self._wipes,
             swap_ins=self._swap_ins,
@@ -376,22 +436,110 @@ class Scheduler:
             forks=self._forks,
         )
         self._swap_outs, self._wipes, self._swap_ins, self._imports, self._forks = [], [], [], [], []
-        self._under_way.append(UnderWay([sequence for _, sequence, _ in work], [taker for taker, _ in takers]))
+        self._drafts = []
+        computing = [sequence for _, sequence, _ in work]
+        tells = self.pace and not work[-1][0].token_ids and any(map(self._could_draft, computing))
+        num_tokens = self.pace.num_tokens if self.pace and tells else None
+        num_hits = sum(draft.num_tokens > 0 for draft in batch.drafts)
+        self._under_way.append(UnderWay(computing, [taker for taker, _ in takers], num_tokens, num_hits))
         return batch
 
-    def _compute(self, sequence: Sequence, budget: int) -> tuple[ScheduledSpan, Sequence, list[Sequence]]:
+    def _compute(
+        self, sequence: Sequence, budget: int, draft: int = 0
+    ) -> tuple[ScheduledSpan, Sequence, list[Sequence]]:
         """The next tokens of `sequence`, at most `budget`, and who takes a token from them: its forks, too."""
-        span = self._span(sequence, budget)
+        span = self._span(sequence, budget, draft)
         if not span.token_ids:
             return span, sequence, [sequence]
         return span, sequence, [] if sequence.is_prefilling else [sequence, *self._fork(sequence)]
 
-    def _span(self, sequence: Sequence, budget: int) -> ScheduledSpan:
+    def _may_draft(self, sequence: Sequence) -> bool:
+        """Tokens of `sequence` may be drafted now."""
+        return self.pace is not None and self.pace.num_tokens > 0 and self._could_draft(sequence)
+
+    def _could_draft(self, sequence: Sequence) -> bool:
+        """They may where it pays: tokens decide nothing of how those behind them are chosen."""
+        params = sequence.params
+        return sequence.may_draft and params.speculate and not params.looks_back and not params.grammar
+
+    def _propose(self, sequence: Sequence, most: int) -> int:
+        """Draft up to `most` tokens behind the newest one of `sequence`; how many these are.
+
+        What may have to be taken back is written to its own memory and completes no block that is packed as a whole. No
+        other sequence makes room for it.
+        """
+        if self.pace is None or not self._may_draft(sequence):
+            return 0
+        end = sequence.num_computed_tokens + 1
+        most = min(most, self.pace.for_sequence(sequence.acceptance), sequence.max_length - end - 1)
+        most = min(most, most_drafted(self.format, end - 1))
+        if most > sequence.num_held_tokens - end and self.blocks.num_free > len(self.running):
+            self._own(sequence, 1)
+        most = min(most, sequence.num_held_tokens - end)
+        draft = (
+            self._ask_draft_model(sequence, most, self.draft_cache) if self.draft_cache else _look_up(sequence, most)
+        )
+        if draft is None:
+            return 0
+        self._drafts.append(draft)
+        sequence.num_drafted = draft.num_tokens
+        return draft.num_tokens
+
+    def _ask_draft_model(self, sequence: Sequence, most: int, cache: DraftCache) -> Draft | None:
+        """Have the draft model read what it has not read of `sequence`, and propose `most` tokens once it has."""
+        start, blocks = sequence.num_draft_computed_tokens, sequence.draft_blocks
+        end = min(len(sequence.tokens), start + self._draft_budget)
+        is_whole = end == len(sequence.tokens)
+        most = max(0, min(most, most_drafted(cache.format, end - 1), cache.max_model_len - end)) if is_whole else 0
+        missing = cache.format.num_blocks(end + max(0, most - 1)) - len(blocks)
+        if start == end or end > cache.max_model_len or missing > cache.blocks.num_free or (is_whole and not most):
+            return None
+        blocks.extend(cache.blocks.allocate() for _ in range(missing))
+        self._draft_budget -= end - start
+        sequence.num_draft_computed_tokens = end
+        span = ScheduledSpan(
+            id=sequence.id,
+            slot=sequence.slot,
+            start=start,
+            end=end,
+            blocks=blocks,
+            token_ids=sequence.tokens[start:end],
+        )
+        params, seed = sequence.params, sequence.seed
+        narrowing = SamplingParams(
+            temperature=params.temperature, top_p=params.top_p, top_k=params.top_k, min_p=params.min_p
+        )
+        # A seed gives the same tokens whatever is drafted. Nobody sees by which number a request without one is drawn.
+        adjusted = params.logit_bias or sequence.num_generated < params.min_tokens
+        may_reject = params.seed is None and params.temperature > 0 and not adjusted
+        sample = Sample(
+            id=sequence.id,
+            span=0,
+            slot=sequence.slot,
+            position=end,
+            params=narrowing,
+            seed=other_seed(seed) if may_reject else seed,
+            num_generated=sequence.num_generated,
+        )
+        return Draft(slot=sequence.slot, num_tokens=most, question=Question(span, sample, may_reject))
+
+    def _count_drafts(self, sequence: Sequence, num_accepted: int) -> None:
+        """Note how many drafted tokens were right; what the draft model has read of them it keeps."""
+        self.totals["verifications_total"] += 1
+        self.totals["drafted_total"] += sequence.num_drafted
+        self.totals["accepted_total"] += num_accepted
+        sequence.acceptance = averaged(sequence.acceptance, sequence.num_drafted, num_accepted)
+        if self.pace:
+            self.pace.count(sequence.num_drafted, num_accepted)
+        if self.draft_cache:
+            sequence.num_draft_computed_tokens += min(num_accepted, sequence.num_drafted - 1)
+
+    def _span(self, sequence: Sequence, budget: int, draft: int) -> ScheduledSpan:
         """Schedule the next tokens of `sequence`, at most `budget`."""
         id_, slot, blocks, start = sequence.request.id, sequence.slot, sequence.blocks, sequence.num_computed_tokens
         if not sequence.is_prefilling:
             sequence.num_computed_tokens = start + 1
-            return ScheduledSpan(id=id_, slot=slot, start=start, end=start + 1, blocks=blocks)
+            return ScheduledSpan(id=id_, slot=slot, start=start, end=start + 1, blocks=blocks, draft=draft)
         end = sequence.num_computed_tokens = min(sequence.length, start + budget)
         scored = sequence.params.prompt_logprobs is not None and sequence.num_generated == 0
         return ScheduledSpan(
@@ -485,11 +633,21 @@ class Scheduler:
             self._wipes.append(Memory(own, sequence.slot))
         for block in reversed(sequence.blocks):  # the end of a prefix is of no use without its beginning
             self.blocks.free(block)
+        if self.draft_cache:
+            for block in sequence.draft_blocks:
+                self.draft_cache.blocks.free(block)
+        sequence.draft_blocks, sequence.num_draft_computed_tokens = [], 0
         self.slots.free(sequence.slot)
-        sequence.blocks, sequence.slot, sequence.is_counted = [], -1, False
+        sequence.blocks, sequence.slot, sequence.is_counted, sequence.num_drafted = [], -1, False, 0
 
-    def _news(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> Tokens:
-        """What is said of a sequence's newest token."""
+    def _release_unfit(self, sequence: Sequence) -> None:
+        """Likewise, where what it stored may not be finite; if it had drafts, they may have been to blame."""
+        sequence.unfit, sequence.may_draft = True, sequence.may_draft and not sequence.num_drafted
+        self._release(sequence)
+        sequence.unfit = False
+
+    def _news(self, sequence: Sequence, logprobs: list[TokenLogprobs]) -> Tokens:
+        """What is said of a sequence's newest tokens."""
         reason, first = self._finish_reason(sequence), sequence.num_told == 0
         new = sequence.tokens[len(sequence.request.prompt) + sequence.num_told :]
         sequence.num_told += len(new)
@@ -498,7 +656,7 @@ class Scheduler:
             sequence.id,
             new,
             reason,
-            logprobs=[logprobs] if logprobs else None,
+            logprobs=logprobs or None,
             prompt_logprobs=sequence.prompt_logprobs if scored else None,
             num_cached_tokens=sequence.num_cached_tokens if first else 0,
         )
@@ -654,6 +812,12 @@ class Scheduler:
             self.running.append(child)
             children.append(child)
         return children
+
+
+def _look_up(sequence: Sequence, most: int) -> Draft | None:
+    """Propose what followed the newest tokens of `sequence` before."""
+    token_ids = sequence.ngrams.propose(sequence.tokens, most) if most > 0 else []
+    return Draft(slot=sequence.slot, num_tokens=most, token_ids=token_ids) if token_ids else None
 
 
 def _check_sampling(params: SamplingParams) -> None:

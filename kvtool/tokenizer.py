@@ -25,11 +25,20 @@ _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 _CONTINUE = "CONTINUE_FROM_HERE "
 
 
+def vocabulary(path: Path, vocab_size: int) -> dict[str, int] | None:
+    """Ids of a model folder's tokens; None where no tokenizer is found that fits the model."""
+    try:
+        return Tokenizer.load(path, vocab_size).vocabulary
+    except ModelError:
+        return None
+
+
 class Tokenizer:
     """A Hugging Face tokenizer, narrowed to what serving needs.
 
     Attributes:
         backend: the `tokenizers` library's own, for grammars.
+        vocabulary: ids of its tokens.
         longest: characters of its longest token.
         bos_token_id, eos_token_id: ids that begin and end a text, if there are such.
     """
@@ -37,7 +46,8 @@ class Tokenizer:
     def __init__(self, hf: Any) -> None:
         self._hf = hf
         self.backend: tokenizers.Tokenizer = hf.backend_tokenizer
-        self.longest = max(map(len, hf.get_vocab()))
+        self.vocabulary: dict[str, int] = hf.get_vocab()
+        self.longest = max(map(len, self.vocabulary))
         self.bos_token_id: int | None = hf.bos_token_id
         self.eos_token_id: int | None = hf.eos_token_id
         self._special = {token_id for token_id, token in hf.added_tokens_decoder.items() if token.special}

@@ -22,7 +22,7 @@ def expected(fmt: KVFormat, spans: list[ScheduledSpan]) -> list[tuple[int, ...]]
         for index, position in enumerate(range(span.start, span.end)):
             written = span.blocks[position // size] if fmt.packs_on_write else 0
             newest = (len(span.blocks) - 1, span.blocks[-1]) if span.blocks else (0, 0)
-            id_ = span.token_ids[index] if span.token_ids else -1
+            id_ = span.token_ids[index] if span.token_ids else -1 - (span.draft * (NOBODY + 1) + span.slot)
             target = span.slot if position == span.end - 1 else NOBODY
             rows.append((span.slot, position, fmt.visible(position), position % size, written, *newest, id_, target))
     return rows
@@ -44,6 +44,7 @@ def test_rows_are_those_of_a_loop(options: dict[str, str], decodes: list[int], p
             end=end,
             blocks=[1000 * slot + index for index in range(fmt.num_blocks(end))],
             token_ids=[7 * position for position in range(start, end)] if is_prompt else (),
+            draft=0 if is_prompt else slot % 3,
         )
         for slot, (start, end, is_prompt) in enumerate(lengths)
     ]

@@ -23,6 +23,7 @@ ROWS = [
     {"scoring"},
     {"ranks"},
     {"calibration", "runner", "memory", "profiling", "cuda_graph", "sampler", "grammar", "tokenizer", "chat_template"},
+    {"speculation"},
     {"models"},
     {"layers"},
     {"attention"},
@@ -34,7 +35,7 @@ ROWS = [
 ]
 ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}
 STAND_ALONE = {"kv", "attention", "kernels"}  # other engines can use these
-KNOW_NO_TORCH = ["kvtool.scheduler", "kvtool.request", "kvtool.kv.blocks", "kvtool.kv.format"]
+KNOW_NO_TORCH = ["kvtool.scheduler", "kvtool.speculation", "kvtool.request", "kvtool.kv.blocks", "kvtool.kv.format"]
 
 SOURCES = {path.relative_to(REPOSITORY): path.read_text() for path in sorted((REPOSITORY / "kvtool").rglob("*.py"))}
 COMMANDS = {path.relative_to(REPOSITORY): path.read_text() for path in sorted((REPOSITORY / "commands").rglob("*.py"))}

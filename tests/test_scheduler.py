@@ -185,9 +185,9 @@ def test_a_grammar_waits_for_its_own_tokens_only():
     while tested.has_work:
         batch = tested.schedule()
         steps.append(sorted(sample.id for sample in batch.samples))
-        awaited.append(tested.grammar_awaits)
+        awaited.append(tested.awaits_tokens)
         tested.update(result(batch))
-        assert not tested.grammar_awaits
+        assert not tested.awaits_tokens
     assert awaited == ["bound" in samples for samples in steps]
     assert awaited[:2] == [False, False] and sum(awaited) == 2
 

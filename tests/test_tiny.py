@@ -1,4 +1,4 @@
-"""The embedded model: small enough, readable by transformers unchanged, and able to retrieve."""
+"""The embedded models: small enough, readable by transformers unchanged, and able to retrieve."""
 
 import json
 from importlib import util
@@ -10,8 +10,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvtool.config import EngineConfig, SpeculationConfig
+from kvtool.engine import Engine
+from kvtool.request import SamplingParams
+
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ROOT / "kvtool" / "assets" / "tiny"
+TINY, DRAFT = (ROOT / "kvtool" / "assets" / name for name in ("tiny", "tiny-draft"))
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +84,40 @@ def test_retrieval(model, tokenizer, length):
         output = model.generate(**prompt, max_new_tokens=len(answer), do_sample=False)
         right += output[0, prompt.input_ids.shape[1] :].tolist() == answer
     assert right >= 3
+
+
+# The draft
+
+
+def test_the_draft_is_small_has_the_same_tokens_and_is_mostly_right():
+    assert sum(file.stat().st_size for file in DRAFT.iterdir()) <= 4_000_000
+    assert (DRAFT / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
+    engine = Engine(EngineConfig(speculation=SpeculationConfig("draft"), kv_cache_memory=32 << 20))
+    engine.scheduler.pace.observe = lambda *step: None  # whatever it costs here
+    text = (TINY / "sample.txt").read_text()
+    prompts = [text[start : start + 800] for start in range(0, 64_000, 16_000)]
+    engine.generate(prompts, SamplingParams(temperature=0, max_tokens=96))
+    stats = engine.stats()
+    assert stats.accepted_total > 0.56 * stats.drafted_total > 100
+
+
+def test_transformers_computes_the_draft_as_it_was_trained():
+    script = training_script()
+    decoder = script.Decoder(script.DRAFT).eval()
+    weights = load_file(DRAFT / "model.safetensors")
+    decoder.load_state_dict({name.removeprefix("model."): weight.float() for name, weight in weights.items()})
+    ids = torch.randint(0, script.Shape.vocab_size, (2, 100), generator=torch.Generator().manual_seed(0))
+    oracle = AutoModelForCausalLM.from_pretrained(DRAFT, dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(oracle(ids).logits, decoder(ids), atol=1e-3, rtol=0)
+
+
+def test_with_a_cache_of_keys_and_values_the_training_script_says_the_same():
+    """What the target writes for its draft is what it would have written without one."""
+    script = training_script()
+    torch.manual_seed(0)
+    decoder = script.Decoder(script.DRAFT).eval()
+    prompts = torch.randint(0, script.Shape.vocab_size, (3, 20))
+    ids = script.continuations(decoder, prompts, 12, 0.0, "cpu")
+    with torch.no_grad():
+        assert torch.equal(decoder(ids[:, :-1])[:, 19:].argmax(-1), ids[:, 20:])

@@ -15,7 +15,7 @@ from kvtool.bench.events import EventLog, WorkItem
 from kvtool.bench.measure import How, Measured, OnProgress, Plan, Where, measure_all, point_of, prompt_ids
 from kvtool.bench.offline import UNJUDGED
 from kvtool.bench.workloads import Workload
-from kvtool.config import EngineConfig
+from kvtool.config import EngineConfig, SpeculationConfig
 from kvtool.errors import ConfigError, KVToolError, UnsupportedError
 from kvtool.request import EngineInfo
 
@@ -79,6 +79,16 @@ def _attention_backend(engine: EngineConfig) -> Variants:
     return {name: replace(engine, attention_backend=name) for name in ("auto", "torch", "triton", "cuda", "flash-attn")}
 
 
+def _speculation(engine: EngineConfig) -> Variants:
+    asked = engine.speculation or SpeculationConfig("ngram")
+    methods: dict[str, SpeculationConfig | None] = {
+        "off": None,
+        "ngram": replace(asked, method="ngram"),
+        "draft": replace(asked, method="draft"),
+    }
+    return {name: replace(engine, speculation=method) for name, method in methods.items()}
+
+
 def _quantization(engine: EngineConfig) -> Variants:
     methods = {"16 bits": "auto"} | {name: name for name in ("w8a8", "fp8", "w4a16", "gptq", "awq")}
     calibrated = ("gptq", "awq")
@@ -105,6 +115,7 @@ KNOBS: dict[str, Callable[[EngineConfig], Variants]] = {
     "prefix-cache": _prefix_cache,
     "cuda-graph": _cuda_graph,
     "attention-backend": _attention_backend,
+    "speculation": _speculation,
     "quantization": _quantization,
 }
 ON_GPUS = ("+ fused attention", "+ CUDA graphs")
@@ -176,7 +187,7 @@ async def measure_variants(
             refused.append(f"{name}: {error}")
             continue
         target, stopped = measured.target, measured.stopped
-        rows += [row | _memory(row, measured.target) for row in measured.rows]
+        rows += [row | _memory(row, measured.target) | _drafts(row) for row in measured.rows]
         if stopped:
             break
     if not rows and not stopped:
@@ -209,6 +220,18 @@ def _memory(row: Row, target: Mapping[str, Any]) -> Row:
         "start_seconds": engine["start_seconds"],
         "memory_mib": row["gpu_peak_mib"] or row["engine_rss_mib"],
         "gpu_utilization": row["gpus"][0].get("utilization") if row["gpus"] else None,
+    }
+
+
+def _drafts(row: Row) -> Row:
+    """How many of the drafted tokens were right, and what a verified draft yields: those, and the one behind them."""
+    counted = row["server_metrics"] or {}
+    drafts, drafted, accepted = (
+        counted.get(f"vllm:spec_decode_num_{name}_total") for name in ("drafts", "draft_tokens", "accepted_tokens")
+    )
+    return {
+        "acceptance": accepted / drafted if drafted else None,
+        "accepted_length": 1 + accepted / drafts if drafts else None,
     }
 
 

@@ -14,7 +14,7 @@ from kvtool.errors import ModelError
 from kvtool.models.config import Fields, read_fields
 
 ASSETS = Path(__file__).parent.parent / "assets"
-EMBEDDED = {"tiny": ASSETS / "tiny"}
+EMBEDDED = {name: ASSETS / name for name in ("tiny", "tiny-draft")}
 SHAPES = ASSETS / "shapes.json"  # fields of published models' config.json, by the models' names
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 UNWANTED = ["*/*", "consolidated*"]  # the same weights once more, in their makers' own layout

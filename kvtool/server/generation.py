@@ -458,6 +458,7 @@ def sampling_params(asked: TextRequest, grammar: Grammar | None, max_tokens: int
         ignore_eos=sampling.ignore_eos or False,
         stop_token_ids=sampling.stop_token_ids,
         grammar=grammar,
+        speculate=sampling.speculate is not False,
         logprobs=asked.logprobs,
         prompt_logprobs=asked.prompt_logprobs,
     )

@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 from kvtool.client import EngineClient
 from kvtool.request import EngineInfo, EngineStats
 from kvtool.server.generation import Ending, Observer, Times
+from kvtool.speculation import REASONS
 
 # vLLM's, so that quantiles of both can be compared.
 TTFT_BUCKETS = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40]
@@ -109,6 +110,11 @@ class EngineCollector(Collector):
             yield self._family(CounterMetricFamily, name, value, text)
         for name, value, text in kv_bytes(info, stats):
             yield self._family(GaugeMetricFamily, name, value, text, format=info.kv_format)
+        text = "Why nothing is drafted: too few tokens are right, the batch is too large, or drafts take too long."
+        off = GaugeMetricFamily("kvtool:speculation_off", text, labels=["model_name", "reason"])
+        for reason in REASONS:
+            off.add_metric([self._model_name, reason], float(stats.speculation_off == reason))
+        yield off
         about = {
             "block_size": info.block_size,
             "cache_dtype": info.kv_format,
@@ -180,6 +186,7 @@ def gauges(info: EngineInfo, stats: EngineStats) -> list[tuple[str, float, str]]
         ("kvtool:used_tails", stats.used_tails, "Tail slots of running requests."),
         ("kvtool:used_swap_units", stats.used_swap_units, "Blocks' worth of swap space in use."),
         ("kvtool:swap_units", info.num_swap_units, "Blocks' worth of swap space."),
+        ("kvtool:speculative_tokens", stats.speculative_tokens, "Tokens drafted for a sequence in a step, at most."),
     ]
 
 
@@ -198,6 +205,9 @@ def counters(stats: EngineStats) -> list[tuple[str, float, str]]:
         ("kvtool:swap_in_blocks", stats.swap_ins_total, "Blocks moved back."),
         ("kvtool:kv_arrivals", stats.arrivals_total, "Requests whose KV came from another engine."),
         ("kvtool:kv_losses", stats.losses_total, "Requests whose KV should have, and was computed here."),
+        ("vllm:spec_decode_num_drafts", stats.verifications_total, "Drafts that were verified."),
+        ("vllm:spec_decode_num_draft_tokens", stats.drafted_total, "Tokens that were drafted."),
+        ("vllm:spec_decode_num_accepted_tokens", stats.accepted_total, "Of these, how many were right."),
         ("kvtool:recomputations", stats.recomputations_total, "Preempted requests that are computed again."),
     ]
 
@@ -207,4 +217,5 @@ def kv_bytes(info: EngineInfo, stats: EngineStats) -> list[tuple[str, float, str
         ("kvtool:kv_packed_bytes", stats.used_blocks * info.block_bytes, "Bytes of the blocks that requests own."),
         ("kvtool:kv_tail_bytes", stats.used_tails * info.tail_bytes, "Bytes of the tails of running requests."),
         ("kvtool:kv_bytes", info.kv_bytes, "Bytes of blocks and tails, as allocated."),
+        ("kvtool:draft_kv_bytes", info.draft_kv_bytes, "The same of the draft model's cache."),
     ]

@@ -207,6 +207,7 @@ class Sampling(Body):
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    speculate: bool | None = None
 
     @property
     def num_choices(self) -> int:
