@@ -259,7 +259,8 @@ def decode_rows(fmt: KVFormat, spans: Sequence[ScheduledSpan], ends: Integers, n
     ids, written = np.empty_like(positions), np.zeros_like(positions)
     prompts = [span for span in spans if span.token_ids]
     num_decodes = count - len(prompts)
-    ids[:num_decodes] = [place(span, nobody + 1) for span in spans[:num_decodes]]
+    drafts = integers((span.draft for span in spans[:num_decodes]), num_decodes)
+    ids[:num_decodes] = -1 - (drafts * (nobody + 1) + slots[:num_decodes])  # as `place` has it
     ids[num_decodes:] = list(chain.from_iterable(span.token_ids for span in prompts))
     if fmt.packs_on_write:
         written[:] = [spans[o].blocks[p // size] for o, p in zip(owners.tolist(), positions.tolist(), strict=True)]
