@@ -176,7 +176,10 @@ def test_a_config_is_found_wherever_it_is(tmp_path: Path, monkeypatch: Any) -> N
     assert resolve_config("tiny").get("model_type") == "qwen2"
     assert resolve_config("DeepSeek-V3").get("kv_lora_rank") == 512
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    for name, said in (("./none", "embedded models: tiny, tiny-draft, DeepSeek-V2-Lite"), ("who/what", "hub cannot be reached")):
+    for name, said in (
+        ("./none", "embedded models: tiny, tiny-draft, DeepSeek-V2-Lite"),
+        ("who/what", "hub cannot be reached"),
+    ):
         with pytest.raises(ModelError, match=said):
             resolve_config(name)
 
