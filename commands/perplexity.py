@@ -143,8 +143,8 @@ def perplexity(
             rows = [asdict(score) for score in scores]
             name = f"{engine.model} with weights in {engine.quantization}" if model.quantization else engine.model
             what = (
-                f"{name} in {model.dtype_name} on {model.device}, {protocol}: {len(task.windows):,} windows of "
-                f"{task.window:,} tokens, {scores[0].tokens:,} of {task.num_tokens:,} places scored."
+                f"{name} in {model.dtype_name} on {model.device}, protocol {protocol}: {len(task.windows):,} windows "
+                f"of {task.window:,} tokens, {scores[0].tokens:,} of {task.num_tokens:,} places scored."
             )
             notes = [what, *DEFINITIONS]
             show(Report("perplexity", config, rows, COLUMNS, tables(rows), charts(rows), notes), output)
