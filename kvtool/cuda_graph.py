@@ -270,6 +270,28 @@ def decode_rows(fmt: KVFormat, spans: Sequence[ScheduledSpan], ends: Integers, n
     )
 
 
+def room_ids(spans: Sequence[ScheduledSpan], num_decodes: int, width: int) -> dict[str, Integers]:
+    """What a step in a room takes from the scheduler alone.
+
+    Args:
+        spans: decodes first.
+        num_decodes: those that the room holds; the last one's newest block stands for the missing ones' as well.
+        width: of `recent`.
+
+    Returns:
+        ids: [num_decodes + tokens of prompts], as `known` takes them; -1 where a decode is missing.
+        newest: [3, num_decodes], slot, column and block of each decode; empty if there are none.
+    """
+    decodes = [span for span in spans if span.length == 1]
+    nobody = num_decodes - len(decodes)
+    ids = [span.token_ids[0] if span.token_ids else place(span, width) for span in decodes] + [-1] * nobody
+    ids += [token_id for span in spans[len(decodes) :] for token_id in span.token_ids]
+    newest = [
+        (span.slot, len(span.blocks) - 1, span.blocks[-1]) if span.blocks else (span.slot, 0, 0) for span in decodes
+    ]
+    return {"ids": np.array(ids, np.int64), "newest": np.array(newest + newest[-1:] * nobody, np.int64).T}
+
+
 class PromptGraphs:
     """Hidden states of steps with prompts, beside which others may decode.
 
@@ -315,21 +337,14 @@ class PromptGraphs:
         graph, tile = self._captured[room]
         spans = tuple(map(as_kv_span, batch.spans))
         n = sum(span.length == 1 for span in spans)
-        decodes, nobody = batch.spans[:n], room.decodes - n
-        self._table.send(decodes)
+        self._table.send(batch.spans[:n])
         arrays = room.lay_out(self._format, spans, tile)
-        width = self._recent.shape[1]
-        ids = [span.token_ids[0] if span.token_ids else place(span, width) for span in decodes] + [-1] * nobody
-        ids += [token_id for span in batch.spans[n:] for token_id in span.token_ids]
-        newest = [
-            (span.slot, len(span.blocks) - 1, span.blocks[-1]) if span.blocks else (span.slot, 0, 0) for span in decodes
-        ]
-        arrays |= {"ids": np.array(ids, np.int64), "newest": np.array(newest + newest[-1:] * nobody, np.int64).T}
+        arrays |= room_ids(batch.spans, room.decodes, self._recent.shape[1])
         self._sent.synchronize()  # what is staged has been read
         staged, memory = self._staged[: self._length(room)], self._memory[: self._length(room)]
         staged.fill_(-1)
-        for name, place in self._inputs(room, staged).items():
-            place.view(-1)[: arrays[name].size] = torch.from_numpy(arrays[name].ravel())
+        for name, kept in self._inputs(room, staged).items():
+            kept.view(-1)[: arrays[name].size] = torch.from_numpy(arrays[name].ravel())
         memory.copy_(staged, non_blocking=True)
         self._sent.record()
         graph.replay()
@@ -346,8 +361,8 @@ class PromptGraphs:
             tail_slots=slots,
             visible=inputs["visible"],
         )
-        hidden = self._hidden[: len(ids)]
-        return ran, torch.cat([hidden[:n], hidden[room.decodes :]]) if nobody else hidden
+        hidden = self._hidden[: arrays["ids"].size]
+        return ran, hidden if n == room.decodes else torch.cat([hidden[:n], hidden[room.decodes :]])
 
     def _shapes(self, room: Room) -> dict[str, tuple[int, ...]]:
         """Of a step's inputs. ids: see `known`; newest: slot, column and block of each decode."""

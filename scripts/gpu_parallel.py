@@ -122,7 +122,7 @@ def measure_run(name: str, ranks: dict[str, Any], nbits: str, workloads: list[st
     """Milliseconds a step and tokens a second of one engine; its log-probabilities of a prompt, to compare."""
     start = time.perf_counter()
     with model_folder(name) as folder:
-        engine = make_engine(folder, nbits, max_model_len=2048, max_num_seqs=256, **ranks)
+        engine = make_engine(folder, nbits, "none", max_model_len=2048, max_num_seqs=256, **ranks)
         seconds(engine, [16] * 4, [8] * 4)  # what is loaded on first use
         figures: dict[str, Any] = {"start_s": round(time.perf_counter() - start, 1), "kv_tokens": engine.info.kv_tokens}
         figures["logprobs"] = logprobs(engine, [(7919 * i) % engine.info.vocab_size for i in range(PROBE)])

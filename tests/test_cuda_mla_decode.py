@@ -97,7 +97,7 @@ def test_programs_fit_a_multiprocessor_without_spills(architecture, shared_kib, 
     """As many as the table says, each with 1 KiB that the driver takes."""
     if reason := nvrtc.refuses_to_compile():
         pytest.skip(reason)
-    monkeypatch.setattr(cuda_mla_decode, "_shared_kib", lambda device: shared_kib)
+    monkeypatch.setattr(cuda_mla_decode, "shared_kib", lambda device: shared_kib)
     macros = macros_of(case_of(options))
     bounds = (
         f"{macros['PER_SM']} * (shared_bytes + 1024) <= {shared_kib << 10} && shared_bytes <= {shared_kib - 1 << 10}"

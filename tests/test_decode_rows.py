@@ -1,12 +1,13 @@
-"""What a graph of single tokens is given: vectorised integers against a loop over tokens."""
+"""What graphs are given: vectorised integers against a loop over tokens."""
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtool.config import KVOptions
-from kvtool.cuda_graph import decode_rows
+from kvtool.cuda_graph import decode_rows, known, room_ids
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.request import ScheduledSpan
@@ -51,3 +52,30 @@ def test_rows_are_those_of_a_loop(options: dict[str, str], decodes: list[int], p
     if spans:
         rows = decode_rows(fmt, spans, np.array([span.end for span in spans]), NOBODY)
         assert list(map(tuple, rows.T.tolist())) == expected(fmt, spans)
+
+
+@given(
+    decodes=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.booleans()), max_size=6),
+    prompts=st.lists(st.integers(2, 40), min_size=1, max_size=3),
+    nobody=st.integers(0, 3),
+)
+def test_a_step_with_prompts_reads_each_token_from_where_it_is(
+    decodes: list[tuple[int, int, bool]], prompts: list[int], nobody: int
+) -> None:
+    """Decodes' in `recent`, unless the scheduler knows them, and prompts' as they are given."""
+    recent = 1000 + torch.arange(4 * 11).view(4, 11)
+    spans, tokens = [], []
+    for slot, (draft, num_blocks, is_given) in enumerate(decodes):
+        blocks = [100 * slot + index for index in range(num_blocks)]
+        token_ids = [slot] if is_given else ()
+        spans.append(ScheduledSpan(id="", slot=slot, start=9, end=10, blocks=blocks, token_ids=token_ids, draft=draft))
+        tokens.append(slot if is_given else int(recent[draft, slot]))
+    for slot, length in enumerate(prompts, len(decodes)):
+        spans.append(ScheduledSpan(id="", slot=slot, start=0, end=length, blocks=[], token_ids=list(range(length))))
+    given_ids = room_ids(spans, len(decodes) + nobody, 11)
+    ids = known(torch.from_numpy(given_ids["ids"]), recent).tolist()
+    assert ids[: len(decodes)] == tokens
+    assert ids[len(decodes) + nobody :] == [token for length in prompts for token in range(length)]
+    if decodes:
+        newest = [(span.slot, max(0, len(span.blocks) - 1), (span.blocks or [0])[-1]) for span in spans[: len(decodes)]]
+        assert list(map(tuple, given_ids["newest"].T)) == newest + newest[-1:] * nobody

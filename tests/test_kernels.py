@@ -27,6 +27,7 @@ pytest.importorskip("triton")
 from compiled import INTERPRETED, ON_GPU, check_compiled, compiles, runs
 
 from kvtool.kernels import decode
+from kvtool.kernels.launch import num_splits
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]  # the interpreter multiplies no bf16
@@ -140,7 +141,7 @@ def test_scales_of_any_size_keep_their_digits(options):
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.booleans(), st.integers(1, 2000))
 def test_splits_run_at_once(rows, num_blocks, has_tail, programs):
-    splits = decode._num_splits(rows, num_blocks, has_tail, programs)
+    splits = num_splits(rows, num_blocks, has_tail, programs)
     assert splits == 1 or (splits <= num_blocks + has_tail and rows * splits <= programs)
     assert splits == num_blocks + has_tail or rows * (splits + 1) > programs
 

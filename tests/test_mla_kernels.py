@@ -303,7 +303,7 @@ def test_it_compiles_without_spills(options, capability, monkeypatch):
 def test_expanded_prompts_compile_without_spills(nbits, is_large, workspace, capability, monkeypatch):
     case = Decoding(KVOptions(nbits=nbits), 16, (512, 64), [130], torch.bfloat16, device="cpu")
     compiled = compile_for(capability, monkeypatch, mla_expanded)
-    monkeypatch.setattr(mla_expanded, "_num_sms", lambda device: 1 if is_large else 1000)
+    monkeypatch.setattr(mla_expanded, "num_sms", lambda device: 1 if is_large else 1000)
     monkeypatch.setattr(mla_expanded, "WORKSPACE", workspace)
     q = torch.empty(9, 16, 576, dtype=torch.bfloat16)
     queries = LatentQueries(q[..., :128], q, q.new_empty(16, 256, 512))

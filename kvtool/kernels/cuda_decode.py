@@ -10,8 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kvtool.kernels.decode import PackedStream, _num_sms, _num_splits, merge
-from kvtool.kernels.launch import capability
+from kvtool.kernels.decode import PackedStream, merge
+from kvtool.kernels.launch import capability, num_sms, num_splits, shared_kib
 from kvtool.kernels.nvrtc import Kernel, compile_cubin, source
 
 HEAD_DIMS = (64, 128)
@@ -80,8 +80,8 @@ def paged_decode(
     n, num_heads, head_dim = q.shape
     kv_heads = key.codes.shape[1]
     kernel = _kernel(q.device, tuple(constants(key, value, block_table, num_heads, q.device).items()))
-    programs = kernel.programs_per_sm * _num_sms(q.device)
-    splits = _num_splits(n * kv_heads, block_table.shape[1], key.tail.shape[2] > 0, programs)
+    programs = kernel.programs_per_sm * num_sms(q.device)
+    splits = num_splits(n * kv_heads, block_table.shape[1], key.tail.shape[2] > 0, programs)
     assert splits == 1 or n * kv_heads <= len(arrivals)
     partial = torch.empty(n, num_heads, splits, head_dim, dtype=torch.float32, device=q.device) if splits > 1 else None
     lse = torch.empty(n, num_heads, splits, dtype=torch.float32, device=q.device) if splits > 1 else None
@@ -99,7 +99,7 @@ def constants(
 ) -> dict[str, object]:
     """Macros that the kernel is compiled with."""
     columns = -(-num_heads // key.tail.shape[1] // 8)
-    warps, stages, per_sm, tokens = _tile(max(key.bits, value.bits, key=int), columns, _shared_kib(device))
+    warps, stages, per_sm, tokens = _tile(max(key.bits, value.bits, key=int), columns, shared_kib(device))
     return {
         "D": key.tail.shape[-1],
         "K_BITS": key.bits,
@@ -164,11 +164,3 @@ def _kernel(device: torch.device, macros: tuple[tuple[str, object], ...]) -> Ker
     cubin = compile_cubin(SOURCE, architecture, dict(macros))
     with torch.cuda.device(device):
         return Kernel(cubin, "paged_decode", 32 * int(dict(macros)["WARPS"]))
-
-
-@cache
-def _shared_kib(device: torch.device) -> int:
-    """Of an SM, as TILES knows it."""
-    if device.type != "cuda":
-        return 100
-    return 228 if torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 228 << 10 else 100

@@ -10,9 +10,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kvtool.kernels.cuda_decode import MERGED_WITHIN, StreamPointers, _shared_kib
-from kvtool.kernels.decode import PackedStream, _num_sms, _num_splits, merge
-from kvtool.kernels.launch import capability
+from kvtool.kernels.cuda_decode import MERGED_WITHIN, StreamPointers
+from kvtool.kernels.decode import PackedStream, merge
+from kvtool.kernels.launch import capability, num_sms, num_splits, shared_kib
 from kvtool.kernels.nvrtc import Kernel, compile_cubin, source
 
 LATENT_DIM, ROPE_DIM, GROUP = 512, 64, 64
@@ -72,8 +72,8 @@ def latent_decode(
     n, num_heads, _ = q.shape
     rows = n * -(-num_heads // HEADS)
     kernel = _kernel(q.device, tuple(constants(key, value, block_table, q.device).items()))
-    programs = kernel.programs_per_sm * _num_sms(q.device)
-    splits = _num_splits(rows, block_table.shape[1], key.tail.shape[2] > 0, programs)
+    programs = kernel.programs_per_sm * num_sms(q.device)
+    splits = num_splits(rows, block_table.shape[1], key.tail.shape[2] > 0, programs)
     assert splits == 1 or rows <= len(arrivals)
     shape = (n, num_heads, splits)
     partial = torch.empty(*shape, LATENT_DIM, dtype=torch.float32, device=q.device) if splits > 1 else None
@@ -88,7 +88,7 @@ def latent_decode(
 
 def constants(key: PackedStream, value: PackedStream, block_table: Tensor, device: torch.device) -> dict[str, object]:
     """Macros that the kernel is compiled with."""
-    warps, tokens, stages, per_sm, resident = TILES[_shared_kib(device), value.bits]
+    warps, tokens, stages, per_sm, resident = TILES[shared_kib(device), value.bits]
     return {
         "BITS": value.bits,
         "ROPE_BITS": key.bits,

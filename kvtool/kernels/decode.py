@@ -7,7 +7,6 @@ one KV head are the columns of both.
 """
 
 from dataclasses import dataclass
-from functools import cache
 from math import gcd
 
 import torch
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.launch import await_inputs, capability, chained, start_next
+from kvtool.kernels.launch import await_inputs, capability, chained, next_power_of_2, num_sms, num_splits, start_next
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_GROUP_HEADS = 16
@@ -134,7 +133,7 @@ def paged_decode(
     num_warps, num_stages, per_sm, registers = TILES[compute, bits]
     elements = triton.next_power_of_2(head_dim) * columns  # of the accumulator
     num_warps = _fitting_warps(num_warps, elements, columns, compute)
-    splits = _num_splits(n * kv_heads, block_table.shape[1], bool(tail_tokens), per_sm * _num_sms(q.device))
+    splits = num_splits(n * kv_heads, block_table.shape[1], bool(tail_tokens), per_sm * num_sms(q.device))
     partial = torch.empty(n, num_heads, splits, head_dim, dtype=torch.float32, device=q.device) if splits > 1 else out
     lse = torch.empty(n, num_heads, splits, dtype=torch.float32, device=q.device) if splits > 1 else out
     _decode_kernel[(n * kv_heads, splits)](
@@ -251,11 +250,6 @@ def _or(array: Tensor | None, other: Tensor) -> Tensor:
     return other if array is None else array
 
 
-def _num_splits(rows: int, num_blocks: int, has_tail: bool, programs: int) -> int:
-    """Programs that share one sequence and KV head: no more than run at once, or the last would run alone."""
-    return max(1, min(num_blocks + has_tail, programs // rows))
-
-
 def _fitting_warps(num_warps: int, elements: int, columns: int, capability: int) -> int:
     """Warps for an accumulator of `elements`, so that it stays in registers.
 
@@ -264,11 +258,6 @@ def _fitting_warps(num_warps: int, elements: int, columns: int, capability: int)
     """
     most = 8 if capability < 9 else 4 if columns == 8 else 2
     return min(num_warps * max(1, elements // 1024), most)
-
-
-@cache
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @triton.jit(do_not_specialize=["table_stride", "kv_heads", "group_heads", "tail_tokens", "window"])
@@ -325,7 +314,7 @@ def _decode_kernel(
 
     K_SEGMENTS: tl.constexpr = D // K_PARTS // K_PIECE
     V_SEGMENTS: tl.constexpr = D // V_PARTS // V_PIECE
-    V_PAD: tl.constexpr = _next_power_of_2(V_PIECE)
+    V_PAD: tl.constexpr = next_power_of_2(V_PIECE)
     GROUPS: tl.constexpr = D // V_GROUP if V_BITS == "8" or V_BITS == "4" or V_BITS == "2" else 0  # that have zeros
 
     # Queries as columns, one [piece, N] for each product; q / max|q| keeps q∘s within fp16.
@@ -378,7 +367,7 @@ def _decode_kernel(
         if K_BITS == "16":
             s = tl.dot(_rows_of(k_codes + block * 8 + head * (BLOCK * D), rows, D, 0, D), q_pieces[0])
         if K_CHANNEL:
-            offset = tl.zeros([_next_power_of_2(K_PIECE), N], tl.float32)
+            offset = tl.zeros([next_power_of_2(K_PIECE), N], tl.float32)
         for segment in tl.static_range(K_SEGMENTS if K_BITS != "16" else 0):
             k_bytes = k_codes + block * 16 + head * (BLOCK * (D // K_PARTS))
             packed = _rows_of(k_bytes, rows, D // K_PARTS, segment * K_PIECE, K_PIECE)
@@ -510,7 +499,7 @@ def _merge_kernel(
 @triton.jit
 def _queries(q_ptr, start, PIECE: tl.constexpr, D: tl.constexpr, group_heads, N: tl.constexpr):
     """Channels `start` to `start + PIECE` of a KV head's queries as columns, [PIECE padded, N]; zeros elsewhere."""
-    channels = tl.arange(0, _next_power_of_2(PIECE))[:, None]
+    channels = tl.arange(0, next_power_of_2(PIECE))[:, None]
     heads = tl.arange(0, N)[None, :]
     return tl.load(q_ptr + heads * D + start + channels, mask=(channels < PIECE) & (heads < group_heads), other=0)
 
@@ -518,7 +507,7 @@ def _queries(q_ptr, start, PIECE: tl.constexpr, D: tl.constexpr, group_heads, N:
 @triton.jit
 def _rows_of(ptr, rows, STRIDE: tl.constexpr, START: tl.constexpr, PIECE: tl.constexpr):
     """[rows, PIECE padded], with zeros in the padding."""
-    PAD: tl.constexpr = _next_power_of_2(PIECE)
+    PAD: tl.constexpr = next_power_of_2(PIECE)
     columns = tl.arange(0, PAD)[None, :]
     if PAD == PIECE:
         return tl.load(ptr + rows[:, None] * STRIDE + START + columns)
@@ -528,7 +517,7 @@ def _rows_of(ptr, rows, STRIDE: tl.constexpr, START: tl.constexpr, PIECE: tl.con
 @triton.jit
 def _columns_by_rows(ptr, rows, STRIDE: tl.constexpr, START: tl.constexpr, PIECE: tl.constexpr):
     """The transpose of `_rows_of`."""
-    PAD: tl.constexpr = _next_power_of_2(PIECE)
+    PAD: tl.constexpr = next_power_of_2(PIECE)
     columns = tl.arange(0, PAD)[:, None]
     if PAD == PIECE:
         return tl.load(ptr + rows[None, :] * STRIDE + START + columns)
@@ -549,7 +538,7 @@ def _value_scales(scale_ptr, table_ptr, index, end, block_stride, rows, BITS: tl
 @triton.jit
 def _columns_of(ptr, PIECE: tl.constexpr):
     """[PIECE padded], with zeros in the padding."""
-    columns = tl.arange(0, _next_power_of_2(PIECE))
+    columns = tl.arange(0, next_power_of_2(PIECE))
     return tl.load(ptr + columns, mask=columns < PIECE, other=0)
 
 
@@ -586,11 +575,6 @@ def _codes_asm(bits, part):
     pair += "fma.rn.f16x2 ${0}, ${0}, f, o; "
     constants = f".reg .b32 f, o; mov.b32 f, {factor:#x}; mov.b32 o, {offset:#x}; "
     return "{ " + constants + pair.format(0, "0x4140") + pair.format(1, "0x4342") + "}"
-
-
-@triton.constexpr_function
-def _next_power_of_2(number):
-    return triton.next_power_of_2(number)
 
 
 @triton.constexpr_function

@@ -13,6 +13,29 @@ def capability(device: torch.device) -> int:
     return min(9, torch.cuda.get_device_capability(device)[0]) if device.type == "cuda" else 8
 
 
+@cache
+def num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@cache
+def shared_kib(device: torch.device) -> int:
+    """Memory that the programs of an SM share, as tables of tiles know it: 100 stands for machines without a GPU."""
+    if device.type != "cuda":
+        return 100
+    return 228 if torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 228 << 10 else 100
+
+
+def num_splits(rows: int, num_blocks: int, has_tail: bool, programs: int) -> int:
+    """Programs that share one sequence and KV head: no more than run at once, or the last would run alone."""
+    return max(1, min(num_blocks + has_tail, programs // rows))
+
+
+@triton.constexpr_function
+def next_power_of_2(number):
+    return triton.next_power_of_2(number)
+
+
 def chained(device: torch.device) -> dict[str, bool]:
     """Options of a kernel that starts while the one before it in the stream still runs, where the GPU can (sm_90).
 

@@ -17,12 +17,10 @@ from kvtool.kernels.decode import (
     _far,
     _merge_kernel,
     _near,
-    _num_sms,
-    _num_splits,
     _or,
     _rows_of,
 )
-from kvtool.kernels.launch import await_inputs, capability, chained
+from kvtool.kernels.launch import await_inputs, capability, chained, num_sms, num_splits
 
 LATENT_DIMS = (64, 128, 256, 512)
 ROPE_DIMS = (16, 32, 64, 128)
@@ -94,7 +92,7 @@ def latent_decode(
     q, out = q.contiguous(), q.new_empty(n, num_heads, latent) if out is None else out
     tokens, num_warps, num_stages, per_sm = TILES[capability(q.device), value.bits]
     tokens, head_blocks = min(tokens, block_size), triton.cdiv(num_heads, HEADS)
-    splits = _num_splits(n * head_blocks, block_table.shape[1], bool(tail_tokens), per_sm * _num_sms(q.device))
+    splits = num_splits(n * head_blocks, block_table.shape[1], bool(tail_tokens), per_sm * num_sms(q.device))
     split_shape = (n, num_heads, splits) if splits > 1 else (0,)
     partial = torch.empty(*split_shape, latent, dtype=torch.float32, device=q.device) if splits > 1 else out
     lse = torch.empty(split_shape, dtype=torch.float32, device=q.device)

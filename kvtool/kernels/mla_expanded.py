@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.decode import PackedStream, _next_power_of_2, _num_sms
-from kvtool.kernels.launch import capability
+from kvtool.kernels.decode import PackedStream
+from kvtool.kernels.launch import capability, next_power_of_2, num_sms
 from kvtool.kernels.mla_prefill import unpack
 from kvtool.kernels.prefill import Tile, _first_near, _gather, _keys, _tile
 
@@ -69,7 +69,7 @@ def expanded_prefill(
     ropes, latents = (nope.new_empty(room, 1, block_size, dim) for dim in (rope_dim, latent))
     lse = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
     large, small = TILES[capability(nope.device)]
-    tile = large if triton.cdiv(len(nope), large.rows) * heads >= _num_sms(nope.device) else small
+    tile = large if triton.cdiv(len(nope), large.rows) * heads >= num_sms(nope.device) else small
     cut = tiles(tile.rows)
     for first in range(0, max(1, len(blocks)), room):
         piece = blocks[first : first + room]
@@ -147,7 +147,7 @@ def _expanded_kernel(
 ):
     """Program (tile, head) on one piece, rows `first_row` to `first_row + num_rows` of all contexts; the last piece is
     read together with what is at full precision. Other names are those of `kvtool.kernels.prefill`."""
-    PAD: tl.constexpr = _next_power_of_2(VALUE)
+    PAD: tl.constexpr = next_power_of_2(VALUE)
     head = tl.program_id(0) % heads
     tile = tl.program_id(0) // heads
     span, token, t_first, t_last, near_first, near_row = _tile(tiles_ptr, tile, M)
@@ -203,7 +203,7 @@ def _expanded_kernel(
 @triton.jit
 def _queries(ptr, line, stride, D: tl.constexpr):
     """[M, D padded], zeros in the padding."""
-    channel = tl.arange(0, _next_power_of_2(D))[None, :]
+    channel = tl.arange(0, next_power_of_2(D))[None, :]
     return tl.load(ptr + line[:, None] * stride + channel, mask=channel < D, other=0)
 
 

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kvtool.kernels import WORKSPACE
-from kvtool.kernels.decode import HEAD_DIMS, PackedStream, _next_power_of_2, _num_sms, _or
-from kvtool.kernels.launch import capability
+from kvtool.kernels.decode import HEAD_DIMS, PackedStream, _or
+from kvtool.kernels.launch import capability, next_power_of_2, num_sms
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _choose(num_tokens: int, device: torch.device, head_dim: int, group_heads: i
     """The large tile where it fills the device, else the small one. It depends on shapes alone, for CUDA graphs."""
     large, small = TILES[capability(device), triton.next_power_of_2(head_dim)]
     programs = triton.cdiv(num_tokens, large.rows // group_heads) * kv_heads
-    return large if programs >= _num_sms(device) else small
+    return large if programs >= num_sms(device) else small
 
 
 def _heads_at_once(elements: int, kv_heads: int) -> int:
@@ -229,7 +229,7 @@ def _prefill_kernel(
     K_CODED: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
-    PAD: tl.constexpr = _next_power_of_2(D)
+    PAD: tl.constexpr = next_power_of_2(D)
     TOKENS: tl.constexpr = M // GROUP_HEADS
     head = tl.program_id(0) % heads
     tile = tl.program_id(0) // heads
@@ -375,7 +375,7 @@ def _read_near(
 @triton.jit
 def _keys(ptr, stride, count, N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
     """[N, D padded] of keys or values, zeros in the padding and, if MASKED, from `count` on."""
-    PAD: tl.constexpr = _next_power_of_2(D)
+    PAD: tl.constexpr = next_power_of_2(D)
     key = tl.arange(0, N)[:, None]
     channel = tl.arange(0, PAD)[None, :]
     if MASKED:  # what lies there may be NaN, and 0 x NaN is NaN
@@ -461,7 +461,7 @@ def _unpack(
     WIDTH: tl.constexpr = 8 if BITS == "8" or BITS == "fp8" or BITS == "16" else (4 if BITS == "4" else 2)
     RUN: tl.constexpr = D * WIDTH // 8
     row = tl.arange(0, BLOCK)[:, None]
-    byte = tl.arange(0, _next_power_of_2(RUN))[None, :]
+    byte = tl.arange(0, next_power_of_2(RUN))[None, :]
     inside = (byte < RUN) & (row < BLOCK)
     if BITS == "16":
         x = tl.load(codes + block * 8 + (head * BLOCK + row) * D + byte, mask=inside)

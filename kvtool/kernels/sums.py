@@ -5,15 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.decode import _num_sms
-from kvtool.kernels.launch import await_inputs, chained
+from kvtool.kernels.launch import await_inputs, chained, num_sms
 
 LEAST_STEPS = 6  # of a part, below which a program has hardly started when it ends
 
 
 def steps_of_part(programs: int, steps: int, device: torch.device) -> int:
     """How many of the `steps` over all columns one program takes, if `programs` alone leave multiprocessors idle."""
-    parts = max(1, min(2 * _num_sms(device) // programs, steps // LEAST_STEPS))
+    parts = max(1, min(2 * num_sms(device) // programs, steps // LEAST_STEPS))
     return triton.cdiv(steps, parts)
 
 
