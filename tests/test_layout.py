@@ -20,6 +20,7 @@ ROWS = [
     {"client", "engine", "follower"},
     {"handoff"},
     {"scheduler"},
+    {"sequence"},
     {"scoring"},
     {"ranks"},
     {"calibration", "runner", "memory", "profiling", "cuda_graph", "sampler", "grammar", "tokenizer", "chat_template"},
