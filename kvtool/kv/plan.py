@@ -55,9 +55,7 @@ def completed(options: KVOptions) -> KVOptions:
     except OSError as error:
         raise ConfigError(f"plan {options.plan}: {file.name}: {error.strerror}") from error
     except (msgspec.DecodeError, RecursionError) as error:
-        raise ConfigError(
-            f"plan {options.plan}: {file.name} is no sidecar of a plan ({error}); remove it"
-        ) from error
+        raise ConfigError(f"plan {options.plan}: {file.name} is no sidecar of a plan ({error}); remove it") from error
     given = {name: value for name, value in vars(options).items() if value is not None or name in BIT_OPTIONS}
     return KVOptions(**(vars(found) | given))
 
