@@ -28,7 +28,7 @@ from kvtool.models import Attend, ModelConfig, load_config, load_model, resolve_
 from kvtool.models.resolve import fingerprint
 from kvtool.parallel import ONE_RANK, Parallel, Stage
 from kvtool.profiling import StepProfiler, traces_folder
-from kvtool.ranks import Ranks
+from kvtool.ranks.leader import Ranks
 from kvtool.runner import attention_layers, choose_device, choose_dtype, kv_spec
 
 SCORED_ROWS = 128  # of logits at a time

@@ -184,6 +184,7 @@ def compare_settings(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.timeout(100, method="thread")
 def test_every_setting_gives_what_one_rank_gives(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(compare_settings, (str(tmp_path),), nprocs=3)
 

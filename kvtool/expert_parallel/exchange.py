@@ -79,33 +79,33 @@ def _wait(works: Sequence[dist.Work]) -> None:
 
 
 class Clock:
-    """Stamps where a phase begins: of the GPU's stream, so that the host need not wait, or of the CPU."""
+    """Stamps where the phases of a run begin: of the GPU's stream, so that the host need not wait, or of the CPU.
 
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
+    Args:
+        in_graph: the stamps are captured with the run, and tell of its newest replay.
+    """
+
+    def __init__(self, device: torch.device, *, in_graph: bool = False) -> None:
+        self.on_gpu, self.in_graph = device.type == "cuda", in_graph
         self.stamps: list[tuple[str, torch.cuda.Event | float]] = []
 
     def __call__(self, phase: str) -> None:
-        """What follows belongs to `phase`; "" ends a run."""
+        """What follows belongs to `phase`; "" ends the run."""
         if not self.on_gpu:
             self.stamps.append((phase, perf_counter()))
             return
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True, external=self.in_graph)
         event.record()
         self.stamps.append((phase, event))
 
-    def runs(self) -> list[dict[str, float]]:
-        """Seconds of each phase of each run. Waits for the GPU."""
+    def seconds(self) -> dict[str, float]:
+        """Of each phase. Waits for the GPU."""
         if self.on_gpu:
             torch.cuda.synchronize()
-        found, run = [], dict.fromkeys(PHASES, 0.0)
+        phases = dict.fromkeys(PHASES, 0.0)
         for (phase, start), (_, end) in zip(self.stamps, self.stamps[1:], strict=False):
-            if phase:
-                run[phase] += _seconds(start, end)
-            else:
-                found.append(run)
-                run = dict.fromkeys(PHASES, 0.0)
-        return [*found, run]
+            phases[phase] += _seconds(start, end)
+        return phases
 
 
 def _seconds(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
