@@ -37,7 +37,7 @@ def kvtool(*arguments: str, **settings: object) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, **(pipes | settings))  # type: ignore[call-overload,no-any-return]
 
 
-def in_time(command: Sequence[str | Path], seconds: float = 90, **settings: object) -> tuple[int, str, str]:
+def in_time(command: Sequence[str | Path], seconds: float = 180, **settings: object) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of a process that may start others, once all that have its stderr have ended. If
     they take longer, they are killed, and what they have said is shown."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": REPOSITORY}

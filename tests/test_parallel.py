@@ -28,7 +28,7 @@ from kvtool.scoring import ScoringModel, Window
 from kvtool.tokenizer import Tokenizer
 
 # Ranks that wait for each other are ended from outside, with the stacks of what they wait in.
-pytestmark = pytest.mark.timeout(100, method="thread")
+pytestmark = pytest.mark.timeout(200, method="thread")
 CPU = torch.device("cpu")
 MIB = 1 << 20
 PLAN = KVOptions(layer_bits=(("16", "16"), ("16", "8"), ("4", "2"), ("8", "4")))  # blocks are sealed from layer 2 on

@@ -367,7 +367,7 @@ def test_all_nodes_are_launched_over_ssh(second: str, status: int, hosts: dict[s
     launch = [REPOSITORY / "scripts" / "launch_distributed", "--dir", hosts["cwd"], "--port", str(free_port())]
     command = ["bench-ttft", "--tp", "2", *SMALL, "--prompt-tokens", "8", "--trials", "1", "--requests", "1", "--json"]
     launched = subprocess.run(
-        [*launch, "127.0.0.1", second, "--", *command], capture_output=True, text=True, timeout=100, env=hosts["env"]
+        [*launch, "127.0.0.1", second, "--", *command], capture_output=True, text=True, timeout=200, env=hosts["env"]
     )
     assert launched.returncode == status, launched.stderr
     if status == 0:
