@@ -18,11 +18,10 @@ from kvtool.config import EngineConfig
 from kvtool.errors import KVToolError, UnsupportedError
 from kvtool.handoff import Outgoing, WholeStore
 from kvtool.parallel import Parallel, leave
-from kvtool.ranks.leader import take_place
 from kvtool.ranks.link import BEAT_SECONDS, ENDED, RANK_0_SILENT_SECONDS, Link, watch
 from kvtool.ranks.messages import Beat, Count, Counted, Done, End, Failed, Launch, Launched, Ready, Start
 from kvtool.ranks.node import END_SECONDS
-from kvtool.ranks.rendezvous import Seat, meet, open_store
+from kvtool.ranks.rendezvous import Seat, meet, open_store, take_place
 from kvtool.ranks.topology import placed
 from kvtool.runner import Handle, Runner
 from kvtool.scoring import ScoringModel, ScoringOrder
@@ -81,8 +80,9 @@ def follow(seat: Seat) -> NoReturn:
     Thread(target=watch, args=[[link], receive, lost], daemon=True).start()
     start = inbox.get()
     assert isinstance(start, Start)
-    parent, config = start.pid, placed(start.config, seat.local_rank)
+    parent = start.pid
     try:
+        config = placed(start.config, seat.local_rank)
         parallel = take_place(store, seat.rank, config)
         work = {"steps": follow_steps, "scores": follow_scores}[start.work]
         work(config, parallel, link, inbox)

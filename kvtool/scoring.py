@@ -245,8 +245,8 @@ class ScoringModel:
         """Let all ranks carry out an order, this one among them."""
         if self._ranks is None:
             return self.carry_out(order, rows)
-        self._ranks.tell(order)
         with self._ranks.waiting():
+            self._ranks.tell(order)
             return self.carry_out(order, rows)
 
     @torch.inference_mode()
@@ -284,9 +284,9 @@ class ScoringModel:
         if self._ranks is None:
             self.model(ids, positions, attend)
             return
-        self._ranks.tell(Walk(ids.tolist(), positions.tolist()))
         shared = SharedHeads(self.model_config, self.parallel, attend)
         with self._ranks.waiting():
+            self._ranks.tell(Walk(ids.tolist(), positions.tolist()))
             self.model(ids, positions, absorbing(shared))
             for layer in range(self._layers.stop, self.model_config.num_layers):
                 shared.serve(layer, len(ids), self.dtype, self.device)

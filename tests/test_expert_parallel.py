@@ -242,6 +242,17 @@ def test_two_ranks_in_16_bits_and_what_is_said_of_them() -> None:
         assert said in stdout
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_give_what_one_gives() -> None:
+    """By CUDA graphs, but for those variants in which the host waits."""
+    status, stdout, stderr = run("--hidden-size", "64", "--dtype", "bfloat16", "--balance", "--json")
+    assert status == 0, stderr
+    rows = json.loads(stdout)["rows"]
+    assert [row["variant"] for row in rows] == [*VARIANTS, "EP grouped"]
+    assert all(row["equal"] and row["ms"]["p50"] > 0 for row in rows)
+    assert [row["variant"] for row in rows if row["host_waits"]] == ["dense loop", "EP padded", "EP packed"]
+
+
 def test_a_rank_that_dies_ends_all(tmp_path: Path) -> None:
     process = kvtool("moe-ep", *TINY, "--runs", "1000000")
     deadline = time.monotonic() + 60

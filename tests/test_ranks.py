@@ -397,6 +397,17 @@ def test_a_node_that_does_not_come_is_named() -> None:
     assert error.startswith(f"error: rank 1 (node 1) did not come to {address} within --dist-timeout 1 s")
 
 
+def test_nodes_hear_why_the_first_has_failed() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    options = [*SMALL, "--kv-cache-memory", "1KiB", "--tp", "2", "--nnodes", "2", "--dist-init-addr", address]
+    nodes = [kvtool("serve", *options, "--port", "0", "--node-rank", str(node)) for node in range(2)]
+    (_, first), (_, second) = (node.communicate(timeout=200) for node in nodes)
+    assert [node.returncode for node in nodes] == [2, 2]
+    why = first.splitlines()[-1].removeprefix("error: ")
+    assert why.startswith("--kv-cache-memory")
+    assert second.splitlines()[-1] == f"error: rank 0 has failed: {why}; rank 1 ends with it"
+
+
 def test_ranks_that_cannot_be_are_refused_in_one_line() -> None:
     process = kvtool("serve", "--tp-size", "3", "--device", "cpu", "--port", "0")
     stdout, stderr = process.communicate(timeout=100)
@@ -457,6 +468,13 @@ def test_an_end_that_is_said_is_heard_whatever_the_other_end_left_unread(linked:
     rank_0_to_1.send_within(0, End())
     rank_0_to_1.socket.close()
     assert heard(rank_1_to_0) == [End(), "has ended"]
+
+
+def test_who_cannot_be_understood_is_lost(linked: tuple[Link, Link]) -> None:
+    rank_0_to_1, rank_1_to_0 = linked
+    rank_0_to_1.send({"type": "nonsense"})
+    (why,) = heard(rank_1_to_0)
+    assert str(why).startswith("cannot be understood: ")
 
 
 def test_an_end_is_said_behind_what_is_being_said(linked: tuple[Link, Link]) -> None:

@@ -16,7 +16,6 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import msgspec
 import numpy as np
-import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch._C._distributed_c10d import Store
@@ -24,12 +23,12 @@ from torch._C._distributed_c10d import Store
 from kvtool.config import EngineConfig
 from kvtool.errors import CapacityError, ConfigError, KVToolError, UnsupportedError
 from kvtool.models import load_config, resolve_model
-from kvtool.parallel import Parallel, abort, join, leave, use_one_shot
+from kvtool.parallel import abort, leave
 from kvtool.processes import frame
 from kvtool.ranks.link import BEAT_SECONDS, SILENT_SECONDS, STARTING_SECONDS, Link, watch
 from kvtool.ranks.messages import Beat, Count, Counted, Done, End, Failed, Launch, Launched, Ready, Start
 from kvtool.ranks.node import END_SECONDS, start_followers
-from kvtool.ranks.rendezvous import INTERFACES, Meeting, open_store, own_address, read_hello
+from kvtool.ranks.rendezvous import INTERFACES, Meeting, open_store, own_address, read_hello, take_place
 from kvtool.ranks.topology import check_copies, check_model, check_topology, placed
 from kvtool.request import Export, Import, ScheduledBatch, StepResult
 from kvtool.runner import Handle, Runner
@@ -270,8 +269,8 @@ class RunnerRanks(Ranks):
         """Start one step on all ranks; the last three are those of `Runner.launch`, and what `on_layer` takes out."""
         self._step += 1
         mask = None if allowed is None else allowed.tobytes()
-        self.tell(Launch(self._step, batch, mask, self._token_ids, list(exports)))
         with self.waiting(), self.within("rank 0 has been in one step", LAUNCH_SECONDS):
+            self.tell(Launch(self._step, batch, mask, self._token_ids, list(exports)))
             if self._token_ids:
                 self.runner.take_in(self._token_ids)
             try:
@@ -310,8 +309,8 @@ class RunnerRanks(Ranks):
 
     def expert_tokens(self) -> dict[int, list[int]]:
         """What `Runner.expert_tokens` says on all stages."""
-        self.tell(Count())
         with self.waiting(), self.within("a rank has been in one step", LAUNCH_SECONDS):
+            self.tell(Count())
             totals = self.runner.expert_tokens()
             for link in self._links:
                 totals |= self._answers[link, Counted].get().expert_tokens
@@ -324,22 +323,3 @@ class RunnerRanks(Ranks):
                 answer: Answer = self._answers[link, kind].get()
                 if answer.step == step:
                     return answer
-
-
-def take_place(store: Store, rank: int, config: EngineConfig) -> Parallel:
-    """Join the others, and find out how to sum up with them.
-
-    Raises:
-        ConfigError: not in the way that was asked for.
-    """
-    device = torch.device(config.device)
-    parallel = join(store, rank, config.tp, config.ep, config.pp, device)
-    if config.all_reduce == "nccl" or (config.all_reduce == "auto" and device.type == "cpu"):
-        return parallel
-    refusal = use_one_shot(parallel, device)
-    if refusal and config.all_reduce == "symmetric-memory":
-        raise ConfigError(f"--all-reduce symmetric-memory: {refusal}; leave it out")
-    if rank == 0 and config.tp > 1:
-        how = f"by NCCL, because {refusal}" if refusal else "in symmetric memory"
-        print(f"ranks sum up {how}", file=sys.stderr, flush=True)
-    return parallel

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from threading import Lock
 
+import msgspec
+
 from kvtool.processes import Inbox, frame
 from kvtool.ranks.messages import Beat
 
@@ -74,6 +76,8 @@ def watch(
                         receive(link, body)
                 except (EOFError, OSError):
                     return lost(link, ENDED)
+                except msgspec.MsgspecError as error:
+                    return lost(link, f"cannot be understood: {error}")
         look()
         now = time.monotonic()
         if now - beaten >= BEAT_SECONDS:

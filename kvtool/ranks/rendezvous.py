@@ -1,4 +1,4 @@
-"""How ranks find each other, and by which network."""
+"""How ranks find each other, by which network, and take their places."""
 
 import contextlib
 import errno
@@ -6,14 +6,18 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 import time
 from datetime import timedelta
 
 import msgspec
+import torch
 from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
+from kvtool.config import EngineConfig
 from kvtool.errors import ConfigError
+from kvtool.parallel import Parallel, join, use_one_shot
 from kvtool.processes import frame
 from kvtool.ranks.link import Link
 
@@ -146,3 +150,22 @@ def use_interface(address: str) -> None:
                 if socket.inet_ntoa(found[20:24]) == own:
                     for variable in INTERFACES:
                         os.environ.setdefault(variable, name)
+
+
+def take_place(store: Store, rank: int, config: EngineConfig) -> Parallel:
+    """Join the others, and find out how to sum up with them.
+
+    Raises:
+        ConfigError: not in the way that was asked for.
+    """
+    device = torch.device(config.device)
+    parallel = join(store, rank, config.tp, config.ep, config.pp, device)
+    if config.all_reduce == "nccl" or (config.all_reduce == "auto" and device.type == "cpu"):
+        return parallel
+    refusal = use_one_shot(parallel, device)
+    if refusal and config.all_reduce == "symmetric-memory":
+        raise ConfigError(f"--all-reduce symmetric-memory: {refusal}; leave it out")
+    if rank == 0 and config.tp > 1:
+        how = f"by NCCL, because {refusal}" if refusal else "in symmetric memory"
+        print(f"ranks sum up {how}", file=sys.stderr, flush=True)
+    return parallel
