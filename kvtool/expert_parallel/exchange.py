@@ -55,15 +55,12 @@ class Ranks:
         self.sent_bytes += x.nbytes // self.size * (self.size - 1)
         return received
 
-    def all_gather(self, *tensors: Tensor) -> tuple[list[Tensor], Callable[[], None]]:
-        """Each of `tensors` [n, ...] of all ranks, [size * n, ...], and what waits until they are there, as that of
-        `exchange` does."""
-        gathered = [x.new_empty(self.size * len(x), *x.shape[1:]) for x in tensors]
-        works = [
-            dist.all_gather_into_tensor(all_x, x, async_op=True) for all_x, x in zip(gathered, tensors, strict=True)
-        ]
-        self.sent_bytes += sum(x.nbytes for x in tensors) * (self.size - 1)
-        return gathered, partial(_wait, works)
+    def all_gather(self, x: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """x [n, ...] of all ranks, [size * n, ...], and what waits until it is there, as that of `exchange` does."""
+        gathered = x.new_empty(self.size * len(x), *x.shape[1:])
+        work = dist.all_gather_into_tensor(gathered, x, async_op=True)
+        self.sent_bytes += x.nbytes * (self.size - 1)
+        return gathered, partial(_wait, [work])
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """The sum over ranks of x [size * n, ...], of which this rank gets its n rows."""
@@ -253,14 +250,17 @@ class Grouped:
 
     def _gather(self, work: Work, clock: Clock) -> Tensor:
         clock(DISPATCH)
-        (x, told), wait = work.ranks.all_gather(work.x, work.told)
+        told, await_told = work.ranks.all_gather(work.told)
+        x, await_x = work.ranks.all_gather(work.x)
         own = self._own(work, clock) if self.meanwhile else None
-        wait()
-        clock(EXPERT)
+        await_told()
         slots, weights = work.heard(told)
         if own is not None:  # which are done
             slots[work.ranks.rank * len(own) : (work.ranks.rank + 1) * len(own)] = work.num_slots
-        mixed = work.mix(x, slots, weights)
+        mix = work.experts.expecting(slots, weights)
+        await_x()
+        clock(EXPERT)
+        mixed = mix(x)
         clock(COMBINE)
         summed = work.ranks.reduce_scatter(mixed)
         return summed if own is None else own + summed
