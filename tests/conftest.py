@@ -51,6 +51,12 @@ def in_time(command: Sequence[str | Path], seconds: float = 180, **settings: obj
     return process.returncode, stdout, stderr
 
 
+def beginning_with(folder: Path) -> dict[str, str]:
+    """An environment whose Python processes all begin with the sitecustomize.py in `folder`."""
+    paths = [str(folder), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def children(pid: int) -> list[int]:
     """Processes that `pid` has started and that still run."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import REPOSITORY, children, kvtool
+from conftest import beginning_with, children, kvtool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -279,7 +279,7 @@ if any(word.endswith("job-0.json") for word in sys.orig_argv):
 def test_a_rank_that_raises_is_named(tmp_path: Path) -> None:
     """And not the other, which misses it."""
     (tmp_path / "sitecustomize.py").write_text(RAISING)
-    status, stdout, stderr = run(env=os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"})
+    status, stdout, stderr = run(env=beginning_with(tmp_path))
     assert (status, stdout, stderr) == (2, "", "error: rank 0 ended with status 1: UnboundLocalError: a bug\n")
 
 

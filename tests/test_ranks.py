@@ -21,7 +21,7 @@ import msgspec
 import pytest
 import torch
 from checkpoints import QWEN_MOE, make_checkpoint
-from conftest import REPOSITORY, ServerProcess, children, ended, in_time, kvtool, serving
+from conftest import REPOSITORY, ServerProcess, beginning_with, children, ended, in_time, kvtool, serving
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvtool.config import EngineConfig, KVOptions
@@ -143,7 +143,7 @@ def test_a_rank_whose_device_hangs_ends_all(tmp_path: Path) -> None:
         text=True,
         cwd=REPOSITORY,
         timeout=200,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"},
+        env=beginning_with(tmp_path),
     )
     ended = time.monotonic()
     assert done.returncode == 1
@@ -187,7 +187,7 @@ def breaking(folder: Path, victim: int, during: str, config: dict[str, Any]) -> 
         trigger.touch()
     status, stdout, stderr = in_time(
         [sys.executable, "-c", STREAM, json.dumps(config), trigger],
-        env=os.environ | {"PYTHONPATH": f"{folder}:{REPOSITORY}", "BREAKING": f"{victim}:{during}:{trigger}"},
+        env=beginning_with(folder) | {"BREAKING": f"{victim}:{during}:{trigger}"},
     )
     ended = time.monotonic()
     assert status == 1

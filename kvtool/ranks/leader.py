@@ -81,7 +81,8 @@ class Ranks:
             self.tell(Start(config, work, os.getpid()))
             Thread(target=watch, args=[self._links, self._receive, self._lost, self._look], daemon=True).start()
             self.config = placed(config, config.local_rank)
-            self.parallel = take_place(store, 0, self.config)
+            with self.within("ranks have been taking their places", self._most_starting):
+                self.parallel = take_place(store, 0, self.config)
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
