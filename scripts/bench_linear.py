@@ -28,7 +28,7 @@ import triton
 from bench_gemv import MODELS, Matrix, matrices_of
 from torch import Tensor
 
-from kvtool.kernels import w4a16, w4a16_gemv, w4a16_kernels, w8a8, w8a8_kernels
+from kvtool.kernels import w4a16, w4a16_kernels, w4a16_stream, w8a8, w8a8_kernels
 from kvtool.kernels.launch import capability
 from kvtool.layers.linear import linear
 from kvtool.quantize.decode_speed import graph_seconds, read_bandwidth
@@ -196,15 +196,10 @@ def runs_of(weights: Weights, rows: int, sweep: bool) -> Iterator[tuple[str, Run
     if kind == "bf16":
         yield "cuBLAS", lambda x, index: torch.nn.functional.linear(x, *weights[index])
     elif sweep and kind == "w4a16":
-        for gemv in gemv_tiles(rows, sweep):
+        for tile in stream_tiles(rows):
             yield (
-                f"gemv {tuple(asdict(gemv).values())}",
-                (lambda x, index, tile=gemv: w4a16_gemv.gemv(x, *weights[index], None, tile)),
-            )
-        for tile in w4a16_tiles(rows):
-            yield (
-                f"product {tuple(asdict(tile).values())}",
-                (lambda x, index, tile=tile: w4a16_kernels.product(x, *weights[index], None, tile)),
+                f"stream {tuple(asdict(tile).values())}",
+                (lambda x, index, tile=tile: w4a16_stream.product(x, *weights[index], None, tile)),
             )
         if rows >= 64:
             yield "decoded", lambda x, index: w4a16_kernels.decoded_product(x, *weights[index], None)
@@ -230,30 +225,21 @@ def runs_of(weights: Weights, rows: int, sweep: bool) -> Iterator[tuple[str, Run
             )
 
 
-def gemv_tiles(rows: int, sweep: bool) -> Iterator[w4a16_gemv.Tile]:
-    """Those of the table; to sweep, up to 128 registers of a thread, or 80 where that may do."""
-    if rows > w4a16_gemv.MAX_ROWS:
-        return
-    if not sweep:
-        entries = w4a16_gemv.TILES[capability(DEVICE), max(8, triton.next_power_of_2(rows))]
-        yield from (tile for *_, tile in entries)
-        return
-    for tiles, warps, stages in pairs_of((1, 2, 4), (2, 4, 8, 16), (1, 2, 3, 4)):
-        for resident in (16, 24) if tiles == 1 and rows <= 8 else (8, 16) if tiles < 4 else (8,):
-            if tiles * stages in (2, 3, 4, 6, 8) and resident >= warps:
-                yield w4a16_gemv.Tile(tiles, warps, stages, resident // warps)
-
-
-def w4a16_tiles(rows: int) -> Iterator[w4a16_kernels.Tile]:
-    """On sm_90 none of four warps or more (`w4a16_kernels.Tile` says why)."""
-    shapes = [(16, 8, 128, 1, 4), (32, 16, 128, 2, 4), (32, 32, 128, 2, 4), (64, 32, 128, 2, 3), (64, 32, 64, 2, 4)]
-    shapes += [(32, 64, 128, 2, 3), (64, 64, 64, 2, 3), (64, 64, 64, 2, 4), (64, 64, 128, 2, 3), (64, 128, 64, 2, 4)]
-    shapes += [(64, 64, 64, 4, 4), (64, 64, 128, 4, 3), (128, 64, 64, 4, 4), (128, 64, 128, 8, 3)]
-    shapes += [(64, 128, 64, 4, 4), (128, 128, 64, 8, 4), (128, 128, 128, 8, 3)]
-    width, most_warps = max(8, triton.next_power_of_2(rows)), 8 if capability(DEVICE) < 9 else 2
-    for tile in (w4a16_kernels.Tile(*shape) for shape in shapes) if rows <= 1024 else ():
-        if min(width // 4, 64) <= tile.rows <= width and tile.warps <= most_warps:
-            yield tile
+def stream_tiles(rows: int) -> Iterator[w4a16_stream.Tile]:
+    """Those of which so many run at once; as many stages as there is room for, up to four."""
+    shared, width = 227 << 10 if capability(DEVICE) >= 9 else 99 << 10, triton.next_power_of_2(triton.cdiv(rows, 8))
+    shapes = [(1, 4, 1), (2, 4, 1), (4, 4, 1), (1, 8, 1), (2, 8, 1), (4, 8, 1), (1, 8, 2), (2, 8, 2), (4, 8, 2)]
+    shapes += [(1, 8, 4), (2, 8, 4), (2, 16, 2), (2, 16, 4), (1, 16, 8)]
+    for (tiles, warps, parts), per_sm in pairs_of(shapes, (1, 2, 3, 4)):
+        for columns in {min(width, 8), min(width, 16)}:
+            sums = 4 * tiles * columns
+            if sums > 128 or (sums + 90) * warps * 32 * per_sm > 1 << 16 or not 4 <= warps * per_sm <= 16:
+                continue
+            for stages in (4, 3, 2):
+                tile = w4a16_stream.Tile(tiles, columns, warps, parts, stages, per_sm)
+                if (tile.shared_bytes + 1024) * per_sm <= shared + 1024:
+                    yield tile
+                    break
 
 
 def w8a8_tiles(rows: int) -> Iterator[w8a8_kernels.Tile]:
@@ -275,21 +261,20 @@ def w8a8_tiles(rows: int) -> Iterator[w8a8_kernels.Tile]:
 def compile_all(kinds: list[str], matrices: Iterable[Matrix], rows: list[int], sweep: bool) -> None:
     """Compile in parallel what will be timed: Triton's kernels to its cache, in processes, NVRTC's here, in threads."""
     jobs = [(kind, matrix.outputs, matrix.depth, n, sweep) for matrix in matrices for kind in kinds for n in rows]
-    gemvs = {(8 * triton.cdiv(n, 8), tile) for n in rows for tile in gemv_tiles(n, sweep)} if "w4a16" in kinds else ()
+    tiles = {tile for n in rows for tile in stream_tiles(n)} if sweep and "w4a16" in kinds else ()
     workers = min(16, os.cpu_count() or 1)
     with multiprocessing.get_context("spawn").Pool(workers) as pool, ThreadPoolExecutor(workers) as threads:
         done = pool.starmap_async(run_once, jobs, chunksize=1)
-        for compiled in [threads.submit(gemv_once, *job) for job in gemvs]:
+        for compiled in [threads.submit(stream_once, tile) for tile in tiles]:
             compiled.result()
         done.get()
-    print(f"compiled for {len(jobs)} products, and {len(gemvs)} kernels in CUDA C++", file=sys.stderr)
+    print(f"compiled for {len(jobs)} products, and {len(tiles)} kernels in CUDA C++", file=sys.stderr)
 
 
-def gemv_once(rows: int, tile: w4a16_gemv.Tile) -> None:
+def stream_once(tile: w4a16_stream.Tile) -> None:
     with torch.inference_mode():
-        x = torch.zeros(rows, GROUP, dtype=BFLOAT, device=DEVICE)
-        scales = torch.zeros(16, 1, dtype=BFLOAT, device=DEVICE)
-        w4a16_gemv.gemv(x, torch.zeros(16, GROUP // 2, dtype=torch.uint8, device=DEVICE), scales, scales, None, tile)
+        weights = Weights.drawn("w4a16", 16, GROUP, 0)
+        w4a16_stream.product(torch.zeros(1, GROUP, dtype=BFLOAT, device=DEVICE), *weights[0], None, tile)
 
 
 def run_once(kind: str, outputs: int, depth: int, rows: int, sweep: bool) -> None:
@@ -298,7 +283,8 @@ def run_once(kind: str, outputs: int, depth: int, rows: int, sweep: bool) -> Non
         weights = Weights.drawn(kind, outputs, depth, 0)
         x = torch.zeros(rows, depth, dtype=BFLOAT, device=DEVICE)
         for label, run in runs_of(weights, rows, sweep):
-            if not label.startswith("gemv"):
+            in_registers = kind == "w4a16" and label != "decoded" and rows <= w4a16_kernels.MOST_ROWS
+            if not in_registers:
                 with suppress(*REFUSALS):
                     run(x, 0)
 

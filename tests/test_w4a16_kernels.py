@@ -18,16 +18,24 @@ pytest.importorskip("triton")
 import emulator
 from compiled import ON_GPU, check_compiled, compiles, runs, usage
 
-from kvtool.kernels import nvrtc, w4a16, w4a16_gemv, w4a16_kernels
+from kvtool.kernels import nvrtc, w4a16, w4a16_gemv, w4a16_kernels, w4a16_stream
+from kvtool.kernels.launch import capability
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float16]  # the interpreter multiplies no bf16
-TILES = [w4a16_kernels.Tile(16, 8, 64, 1, 2), w4a16_kernels.Tile(32, 16, 128, 2, 3)]
-TILES += [tile for _, tile in w4a16_kernels.TILES.values()] if ON_GPU else []
 GEMV_TILES = [w4a16_gemv.Tile(1, 2, 2, 1), w4a16_gemv.Tile(2, 4, 1, 1)]
 GEMV_TILES += sorted({tile for tiles in w4a16_gemv.TILES.values() for *_, tile in tiles}, key=repr) if ON_GPU else []
+STREAM_TILES = [w4a16_stream.Tile(1, 2, 8, 2, 3, 1), w4a16_stream.Tile(4, 8, 8, 2, 2, 1)]
+STREAM_TILES += [tile for (major, _), tile in w4a16_stream.TILES.items() if ON_GPU and major == capability(DEVICE)]
 # Outputs, columns and how many of these share a scale.
 SHAPES = [(40, 64, 32), (17, 192, 64), (33, 256, 128), (48, 384, 384), (16, 160, 160), (20, 1024, 64)]
+# What the emulator is compiled for: a shape, a dtype and a tile.
+VARIANTS = [
+    (SHAPES[0], torch.float16, w4a16_stream.Tile(1, 1, 2, 1, 2, 1)),
+    (SHAPES[1], torch.bfloat16, w4a16_stream.Tile(2, 2, 4, 2, 3, 1)),
+    (SHAPES[3], torch.bfloat16, w4a16_stream.Tile(1, 4, 4, 1, 2, 1)),
+    (SHAPES[5], torch.float16, w4a16_stream.Tile(1, 1, 8, 4, 4, 1)),
+]
 SHAPES += [(4608, 3584, 128), (3584, 18944, 128), (1000, 1056, 32), (50000, 896, 896)] if ON_GPU else []
 on_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 seeds = st.integers(0, 2**31 - 1)
@@ -83,14 +91,6 @@ def test_codes_come_back(outputs: int, depth: int, seed: int) -> None:
 
 @runs
 @examples
-@given(cases, st.sampled_from(TILES))
-def test_product(case: Case, tile: w4a16_kernels.Tile) -> None:
-    arguments = case.arguments()
-    assert error(w4a16_kernels.product(*arguments, tile), arguments) < 5e-3
-
-
-@runs
-@examples
 @given(cases, st.sampled_from([1 << 12, 1 << 20]))
 def test_product_of_a_matrix_decoded_to_memory(case: Case, piece: int) -> None:
     arguments = case.arguments()
@@ -117,6 +117,33 @@ def test_the_source_computes_its_definition(case: Case, dtype: torch.dtype, tile
     assert error(out, arguments) < 5e-3
 
 
+@settings(deadline=None, max_examples=20)
+@given(case=cases, variant=st.sampled_from(VARIANTS), programs=st.integers(1, 9), seed=seeds)
+def test_programs_share_tiles(
+    case: Case, variant: tuple[tuple[int, int, int], torch.dtype, w4a16_stream.Tile], programs: int, seed: int
+) -> None:
+    case.shape, case.dtype, tile = variant
+    x, weight, scales, *_ = arguments = case.arguments(torch.device("cpu"))
+    programs, share = w4a16_stream.grid(x, weight, tile, programs)
+    macros = w4a16_stream.constants(x, scales, tile, x.device) | {"CHAINED": 1}
+    out = torch.full((len(x), len(weight)), float("nan"), dtype=case.dtype)
+    partial = torch.full((programs, 2, tile.outputs * tile.rows), float("nan"))
+    arrivals = torch.zeros(programs, dtype=torch.int32)
+    values = w4a16_stream.arguments(*arguments, out, partial, arrivals, share)
+    library = emulator.build("w4a16_stream.cu", "w4a16_stream", tuple(macros.items()))
+    emulator.launch(library, (programs, 1), values, seed)
+    assert error(out, arguments) < 5e-3
+    assert not arrivals.any()
+
+
+@on_gpu
+@examples
+@given(cases, st.sampled_from(STREAM_TILES))
+def test_product(case: Case, tile: w4a16_stream.Tile) -> None:
+    arguments = case.arguments()
+    assert error(w4a16_stream.product(*arguments, tile), arguments) < 5e-3
+
+
 @on_gpu
 @examples
 @given(cases, st.sampled_from(GEMV_TILES))
@@ -136,31 +163,26 @@ def test_linear_chooses_by_rows(case: Case) -> None:
 
 @compiles
 @pytest.mark.parametrize("major", [8, 9])
-def test_every_product_compiles_without_spills(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_matrix_is_decoded_without_spills(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """For an RTX 4090 and an H200."""
 
     def launch() -> None:
-        _, tile = w4a16_kernels.TILES[major]
-        for dtype, depth, group in ((torch.bfloat16, 512, 128), (torch.float16, 4096, 32)):  # whole, and in parts
-            case = Case(64, (tile.outputs, depth, group), dtype, True, True, 0)
-            w4a16_kernels.product(*case.arguments(), tile)
-            w4a16_kernels.decode(*case.arguments()[1:4])
+        for dtype, depth, group in ((torch.bfloat16, 512, 128), (torch.float16, 4096, 32)):
+            w4a16_kernels.decode(*Case(64, (64, depth, group), dtype, True, True, 0).arguments()[1:4])
 
-    assert check_compiled(launch, monkeypatch, {8: 89, 9: 90}[major], w4a16_kernels) == 5
+    assert check_compiled(launch, monkeypatch, {8: 89, 9: 90}[major]) == 2
 
 
-@pytest.mark.parametrize(("major", "architecture"), [(8, "sm_89"), (9, "sm_90")])
-def test_programs_fit_a_multiprocessor_without_spills(major: int, architecture: str) -> None:
-    """As many as the tables say, in the widest groups, which take the most registers."""
+@pytest.mark.parametrize(("major", "architecture", "shared"), [(8, "sm_89", 99), (9, "sm_90", 227)])
+def test_programs_fit_a_multiprocessor_without_spills(major: int, architecture: str, shared: int) -> None:
+    """As many as the tables say."""
     if reason := nvrtc.refuses_to_compile():
         pytest.skip(reason)
-    tiles = {(rows, tile) for (of, rows), entries in w4a16_gemv.TILES.items() if of == major for *_, tile in entries}
-    for rows, tile in sorted(tiles, key=repr):
-        case = Case(rows, (16, 256, 128), torch.bfloat16, True, True, 0)
-        x, _, scales, *_ = case.arguments(torch.device("cpu"))
-        macros = w4a16_gemv.constants(x, scales, tile, x.device) | {"CHAINED": int(major >= 9)}
-        shared = (99 if major == 8 else 227) << 10
-        bound = f"static_assert(shared_bytes + 1024 <= {shared} / {tile.per_sm});"
-        used = usage(nvrtc.compile_cubin(nvrtc.source("w4a16.cu") + bound, architecture, macros))
+    x, _, scales, *_ = Case(1, (16, 256, 128), torch.bfloat16, True, True, 0).arguments(torch.device("cpu"))
+    for tile in sorted({tile for (of, _), tile in w4a16_stream.TILES.items() if of == major}, key=repr):
+        macros = w4a16_stream.constants(x, scales, tile, x.device) | {"CHAINED": int(major >= 9)}
+        bound = f"static_assert(shared_bytes == {tile.shared_bytes});"
+        used = usage(nvrtc.compile_cubin(nvrtc.source("w4a16_stream.cu") + bound, architecture, macros))
+        assert (tile.shared_bytes + 1024) * tile.per_sm <= shared + 1 << 10
         assert used["REG"] * tile.warps * 32 * tile.per_sm <= 65536
         assert used["STACK"] == used["LOCAL"] == 0

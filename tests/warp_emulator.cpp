@@ -113,6 +113,13 @@ static u32 multiply(u32 a, u32 b) {
     return round_pair<false>(widen<false>(a) * widen<false>(b), widen<false>(a >> 16) * widen<false>(b >> 16));
 }
 
+template <bool BFLOAT> static u32 fused(u32 a, u32 b, u32 c) {
+    float d[2];
+    for (int e = 0; e < 2; e++)
+        d[e] = (double)widen<BFLOAT>(a >> 16 * e) * widen<BFLOAT>(b >> 16 * e) + widen<BFLOAT>(c >> 16 * e);
+    return round_pair<BFLOAT>(d[0], d[1]);
+}
+
 template <bool BFLOAT> static void multiply_add(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     Lanes<6> all = exchange({a[0], a[1], a[2], a[3], b[0], b[1]});
     float rows[16][16], columns[16][8];
@@ -160,6 +167,11 @@ static void copy_async(void* to, const void* from) {
     if (((uintptr_t)to | (uintptr_t)from) % 16) fputs("a copy is not aligned\n", stderr), abort();
     if (eager) memcpy(to, from, 16);
     else fibers[current].groups.back().push_back({to, from});
+}
+
+static void copy_async_if(bool inside, void* to, const void* from) {
+    static const Words4 zeros = {};
+    copy_async(to, inside ? from : &zeros);
 }
 
 static void end_group() { fibers[current].groups.emplace_back(); }

@@ -1,10 +1,9 @@
-"""What `kvtool.kernels.w4a16` defines, in Triton: codes are decoded in registers, as operands of the tensor cores.
+"""What `kvtool.kernels.w4a16` defines, by the kernel for so many rows.
 
-For few rows `w4a16_gemv` takes over; for many the matrix is decoded to memory, a piece at a time, and the vendor's
-product multiplies.
+Up to some hundreds codes are decoded in registers, as operands of the tensor cores; for more the matrix is decoded to
+memory, a piece at a time, and the vendor's product multiplies.
 """
 
-from dataclasses import dataclass
 from math import gcd
 
 import torch
@@ -12,33 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels import w4a16_gemv
-from kvtool.kernels.launch import await_inputs, capability, chained, prefetch
-from kvtool.kernels.sums import finish, steps_of_part
+from kvtool.kernels import w4a16_gemv, w4a16_stream
+from kvtool.kernels.launch import await_inputs, chained
 
-
-@dataclass(frozen=True)
-class Tile:
-    """How a product is cut: outputs and rows of a program, columns at a time (of one group), warps and stages.
-
-    Fewer than four warps: with four Triton would choose sm_90's own product, whose operands from registers come out
-    wrong in a pipelined loop (seen with Triton 3.6).
-    """
-
-    outputs: int
-    rows: int
-    depth: int
-    warps: int
-    stages: int
-
-
-# By compute capability: the most rows for which codes are decoded in registers, and by which tile. For more rows a
-# matrix is decoded to memory. Chosen by the bytes that L2 must move; never timed.
-TILES: dict[int, tuple[int, Tile]] = {
-    8: (256, Tile(64, 64, 64, 2, 3)),
-    9: (128, Tile(64, 64, 64, 2, 4)),
-}
-PREFETCHED = 32 << 20  # bytes of a matrix that is fetched to L2 while the kernels before still run
+MOST_ROWS = 512  # for which codes are decoded in registers, each time anew for so many rows
 DECODED = 32 << 20  # bytes of a piece that is decoded to memory: it is still in the L2 cache when it is multiplied
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # as when a kernel is decorated; it knows no assembly
@@ -48,45 +24,9 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tenso
     """`w4a16.w4a16_linear` by the kernel for so many rows. x is of 16 bits, groups are multiples of 32."""
     if few := w4a16_gemv.tile_for(x, weight):
         return w4a16_gemv.gemv(x, weight, scales, zeros, bias, few)
-    most, tile = TILES[capability(x.device)]
-    if len(x) <= most:
-        return product(x, weight, scales, zeros, bias, tile)
+    if len(x) <= MOST_ROWS and (tile := w4a16_stream.tile_for(x)):
+        return w4a16_stream.product(x, weight, scales, zeros, bias, tile)
     return decoded_product(x, weight, scales, zeros, bias)
-
-
-def product(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
-    """`linear` with codes decoded in registers. On sm_90 the matrix is read while earlier kernels still run."""
-    (rows, depth), outputs, group = x.shape, len(weight), _group(weight, scales)
-    assert x.is_contiguous() and weight.is_contiguous() and scales.is_contiguous() and zeros.is_contiguous()
-    step, row_tiles = gcd(tile.depth, group), triton.cdiv(rows, tile.rows)
-    programs = triton.cdiv(outputs, tile.outputs) * row_tiles
-    share = step * steps_of_part(programs, depth // step, x.device)
-    parts = triton.cdiv(depth, share)
-    out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    sums = torch.empty(parts, rows, outputs, dtype=torch.float32, device=x.device) if parts > 1 else out
-    _product_kernel[(programs, parts)](
-        x,
-        weight,
-        scales,
-        zeros,
-        scales if bias is None else bias,
-        sums,
-        rows,
-        row_tiles,
-        outputs,
-        depth,
-        share,
-        GROUP=group,
-        ROWS=tile.rows,
-        OUTPUTS=tile.outputs,
-        DEPTH=step,
-        BIAS=bias is not None and parts == 1,
-        PREFETCH=row_tiles == 1 == parts and weight.nbytes <= PREFETCHED,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **chained(x.device),
-    )
-    return finish(sums, None, None, bias, out) if parts > 1 else out
 
 
 def decoded_product(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:
@@ -129,63 +69,6 @@ def decode(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 def _group(weight: Tensor, scales: Tensor) -> int:
     """Columns that share a scale."""
     return 2 * weight.shape[1] // scales.shape[1]
-
-
-@triton.jit(do_not_specialize=["rows", "row_tiles"])
-def _product_kernel(
-    x,
-    weight,
-    scales,
-    zeros,
-    bias,
-    out,
-    rows,
-    row_tiles,
-    outputs,
-    depth,
-    share,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BIAS: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    CHAINED: tl.constexpr,
-):
-    """Program (outputs and rows, columns): neighbours read the same part of the matrix."""
-    first = tl.program_id(0) // row_tiles * OUTPUTS
-    output = first + tl.arange(0, OUTPUTS)
-    line = tl.minimum(output, outputs - 1).to(tl.int64)
-    row = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)[None, :]
-    columns = x + tl.minimum(row, rows - 1).to(tl.int64) * depth
-    byte = tl.arange(0, DEPTH // 2)
-    lines = weight + line[:, None] * (depth // 2) + byte[None, :]
-    groups = line * (depth // GROUP)
-    at = (byte // 16 * 32 + byte % 16)[:, None]  # the column of each low nibble; that of the high one is 16 behind
-    if CHAINED and PREFETCH:
-        prefetch(weight + first.to(tl.int64) * (depth // 2), tl.minimum(outputs - first, OUTPUTS) * (depth // 2))
-    await_inputs(CHAINED)
-    begin = tl.program_id(1) * share
-    sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
-    scale = tl.load(scales + groups + begin // GROUP)
-    zero = tl.load(zeros + groups + begin // GROUP)
-    for start in range(begin, tl.minimum(begin + share, depth), DEPTH):
-        packed = tl.load(lines + start // 2)
-        low = tl.load(columns + start + at)
-        high = tl.load(columns + start + at + 16)
-        # They are too narrow for the compiler to fetch ahead.
-        next_group = tl.minimum(start + DEPTH, depth - DEPTH) // GROUP
-        next_scale = tl.load(scales + groups + next_group)
-        next_zero = tl.load(zeros + groups + next_group)
-        sums = tl.dot(_decoded(packed, scale, zero, 0), low, sums)
-        sums = tl.dot(_decoded(packed, scale, zero, 1), high, sums)
-        scale = next_scale
-        zero = next_zero
-    if BIAS:
-        sums += tl.load(bias + line).to(tl.float32)[:, None]
-    inside = (output < outputs)[:, None] & (row < rows)
-    to = out + (tl.program_id(1) * rows + row.to(tl.int64)) * outputs + output[:, None]
-    tl.store(to, sums.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -28,6 +28,14 @@ __device__ inline u32 multiply(u32 a, u32 b) {
     return d;
 }
 
+// Two of a · b + c, each rounded once.
+template <bool BFLOAT> __device__ inline u32 fused(u32 a, u32 b, u32 c) {
+    u32 d;
+    if constexpr (BFLOAT) asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    else asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
 template <bool BFLOAT> __device__ inline u32 round_pair(float low, float high) {
     u32 d;
     if constexpr (BFLOAT) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
@@ -75,6 +83,13 @@ __device__ inline bool any_thread(bool x) { return __syncthreads_or(x); }  // of
 __device__ inline void copy_async(void* to, const void* from) {
     u32 shared = (u32)__cvta_generic_to_shared(to);
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+}
+
+// As above, where `inside`, else 16 zeros. The rest of a line of 128 bytes comes to the L2 cache.
+__device__ inline void copy_async_if(bool inside, void* to, const void* from) {
+    u32 shared = (u32)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(inside ? 16 : 0)
+                 : "memory");
 }
 
 __device__ inline void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
