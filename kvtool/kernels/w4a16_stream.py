@@ -1,6 +1,6 @@
 """What `kvtool.kernels.w4a16` defines, in CUDA C++ on the tensor cores, for any number of rows.
 
-The kernel, `w4a16_stream.cu`, is compiled when it is first called for a shape of its work. The product is cut into tiles,
+The kernel, `w4a16_stream.cu`, is compiled when it is first called for a shape of its work. A product is cut into tiles,
 and a tile into steps of columns. Each program takes as many steps as the others, one tile's after the other's, whatever
 the shape ("stream-K", arXiv 2301.03598): no multiprocessor waits for others with their last tile.
 """
