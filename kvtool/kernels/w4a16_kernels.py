@@ -24,7 +24,7 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tenso
     """`w4a16.w4a16_linear` by the kernel for so many rows. x is of 16 bits, groups are multiples of 32."""
     if few := w4a16_gemv.tile_for(x, weight):
         return w4a16_gemv.gemv(x, weight, scales, zeros, bias, few)
-    if len(x) <= MOST_ROWS and (tile := w4a16_stream.tile_for(x)):
+    if len(x) <= MOST_ROWS and (tile := w4a16_stream.tile_for(x, weight)):
         return w4a16_stream.product(x, weight, scales, zeros, bias, tile)
     return decoded_product(x, weight, scales, zeros, bias)
 

@@ -54,24 +54,29 @@ class Tile:
         return self.stages * step + (self.parts - 1) * self.outputs * self.rows * 4
 
 
-# By compute capability and columns. Never timed.
-TILES: dict[tuple[int, int], Tile] = {
-    (8, 1): Tile(2, 1, 4, 1, 4, 2),
-    (8, 2): Tile(2, 2, 8, 1, 4, 1),
-    (8, 4): Tile(2, 4, 8, 1, 4, 1),
-    (8, 8): Tile(2, 8, 8, 1, 3, 1),
-    (9, 1): Tile(2, 1, 8, 1, 4, 2),
-    (9, 2): Tile(2, 2, 8, 1, 4, 2),
-    (9, 4): Tile(2, 4, 8, 1, 4, 1),
-    (9, 8): Tile(2, 8, 8, 1, 4, 1),
+# By compute capability and products of 8 rows, the widest first: x is read again for each tile, and what programs share
+# of a tile goes through memory. Never timed.
+TILES: dict[tuple[int, int], tuple[Tile, ...]] = {
+    (8, 1): (Tile(2, 1, 8, 1, 4, 1), Tile(2, 1, 4, 1, 4, 2), Tile(1, 1, 4, 1, 4, 2)),
+    (8, 2): (Tile(2, 2, 8, 1, 4, 1), Tile(2, 2, 4, 1, 3, 2), Tile(1, 2, 4, 1, 4, 2)),
+    (8, 4): (Tile(2, 4, 8, 1, 4, 1), Tile(2, 4, 4, 1, 3, 2), Tile(1, 4, 4, 1, 3, 2)),
+    (8, 8): (Tile(2, 8, 8, 1, 3, 1), Tile(2, 8, 4, 1, 4, 1), Tile(1, 8, 4, 1, 2, 2)),
+    (9, 1): (Tile(2, 1, 8, 1, 4, 2), Tile(2, 1, 4, 1, 4, 3), Tile(1, 1, 4, 1, 4, 3)),
+    (9, 2): (Tile(2, 2, 8, 1, 4, 2), Tile(2, 2, 4, 1, 4, 3), Tile(1, 2, 4, 1, 4, 3)),
+    (9, 4): (Tile(2, 4, 8, 1, 4, 1), Tile(2, 4, 4, 1, 4, 2), Tile(1, 4, 4, 1, 4, 2)),
+    (9, 8): (Tile(2, 8, 8, 1, 4, 1), Tile(2, 8, 4, 1, 4, 2), Tile(1, 8, 4, 1, 4, 2)),
 }
 MAX_COLUMNS = max(columns for _, columns in TILES)
+LEAST_STEPS = 6  # of a program, for which a tile is not too wide
 
 
-def tile_for(x: Tensor) -> Tile | None:
+def tile_for(x: Tensor, weight: Tensor) -> Tile | None:
     """The tile for `product`, or None where it cannot be compiled."""
-    columns = min(MAX_COLUMNS, triton.next_power_of_2(triton.cdiv(len(x), 8)))
-    return TILES[capability(x.device), columns] if _compiles() else None
+    if not _compiles():
+        return None
+    tiles = TILES[capability(x.device), min(MAX_COLUMNS, triton.next_power_of_2(triton.cdiv(len(x), 8)))]
+    steps = {tile: grid(x, weight, tile, tile.per_sm * num_sms(x.device))[1] for tile in tiles}
+    return next((tile for tile in tiles if steps[tile] >= LEAST_STEPS), tiles[-1])
 
 
 def product(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
