@@ -18,15 +18,13 @@ pytest.importorskip("triton")
 import emulator
 from compiled import ON_GPU, check_compiled, compiles, runs, usage
 
-from kvtool.kernels import nvrtc, w4a16, w4a16_gemv, w4a16_kernels, w4a16_stream
+from kvtool.kernels import nvrtc, w4a16, w4a16_kernels, w4a16_stream
 from kvtool.kernels.launch import capability
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float16]  # the interpreter multiplies no bf16
-GEMV_TILES = [w4a16_gemv.Tile(1, 2, 2, 1), w4a16_gemv.Tile(2, 4, 1, 1)]
-GEMV_TILES += sorted({tile for tiles in w4a16_gemv.TILES.values() for *_, tile in tiles}, key=repr) if ON_GPU else []
-STREAM_TILES = [w4a16_stream.Tile(1, 2, 8, 2, 3, 1), w4a16_stream.Tile(4, 8, 8, 2, 2, 1)]
-STREAM_TILES += [tiles[0] for (major, _), tiles in w4a16_stream.TILES.items() if ON_GPU and major == capability(DEVICE)]
+TILES = [w4a16_stream.Tile(1, 2, 8, 2, 3, 1), w4a16_stream.Tile(4, 8, 8, 2, 2, 1)]
+TILES += [tiles[0] for (major, _), tiles in w4a16_stream.TILES.items() if ON_GPU and major == capability(DEVICE)]
 # Outputs, columns and how many of these share a scale.
 SHAPES = [(40, 64, 32), (17, 192, 64), (33, 256, 128), (48, 384, 384), (16, 160, 160), (20, 1024, 64)]
 # What the emulator is compiled for: a shape, a dtype and a tile.
@@ -65,11 +63,12 @@ class Case:
 
 
 def error(out: Tensor, arguments: list[Tensor]) -> float:
-    x, weight, scales, zeros, bias = (None if x is None else x.cpu() for x in arguments)
+    x, weight, scales, zeros, bias = arguments
     exact = w4a16.w4a16_reference(x.double(), weight, scales.double(), zeros.double(), bias)
-    return float((out.cpu().double() - exact).norm() / exact.norm())
+    return float((out.double() - exact).norm() / exact.norm())
 
 
+Variant = tuple[tuple[int, int, int], torch.dtype, w4a16_stream.Tile]
 cases = st.builds(
     Case,
     rows=st.integers(1, 300 if ON_GPU else 20),
@@ -99,29 +98,9 @@ def test_product_of_a_matrix_decoded_to_memory(case: Case, piece: int) -> None:
         assert error(w4a16_kernels.decoded_product(*arguments), arguments) < 5e-3
 
 
-@settings(deadline=None, max_examples=12)
-@given(
-    case=cases,
-    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
-    tile=st.sampled_from(GEMV_TILES[:2]),
-    seed=seeds,
-)
-def test_the_source_computes_its_definition(case: Case, dtype: torch.dtype, tile: w4a16_gemv.Tile, seed: int) -> None:
-    case.dtype = dtype
-    x, weight, scales, *_ = arguments = case.arguments(torch.device("cpu"))
-    macros = w4a16_gemv.constants(x, scales, tile, x.device) | {"CHAINED": 1}
-    out = torch.full((len(x), len(weight)), float("nan"), dtype=dtype)
-    grid = (-(-len(weight) // (16 * tile.tiles)), 1)
-    values = w4a16_gemv.arguments(*arguments, out)
-    emulator.launch(emulator.build("w4a16.cu", "w4a16", tuple(macros.items())), grid, values, seed)
-    assert error(out, arguments) < 5e-3
-
-
 @settings(deadline=None, max_examples=20)
 @given(case=cases, variant=st.sampled_from(VARIANTS), programs=st.integers(1, 9), seed=seeds)
-def test_programs_share_tiles(
-    case: Case, variant: tuple[tuple[int, int, int], torch.dtype, w4a16_stream.Tile], programs: int, seed: int
-) -> None:
+def test_programs_share_tiles(case: Case, variant: Variant, programs: int, seed: int) -> None:
     case.shape, case.dtype, tile = variant
     x, weight, scales, *_ = arguments = case.arguments(torch.device("cpu"))
     programs, share = w4a16_stream.grid(x, weight, tile, programs)
@@ -130,7 +109,7 @@ def test_programs_share_tiles(
     partial = torch.full((programs, 2, tile.outputs * tile.rows), float("nan"))
     arrivals = torch.zeros(programs, dtype=torch.int32)
     values = w4a16_stream.arguments(*arguments, out, partial, arrivals, share)
-    library = emulator.build("w4a16_stream.cu", "w4a16_stream", tuple(macros.items()))
+    library = emulator.build("w4a16.cu", "w4a16", tuple(macros.items()))
     emulator.launch(library, (programs, 1), values, seed)
     assert error(out, arguments) < 5e-3
     assert not arrivals.any()
@@ -138,19 +117,10 @@ def test_programs_share_tiles(
 
 @on_gpu
 @examples
-@given(cases, st.sampled_from(STREAM_TILES))
+@given(cases, st.sampled_from(TILES))
 def test_product(case: Case, tile: w4a16_stream.Tile) -> None:
     arguments = case.arguments()
     assert error(w4a16_stream.product(*arguments, tile), arguments) < 5e-3
-
-
-@on_gpu
-@examples
-@given(cases, st.sampled_from(GEMV_TILES))
-def test_gemv(case: Case, tile: w4a16_gemv.Tile) -> None:
-    case.rows = 1 + case.rows % w4a16_gemv.MAX_ROWS
-    arguments = case.arguments()
-    assert error(w4a16_gemv.gemv(*arguments, tile), arguments) < 5e-3
 
 
 @on_gpu
@@ -182,7 +152,7 @@ def test_programs_fit_a_multiprocessor_without_spills(major: int, architecture: 
     for tile in {tile for (of, _), tiles in w4a16_stream.TILES.items() if of == major for tile in tiles}:
         macros = w4a16_stream.constants(x, scales, tile, x.device) | {"CHAINED": int(major >= 9)}
         bound = f"static_assert(shared_bytes == {tile.shared_bytes});"
-        used = usage(nvrtc.compile_cubin(nvrtc.source("w4a16_stream.cu") + bound, architecture, macros))
+        used = usage(nvrtc.compile_cubin(nvrtc.source("w4a16.cu") + bound, architecture, macros))
         assert (tile.shared_bytes + 1024) * tile.per_sm <= shared + 1 << 10
         assert used["REG"] * tile.warps * 32 * tile.per_sm <= 65536
         assert used["STACK"] == used["LOCAL"] == 0

@@ -1,131 +1,240 @@
-// Products of a few rows with 4-bit weights, bound by the rate at which weights are read. `w4a16_gemv.py` says what is
-// computed.
+// Products with 4-bit weights on the tensor cores. `w4a16_stream.py` says what is computed, and how the work is cut.
 //
-// Weights are the rows of the tensor cores' first operand, x the columns of the second. A byte's low nibbles and then its
-// high ones, under the upper byte of a power of two, are pairs of bf16 of 128 + code (of fp16: 1,024 + code), exactly:
+// Weights are the rows of the first operand, rows of x the columns of the second. A program multiplies OUTPUTS by ROWS of
+// them, a step of columns at a time, which come to shared memory in a ring of STAGES; its warps have 16 TILES outputs
+// each, and where PARTS of them have the same, as many blocks of a step. A program's share of all steps may begin and
+// end within a tile: what several have made of one meets in memory, and the last to arrive adds it up, always in the
+// same order.
 //
-//   sums [16 outputs, 8 rows] += (OFFSET + codes) [16 outputs, 16 columns] · x [16 columns, 8 rows]
-//
-// and a product of ones with x gives what OFFSET and the zero of a group have added, to be taken away in fp32 before the
-// scale. Warps share the columns of a program's outputs, a chunk each in turn, and meet once, at the end.
-//
-// A lane is 4g + t. A product takes its columns in any order: each t has READ neighbouring bytes of a chunk, so that what
-// a lane reads of weights and of x lies side by side. A chunk stays within one group of GROUP columns.
+// Lane 4g + t has of each block the run of 32 columns t, of outputs g and g + 8: its 16 bytes. In a product, which takes
+// columns in any order, they are in turn the low nibbles of a word, and the high ones. A nibble under the upper byte of a
+// power of two is a bf16 of 128 + code (an fp16 of 1,024 + code), exactly; less that and the zero, times the scale, it is
+// the weight. What a zero is more than whole is taken away after the scale.
 
-constexpr int READ = GROUP % 128 == 0 ? 16 : GROUP % 64 == 0 ? 8 : 4;
-constexpr int CHUNK = 8 * READ, WORDS = READ / 4;  // columns, and of each lane words of 8 codes
-constexpr int OUTPUTS = 16 * TILES, ROWS = 8 * COLUMNS;
-constexpr int MEETING_ROW = OUTPUTS + 4;  // floats of a row of x where warps meet
-constexpr u32 MAGIC = BF16 ? 0x43434343 : 0x64646464, ONES = BF16 ? 0x3f803f80 : 0x3c003c00;
+constexpr int THREADS = 32 * WARPS, LINES = WARPS / PARTS, OUTPUTS = 16 * TILES * LINES, ROWS = 8 * COLUMNS;
+constexpr int RUN = 32, BLOCK = 4 * RUN, STEP = PARTS * BLOCK;      // columns
+constexpr int CODES_BYTES = OUTPUTS * BLOCK / 2, X_BYTES = ROWS * BLOCK * 2;  // of a block
+constexpr int STAGE_BYTES = PARTS * (CODES_BYTES + X_BYTES), FRAGMENTS = TILES * COLUMNS;
+constexpr u32 MAGIC = BF16 ? 0x43434343 : 0x64646464, ONE = BF16 ? 0x3f803f80 : 0x3c003c00;
 constexpr float OFFSET = BF16 ? 128 : 1024;
-extern "C" __constant__ const int shared_bytes = WARPS * ROWS * MEETING_ROW * 4;
+extern "C" __constant__ const int shared_bytes = STAGES * STAGE_BYTES + (PARTS - 1) * OUTPUTS * ROWS * 4;
 
-struct Chunk {
-    u32 codes[TILES][2][WORDS];
+struct Place { int output, row, column; };  // of a step, its first ones
+
+struct Grid {
     u16 scale[TILES][2], zero[TILES][2];
 };
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) w4a16(
+extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
     const u16* x,       // [rows, depth]
     const char* weight, // [outputs, depth / 2]
     const u16* scales,  // [outputs, depth / GROUP]
     const u16* zeros,
     const u16* bias,    // [outputs], or null
     u16* out,           // [rows, outputs]
+    float* partial,     // [programs, 2, OUTPUTS · ROWS]: of the tiles in which a share begins, and ends if in another
+    int* arrivals,      // [programs] zeros, before and after
     int rows,
     int outputs,
-    int depth
+    int depth,
+    int share           // steps of a program, of those of all tiles, one tile's after the other's
 ) {
     extern __shared__ Words4 dynamic[];
-    const int warp = threadIdx.x / 32, lane = lane_id(), g = lane / 4, t = lane % 4;
-    const int first = blockIdx.x * OUTPUTS, chunks = depth / CHUNK;
-    if (CHAINED && threadIdx.x == 0)
-        prefetch(weight + (u64)first * (depth / 2), (u32)min(outputs - first, OUTPUTS) * (depth / 2));
+    const int warp = threadIdx.x / 32, line = warp % LINES, part = warp / LINES;
+    const int lane = lane_id(), g = lane / 4, t = lane % 4;
+    const int steps = (depth + STEP - 1) / STEP, row_tiles = (rows + ROWS - 1) / ROWS;
+    const int begin = blockIdx.x * share;
+    const int count = min(share, (outputs + OUTPUTS - 1) / OUTPUTS * row_tiles * steps - begin);
+    const Place start = {begin / steps / row_tiles * OUTPUTS, begin / steps % row_tiles * ROWS, begin % steps * STEP};
+    auto behind = [&](Place at) {
+        at.column += STEP;
+        if (at.column >= depth) at.column = 0, at.row += ROWS;
+        if (at.row >= rows) at.row = 0, at.output += OUTPUTS;
+        return at;
+    };
 
-    const char* codes_of[TILES][2];
-    u32 groups_of[TILES][2];
-    for (int i = 0; i < TILES; i++)
-        for (int h = 0; h < 2; h++) {
-            u32 line = min(first + i * 16 + h * 8 + g, outputs - 1);
-            codes_of[i][h] = weight + (u64)line * (depth / 2) + t * READ;
-            groups_of[i][h] = line * (depth / GROUP);
-        }
-    auto fetch = [&](Chunk& chunk, int index) {
-        if (index >= chunks) return;
+    auto fetch_codes = [&](const Place& at, char* to) {
+        const int of = threadIdx.x / 4 % PARTS, output = threadIdx.x / 4 / PARTS;
+        const int column = at.column + of * BLOCK + t * RUN, left = column < depth ? outputs - at.output - output : 0;
+        const char* from = weight + (u64)(at.output + output) * (depth / 2) + column / 2;
+        to += of * CODES_BYTES + output * (BLOCK / 2) + t * 16;
+#pragma unroll
+        for (int i = 0; i < OUTPUTS; i += 8 * LINES, from += (u64)(8 * LINES) * (depth / 2))
+            copy_async_if(i < left, to + i * (BLOCK / 2), from);
+    };
+    // 16 bytes of x are what one lane reads at once. Those of the four runs lie side by side, and change halves from row
+    // to row, so that eight lanes read from all banks.
+    auto fetch_x = [&](const Place& at, char* to) {
+        const int of = threadIdx.x / 16 % PARTS, row = threadIdx.x / 16 / PARTS, place = threadIdx.x % 16 ^ row % 2 * 4;
+        const int column = at.column + of * BLOCK + place % 4 * RUN + place / 4 % 2 * 16 + place / 8 * 8;
+        const int left = column < depth ? rows - at.row - row : 0;
+        const u16* from = x + (u64)(at.row + row) * depth + column;
+        to += PARTS * CODES_BYTES + of * X_BYTES + row * (BLOCK * 2) + threadIdx.x % 16 * 16;
+#pragma unroll
+        for (int i = 0; i < ROWS; i += 2 * LINES, from += (u64)(2 * LINES) * depth)
+            if (ROWS % (2 * LINES) == 0 || i + row < ROWS) copy_async_if(i < left, to + i * (BLOCK * 2), from);
+    };
+    auto fetch_grid = [&](const Place& at, Grid& grid) {
+        const int first = at.output + line * (16 * TILES) + g;
+        const int column = min(at.column + part * BLOCK + t * RUN, depth - RUN);
+#pragma unroll
         for (int i = 0; i < TILES; i++)
+#pragma unroll
             for (int h = 0; h < 2; h++) {
-                read_once<READ>(chunk.codes[i][h], codes_of[i][h] + index * (4 * READ));
-                u32 group = groups_of[i][h] + index / (GROUP / CHUNK);
-                chunk.scale[i][h] = scales[group];
-                chunk.zero[i][h] = zeros[group];
+                u32 group = min(first + i * 16 + h * 8, outputs - 1) * (depth / GROUP) + column / GROUP;
+                grid.scale[i][h] = scales[group];
+                grid.zero[i][h] = zeros[group];
             }
     };
-    Chunk held[STAGES];
-#pragma unroll
-    for (int stage = 0; stage < STAGES; stage++) fetch(held[stage], warp + stage * WARPS);
 
-    const int column = t * READ / 16 * 32 + t * READ % 16;  // of a chunk, of the first low nibble; the high one's is 16 on
-    const u16* rows_of_x[COLUMNS];  // columns of a product that are no rows of x repeat its last one
-    for (int n = 0; n < COLUMNS; n++) rows_of_x[n] = x + (u64)min(n * 8 + g, rows - 1) * depth + column;
     float total[TILES][COLUMNS][4] = {};
-    auto add = [&](const Chunk& chunk, int index) {
-        u32 pairs[COLUMNS][2][2 * WORDS];  // of x, for low nibbles and for high ones
-        for (int n = 0; n < COLUMNS; n++)
-            for (int high = 0; high < 2; high++)
-                read<2 * READ>(pairs[n][high], rows_of_x[n] + index * CHUNK + high * 16);
-        float sums[TILES][COLUMNS][4] = {}, ones[COLUMNS][4] = {};
+    auto multiply = [&](const Grid& grid, const char* stage) {
+        const char* codes_of = stage + part * CODES_BYTES + line * (16 * TILES * BLOCK / 2) + lane * 16;
+        const char* x_of = stage + PARTS * CODES_BYTES + part * X_BYTES + g * (BLOCK * 2);
+        u32 codes[TILES][2][2], offset[TILES][2], scale[TILES][2], rest[TILES][2];
 #pragma unroll
-        for (int high = 0; high < 2; high++)
-#pragma unroll
-            for (int word = 0; word < WORDS; word++) {
-                u32 b[COLUMNS][2];
-                for (int n = 0; n < COLUMNS; n++) {
-                    for (int j = 0; j < 2; j++) b[n][j] = pairs[n][high][2 * word + j];
-                    const u32 rows_of_ones[4] = {ONES, ONES, ONES, ONES};
-                    multiply_add<BF16>(ones[n], rows_of_ones, b[n]);
-                }
-                for (int i = 0; i < TILES; i++) {
-                    u32 a[4];
-                    for (int h = 0; h < 2; h++) {
-                        u32 nibbles = chunk.codes[i][h][word] >> 4 * high & 0x0f0f0f0f;
-                        a[h] = permute(nibbles, MAGIC, 0x4140);
-                        a[2 + h] = permute(nibbles, MAGIC, 0x4342);
-                    }
-                    for (int n = 0; n < COLUMNS; n++) multiply_add<BF16>(sums[i][n], a, b[n]);
-                }
-            }
         for (int i = 0; i < TILES; i++)
+#pragma unroll
             for (int h = 0; h < 2; h++) {
-                float scale = widen<BF16>(chunk.scale[i][h]), zero = OFFSET + widen<BF16>(chunk.zero[i][h]);
-                for (int n = 0; n < COLUMNS; n++)
-                    for (int e = 0; e < 2; e++)
-                        total[i][n][2 * h + e] += scale * (sums[i][n][2 * h + e] - zero * ones[n][e]);
+                float zero = widen<BF16>(grid.zero[i][h]), whole = rintf(zero);
+                float left = (whole - zero) * widen<BF16>(grid.scale[i][h]);
+                offset[i][h] = round_pair<BF16>(-OFFSET - whole, -OFFSET - whole);
+                scale[i][h] = grid.scale[i][h] * 0x10001u;
+                rest[i][h] = round_pair<BF16>(left, left);
             }
+#pragma unroll
+        for (int q = 0; q < 4; q++) {  // words 0 and 1 for low nibbles and for high ones, 2 and 3
+            u32 a[2][TILES][4];
+            if (q % 2 == 0)
+#pragma unroll
+                for (int i = 0; i < TILES; i++)
+#pragma unroll
+                    for (int h = 0; h < 2; h++)
+                        read<8>(codes[i][h], codes_of + (i * 16 + h * 8) * (BLOCK / 2) + q * 4);
+#pragma unroll
+            for (int w = 0; w < 2; w++)
+#pragma unroll
+                for (int i = 0; i < TILES; i++)
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        u32 nibbles = codes[i][h][w] >> q % 2 * 4 & 0x0f0f0f0f;
+#pragma unroll
+                        for (int j = 0; j < 2; j++) {
+                            u32 pair = permute(nibbles, MAGIC, j ? 0x4342 : 0x4140);
+                            pair = fused<BF16>(pair, ONE, offset[i][h]);
+                            a[w][i][2 * j + h] = fused<BF16>(pair, scale[i][h], rest[i][h]);
+                        }
+                    }
+#pragma unroll
+            for (int n = 0; n < COLUMNS; n++) {
+                u32 b[2][2];
+                read<16>(b[0], x_of + n * (8 * BLOCK * 2) + ((q * 4 + t) ^ g % 2 * 4) * 16);
+#pragma unroll
+                for (int w = 0; w < 2; w++)
+#pragma unroll
+                    for (int i = 0; i < TILES; i++) multiply_add<BF16>(total[i][n], a[w][i], b[w]);
+            }
+        }
     };
+
+    auto each = [&](auto&& use) {
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int n = 0; n < COLUMNS; n++) use(total[i][n], i * COLUMNS + n);
+    };
+    // Of a fragment, where its four floats lie among those of so many lines of warps.
+    auto place = [&](int of, int fragment) { return ((of * FRAGMENTS + fragment) * 32 + lane) * 4; };
+    // Add to the first part's what the others have.
+    auto meet = [&] {
+        float* meeting = (float*)((char*)dynamic + STAGES * STAGE_BYTES);
+        if (part)
+            each([&](float(&sums)[4], int fragment) {
+                *(Floats4*)(meeting + place(warp - LINES, fragment)) = {sums[0], sums[1], sums[2], sums[3]};
+            });
+        __syncthreads();
+        if (!part)
+            each([&](float(&sums)[4], int fragment) {
+                for (int other = 0; other < PARTS - 1; other++) {
+                    Floats4 more = *(const Floats4*)(meeting + place(other * LINES + line, fragment));
+                    for (int j = 0; j < 4; j++) sums[j] += more.x[j];
+                }
+            });
+    };
+    // Whether `total` is now that of the whole tile.
+    auto gather = [&](int tile) {
+        const int first = tile * steps / share, last = (tile * steps + steps - 1) / share;  // programs that share it
+        if (first == last) return true;
+        auto slot = [&](int program) {
+            int second = program * share / steps != tile;
+            return partial + (u64)(2 * program + second) * (OUTPUTS * ROWS);
+        };
+        if (!part)
+            each([&](float(&sums)[4], int fragment) {
+                *(Floats4*)(slot(blockIdx.x) + place(line, fragment)) = {sums[0], sums[1], sums[2], sums[3]};
+            });
+        __threadfence();
+        __syncthreads();
+        if (!any_thread(threadIdx.x == 0 && atomicAdd(arrivals + first, 1) == last - first)) return false;
+        __threadfence();
+        if (threadIdx.x == 0) arrivals[first] = 0;  // for the next kernel
+        each([&](float(&sums)[4], int) { sums[0] = sums[1] = sums[2] = sums[3] = 0; });
+        if (!part)
+            for (int program = first; program <= last; program++) {
+                const float* from = slot(program);
+                each([&](float(&sums)[4], int fragment) {
+                    Floats4 more = load_written4(from + place(line, fragment));
+                    for (int j = 0; j < 4; j++) sums[j] += more.x[j];
+                });
+            }
+        return true;
+    };
+    auto write = [&](const Place& at) {
+        const int output = at.output + line * (16 * TILES) + g, row = at.row + 2 * t;
+        each([&](float(&sums)[4], int fragment) {
+            for (int j = 0; j < 4; j++) {
+                int to = output + fragment / COLUMNS * 16 + j / 2 * 8, of = row + fragment % COLUMNS * 8 + j % 2;
+                if (to >= outputs || of >= rows) continue;
+                float sum = sums[j] + (bias ? widen<BF16>(bias[to]) : 0);
+                out[(u64)of * outputs + to] = (u16)round_pair<BF16>(sum, 0);
+            }
+        });
+    };
+
+    auto stage_of = [&](int index) { return (char*)dynamic + index % STAGES * STAGE_BYTES; };
+    Place ahead = start;
+    for (int index = 0; index < min(STAGES - 1, count); index++, ahead = behind(ahead))
+        fetch_codes(ahead, stage_of(index));
+    Grid held, next;
+    fetch_grid(start, held);
     if (CHAINED) {
         start_next();
         await_inputs();
     }
-    for (int index = warp; index < chunks;)
-#pragma unroll
-        for (int stage = 0; stage < STAGES; stage++, index += WARPS)
-            if (index < chunks) {
-                add(held[stage], index);
-                fetch(held[stage], index + STAGES * WARPS);
-            }
-
-    // Warps meet.
-    float* meeting = (float*)dynamic;
-    for (int i = 0; i < TILES; i++)
-        for (int n = 0; n < COLUMNS; n++)
-            for (int j = 0; j < 4; j++)
-                meeting[(warp * ROWS + n * 8 + 2 * t + j % 2) * MEETING_ROW + i * 16 + j / 2 * 8 + g] = total[i][n][j];
-    __syncthreads();
-    for (int at = threadIdx.x; at < rows * OUTPUTS; at += WARPS * 32) {
-        int row = at / OUTPUTS, output = at % OUTPUTS;
-        if (first + output >= outputs) continue;
-        float sum = bias ? widen<BF16>(bias[first + output]) : 0;
-        for (int i = 0; i < WARPS; i++) sum += meeting[(i * ROWS + row) * MEETING_ROW + output];
-        out[(u64)row * outputs + first + output] = (u16)round_pair<BF16>(sum, 0);
+    ahead = start;
+    for (int index = 0; index < STAGES - 1; index++) {
+        if (index < count) fetch_x(ahead, stage_of(index)), ahead = behind(ahead);
+        end_group();
+    }
+    Place at = start;
+    for (int index = 0; index < count; index++) {
+        await_groups<STAGES - 2>();
+        __syncthreads();  // all have come, and the stage before is no longer read
+        if (index + STAGES - 1 < count) {
+            fetch_codes(ahead, stage_of(index + STAGES - 1));
+            fetch_x(ahead, stage_of(index + STAGES - 1));
+            ahead = behind(ahead);
+        }
+        end_group();
+        const Place behind_it = behind(at);
+        if (index + 1 < count) fetch_grid(behind_it, next);
+        multiply(held, stage_of(index));
+        held = next;
+        if (index + 1 == count || behind_it.column == 0) {
+            if (PARTS > 1) meet();
+            if (gather((begin + index) / steps) && !part) write(at);
+            each([&](float(&sums)[4], int) { sums[0] = sums[1] = sums[2] = sums[3] = 0; });
+        }
+        at = behind_it;
     }
 }

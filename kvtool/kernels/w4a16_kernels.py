@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels import w4a16_gemv, w4a16_stream
+from kvtool.kernels import w4a16_stream
 from kvtool.kernels.launch import await_inputs, chained
 
 MOST_ROWS = 512  # for which codes are decoded in registers, each time anew for so many rows
@@ -22,8 +22,6 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # as when a kernel i
 
 def linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:
     """`w4a16.w4a16_linear` by the kernel for so many rows. x is of 16 bits, groups are multiples of 32."""
-    if few := w4a16_gemv.tile_for(x, weight):
-        return w4a16_gemv.gemv(x, weight, scales, zeros, bias, few)
     if len(x) <= MOST_ROWS and (tile := w4a16_stream.tile_for(x, weight)):
         return w4a16_stream.product(x, weight, scales, zeros, bias, tile)
     return decoded_product(x, weight, scales, zeros, bias)

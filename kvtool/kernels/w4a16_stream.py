@@ -1,6 +1,6 @@
 """What `kvtool.kernels.w4a16` defines, in CUDA C++ on the tensor cores, for any number of rows.
 
-The kernel, `w4a16_stream.cu`, is compiled when it is first called for a shape of its work. A product is cut into tiles,
+The kernel, `w4a16.cu`, is compiled when it is first called for a shape of its work. A product is cut into tiles,
 and a tile into steps of columns. Each program takes as many steps as the others, one tile's after the other's, whatever
 the shape ("stream-K", arXiv 2301.03598): no multiprocessor waits for others with their last tile.
 """
@@ -150,6 +150,6 @@ def _arrivals(device: torch.device) -> Tensor:
 @cache
 def _kernel(device: torch.device, macros: tuple[tuple[str, object], ...]) -> Kernel:
     architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    cubin = compile_cubin(source("w4a16_stream.cu"), architecture, dict(macros))
+    cubin = compile_cubin(source("w4a16.cu"), architecture, dict(macros))
     with torch.cuda.device(device):
-        return Kernel(cubin, "w4a16_stream", 32 * int(dict(macros)["WARPS"]), carveout=-1)
+        return Kernel(cubin, "w4a16", 32 * int(dict(macros)["WARPS"]), carveout=-1)
