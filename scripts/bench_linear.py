@@ -228,7 +228,7 @@ def runs_of(weights: Weights, rows: int, sweep: bool) -> Iterator[tuple[str, Run
 def stream_tiles(rows: int) -> Iterator[w4a16_stream.Tile]:
     """Those of which so many run at once; as many stages as there is room for, up to four."""
     shared, width = 227 << 10 if capability(DEVICE) >= 9 else 99 << 10, triton.next_power_of_2(triton.cdiv(rows, 8))
-    shapes = [(1, 4, 1), (2, 4, 1), (1, 8, 1), (2, 8, 1), (2, 8, 2), (4, 8, 2), (1, 8, 4), (2, 16, 4)]
+    shapes = [(1, 4, 1), (2, 4, 1), (4, 4, 1), (1, 8, 1), (2, 8, 1), (4, 8, 1), (2, 8, 2), (4, 8, 2), (1, 8, 4)]
     for (tiles, warps, parts), per_sm in pairs_of(shapes, (1, 2, 3)):
         for columns in {min(width, 8), min(width, 16)}:
             sums = 4 * tiles * columns
