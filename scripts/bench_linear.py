@@ -271,7 +271,7 @@ def compile_all(kinds: list[str], matrices: Iterable[Matrix], rows: list[int], s
 
 
 def stream_once(tile: w4a16_stream.Tile) -> None:
-    with torch.inference_mode():
+    with torch.inference_mode(), suppress(*REFUSALS):
         weights = Weights.drawn("w4a16", 16, GROUP, 0)
         w4a16_stream.product(torch.zeros(1, GROUP, dtype=BFLOAT, device=DEVICE), *weights[0], None, tile)
 

@@ -25,6 +25,14 @@ struct Grid {
     u16 scale[TILES][2], zero[TILES][2];
 };
 
+// `use` of each product's sums, and its number.
+template <class Use> __device__ inline void each(float (&total)[TILES][COLUMNS][4], Use use) {
+#pragma unroll
+    for (int i = 0; i < TILES; i++)
+#pragma unroll
+        for (int n = 0; n < COLUMNS; n++) use(total[i][n], i * COLUMNS + n);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
     const u16* x,       // [rows, depth]
     const char* weight, // [outputs, depth / 2]
@@ -137,24 +145,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
         }
     };
 
-    auto each = [&](auto&& use) {
-#pragma unroll
-        for (int i = 0; i < TILES; i++)
-#pragma unroll
-            for (int n = 0; n < COLUMNS; n++) use(total[i][n], i * COLUMNS + n);
-    };
     // Of a fragment, where its four floats lie among those of so many lines of warps.
     auto place = [&](int of, int fragment) { return ((of * FRAGMENTS + fragment) * 32 + lane) * 4; };
     // Add to the first part's what the others have.
     auto meet = [&] {
         float* meeting = (float*)((char*)dynamic + STAGES * STAGE_BYTES);
         if (part)
-            each([&](float(&sums)[4], int fragment) {
+            each(total, [&](float(&sums)[4], int fragment) {
                 *(Floats4*)(meeting + place(warp - LINES, fragment)) = {sums[0], sums[1], sums[2], sums[3]};
             });
         __syncthreads();
         if (!part)
-            each([&](float(&sums)[4], int fragment) {
+            each(total, [&](float(&sums)[4], int fragment) {
                 for (int other = 0; other < PARTS - 1; other++) {
                     Floats4 more = *(const Floats4*)(meeting + place(other * LINES + line, fragment));
                     for (int j = 0; j < 4; j++) sums[j] += more.x[j];
@@ -170,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
             return partial + (u64)(2 * program + second) * (OUTPUTS * ROWS);
         };
         if (!part)
-            each([&](float(&sums)[4], int fragment) {
+            each(total, [&](float(&sums)[4], int fragment) {
                 *(Floats4*)(slot(blockIdx.x) + place(line, fragment)) = {sums[0], sums[1], sums[2], sums[3]};
             });
         __threadfence();
@@ -178,11 +180,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
         if (!any_thread(threadIdx.x == 0 && atomicAdd(arrivals + first, 1) == last - first)) return false;
         __threadfence();
         if (threadIdx.x == 0) arrivals[first] = 0;  // for the next kernel
-        each([&](float(&sums)[4], int) { sums[0] = sums[1] = sums[2] = sums[3] = 0; });
+        each(total, [&](float(&sums)[4], int) { sums[0] = sums[1] = sums[2] = sums[3] = 0; });
         if (!part)
             for (int program = first; program <= last; program++) {
                 const float* from = slot(program);
-                each([&](float(&sums)[4], int fragment) {
+                each(total, [&](float(&sums)[4], int fragment) {
                     Floats4 more = load_written4(from + place(line, fragment));
                     for (int j = 0; j < 4; j++) sums[j] += more.x[j];
                 });
@@ -191,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
     };
     auto write = [&](const Place& at) {
         const int output = at.output + line * (16 * TILES) + g, row = at.row + 2 * t;
-        each([&](float(&sums)[4], int fragment) {
+        each(total, [&](float(&sums)[4], int fragment) {
             for (int j = 0; j < 4; j++) {
                 int to = output + fragment / COLUMNS * 16 + j / 2 * 8, of = row + fragment % COLUMNS * 8 + j % 2;
                 if (to >= outputs || of >= rows) continue;
@@ -233,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
         if (index + 1 == count || behind_it.column == 0) {
             if (PARTS > 1) meet();
             if (gather((begin + index) / steps) && !part) write(at);
-            each([&](float(&sums)[4], int) { sums[0] = sums[1] = sums[2] = sums[3] = 0; });
+            each(total, [&](float(&sums)[4], int) { sums[0] = sums[1] = sums[2] = sums[3] = 0; });
         }
         at = behind_it;
     }
