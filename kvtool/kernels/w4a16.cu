@@ -12,7 +12,7 @@
 // the weight. What a zero is more than whole is taken away after the scale.
 
 constexpr int THREADS = 32 * WARPS, LINES = WARPS / PARTS, OUTPUTS = 16 * TILES * LINES, ROWS = 8 * COLUMNS;
-constexpr int RUN = 32, BLOCK = 4 * RUN, STEP = PARTS * BLOCK;      // columns
+constexpr int RUN = 32, BLOCK = 4 * RUN, STEP = PARTS * BLOCK;                // columns
 constexpr int CODES_BYTES = OUTPUTS * BLOCK / 2, X_BYTES = ROWS * BLOCK * 2;  // of a block
 constexpr int STAGE_BYTES = PARTS * (CODES_BYTES + X_BYTES), FRAGMENTS = TILES * COLUMNS;
 constexpr u32 MAGIC = BF16 ? 0x43434343 : 0x64646464, ONE = BF16 ? 0x3f803f80 : 0x3c003c00;
@@ -25,7 +25,7 @@ struct Grid {
     u16 scale[TILES][2], zero[TILES][2];
 };
 
-// `use` of each product's sums, and its number.
+// `use` of each product's sums and its number. No generic lambda: NVRTC 13.0 takes those for the host's.
 template <class Use> __device__ inline void each(float (&total)[TILES][COLUMNS][4], Use use) {
 #pragma unroll
     for (int i = 0; i < TILES; i++)
@@ -135,12 +135,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
                     }
 #pragma unroll
             for (int n = 0; n < COLUMNS; n++) {
-                u32 b[2][2];
-                read<16>(b[0], x_of + n * (8 * BLOCK * 2) + ((q * 4 + t) ^ g % 2 * 4) * 16);
+                u32 pairs[4];
+                read<16>(pairs, x_of + n * (8 * BLOCK * 2) + ((q * 4 + t) ^ g % 2 * 4) * 16);
 #pragma unroll
-                for (int w = 0; w < 2; w++)
+                for (int w = 0; w < 2; w++) {
+                    const u32 b[2] = {pairs[2 * w], pairs[2 * w + 1]};
 #pragma unroll
-                    for (int i = 0; i < TILES; i++) multiply_add<BF16>(total[i][n], a[w][i], b[w]);
+                    for (int i = 0; i < TILES; i++) multiply_add<BF16>(total[i][n], a[w][i], b);
+                }
             }
         }
     };

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvtool.kernels import w4a16_stream
 from kvtool.kernels.launch import await_inputs, chained
 
-MOST_ROWS = 512  # for which codes are decoded in registers, each time anew for so many rows
+MOST_ROWS = 256  # for which codes are decoded in registers, each time anew for so many rows
 DECODED = 32 << 20  # bytes of a piece that is decoded to memory: it is still in the L2 cache when it is multiplied
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # as when a kernel is decorated; it knows no assembly
