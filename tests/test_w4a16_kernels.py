@@ -133,7 +133,7 @@ def test_linear_chooses_by_rows(case: Case) -> None:
 
 @compiles
 @pytest.mark.parametrize("major", [8, 9])
-def test_a_matrix_is_decoded_without_spills(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_decodes_a_matrix_compiles_without_spills(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """For an RTX 4090 and an H200."""
 
     def launch() -> None:
