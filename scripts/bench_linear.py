@@ -185,13 +185,13 @@ def definition(x: Tensor, weights: Weights) -> Tensor:
         return x.float() @ matrix[0].float().t()
     if weights.kind == "w4a16":
         return w4a16.w4a16_reference(x.float(), *matrix, None)
-    return (w8a8.w8a8_reference if weights.kind == "w8a8" else w8a8.fp8_reference)(x.float(), *matrix, None)
+    return w8a8.w8a8_reference(x.float(), *matrix, None)
 
 
 def runs_of(weights: Weights, rows: int, sweep: bool) -> Iterator[tuple[str, Run]]:
     """What computes the product: what the layer would call, and with `sweep` all that it could."""
     kind = weights.kind
-    layer = {"bf16": linear, "w4a16": w4a16.w4a16_linear, "w8a8": w8a8.w8a8_linear, "fp8": w8a8.fp8_linear}[kind]
+    layer = {"bf16": linear, "w4a16": w4a16.w4a16_linear, "w8a8": w8a8.w8a8_linear, "fp8": w8a8.w8a8_linear}[kind]
     yield "as tabled", lambda x, index: layer(x, *weights[index])
     if kind == "bf16":
         yield "cuBLAS", lambda x, index: torch.nn.functional.linear(x, *weights[index])
@@ -215,18 +215,14 @@ def runs_of(weights: Weights, rows: int, sweep: bool) -> Iterator[tuple[str, Run
                 f"product {tuple(asdict(tile).values())}",
                 (
                     lambda x, index, tile=tile: w8a8_kernels.product(
-                        *w8a8_kernels.quantized(x, dtype), *weights[index], None, tile, x.dtype
+                        w8a8_kernels.quantized(x, dtype), *weights[index], None, tile
                     )
                 ),
             )
         if rows > 16 and w8a8_kernels.vendor_takes(BFLOAT, weights[0][0]):
             yield (
                 "vendor",
-                (
-                    lambda x, index: w8a8_kernels.vendor_product(
-                        *w8a8_kernels.quantized(x, dtype), *weights[index], None, x.dtype
-                    )
-                ),
+                (lambda x, index: w8a8_kernels.vendor_product(w8a8_kernels.quantized(x, dtype), *weights[index], None)),
             )
 
 

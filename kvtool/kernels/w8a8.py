@@ -4,82 +4,74 @@ Both are symmetric, with one scale for each row of the weights and one for each 
 needs no triton.
 """
 
+from dataclasses import dataclass
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.kernels import takes
 
-INT8_MAX, FP8_MAX = 127.0, 448.0
 FP8 = torch.float8_e4m3fn
+LARGEST: dict[torch.dtype, float] = {torch.int8: 127.0, FP8: 448.0}  # code of each kind
 
 
-def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row of x [M, K] in int8, halves to even, and its scale max|x| / 127 [M] in float32 at least; a row of zeros
-    has scale 0."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scales = wide.abs().amax(-1) / INT8_MAX
-    return (wide / _divisor(scales)).round_().to(torch.int8), scales
+@dataclass(frozen=True)
+class QuantizedRows:
+    """codes · scales, which stand for x [M, K].
+
+    Attributes:
+        codes: [M, K], int8 or e4m3.
+        scales: [M], in float32, or float64 where x is.
+        dtype: of x, and of what products make of it.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return len(self.codes)
 
 
-def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row of x [M, K] in e4m3, and its scale max|x| / 448 [M] in float32 at least; a row of zeros has scale 0."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scales = wide.abs().amax(-1) / FP8_MAX
-    return (wide / _divisor(scales)).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scales
+Activations: TypeAlias = Tensor | QuantizedRows  # inputs [M, K] of a product
 
 
-def _divisor(scales: Tensor) -> Tensor:
-    return scales.masked_fill(scales == 0, 1)[:, None]
+def quantize_rows(x: Tensor, kind: torch.dtype) -> QuantizedRows:
+    """Each row of x [M, K] times 127 / max|x| in int8, or 448 / max|x| in e4m3, rounded to the nearest, halves to even.
+
+    Scales are max|x| / 127 or 448, and codes are computed with their reciprocals. Rows whose scale is below the least
+    normal number of float32, which may have none, get codes of 0.
+    """
+    wide, largest = x.to(torch.promote_types(x.dtype, torch.float32)), LARGEST[kind]
+    scales = wide.abs().amax(-1) / largest
+    factors = torch.where(scales < torch.finfo(torch.float32).tiny, 0, 1 / scales)
+    codes = (wide * factors[:, None]).clamp_(-largest, largest)
+    return QuantizedRows((codes.round_() if kind == torch.int8 else codes).to(kind), scales, x.dtype)
 
 
-def w8a8_reference(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+def w8a8_reference(x: Activations, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """`w8a8_linear` in float32, or in float64 where x is."""
-    return _product(*int8_rows(x), weight, scales, bias, x.dtype)
+    rows = quantize_rows(x, weight.dtype) if isinstance(x, Tensor) else x
+    wide = rows.scales.dtype
+    out = F.linear(rows.codes.to(wide), weight.to(wide)) * rows.scales[:, None] * scales.to(wide)
+    return (out if bias is None else out + bias.to(wide)).to(rows.dtype)
 
 
-def w8a8_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (weight · scales)ᵀ + b with x in `int8_rows`.
+def w8a8_linear(x: Activations, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (weight · scales)ᵀ + b with x as `quantize_rows` rounds it, or as it has been rounded already.
 
     Args:
-        x: [M, K].
-        weight: int8 [N, K]; scales: float32 [N].
+        x: [M, K], its codes of the kind that the weights are.
+        weight: int8 or float8_e4m3fn [N, K]; scales: float32 [N].
         bias: [N] in x's dtype.
 
     Returns:
         [M, N] in x's dtype.
     """
-    return _linear(x, weight, scales, bias) if takes(x) else w8a8_reference(x, weight, scales, bias)
+    if takes(x.codes if isinstance(x, QuantizedRows) else x):
+        from kvtool.kernels import w8a8_kernels
 
-
-def fp8_reference(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """`fp8_linear` in float32, or in float64 where x is."""
-    return _product(*fp8_rows(x), weight, scales, bias, x.dtype)
-
-
-def fp8_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (weight · scales)ᵀ + b with x in `fp8_rows`.
-
-    Args:
-        x: [M, K].
-        weight: float8_e4m3fn [N, K]; scales: float32 [N].
-        bias: [N] in x's dtype.
-
-    Returns:
-        [M, N] in x's dtype.
-    """
-    return _linear(x, weight, scales, bias) if takes(x) else fp8_reference(x, weight, scales, bias)
-
-
-def _linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    from kvtool.kernels import w8a8_kernels
-
-    return w8a8_kernels.linear(x, weight, scales, bias)
-
-
-def _product(
-    codes: Tensor, row_scales: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    wide = row_scales.dtype
-    out = F.linear(codes.to(wide), weight.to(wide)) * row_scales[:, None] * scales.to(wide)
-    return (out if bias is None else out + bias.to(wide)).to(dtype)
+        return w8a8_kernels.linear(x, weight, scales, bias)
+    return w8a8_reference(x, weight, scales, bias)
