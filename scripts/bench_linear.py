@@ -4,9 +4,10 @@
     python scripts/bench_linear.py --kinds w4a16 --rows 1,8,16,32,64 --sweep --output tiles.json
 
 Each figure is the mean of a CUDA graph that multiplies with one matrix after the other, 512 MiB of them, so that no
-cache holds any; where activations are quantised, that is part of it. "share" is of the bytes per second that a plain
-sum reads, "error" what was there before that: against the definition in fp32. What errs by more than rounding does is
-named and not listed. The best is printed as soon as it is known, and FILE, one JSON document, is written anew with it.
+cache holds any. Activations of 8 bits are there as such, as norms and gated products hand them out. "share" is of the
+bytes per second that a plain sum reads, "error" what was there before that: against the definition in fp32. What errs
+by more than rounding does is named and not listed. The best is printed as soon as it is known, and FILE, one JSON
+document, is written anew with it.
 --sweep times all the tiles that each kernel could use.
 """
 
@@ -22,6 +23,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import product as pairs_of
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -39,7 +41,7 @@ MAX_ERROR = {"bf16": 1e-2, "w4a16": 1e-2, "w8a8": 1e-2, "fp8": 2e-2}
 BFLOAT, DEVICE = torch.bfloat16, torch.device("cuda")
 REFUSALS = (RuntimeError, triton.runtime.errors.OutOfResources)
 
-Run = Callable[[Tensor, int], Tensor]  # x, index of the matrix
+Run = Callable[[Any, int], Tensor]  # x, as the matrices read it, and the index of one
 
 
 @dataclass(frozen=True)
@@ -161,17 +163,17 @@ def show(figures: dict[str, object]) -> None:
 def time_all(weights: Weights, rows: int, sweep: bool) -> list[tuple[float, float, str]]:
     """Seconds, error and what was run, the fastest first."""
     x = torch.randn(rows, weights.depth, dtype=BFLOAT, device=DEVICE)
-    expected = definition(x, weights)
+    expected, read = definition(x, weights), as_read(x, weights)
     results = []
     for label, run in runs_of(weights, rows, sweep):
         try:
-            out = run(x, 0)
+            out = run(read, 0)
             error = float((out.float() - expected).norm() / expected.norm())
             if not error < MAX_ERROR[weights.kind]:
                 print(f"{label} is wrong for {weights.kind}, {rows} rows: error {error:.3g}", file=sys.stderr)
                 continue
             count = len(weights) if rows <= 512 else 2  # of many rows no cache holds the activations
-            seconds = graph_seconds(lambda index, run=run: run(x, index), range(count))
+            seconds = graph_seconds(lambda index, run=run: run(read, index), range(count))
             results.append((seconds, error, label))
         except REFUSALS as refusal:
             print(f"{label} does not run: {str(refusal).splitlines()[0]}", file=sys.stderr)
@@ -186,6 +188,11 @@ def definition(x: Tensor, weights: Weights) -> Tensor:
     if weights.kind == "w4a16":
         return w4a16.w4a16_reference(x.float(), *matrix, None)
     return w8a8.w8a8_reference(x.float(), *matrix, None)
+
+
+def as_read(x: Tensor, weights: Weights) -> Tensor | w8a8.QuantizedRows:
+    """What the product multiplies."""
+    return w8a8_kernels.quantized(x, weights.tensors[0].dtype) if weights.kind in ("w8a8", "fp8") else x
 
 
 def runs_of(weights: Weights, rows: int, sweep: bool) -> Iterator[tuple[str, Run]]:
@@ -209,21 +216,13 @@ def runs_of(weights: Weights, rows: int, sweep: bool) -> Iterator[tuple[str, Run
         if rows >= 64:
             yield "decoded", lambda x, index: w4a16_kernels.decoded_product(x, *weights[index], None)
     elif sweep:
-        dtype = weights.tensors[0].dtype
         for tile in w8a8_tiles(rows):
             yield (
                 f"product {tuple(asdict(tile).values())}",
-                (
-                    lambda x, index, tile=tile: w8a8_kernels.product(
-                        w8a8_kernels.quantized(x, dtype), *weights[index], None, tile
-                    )
-                ),
+                (lambda x, index, tile=tile: w8a8_kernels.product(x, *weights[index], None, tile)),
             )
         if rows > 16 and w8a8_kernels.vendor_takes(BFLOAT, weights[0][0]):
-            yield (
-                "vendor",
-                (lambda x, index: w8a8_kernels.vendor_product(w8a8_kernels.quantized(x, dtype), *weights[index], None)),
-            )
+            yield "vendor", lambda x, index: w8a8_kernels.vendor_product(x, *weights[index], None)
 
 
 def gemv_tiles(rows: int, sweep: bool) -> Iterator[w4a16_gemv.Tile]:
@@ -292,7 +291,7 @@ def run_once(kind: str, outputs: int, depth: int, rows: int, sweep: bool) -> Non
     """All but what NVRTC compiles, which no other process finds again."""
     with torch.inference_mode():
         weights = Weights.drawn(kind, outputs, depth, 0)
-        x = torch.zeros(rows, depth, dtype=BFLOAT, device=DEVICE)
+        x = as_read(torch.zeros(rows, depth, dtype=BFLOAT, device=DEVICE), weights)
         for label, run in runs_of(weights, rows, sweep):
             if not label.startswith("gemv"):
                 with suppress(*REFUSALS):

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvtool.kernels.launch import await_inputs, capability, chained, next_power_of_2, num_sms, prefetch
 from kvtool.kernels.pack import e4m3
 from kvtool.kernels.sums import finish, steps_of_part
-from kvtool.kernels.w8a8 import FP8, Activations, QuantizedRows
+from kvtool.kernels.w8a8 import FP8, LARGEST, Activations, QuantizedRows
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ SUMS = 32 << 20  # bytes of what the vendor's int8 product leaves: still in the 
 BLOCK = 1024  # columns that a program encodes
 PREFETCHED = 32 << 20  # bytes of a matrix that is fetched to L2 while the kernels before still run
 
+LARGEST_INT8, LARGEST_FP8 = tl.constexpr(LARGEST[torch.int8]), tl.constexpr(LARGEST[FP8])
+LEAST_SCALE = tl.constexpr(torch.finfo(torch.float32).tiny)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # as when a kernel is decorated; it rounds none to e4m3
 
 
@@ -109,19 +111,18 @@ def quantized(x: Tensor, kind: torch.dtype) -> QuantizedRows:
     return out
 
 
-def encoded(x: Tensor, peaks: Tensor, kind: torch.dtype) -> QuantizedRows:
-    """`w8a8.quantize_rows` of x [M, K], the greatest magnitudes of each row's parts [M, parts] being known."""
+def encode(x: Tensor, peaks: Tensor, codes: Tensor, scales: Tensor) -> None:
+    """`w8a8.quantize_rows` of x [M, K], into codes [M, K] and scales [M], where the greatest magnitudes of some parts
+    of each row are known, [M, parts]."""
     (rows, depth), parts = x.shape, peaks.shape[1]
-    assert x.is_contiguous() and peaks.is_contiguous()
-    out = empty_rows(x, depth, kind)
+    assert all(tensor.is_contiguous() for tensor in (x, peaks, codes))
     _encode_kernel[(rows, triton.cdiv(depth, BLOCK))](
-        x, peaks, out.codes, out.scales, depth, PARTS=parts, BLOCK=BLOCK, num_warps=4, **chained(x.device)
+        x, peaks, codes, scales, depth, PARTS=parts, BLOCK=BLOCK, num_warps=4, **chained(x.device)
     )
-    return out
 
 
 def empty_rows(x: Tensor, depth: int, kind: torch.dtype) -> QuantizedRows:
-    """For what becomes of each row of `x`, yet to be written."""
+    """Of so many columns, yet to be written, for what becomes of each row of `x`."""
     codes = torch.empty(len(x), depth, dtype=kind, device=x.device)
     return QuantizedRows(codes, torch.empty(len(x), dtype=torch.float32, device=x.device), x.dtype)
 
@@ -180,7 +181,7 @@ def vendor_product(x: QuantizedRows, weight: Tensor, scales: Tensor, bias: Tenso
     rows, outputs = len(x), len(weight)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=weight.device)
     pieces = triton.cdiv(rows, max(128, SUMS // (4 * outputs)))
-    for codes, row_scales, to in zip(*(all_.tensor_split(pieces) for all_ in (x.codes, x.scales, out)), strict=True):
+    for codes, row_scales, to in zip(*(whole.tensor_split(pieces) for whole in (x.codes, x.scales, out)), strict=True):
         finish(torch._int_mm(codes, weight.t())[None], row_scales, scales, bias, to)
     return out
 
@@ -216,21 +217,21 @@ def _encode_kernel(x, peaks, codes, scales, depth, PARTS: tl.constexpr, BLOCK: t
 @triton.jit
 def scale_of(peak, kind: tl.constexpr):
     """Of a row whose greatest magnitude is `peak`."""
-    return tl.div_rn(peak, 127.0 if kind == tl.int8 else 448.0)
+    return tl.div_rn(peak, LARGEST_INT8 if kind == tl.int8 else LARGEST_FP8)
 
 
 @triton.jit
 def store_codes(to, value, scale, mask):
     """Codes of the kind that `to` points to, of values in fp32."""
     kind: tl.constexpr = to.dtype.element_ty
-    factor = tl.where(scale < 1.1754943508222875e-38, 0.0, tl.div_rn(1.0, scale))
+    factor = tl.where(scale < LEAST_SCALE, 0.0, tl.div_rn(1.0, tl.maximum(scale, LEAST_SCALE)))
     # The clamp keeps product and sum apart, which one rounding for both would not leave as defined.
     if kind == tl.int8:
-        value = tl.clamp(value * factor, -127.0, 127.0)
+        value = tl.clamp(value * factor, -LARGEST_INT8, LARGEST_INT8)
         code = (value + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000  # ties to even, as a sum rounds
         tl.store(to, code.to(tl.int8), mask=mask)
     else:
-        value = tl.clamp(value * factor, -448.0, 448.0)
+        value = tl.clamp(value * factor, -LARGEST_FP8, LARGEST_FP8)
         if INTERPRETED:
             tl.store(to, e4m3(value).to(tl.uint8).to(tl.float8e4nv, bitcast=True), mask=mask)
         else:
