@@ -16,9 +16,14 @@ pytest.importorskip("triton")
 
 from compiled import ON_GPU, check_compiled, compiles, runs
 
+from kvtool import layers
 from kvtool.kernels import activation, norm, w8a8
 from kvtool.kernels import w8a8_kernels as kernels
 from kvtool.kernels.w8a8 import QuantizedRows, quantize_rows
+from kvtool.layers.linear import GatedLinear, RowLinear
+from kvtool.layers.norm import RMSNorm
+from kvtool.layers.quantized import EightBitMatrix
+from kvtool.parallel import ONE_RANK, Shard
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = [torch.bfloat16, torch.float16]
@@ -177,6 +182,35 @@ def test_linear_chooses_by_rows(rows, shape, kind, dtype, bias, seed) -> None:
     out = w8a8.w8a8_linear(x, weight, scales, added)
     check(out, x, weight, scales, added)
     assert torch.equal(out, w8a8.w8a8_linear(kernels.quantized(x, kind), weight, scales, added))
+
+
+@runs
+@pytest.mark.parametrize(
+    "kinds", [(torch.int8, torch.int8), (w8a8.FP8, w8a8.FP8), (torch.int8, None), (None, w8a8.FP8)]
+)
+def test_a_layer_reads_what_the_one_before_has_rounded(kinds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An MLP behind its norm, some of its weights in 8 bits, against its parts one by one."""
+    torch.manual_seed(0)
+    options = {"dtype": torch.float16, "device": DEVICE}
+    parts = {"gate_proj": Shard.whole(40), "up_proj": Shard.whole(40)}
+    gate_up = GatedLinear(64, parts, bias=True, stored_merged=False, **options)
+    down = RowLinear(Shard.whole(40), 64, ONE_RANK.tp, bias=False, **options)
+    behind = RMSNorm(64, 1e-6, **options)
+    for tensor in (gate_up.weight, gate_up.bias, down.weight, behind.weight):
+        tensor.copy_(torch.randn(tensor.shape) / 8)
+    for layer, kind in zip((gate_up, down), kinds, strict=True):
+        if kind:
+            rows = quantize_rows(layer.weight.float(), kind)
+            layer.replace(EightBitMatrix(rows.codes, rows.scales))
+    x, stream = (torch.randn(3, 64).to(**options) for _ in range(2))
+    exact, exact_stream = behind(x.clone(), stream.clone())
+    exact = down(gate_up(exact))
+    for module in (w8a8, layers.linear, layers.norm):
+        monkeypatch.setattr(module, "takes", lambda x: True)
+    inner, stream = behind.into(gate_up, x, stream, then=down)
+    assert isinstance(inner, QuantizedRows) == all(kinds)
+    assert torch.equal(stream, exact_stream)
+    assert float((down(inner) - exact).norm() / exact.norm()) < 1e-2
 
 
 @compiles
