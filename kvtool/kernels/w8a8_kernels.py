@@ -64,7 +64,7 @@ TILES: dict[tuple[torch.dtype, int], dict[int, tuple[Tile | None, ...]]] = {
 }
 SUMS = 32 << 20  # bytes of what the vendor's int8 product leaves: still in the L2 cache when it is scaled
 BLOCK = 1024  # columns that a program encodes
-PREFETCHED = 32 << 20  # bytes of a matrix that is fetched to L2 while the kernels before still run
+PREFETCHED = 32 << 20  # bytes of a matrix that are fetched to L2 while the kernels before still run
 
 LARGEST_INT8, LARGEST_FP8 = tl.constexpr(LARGEST[torch.int8]), tl.constexpr(LARGEST[FP8])
 LEAST_SCALE = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -141,6 +141,7 @@ def product(x: QuantizedRows, weight: Tensor, scales: Tensor, bias: Tensor | Non
     out = torch.empty(rows, outputs, dtype=x.dtype, device=codes.device)
     kind = torch.int32 if weight.dtype == torch.int8 else torch.float32
     sums = torch.empty(parts, rows, outputs, dtype=kind, device=codes.device) if parts > 1 else out
+    ahead = min(share, PREFETCHED // (outputs * parts)) // 16 * 16
     _product_kernel[(programs, parts)](
         codes,
         x.scales,
@@ -153,6 +154,7 @@ def product(x: QuantizedRows, weight: Tensor, scales: Tensor, bias: Tensor | Non
         outputs,
         depth,
         share,
+        ahead,
         ROWS=tile.rows,
         OUTPUTS=tile.outputs,
         DEPTH=tile.depth,
@@ -160,7 +162,7 @@ def product(x: QuantizedRows, weight: Tensor, scales: Tensor, bias: Tensor | Non
         INT8=weight.dtype == torch.int8,
         WHOLE=parts == 1,
         BIAS=bias is not None,
-        PREFETCH=row_tiles == 1 == parts and weight.nbytes <= PREFETCHED and depth % 16 == 0,
+        PREFETCH=row_tiles == 1 and ahead > 0 and depth % 16 == 0,
         num_warps=tile.warps,
         num_stages=tile.stages,
         **chained(codes.device),
@@ -238,7 +240,7 @@ def store_codes(to, value, scale, mask):
             tl.store(to, value.to(tl.float8e4nv), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "row_tiles"])
+@triton.jit(do_not_specialize=["rows", "row_tiles", "ahead"])
 def _product_kernel(
     codes,
     row_scales,
@@ -251,6 +253,7 @@ def _product_kernel(
     outputs,
     depth,
     share,
+    ahead,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -273,11 +276,11 @@ def _product_kernel(
     at = tl.arange(0, DEPTH)
     lines = weight + line[:, None] * depth + at[None, :]
     columns = codes + row.to(tl.int64)[None, :] * depth + at[:, None]
+    begin = tl.program_id(1) * share
     if CHAINED and PREFETCH:
-        prefetch(weight + first.to(tl.int64) * depth, tl.minimum(outputs - first, OUTPUTS) * depth)
+        prefetch(weight + line * depth + begin, tl.minimum(depth - begin, ahead), OUTPUTS)
     await_inputs(CHAINED)
     sums = tl.zeros([OUTPUTS, ROWS], tl.int32 if INT8 else tl.float32)
-    begin = tl.program_id(1) * share
     for start in range(begin, tl.minimum(begin + share, depth), DEPTH):
         if EVEN:
             w = tl.load(lines + start)
