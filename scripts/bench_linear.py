@@ -32,6 +32,7 @@ from torch import Tensor
 
 from kvtool.kernels import w4a16, w4a16_gemv, w4a16_kernels, w8a8, w8a8_kernels
 from kvtool.kernels.launch import capability
+from kvtool.kernels.quantized_rows import FP8, QuantizedRows
 from kvtool.layers.linear import linear
 from kvtool.quantize.decode_speed import graph_seconds, read_bandwidth
 
@@ -80,7 +81,7 @@ class Weights:
         if kind == "w8a8":
             codes = torch.randint(-127, 128, shape, dtype=torch.int8, device=DEVICE)
             return cls(kind, outputs, depth, (codes, scales * sigma / 73))
-        weights = torch.empty(shape, dtype=w8a8.FP8, device=DEVICE)
+        weights = torch.empty(shape, dtype=FP8, device=DEVICE)
         for matrix in weights:
             matrix.copy_(torch.randn(shape[1:], device=DEVICE))
         return cls(kind, outputs, depth, (weights, scales * sigma))
@@ -190,7 +191,7 @@ def definition(x: Tensor, weights: Weights) -> Tensor:
     return w8a8.w8a8_reference(x.float(), *matrix, None)
 
 
-def as_read(x: Tensor, weights: Weights) -> Tensor | w8a8.QuantizedRows:
+def as_read(x: Tensor, weights: Weights) -> Tensor | QuantizedRows:
     """What the product multiplies."""
     return w8a8_kernels.quantized(x, weights.tensors[0].dtype) if weights.kind in ("w8a8", "fp8") else x
 

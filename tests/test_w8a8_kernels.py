@@ -19,7 +19,7 @@ from compiled import ON_GPU, check_compiled, compiles, runs
 from kvtool import layers
 from kvtool.kernels import activation, norm, w8a8
 from kvtool.kernels import w8a8_kernels as kernels
-from kvtool.kernels.w8a8 import QuantizedRows, quantize_rows
+from kvtool.kernels.quantized_rows import FP8, QuantizedRows, quantize_rows
 from kvtool.layers.linear import GatedLinear, RowLinear
 from kvtool.layers.norm import RMSNorm
 from kvtool.layers.quantized import EightBitMatrix
@@ -27,7 +27,7 @@ from kvtool.parallel import ONE_RANK, Shard
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = [torch.bfloat16, torch.float16]
-KINDS = [torch.int8, w8a8.FP8]
+KINDS = [torch.int8, FP8]
 TILES = [kernels.Tile(16, 8, 64, 1, 2), kernels.Tile(32, 16, 128, 2, 3)]
 TABLED = {tile for by in kernels.TILES.values() for tiles in by.values() for tile in tiles if tile}
 TILES += sorted(TABLED, key=repr) if ON_GPU else []
@@ -59,7 +59,7 @@ def check(out: Tensor, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor |
     exact = w8a8.w8a8_reference(x.float(), weight, scales, bias)
     assert out.shape == exact.shape
     # sm_90 keeps about 14 bits of a sum of e4m3 products (DeepSeek-V3, section 3.3.2).
-    most = 2e-2 if ON_GPU and weight.dtype == w8a8.FP8 else 5e-3
+    most = 2e-2 if ON_GPU and weight.dtype == FP8 else 5e-3
     assert float((out.float() - exact).norm() / exact.norm()) < most
 
 
@@ -185,9 +185,7 @@ def test_linear_chooses_by_rows(rows, shape, kind, dtype, bias, seed) -> None:
 
 
 @runs
-@pytest.mark.parametrize(
-    "kinds", [(torch.int8, torch.int8), (w8a8.FP8, w8a8.FP8), (torch.int8, None), (None, w8a8.FP8)]
-)
+@pytest.mark.parametrize("kinds", [(torch.int8, torch.int8), (FP8, FP8), (torch.int8, None), (None, FP8)])
 def test_a_layer_reads_what_the_one_before_has_rounded(kinds, monkeypatch: pytest.MonkeyPatch) -> None:
     """An MLP behind its norm, some of its weights in 8 bits, against its parts one by one."""
     torch.manual_seed(0)

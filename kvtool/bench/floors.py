@@ -275,7 +275,8 @@ def _product(square: "torch.Tensor", quantization: str) -> Callable[[], object]:
     import torch
 
     if quantization in EIGHT_BITS:
-        from kvtool.kernels.w8a8 import FP8, quantize_rows, w8a8_linear
+        from kvtool.kernels.quantized_rows import FP8, quantize_rows
+        from kvtool.kernels.w8a8 import w8a8_linear
 
         rows = quantize_rows(square, torch.int8 if quantization == "w8a8" else FP8)
         return lambda: w8a8_linear(rows, rows.codes, rows.scales)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvtool.kernels.launch import await_inputs, chained
-from kvtool.kernels.w8a8 import QuantizedRows
+from kvtool.kernels.quantized_rows import QuantizedRows
 from kvtool.kernels.w8a8_kernels import empty_rows, encode
 
 BLOCK = 1024  # elements of a program
@@ -19,7 +19,7 @@ def silu_mul(x: Tensor) -> Tensor:
 
 
 def silu_mul_rows(x: Tensor, kind: torch.dtype) -> QuantizedRows:
-    """`silu_mul` as `kvtool.kernels.w8a8.quantize_rows` rounds it."""
+    """`silu_mul` as `quantize_rows` rounds it."""
     size = x.shape[1] // 2
     out = empty_rows(x, size, kind)
     rows = max(1, PIECE // (size * x.itemsize))

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvtool.kernels.launch import await_inputs, chained
-from kvtool.kernels.w8a8 import QuantizedRows
+from kvtool.kernels.quantized_rows import QuantizedRows
 from kvtool.kernels.w8a8_kernels import empty_rows, scale_of, store_codes
 
 
@@ -28,7 +28,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 def add_rms_norm_rows(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, kind: torch.dtype
 ) -> tuple[QuantizedRows, Tensor]:
-    """`add_rms_norm` with the normalised stream as `kvtool.kernels.w8a8.quantize_rows` rounds it."""
+    """`add_rms_norm` with the normalised stream as `quantize_rows` rounds it."""
     out = empty_rows(x, x.shape[1], kind)
     return out, _launch(x, residual, weight, eps, out.codes, out.scales)
 

@@ -1,4 +1,4 @@
-"""What `kvtool.kernels.w8a8` defines, in Triton, and by the vendor's product where that is faster."""
+"""`quantized_rows` and `w8a8` in Triton, and products by the vendor where that is faster."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kvtool.kernels.launch import await_inputs, capability, chained, next_power_of_2, num_sms, prefetch
 from kvtool.kernels.pack import e4m3
+from kvtool.kernels.quantized_rows import FP8, LARGEST, Activations, QuantizedRows
 from kvtool.kernels.sums import finish, steps_of_part
-from kvtool.kernels.w8a8 import FP8, LARGEST, Activations, QuantizedRows
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def tile_for(rows: int, weight: Tensor, dtype: torch.dtype) -> Tile | None:
 
 
 def quantized(x: Tensor, kind: torch.dtype) -> QuantizedRows:
-    """`w8a8.quantize_rows`."""
+    """`quantize_rows`."""
     rows, depth = x.shape
     assert x.is_contiguous()
     out = empty_rows(x, depth, kind)
@@ -112,7 +112,7 @@ def quantized(x: Tensor, kind: torch.dtype) -> QuantizedRows:
 
 
 def encode(x: Tensor, peaks: Tensor, codes: Tensor, scales: Tensor) -> None:
-    """`w8a8.quantize_rows` of x [M, K], into codes [M, K] and scales [M], where the greatest magnitudes of some parts
+    """`quantize_rows` of x [M, K], into codes [M, K] and scales [M], where the greatest magnitudes of some parts
     of each row are known, [M, parts]."""
     (rows, depth), parts = x.shape, peaks.shape[1]
     assert all(tensor.is_contiguous() for tensor in (x, peaks, codes))

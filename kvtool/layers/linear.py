@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kvtool.errors import UnsupportedError
 from kvtool.kernels import takes
-from kvtool.kernels.w8a8 import Activations, QuantizedRows
+from kvtool.kernels.quantized_rows import Activations, QuantizedRows
 from kvtool.layers.quantized import EightBitMatrix, Matrix
 from kvtool.parallel import Group, Shard
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.kernels import takes
-from kvtool.kernels.w8a8 import Activations
+from kvtool.kernels.quantized_rows import Activations
 from kvtool.layers.linear import GatedLinear, Linear, Slot, empty_parameter, linear
 
 

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvtool.kernels.quantized_rows import FP8, Activations, quantize_rows
 from kvtool.kernels.w4a16 import dequantize_w4, pack_w4, unpack_w4, w4a16_linear
-from kvtool.kernels.w8a8 import FP8, Activations, quantize_rows, w8a8_linear
+from kvtool.kernels.w8a8 import w8a8_linear
 from kvtool.parallel import Shard
 
 ROUNDED_AT_ONCE = 1 << 24  # elements, of which some copies in float32 are made
