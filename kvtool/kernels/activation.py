@@ -7,10 +7,10 @@ from torch import Tensor
 
 from kvtool.kernels.launch import await_inputs, chained
 from kvtool.kernels.quantized_rows import QuantizedRows
-from kvtool.kernels.w8a8_kernels import empty_rows, encode
+from kvtool.kernels.w8a8_kernels import encoded, quantized
 
 BLOCK = 1024  # elements of a program
-PIECE = 32 << 20  # bytes of a result that are still in the L2 cache when they are rounded to 8 bits
+FEW = 256  # rows, up to which one program for each would leave an H200 idle
 
 
 def silu_mul(x: Tensor) -> Tensor:
@@ -20,13 +20,10 @@ def silu_mul(x: Tensor) -> Tensor:
 
 def silu_mul_rows(x: Tensor, kind: torch.dtype) -> QuantizedRows:
     """`silu_mul` as `quantize_rows` rounds it."""
-    size = x.shape[1] // 2
-    out = empty_rows(x, size, kind)
-    rows = max(1, PIECE // (size * x.itemsize))
-    for piece, codes, scales in zip(*(whole.split(rows) for whole in (x, out.codes, out.scales)), strict=True):
-        peaks = torch.empty(len(piece), triton.cdiv(size, BLOCK), device=x.device)
-        encode(_launch(piece, peaks), peaks, codes, scales)
-    return out
+    if len(x) > FEW:
+        return quantized(silu_mul(x), kind)
+    peaks = torch.empty(len(x), triton.cdiv(x.shape[1] // 2, BLOCK), device=x.device)
+    return encoded(_launch(x, peaks), peaks, kind)
 
 
 def _launch(x: Tensor, peaks: Tensor | None) -> Tensor:

@@ -61,13 +61,13 @@ def start_next(CHAINED: tl.constexpr):
 
 
 @triton.jit
-def prefetch(pointers, nbytes, COUNT: tl.constexpr = 1):
-    """Ask for memory to come to the L2 cache: so much, whole 16 bytes, at each of `COUNT` pointers. From sm_90 on."""
+def prefetch(pointer, nbytes):
+    """Ask for so much memory, whole 16 bytes, to come to the L2 cache. From sm_90 on."""
     tl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.lt.u32 p, t, $3; "  # others hold the same ones again
+        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
         "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r,r",
-        [pointers.to(tl.int64), nbytes, COUNT],
+        "=r,l,r",
+        [pointer.to(tl.int64), nbytes],
         dtype=tl.int32,
         is_pure=False,
         pack=1,

@@ -37,11 +37,12 @@ Activations: TypeAlias = Tensor | QuantizedRows  # inputs [M, K] of a product
 def quantize_rows(x: Tensor, kind: torch.dtype) -> QuantizedRows:
     """Each row of x [M, K] times 127 / max|x| in int8, or 448 / max|x| in e4m3, rounded to the nearest, halves to even.
 
-    Scales are max|x| / 127 or 448, and codes are computed with their reciprocals. Rows whose scale is below the least
-    normal number of float32, which may have none, get codes of 0.
+    Scales are max|x| · (1 / 127), or 448, and codes are computed with their reciprocals: so to the bit on all devices
+    (torch divides by a number otherwise on a GPU than on a CPU). Rows whose scale is below the least normal number of
+    float32, which may have no reciprocal, get codes of 0.
     """
     wide, largest = x.to(torch.promote_types(x.dtype, torch.float32)), LARGEST[kind]
-    scales = wide.abs().amax(-1) / largest
+    scales = wide.abs().amax(-1) * (1 / largest)
     factors = torch.where(scales < torch.finfo(torch.float32).tiny, 0, 1 / scales)
     codes = (wide * factors[:, None]).clamp_(-largest, largest)
     return QuantizedRows((codes.round_() if kind == torch.int8 else codes).to(kind), scales, x.dtype)

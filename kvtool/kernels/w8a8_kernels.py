@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.launch import await_inputs, capability, chained, next_power_of_2, num_sms, prefetch
+from kvtool.kernels.launch import await_inputs, capability, chained, next_power_of_2, num_sms
 from kvtool.kernels.pack import e4m3
 from kvtool.kernels.quantized_rows import FP8, LARGEST, Activations, QuantizedRows
 from kvtool.kernels.sums import finish, steps_of_part
@@ -26,8 +26,9 @@ class Tile:
 
 # By dtype of the weights, compute capability and rows, rounded up to a power of 2; more rows than any here are as the
 # last. Where there are two, the second is for outputs so many that the first would give each multiprocessor two
-# programs. None is the vendor's product. Those of sm_90 were chosen on an H200 (`scripts/bench_linear.py --sweep`), but
-# for 16 rows; the others are to have enough bytes under way in less shared memory, and were never timed.
+# programs. None is the vendor's product. Those of sm_90 were chosen on an H200 (`scripts/bench_linear.py --sweep`), fp8
+# with 16 rows as its neighbours; the others are to have enough bytes under way in less shared memory, and were never
+# timed.
 TILES: dict[tuple[torch.dtype, int], dict[int, tuple[Tile | None, ...]]] = {
     (torch.int8, 8): {
         8: (Tile(16, 8, 256, 1, 4),),
@@ -39,7 +40,7 @@ TILES: dict[tuple[torch.dtype, int], dict[int, tuple[Tile | None, ...]]] = {
     },
     (torch.int8, 9): {
         8: (Tile(16, 8, 512, 1, 4),),
-        16: (Tile(16, 16, 256, 1, 4),),
+        16: (Tile(16, 16, 512, 1, 4),),
         32: (Tile(64, 32, 256, 4, 4),),
         64: (Tile(64, 64, 128, 4, 5), Tile(64, 64, 128, 4, 4)),
         128: (Tile(64, 128, 128, 4, 4),),
@@ -54,7 +55,7 @@ TILES: dict[tuple[torch.dtype, int], dict[int, tuple[Tile | None, ...]]] = {
     },
     (FP8, 9): {
         8: (Tile(64, 8, 256, 4, 4), Tile(16, 8, 512, 1, 4)),
-        16: (Tile(64, 16, 256, 4, 4), Tile(16, 16, 256, 1, 4)),
+        16: (Tile(64, 16, 256, 4, 4),),
         32: (Tile(64, 32, 256, 4, 4),),
         64: (Tile(64, 64, 128, 4, 5), Tile(64, 64, 128, 4, 4)),
         128: (Tile(64, 128, 128, 4, 4), None),
@@ -64,7 +65,6 @@ TILES: dict[tuple[torch.dtype, int], dict[int, tuple[Tile | None, ...]]] = {
 }
 SUMS = 32 << 20  # bytes of what the vendor's int8 product leaves: still in the L2 cache when it is scaled
 BLOCK = 1024  # columns that a program encodes
-PREFETCHED = 32 << 20  # bytes of a matrix that are fetched to L2 while the kernels before still run
 
 LARGEST_INT8, LARGEST_FP8 = tl.constexpr(LARGEST[torch.int8]), tl.constexpr(LARGEST[FP8])
 LEAST_SCALE = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -111,14 +111,16 @@ def quantized(x: Tensor, kind: torch.dtype) -> QuantizedRows:
     return out
 
 
-def encode(x: Tensor, peaks: Tensor, codes: Tensor, scales: Tensor) -> None:
-    """`quantize_rows` of x [M, K], into codes [M, K] and scales [M], where the greatest magnitudes of some parts
-    of each row are known, [M, parts]."""
+def encoded(x: Tensor, peaks: Tensor, kind: torch.dtype) -> QuantizedRows:
+    """`quantize_rows` of x [M, K] by several programs for each row, the greatest magnitudes of some parts of which are
+    known, [M, parts]."""
     (rows, depth), parts = x.shape, peaks.shape[1]
-    assert all(tensor.is_contiguous() for tensor in (x, peaks, codes))
+    assert x.is_contiguous() and peaks.is_contiguous()
+    out = empty_rows(x, depth, kind)
     _encode_kernel[(rows, triton.cdiv(depth, BLOCK))](
-        x, peaks, codes, scales, depth, PARTS=parts, BLOCK=BLOCK, num_warps=4, **chained(x.device)
+        x, peaks, out.codes, out.scales, depth, PARTS=parts, BLOCK=BLOCK, num_warps=4, **chained(x.device)
     )
+    return out
 
 
 def empty_rows(x: Tensor, depth: int, kind: torch.dtype) -> QuantizedRows:
@@ -128,10 +130,7 @@ def empty_rows(x: Tensor, depth: int, kind: torch.dtype) -> QuantizedRows:
 
 
 def product(x: QuantizedRows, weight: Tensor, scales: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
-    """Quantised rows [M, K] times weights [N, K], both with their scales, plus bias: [M, N] in the dtype of x.
-
-    On sm_90 the matrix is read while earlier kernels of the stream still run: none of them may be writing it.
-    """
+    """Quantised rows [M, K] times weights [N, K], both with their scales, plus bias: [M, N] in the dtype of x."""
     codes, (rows, depth), outputs = x.codes, x.codes.shape, len(weight)
     assert codes.is_contiguous() and weight.is_contiguous()
     row_tiles = triton.cdiv(rows, tile.rows)
@@ -141,7 +140,6 @@ def product(x: QuantizedRows, weight: Tensor, scales: Tensor, bias: Tensor | Non
     out = torch.empty(rows, outputs, dtype=x.dtype, device=codes.device)
     kind = torch.int32 if weight.dtype == torch.int8 else torch.float32
     sums = torch.empty(parts, rows, outputs, dtype=kind, device=codes.device) if parts > 1 else out
-    ahead = min(share, PREFETCHED // (outputs * parts)) // 16 * 16
     _product_kernel[(programs, parts)](
         codes,
         x.scales,
@@ -154,7 +152,6 @@ def product(x: QuantizedRows, weight: Tensor, scales: Tensor, bias: Tensor | Non
         outputs,
         depth,
         share,
-        ahead,
         ROWS=tile.rows,
         OUTPUTS=tile.outputs,
         DEPTH=tile.depth,
@@ -162,7 +159,6 @@ def product(x: QuantizedRows, weight: Tensor, scales: Tensor, bias: Tensor | Non
         INT8=weight.dtype == torch.int8,
         WHOLE=parts == 1,
         BIAS=bias is not None,
-        PREFETCH=row_tiles == 1 and ahead > 0 and depth % 16 == 0,
         num_warps=tile.warps,
         num_stages=tile.stages,
         **chained(codes.device),
@@ -219,7 +215,7 @@ def _encode_kernel(x, peaks, codes, scales, depth, PARTS: tl.constexpr, BLOCK: t
 @triton.jit
 def scale_of(peak, kind: tl.constexpr):
     """Of a row whose greatest magnitude is `peak`."""
-    return tl.div_rn(peak, LARGEST_INT8 if kind == tl.int8 else LARGEST_FP8)
+    return peak * (1 / LARGEST_INT8 if kind == tl.int8 else 1 / LARGEST_FP8)
 
 
 @triton.jit
@@ -240,7 +236,7 @@ def store_codes(to, value, scale, mask):
             tl.store(to, value.to(tl.float8e4nv), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "row_tiles", "ahead"])
+@triton.jit(do_not_specialize=["rows", "row_tiles"])
 def _product_kernel(
     codes,
     row_scales,
@@ -253,7 +249,6 @@ def _product_kernel(
     outputs,
     depth,
     share,
-    ahead,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -261,7 +256,6 @@ def _product_kernel(
     INT8: tl.constexpr,
     WHOLE: tl.constexpr,
     BIAS: tl.constexpr,
-    PREFETCH: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """Program (outputs and rows, columns): neighbours read the same part of the matrix.
@@ -277,8 +271,6 @@ def _product_kernel(
     lines = weight + line[:, None] * depth + at[None, :]
     columns = codes + row.to(tl.int64)[None, :] * depth + at[:, None]
     begin = tl.program_id(1) * share
-    if CHAINED and PREFETCH:
-        prefetch(weight + line * depth + begin, tl.minimum(depth - begin, ahead), OUTPUTS)
     await_inputs(CHAINED)
     sums = tl.zeros([OUTPUTS, ROWS], tl.int32 if INT8 else tl.float32)
     for start in range(begin, tl.minimum(begin + share, depth), DEPTH):
