@@ -43,40 +43,38 @@ def test_a_padded_step_does_what_the_step_does_and_no_more(drawn):
     table = torch.arange(100 * 9).view(9, 100)
     slots = batch.tail_slots[:n].tolist() + [8] * (ROOM.decodes - n)
     padded, prompts = fixed_batch(fmt, ROOM, tensors, torch.tensor(slots), table)
-    true = [*range(n), *range(ROOM.decodes, ROOM.decodes + len(batch.positions) - n)]  # tokens that are somebody's
-    place = {index: token for token, index in enumerate(true)}
-    others = [index for index in range(len(padded.positions)) if index not in place]
+    length = len(batch.positions)
 
-    for name in ("positions", "rows", "visible"):
-        assert torch.equal(getattr(padded, name)[true], getattr(batch, name))
-    assert (padded.positions[others] == -1).all()
-    if fmt.packs_on_write:
-        assert torch.equal(padded.token_blocks[true], batch.token_blocks)
-        assert (padded.token_blocks[others] == -1).all()
-    assert torch.equal(padded.block_table[: ROOM.decodes], table[slots])
+    for name in ("positions", "rows", "visible", "token_blocks"):
+        true, others = getattr(padded, name).tensor_split([length])
+        assert torch.equal(true[: len(getattr(batch, name))], getattr(batch, name)) and (others == -1).all()
+    true_table, *true_decodes = batch.decodes
+    decode_table, *decodes = padded.decodes
+    assert torch.equal(decode_table, table[slots]) and len(true_table) == n
+    for one, other, nobodys in zip(decodes[:2], true_decodes, (-1, 0), strict=False):
+        assert torch.equal(one[:n], other) and (one[n:] == nobodys).all() and len(one) == ROOM.decodes
+    assert decodes[2].tolist() == slots
 
-    def kept(of, tokens):
+    def kept(of):
         rows = zip(of.kept_tokens.tolist(), of.kept_slots.tolist(), of.kept_rows.tolist(), strict=True)
-        return [(tokens[token], slot, row) for token, slot, row in rows if slot >= 0]
+        return [row for row in rows if row[1] >= 0]
 
-    assert kept(prompts, place) == kept(batch.prompts, range(len(true)))
+    assert kept(prompts) == kept(batch.prompts)
     sealed, rows = batch.prompts.sealed_blocks, batch.prompts.sealed_rows
     assert (
         torch.equal(prompts.sealed_blocks[: len(sealed)], sealed) and (prompts.sealed_blocks[len(sealed) :] < 0).all()
     )
     assert torch.equal(prompts.sealed_rows[: len(sealed)], rows)
-    first, last = n, len(batch.positions)
-    sources = batch.prompts.near_sources.tolist() or ([] if fmt.packs_on_write else list(range(first, last)))
-    found = [source if source < 0 else place[source] for source in prompts.near_sources[: len(sources)].tolist()]
-    assert found == sources
+    sources = batch.prompts.near_sources.tolist() or ([] if fmt.packs_on_write else list(range(n, length)))
+    assert prompts.near_sources[: len(sources)].tolist() == sources
 
     for index, span in enumerate(spans[n:]):
         columns = -(-min(span.end, fmt.visible(span.end - 1)) // fmt.block_size)
         own = list(span.blocks[:columns])
         assert prompts.far_blocks[prompts.far_table[index, :columns]].tolist() == own
         assert padded.block_table[ROOM.decodes + index, :columns].tolist() == own
-    shift = torch.tensor([0, 0, ROOM.decodes - n, 0, 0, 0, 0])
-    expected = torch.from_numpy(cut(batch.prompts.spans, tile)) + shift
+    expected = torch.from_numpy(cut(batch.prompts.spans, tile))
+    expected[:, 6] += n * fmt.packs_on_write  # near tokens are counted from the step's first, which may be a decode's
     tiles = prompts.tiles(tile)
     assert torch.equal(tiles[: len(expected)], expected) and (tiles[len(expected) :] == -1).all()
     assert prompts.tile == tile
@@ -93,13 +91,13 @@ def test_what_a_room_holds_fits_into_its_arrays(options):
 
     decodes = [span(700, 1, slot) for slot in range(ROOM.decodes)]
     limits = {
-        "tokens": [span(0, 512, 8)],
-        "prompts": [span(0, 16, 8 + i) for i in range(MOST_PROMPTS)],
+        "tokens": [span(0, 504, 8)],
+        "prompts": [span(0, 15, 8 + i) for i in range(MOST_PROMPTS)],
         "old": [span(old, 100, 8), span(old, 100, 9)],
         "far": [span(fmt.block_size * 400, 100, 8), span(fmt.block_size * 100, 100, 9)],
     }
     beyond = {
-        "tokens": [span(0, 513, 8)],
+        "tokens": [span(0, 505, 8)],
         "prompts": [*limits["prompts"], span(0, 2, 99)],
         "far": [span(fmt.block_size * 400, 100, 8), span(fmt.block_size * 111, 100, 9)],
     }
@@ -111,7 +109,7 @@ def test_what_a_room_holds_fits_into_its_arrays(options):
         assert laid.keys() == shapes.keys()
         assert all(len(laid[array]) <= shape[0] for array, shape in shapes.items()), name
     for name, prompts in beyond.items():
-        assert not ROOM.holds(fmt, prompts), name
+        assert not ROOM.holds(fmt, [*decodes, *prompts]), name
     assert not ROOM.holds(fmt, [*decodes, span(3, 1, 100), span(0, 2, 101)])
 
 
@@ -145,7 +143,7 @@ def test_kernels_leave_alone_what_is_nobodys(options, kind, monkeypatch):
     torch.manual_seed(0)
     layer, spec, tile = STREAMS[kind]
     heads, dim = spec.key.heads, layer.head_dim
-    fmt, room = resolve(options, spec, block_size=32), Room(decodes=4, tokens=48)
+    fmt, room = resolve(options, spec, block_size=32), Room(decodes=4, tokens=52)
     bounds = [(40, 41), (5, 6), (30, 45), (0, 33)]
     ids = iter(torch.randperm(40).tolist())
     spans = [Span(a, b, [next(ids) for _ in range(fmt.num_blocks(b))], i) for i, (a, b) in enumerate(bounds)]
@@ -166,16 +164,15 @@ def test_kernels_leave_alone_what_is_nobodys(options, kind, monkeypatch):
                 _, key, value = tokens([before])
                 kv.write(key[:, :heads, :64], value[:, :heads, :64], history)
         q, key, value = tokens(spans)
-        batch, true = KVBatch.build(fmt, spans, DEVICE), torch.arange(len(q), device=DEVICE)
+        batch, length = KVBatch.build(fmt, spans, DEVICE), len(q)
         if is_padded:
-            true += (true >= 2) * (room.decodes - 2)
-            wide = torch.full((3, 52, 4, dim), float("nan"), device=DEVICE, dtype=torch.float16)
-            wide[:, true] = tokens(spans)
+            wide = torch.full((3, room.tokens, 4, dim), float("nan"), device=DEVICE, dtype=torch.float16)
+            wide[:, : len(q)] = tokens(spans)
             q, key, value = wide
             slots = torch.tensor([0, 1, 1, 1], device=DEVICE)
             batch, _ = fixed_batch(fmt, room, filled(room, fmt, spans, tile, DEVICE), slots, batch.block_table[:2])
         near = kv.write(key[:, :heads, :64], value[:, :heads, :64], batch)
-        outputs.append(backend.forward(q, near, kv, batch, layer)[true])
+        outputs.append(backend.forward(q, near, kv, batch, layer)[:length])
         bytes_.append(torch.cat([store.blocks, store.tails, store.take_fault()]))
     assert outputs[0].isfinite().all()
     assert (outputs[0] - outputs[1]).abs().max() < 2e-3  # splits and tiles may differ

@@ -146,6 +146,22 @@ class KVBatch:
         prompts = Prompts(laid.spans, **{name: tensors.pop(name) for name in of_prompts})
         return cls(fmt, tuple(spans), laid.num_decodes, prompts=prompts, **tensors)
 
+    @property
+    def first_prompt(self) -> int:
+        """The token from which on the spans behind the decodes may lie."""
+        return self.num_decodes
+
+    @cached_property
+    def decodes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Block table [num_decodes, N], positions, visible and tail slots [num_decodes] of the decodes."""
+        n = self.num_decodes
+        return self.block_table[:n], self.positions[:n], self.visible[:n], self.tail_slots[:n]
+
+    @cached_property
+    def prompt_table(self) -> Tensor:
+        """[P, N], the block table of the spans behind the decodes."""
+        return self.block_table[self.num_decodes :]
+
     def contexts(self, *, older: bool) -> Contexts:
         """What the spans behind the decodes read from blocks; the same tensors each time.
 
@@ -160,7 +176,7 @@ class KVBatch:
             sent = on_device(
                 {"spans": spans, "columns": columns, "firsts": exclusive_sums(counts)}, self.positions.device
             )
-            blocks = self.block_table[self.num_decodes :][sent["spans"], sent["columns"]]
+            blocks = self.prompt_table[sent["spans"], sent["columns"]]
             self._contexts[older] = Contexts(blocks, sent["firsts"])
         return self._contexts[older]
 
