@@ -307,6 +307,23 @@ def room_ids(spans: Sequence[ScheduledSpan], decodes: int, width: int) -> dict[s
     return {"ids": np.array(ids, np.int64), "newest": np.array(newest + nobody, np.int64).reshape(-1, 3).T}
 
 
+class CapturedRoom(NamedTuple):
+    """A graph and what it reads.
+
+    Attributes:
+        tile: tokens in a tile of its kernels.
+        memory: [n], all inputs, one behind the other; inputs: by name, within it.
+        staged, pieces: of the same shapes, flat, on the host.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    tile: int
+    memory: Tensor
+    inputs: dict[str, Tensor]
+    staged: Tensor
+    pieces: dict[str, Integers]
+
+
 class PromptGraphs:
     """Hidden states of steps with prompts, beside which others may decode.
 
@@ -327,15 +344,20 @@ class PromptGraphs:
         self._memory = torch.zeros(length, dtype=torch.int64, device=recent.device)
         self._staged = torch.zeros(length, dtype=torch.int64).pin_memory()
         self._sent = torch.cuda.Event()
-        self._captured: dict[Room, tuple[torch.cuda.CUDAGraph, int]] = {}  # and the tokens in a tile
+        self._captured: dict[Room, CapturedRoom] = {}
         self._hidden = torch.empty(0, device=recent.device)  # of all rooms; the largest makes it
 
     def capture(self, rooms: Sequence[Room], capturer: Capturer) -> None:
         """Capture some of `rooms`, the largest first, so that the smaller ones find its memory."""
         for room in sorted(rooms, key=lambda room: (room.tokens, room.decodes), reverse=True):
+            length, inputs = self._length(room), self._inputs(room, self._memory)
             self._memory.fill_(-1)  # nobody's
-            self._inputs(room, self._memory)["newest"].zero_()
-            self._captured[room] = capturer.capture(partial(self._run, room))
+            inputs["newest"].zero_()
+            graph, tile = capturer.capture(partial(self._run, room, inputs))
+            pieces = {name: piece.view(-1).numpy() for name, piece in self._inputs(room, self._staged).items()}
+            self._captured[room] = CapturedRoom(
+                graph, tile, self._memory[:length], inputs, self._staged[:length], pieces
+            )
 
     def room(self, batch: ScheduledBatch) -> Room | None:
         """Where the step runs, None if nowhere."""
@@ -348,21 +370,20 @@ class PromptGraphs:
 
     def launch(self, batch: ScheduledBatch, room: Room) -> tuple[KVBatch, Tensor]:
         """What ran, and hidden states [T, hidden_size] of its tokens; valid until the next launch."""
-        graph, tile = self._captured[room]
+        captured = self._captured[room]
         spans = tuple(map(as_kv_span, batch.spans))
         n = sum(span.length == 1 for span in spans)
         self._table.send(batch.spans[:n])
-        arrays = room.lay_out(self._format, spans, tile)
+        arrays = room.lay_out(self._format, spans, captured.tile)
         arrays |= room_ids(batch.spans, room.decodes, self._recent.shape[1])
         self._sent.synchronize()  # what is staged has been read
-        staged, memory = self._staged[: self._length(room)], self._memory[: self._length(room)]
-        staged.fill_(-1)
-        for name, kept in self._inputs(room, staged).items():
-            kept.view(-1)[: arrays[name].size] = torch.from_numpy(arrays[name].ravel())
-        memory.copy_(staged, non_blocking=True)
+        captured.staged.fill_(-1)
+        for name, piece in captured.pieces.items():
+            piece[: arrays[name].size] = arrays[name].ravel()
+        captured.memory.copy_(captured.staged, non_blocking=True)
         self._sent.record()
-        graph.replay()
-        inputs = self._inputs(room, memory)
+        captured.graph.replay()
+        inputs = captured.inputs
         slots = inputs["newest"][0]
         ran = KVBatch(
             format=self._format,
@@ -393,11 +414,10 @@ class PromptGraphs:
         named = zip(shapes.items(), pieces, strict=True)
         return {name: piece[: prod(shape)].view(shape) for (name, shape), piece in named}
 
-    def _run(self, room: Room) -> int:
-        """Compute the step that is in memory, to `_hidden`; the tokens in a tile of the kernels."""
-        inputs, n = self._inputs(room, self._memory), room.decodes
+    def _run(self, room: Room, inputs: dict[str, Tensor]) -> int:
+        """Compute the step that is in `inputs`, to `_hidden`; the tokens in a tile of the kernels."""
         slots, columns, newest = inputs["newest"]
-        if n:
+        if room.decodes:
             self._table.rows.index_put_((slots, columns), newest)
         batch, prompts = fixed_batch(self._format, room, inputs, slots, self._table.rows)
         hidden = self._step(known(inputs["ids"], self._recent), batch)

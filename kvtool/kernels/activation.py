@@ -15,7 +15,7 @@ def silu_mul(x: Tensor) -> Tensor:
     assert x.is_contiguous()
     rows, size = x.shape[0], x.shape[1] // 2
     out = torch.empty(rows, size, dtype=x.dtype, device=x.device)
-    _silu_mul[(rows, triton.cdiv(size, BLOCK))](x, out, size, BLOCK=BLOCK, num_warps=4, **chained(x.device))
+    _silu_mul[(rows, -(-size // BLOCK))](x, out, size, BLOCK=BLOCK, num_warps=4, **chained(x.device))
     return out
 
 

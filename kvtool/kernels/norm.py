@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.launch import await_inputs, chained
+from kvtool.kernels.launch import await_inputs, chained, power_of_2
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -22,7 +22,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     rows, size = x.shape
     assert x.is_contiguous() and (residual is None or residual.is_contiguous())
     out = torch.empty_like(x)
-    width = triton.next_power_of_2(size)
+    width = power_of_2(size)
     _add_rms_norm[(rows,)](
         x,
         x if residual is None else residual,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvtool.kernels import WORKSPACE
 from kvtool.kernels.decode import HEAD_DIMS, PackedStream, _or
-from kvtool.kernels.launch import capability, next_power_of_2, num_sms
+from kvtool.kernels.launch import capability, next_power_of_2, num_sms, power_of_2
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,8 @@ def unpack(
 
 def _choose(num_tokens: int, device: torch.device, head_dim: int, group_heads: int, kv_heads: int) -> Tile:
     """The large tile where it fills the device, else the small one. It depends on shapes alone, for CUDA graphs."""
-    large, small = TILES[capability(device), triton.next_power_of_2(head_dim)]
-    programs = triton.cdiv(num_tokens, large.rows // group_heads) * kv_heads
+    large, small = TILES[capability(device), power_of_2(head_dim)]
+    programs = -(-num_tokens // (large.rows // group_heads)) * kv_heads
     return large if programs >= num_sms(device) else small
 
 
