@@ -3,14 +3,21 @@
 The integers are compared everywhere, what kernels make of them on a GPU, elsewhere in Triton's interpreter.
 """
 
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+from checkpoints import make_checkpoint
 from hypothesis import assume, given, settings
 from test_batch import OPTIONS, SPEC, steps
 
+from kvtool import cuda_graph, runner
 from kvtool.attention import BACKENDS
 from kvtool.attention.layer import AttentionLayer
-from kvtool.config import KVOptions
+from kvtool.config import EngineConfig, KVOptions
+from kvtool.engine import Engine
 from kvtool.kv import fixed
 from kvtool.kv import store as store_module
 from kvtool.kv.batch import KVBatch, Span, cut
@@ -19,6 +26,7 @@ from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.store import KVStore
+from kvtool.request import SamplingParams
 
 ROOM = Room(decodes=8, tokens=512)
 
@@ -177,3 +185,43 @@ def test_kernels_leave_alone_what_is_nobodys(options, kind, monkeypatch):
     assert outputs[0].isfinite().all()
     assert (outputs[0] - outputs[1]).abs().max() < 2e-3  # splits and tiles may differ
     assert torch.equal(*bytes_)
+
+
+class Again:
+    """In place of graphs: what was captured is launched anew."""
+
+    def capture(self, run):
+        return SimpleNamespace(replay=run), run()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="test_cuda_graph.py has graphs")
+@pytest.mark.parametrize("options", [KVOptions(), KVOptions(nbits="8", q_group_size=32)], ids=["16", "8"])
+def test_prompts_beside_decodes_are_answered_alike_in_rooms(options: KVOptions, tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(store_module, "runs_kernels", lambda device, dtype: True)
+    monkeypatch.setattr(cuda_graph, "Capturer", Again)
+    monkeypatch.setattr(cuda_graph, "TOKENS", (16, 48))
+    monkeypatch.setattr(cuda_graph, "decode_sizes", lambda max_num_seqs: [1])
+    monkeypatch.setattr(runner, "worthwhile_tokens", lambda products, gpu: 1000)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "none")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    rooms, launch = [], cuda_graph.PromptGraphs.launch
+
+    def spied(graphs, batch, room):
+        rooms.append((len(batch.spans), room))
+        return launch(graphs, batch, room)
+
+    monkeypatch.setattr(cuda_graph.PromptGraphs, "launch", spied)
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+    make_checkpoint("qwen3", tmp_path, **shape)
+    settings = {"model": str(tmp_path), "device": "cpu", "dtype": "float16", "kv_cache_memory": 1 << 20, "kv": options}
+    settings |= {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 64, "swap_space": 0}
+    rng, params = random.Random(0), SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    prompts = [[rng.randrange(8, 199) for _ in range(length)] for length in (5, 40, 21)]
+    engine = Engine(EngineConfig(**settings, attention_backend="triton"))
+    engine.runner.graphs.decodes.holds = lambda batch: False
+    answers = [engine.generate(prompts, params)]
+    assert [room.tokens for _, room in rooms] == [32, 32, 16] and rooms[1] == (3, Room(4, 32))
+    answers.append(Engine(EngineConfig(**settings, attention_backend="torch")).generate(prompts, params))
+    assert answers[0] == answers[1]
