@@ -312,16 +312,14 @@ class CapturedRoom(NamedTuple):
 
     Attributes:
         tile: tokens in a tile of its kernels.
-        memory: [n], all inputs, one behind the other; inputs: by name, within it.
-        staged, pieces: of the same shapes, flat, on the host.
+        inputs: by name, in memory that all rooms share.
+        staged: the same on the host, flat.
     """
 
     graph: torch.cuda.CUDAGraph
     tile: int
-    memory: Tensor
     inputs: dict[str, Tensor]
-    staged: Tensor
-    pieces: dict[str, Integers]
+    staged: dict[str, Integers]
 
 
 class PromptGraphs:
@@ -350,14 +348,12 @@ class PromptGraphs:
     def capture(self, rooms: Sequence[Room], capturer: Capturer) -> None:
         """Capture some of `rooms`, the largest first, so that the smaller ones find its memory."""
         for room in sorted(rooms, key=lambda room: (room.tokens, room.decodes), reverse=True):
-            length, inputs = self._length(room), self._inputs(room, self._memory)
+            inputs = self._inputs(room, self._memory)
             self._memory.fill_(-1)  # nobody's
             inputs["newest"].zero_()
             graph, tile = capturer.capture(partial(self._run, room, inputs))
-            pieces = {name: piece.view(-1).numpy() for name, piece in self._inputs(room, self._staged).items()}
-            self._captured[room] = CapturedRoom(
-                graph, tile, self._memory[:length], inputs, self._staged[:length], pieces
-            )
+            staged = {name: piece.view(-1).numpy() for name, piece in self._inputs(room, self._staged).items()}
+            self._captured[room] = CapturedRoom(graph, tile, inputs, staged)
 
     def room(self, batch: ScheduledBatch) -> Room | None:
         """Where the step runs, None if nowhere."""
@@ -377,10 +373,11 @@ class PromptGraphs:
         arrays = room.lay_out(self._format, spans, captured.tile)
         arrays |= room_ids(batch.spans, room.decodes, self._recent.shape[1])
         self._sent.synchronize()  # what is staged has been read
-        captured.staged.fill_(-1)
-        for name, piece in captured.pieces.items():
-            piece[: arrays[name].size] = arrays[name].ravel()
-        captured.memory.copy_(captured.staged, non_blocking=True)
+        for name, piece in captured.staged.items():
+            count = arrays[name].size
+            piece[:count], piece[count:] = arrays[name].ravel(), -1
+        length = self._length(room)
+        self._memory[:length].copy_(self._staged[:length], non_blocking=True)
         self._sent.record()
         captured.graph.replay()
         inputs = captured.inputs

@@ -331,9 +331,12 @@ def on_device(arrays: dict[str, Integers], device: torch.device) -> dict[str, Te
     """`arrays` as tensors on `device`, in one transfer that the host does not wait for."""
     padding = [np.empty(-array.size % ALIGNED, np.int64) for array in arrays.values()]
     pieces = [piece for pair in zip(arrays.values(), padding, strict=True) for piece in pair]
-    memory = torch.from_numpy(np.concatenate([piece.ravel() for piece in pieces]))
-    if device.type == "cuda":
-        memory = memory.pin_memory().to(device, non_blocking=True)
-    tensors = memory.split([piece.size for piece in pieces])[::2]
+    sizes, is_sent = [piece.size for piece in pieces], device.type == "cuda"
+    memory = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=is_sent)
+    # Not by torch, whose threads take milliseconds to meet where a step has many tokens.
+    np.concatenate([piece.ravel() for piece in pieces], out=memory.numpy())
+    if is_sent:
+        memory = memory.to(device, non_blocking=True)
+    tensors = memory.split(sizes)[::2]
     named = zip(arrays.items(), tensors, strict=True)
     return {name: tensor if array.ndim == 1 else tensor.view(array.shape) for (name, array), tensor in named}
