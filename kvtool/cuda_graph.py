@@ -51,7 +51,7 @@ def worthwhile_tokens(products: float, gpu: GPU | None) -> int:
 
     Args:
         products: of a layer, as `kvtool.models.Decoder.products` counts them.
-        gpu: None: it is not known.
+        gpu: None: it is not known, and taken for an A100.
     """
     return int(LAYER_SECONDS * SUSTAINED * (gpu or GPUS["A100"]).flops16 / (2 * products))
 
