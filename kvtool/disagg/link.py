@@ -223,8 +223,8 @@ def _push(job: Job, case: Case) -> None:
     )
     sender.connect(LIMIT_SECONDS)
     for index in range(case.repeats + 1):
-        started = time.perf_counter()
         push = sender.begin(str(index), range(case.num_tokens))
+        started = time.perf_counter()
         for layer in range(num_layers) if case.part_bytes else ():
             at_once = max(1, case.part_bytes // layout.layer_block_bytes(layer))
             for end in [*range(at_once, num_blocks, at_once), num_blocks]:
