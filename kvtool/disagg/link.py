@@ -25,12 +25,12 @@ from kvtool.kv.store import KVStore
 from kvtool.kv.transfer import TRANSFERS, Route, dial_tcp, select
 from kvtool.kv.wire import Close, Identity
 from kvtool.models import load_config, resolve_model
-from kvtool.processes import command
+from kvtool.processes import command, cpu_threads
 from kvtool.runner import choose_device, choose_dtype, kv_spec
 
 PLAIN_BYTES = 64 << 20
 LIMIT_SECONDS = 60.0
-PAUSE_SECONDS = 0.03  # in which the other end stores what has come, before the next comes
+PAUSE_SECONDS = 0.03  # in which a sequence is announced, as one that is queued, and the one before it is stored
 BITS: tuple[Bits, ...] = ("16", "8", "4", "2")
 PART_BYTES = (64 << 10, 1 << 20, 16 << 20)  # that a bake-off sends at once
 LARGE_BYTES = 64 << 20
@@ -89,14 +89,18 @@ class Job(msgspec.Struct):
 
 
 class OtherEnd:
-    """A process that does one job after the other, until this is left."""
+    """A process that does one job after the other, until this is left; both ends have an engine's threads."""
 
     def __enter__(self) -> "OtherEnd":
-        argv = command("kvtool.disagg.link", "1")
+        self._threads_before = torch.get_num_threads()
+        torch.set_num_threads(cpu_threads())
+        argv = command("kvtool.disagg.link", str(cpu_threads()))
         self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._hear()
         return self
 
     def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._threads_before)
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -120,7 +124,7 @@ class OtherEnd:
                     if connection.recv_into(buffer, PLAIN_BYTES, socket.MSG_WAITALL) < PLAIN_BYTES:
                         raise KVToolError("the process at the other end of the socket has ended")
                     best = max(best, PLAIN_BYTES / (time.perf_counter() - started) / 1e9)
-        self._end()
+        self._hear()
         return best
 
     def speed(self, case: Case) -> Speed:
@@ -162,7 +166,7 @@ class OtherEnd:
                         torch.cuda.synchronize(store.blocks.device)
                     taken.append((event, time.perf_counter()))
                     receiver.staging.give_back(event.staged)
-            self._end()
+            self._hear()
             receiver.close()
         counted = taken[1:]
         return Speed(
@@ -181,8 +185,8 @@ class OtherEnd:
         except BrokenPipeError as error:
             raise KVToolError("the process at the other end has ended") from error
 
-    def _end(self) -> None:
-        """Wait until the other end is done as well."""
+    def _hear(self) -> None:
+        """Wait until the other end is ready, or done as well."""
         assert self._process.stdout is not None
         if not self._process.stdout.readline():
             raise KVToolError("the process at the other end has ended")
@@ -191,6 +195,7 @@ class OtherEnd:
 def main(threads: str) -> None:
     """The process at the other end: jobs come on stdin, a line each."""
     torch.set_num_threads(int(threads))
+    print("ready", flush=True)
     for line in sys.stdin.buffer:
         job = msgspec.json.decode(line, type=Job)
         if job.case is None:
@@ -224,6 +229,7 @@ def _push(job: Job, case: Case) -> None:
     sender.connect(LIMIT_SECONDS)
     for index in range(case.repeats + 1):
         push = sender.begin(str(index), range(case.num_tokens))
+        time.sleep(PAUSE_SECONDS)
         started = time.perf_counter()
         for layer in range(num_layers) if case.part_bytes else ():
             at_once = max(1, case.part_bytes // layout.layer_block_bytes(layer))
@@ -233,7 +239,6 @@ def _push(job: Job, case: Case) -> None:
         push.put_tail(store.tail(0))
         push.close(Close(0, 0, started, time.perf_counter(), b""))
         push.wait(LIMIT_SECONDS)
-        time.sleep(PAUSE_SECONDS)
     sender.close()
 
 
