@@ -438,9 +438,7 @@ def test_a_bad_part_costs_its_sequence_and_gives_the_memory_back(link, said, rea
     session.say(opening())
     session.hear(wire.Accepted)
     for message, pieces in said:
-        session.say(message)
-        if pieces:
-            session.channel.send(pieces)
+        session.send(message, pieces) if pieces else session.say(message)
     (loss,) = events(tested, 1)
     assert isinstance(loss, Loss) and loss.id == "a" and reason in loss.reason
     assert tested.staging.free_bytes == free
@@ -461,8 +459,7 @@ def test_a_byte_that_changes_on_its_way_is_found_wherever_it_is(at, layers):
         sent = pieces[0].clone()
         if at is not None and 0 <= at - index * size < len(sent):
             sent[at - index * size] ^= 64
-        session.say(message)
-        session.channel.send([sent])
+        session.send(message, [sent])
     session.say(msgspec.structs.replace(NOTHING, checksum=total.digest()))
     (event,) = events(tested, 1)
     assert isinstance(event, Arrival) if at is None else "checksum is wrong" in event.reason

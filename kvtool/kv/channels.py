@@ -43,8 +43,8 @@ class Channel(Protocol):
 
     def receive_frame(self) -> bytes: ...
 
-    def send(self, pieces: Sequence[Tensor], frame: bytes | None = None) -> None:
-        """Send tensors, behind a frame if there is one."""
+    def send(self, pieces: Sequence[Tensor], frame: bytes) -> None:
+        """Send a frame, and tensors behind it."""
 
     def receive(self, pieces: Sequence[Tensor]) -> None:
         """Fill tensors: those on a GPU, as what comes next on the current stream sees them."""
@@ -76,9 +76,8 @@ class QueueChannel:
         body: bytes = self._next()
         return body
 
-    def send(self, pieces: Sequence[Tensor], frame: bytes | None = None) -> None:
-        if frame is not None:
-            self.send_frame(frame)
+    def send(self, pieces: Sequence[Tensor], frame: bytes) -> None:
+        self.send_frame(frame)
         if pieces[0].is_cuda:  # the peer reads them on a stream of its own
             torch.cuda.current_stream(pieces[0].device).synchronize()
         self._outbox.put(pieces)
@@ -128,8 +127,8 @@ class SocketChannel:
             raise ConnectionError(f"a frame of {size} bytes; at most {MAX_FRAME_BYTES} are taken")
         return self._read(size)
 
-    def send(self, pieces: Sequence[Tensor], frame: bytes | None = None) -> None:
-        head = [] if frame is None else [memoryview(_with_length(frame))]
+    def send(self, pieces: Sequence[Tensor], frame: bytes) -> None:
+        head = [memoryview(_with_length(frame))]
         if pieces[0].is_cuda:
             for piece in pieces:
                 for part in piece.view(-1).split(STAGING_BYTES):
@@ -218,9 +217,8 @@ class GroupChannel:
     def receive_frame(self) -> bytes:
         return self._frames.receive_frame()
 
-    def send(self, pieces: Sequence[Tensor], frame: bytes | None = None) -> None:
-        if frame is not None:
-            self.send_frame(frame)
+    def send(self, pieces: Sequence[Tensor], frame: bytes) -> None:
+        self.send_frame(frame)
         works = [self._group.send([piece], self._other, 0) for piece in pieces]
         if not self._on_gpu:  # there the stream of what is sent next need not wait, and the peer says what has come
             self._wait(works)
@@ -294,9 +292,8 @@ class NixlChannel:
     def receive_frame(self) -> bytes:
         return self._frames.receive_frame()
 
-    def send(self, pieces: Sequence[Tensor], frame: bytes | None = None) -> None:
-        if frame is not None:
-            self.send_frame(frame)
+    def send(self, pieces: Sequence[Tensor], frame: bytes) -> None:
+        self.send_frame(frame)
         for piece in pieces:
             for part in piece.view(-1).split(WINDOW_BYTES):
                 self._write(part)
@@ -347,11 +344,11 @@ class FaultyChannel:
         self.send_frame, self.receive_frame = channel.send_frame, channel.receive_frame
         self.receive, self.settle, self.close = channel.receive, channel.settle, channel.close
 
-    def send(self, pieces: Sequence[Tensor], frame: bytes | None = None) -> None:
+    def send(self, pieces: Sequence[Tensor], frame: bytes) -> None:
         if self._fault == "drop":
             self.close()
             raise ConnectionError("dropped on purpose")
-        if self._fault == "delay" and frame is not None:
+        if self._fault == "delay":
             time.sleep(DELAY_SECONDS)
         if self._fault == "corrupt":
             pieces = [pieces[0].clone(), *pieces[1:]]

@@ -40,7 +40,7 @@ from kvtool.kv.wire import (
 )
 
 RETRY_SECONDS = 0.25
-PART_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}  # of several layers: while some are sent, others are gathered
+PART_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}  # of several layers, so that some are sent while others are gathered
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class Push:
         layout: of what is sent.
         staging: where what is put waits.
         num_sent: blocks of each layer that have been put, from the first.
+        total: checksum of what has been put.
         staged: room for all of it, once something has been put.
         failed: it does not arrive; what is put is forgotten.
     """
@@ -80,6 +81,7 @@ class Push:
     layout: KVLayout
     staging: Staging
     num_sent: list[int]
+    total: Checksum = field(default_factory=Checksum)
     staged: Staged | None = None
     pieces: "SimpleQueue[Piece | Close | Drop]" = field(default_factory=SimpleQueue)
     failed: bool = False
@@ -107,7 +109,7 @@ class Push:
             self.num_sent[layer], nbytes = end_block, nbytes + out.nbytes
             if layer + 1 == layers.stop or nbytes + out.nbytes > PART_BYTES[out.device.type]:
                 part = Part(start, layer + 1, first, end_block)
-                self.pieces.put(Piece.of(part, staged.part(range(start, layer + 1), first, end_block)))
+                self._send(part, staged.part(range(start, layer + 1), first, end_block))
                 nbytes, start = 0, layer + 1
 
     def put_tail(self, tail: Tensor) -> None:
@@ -123,13 +125,17 @@ class Push:
         """Send the tail and the first token; all blocks have been put."""
         if staged := self._room():
             if len(staged.tail):
-                self.pieces.put(Piece.of(Tail(), [staged.tail]))
+                self._send(Tail(), [staged.tail])
             self.pieces.put(closing)
 
     def drop(self, reason: str) -> None:
         """It is not to arrive."""
         self.failed = True
         self.pieces.put(Drop(reason))
+
+    def _send(self, message: Part | Tail, tensors: list[Tensor]) -> None:
+        self.pieces.put(Piece.of(message, tensors))
+        self.total.add(tensors)  # while a core's cache has them
 
     def _room(self) -> Staged | None:
         """Where it waits; None: it does not arrive, for one because there is none."""
@@ -318,15 +324,14 @@ class Link:
         except Refusal:
             self.is_good = True
             raise
-        total = Checksum()
         while isinstance(piece := push.pieces.get(), Piece):
             if piece.ready:
                 torch.cuda.current_stream().wait_event(piece.ready)
-            session.send(piece.message, piece.tensors, total)
+            session.send(piece.message, piece.tensors)
         if isinstance(piece, Drop):
             session.say(piece)
         else:
             times = {name: getattr(piece, name) + self.clock_offset for name in ("scheduled", "prefilled")}
-            session.say(msgspec.structs.replace(piece, **times, checksum=total.digest()))
+            session.say(msgspec.structs.replace(piece, **times, checksum=push.total.digest()))
             session.hear(Received)
         self.is_good = True

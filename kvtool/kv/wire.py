@@ -313,13 +313,9 @@ class Session:
             raise TransferError("a frame that is not of this session (forged, replayed or damaged)")
         return decoded(body, kind)
 
-    def send(self, message: msgspec.Struct, pieces: Sequence[Tensor], total: Checksum) -> None:
-        """Say what comes, and send it; `total` is of all that does."""
-        frame: bytes | None = self._frame(message)
-        for portion in self._portions(pieces):
-            total.add(portion)  # and then it is in a core's cache
-            self.channel.send(portion, frame)
-            frame = None
+    def send(self, message: msgspec.Struct, pieces: Sequence[Tensor]) -> None:
+        """Say what comes, and send it."""
+        self.channel.send(pieces, self._frame(message))
         self.nbytes += sum(piece.nbytes for piece in pieces)
 
     def receive(self, pieces: Sequence[Tensor], total: Checksum) -> None:
@@ -336,7 +332,7 @@ class Session:
         return frame
 
     def _portions(self, pieces: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-        """`pieces` as they pass through the channel."""
+        """`pieces` as they are taken from the channel."""
         if not self.channel.is_stream or pieces[0].is_cuda:
             yield pieces
             return
