@@ -28,7 +28,7 @@ from kvtool.models import load_config, resolve_model
 from kvtool.processes import command, cpu_threads
 from kvtool.runner import choose_device, choose_dtype, kv_spec
 
-PLAIN_BYTES = 64 << 20
+PLAIN_BYTES, PLAIN_REPEATS = 64 << 20, 8
 LIMIT_SECONDS = 60.0
 PAUSE_SECONDS = 0.03  # in which a sequence is announced, as one that is queued, and the one before it is stored
 BITS: tuple[Bits, ...] = ("16", "8", "4", "2")
@@ -110,7 +110,7 @@ class OtherEnd:
             self._process.kill()
             self._process.wait()
 
-    def plain_speed(self, repeats: int = 8) -> float:
+    def plain_speed(self) -> float:
         """GB/s of the best of a few times that 64 MiB come from memory to memory through a TCP socket."""
         buffer, best = memoryview(bytearray(PLAIN_BYTES)), 0.0
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -118,7 +118,7 @@ class OtherEnd:
             self._begin(Job(listener.getsockname()[1], "", None))
             connection, _ = listener.accept()
             with connection:
-                for _ in range(repeats):
+                for _ in range(PLAIN_REPEATS):
                     started = time.perf_counter()
                     connection.sendall(b"!")
                     if connection.recv_into(buffer, PLAIN_BYTES, socket.MSG_WAITALL) < PLAIN_BYTES:
@@ -249,7 +249,7 @@ class Link:
     Attributes:
         plain_gb_s: plain bytes through a TCP socket, from memory to memory.
         large: a sequence of 64 MiB in the format asked for.
-        formats: a sequence of the longest prompt at 16, 8, 4 and 2 bits.
+        formats: sequences at 16, 8, 4 and 2 bits: the longest prompt, and what has 64 MiB at 16 bits, if that is more.
         lengths: sequences of several lengths in the format asked for.
     """
 
@@ -274,18 +274,21 @@ def survey(
     source, target = (str(choose_device(device)) for device in devices)
     dtype = _dtype(engine, source)
     select(Route(torch.device(source).type, torch.device(target).type, False), transfer)
+    layouts = [layout_of(engine, KVOptions(nbits=bits), dtype) for bits in BITS]
     whole = [
-        Case(layout_of(engine, KVOptions(nbits=bits), dtype), dtype, longest, source, target, transfer) for bits in BITS
+        Case(layout, dtype, tokens, source, target, transfer)
+        for tokens in dict.fromkeys([longest, max(longest, _large(layouts[0]))])
+        for layout in layouts
     ]
     asked = Case(layout_of(engine, engine.kv, dtype), dtype, longest, source, target, transfer)
-    large = max(longest, LARGE_BYTES // asked.layout.block_bytes * asked.layout.format.block_size)
+    large = max(longest, _large(asked.layout))
     cases = [
         *whole,
         msgspec.structs.replace(asked, num_tokens=max(1, longest // SHORT)),
         asked,
         # In parts, as an engine sends it: what is gathered on a CPU must not hold up what is sent.
         msgspec.structs.replace(
-            asked, num_tokens=large, part_bytes=PART_BYTES[-1] if source == "cpu" else 0, repeats=8
+            asked, num_tokens=large, part_bytes=PART_BYTES[-1] if source == "cpu" else 0, repeats=2 * PLAIN_REPEATS
         ),
     ]
     speeds: list[tuple[Case, Speed]] = []
@@ -295,7 +298,12 @@ def survey(
             speeds.append((case, other.speed(case)))
             on_progress(len(speeds), len(cases))
         plain = max(plain, other.plain_speed())
-    return Link(plain, speeds[-1][1], speeds[: len(BITS)], speeds[len(BITS) : -1])
+    return Link(plain, speeds[-1][1], speeds[: len(whole)], speeds[len(whole) : -1])
+
+
+def _large(layout: KVLayout) -> int:
+    """Tokens of a sequence of 64 MiB."""
+    return LARGE_BYTES // layout.block_bytes * layout.format.block_size
 
 
 def bake_off(
@@ -308,7 +316,7 @@ def bake_off(
     source, target = (str(choose_device(device)) for device in devices)
     dtype = _dtype(engine, source)
     layout = layout_of(engine, KVOptions(), dtype)
-    tokens = LARGE_BYTES // layout.block_bytes * layout.format.block_size
+    tokens = _large(layout)
     ways = dict.fromkeys([(source, target), (target, source)])
     cases = [
         Case(layout, dtype, tokens, *way, transfer.name, part_bytes)

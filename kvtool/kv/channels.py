@@ -193,12 +193,15 @@ class SocketChannel:
 class GroupChannel:
     """Frames over a socket, tensors by torch.distributed in a group of these two ends alone.
 
-    The group's own connections know no secret: they carry bytes whose checksum came in an authenticated frame.
+    The group's own connections know no secret: they carry bytes whose checksum comes in an authenticated frame. Both
+    ends meet there at once: NCCL connects with the first tensor, and would wait for good for a peer that dies before.
     """
 
     is_stream = False
 
-    def __init__(self, frames: SocketChannel, backend: str, rank: int, store: TCPStore, timeout: float) -> None:
+    def __init__(
+        self, frames: SocketChannel, backend: str, rank: int, store: TCPStore, timeout: float, device: torch.device
+    ) -> None:
         self._frames, self._other = frames, 1 - rank
         self._received: torch.cuda.Event | None = None
         self._on_gpu, limit = backend == "nccl", timedelta(seconds=timeout)
@@ -210,6 +213,12 @@ class GroupChannel:
             self._group: Any = dist.ProcessGroupNCCL(store, rank, 2, options)
         else:
             self._group = dist.ProcessGroupGloo(store, rank, 2, limit)
+        first = torch.zeros(1, dtype=torch.uint8, device=device)
+        if rank == 0:
+            self.receive([first])
+            self.settle()
+        else:
+            self._wait([self._group.send([first], self._other, 0)])
 
     def send_frame(self, body: bytes) -> None:
         self._frames.send_frame(body)
