@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from kvtool.config import KVOptions
 from kvtool.errors import UnsupportedError
 from kvtool.kv import receiver as receiving
+from kvtool.kv import sender as sending
 from kvtool.kv import transfer, wire
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.channels import SocketChannel
@@ -188,8 +189,11 @@ def process_of(target: Callable[..., None], *args: object) -> Iterator[multiproc
         process.join()
 
 
+@pytest.mark.parametrize("part_bytes", [1, 40_000, 1 << 20])
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_sender_in_the_same_process_needs_no_socket(name):
+def test_a_sender_in_the_same_process_needs_no_socket(name, part_bytes, monkeypatch):
+    """However many layers it sends at once."""
+    monkeypatch.setattr(sending, "PART_BYTES", {"cpu": part_bytes})
     tested = receiver(name)
     sender = Sender("here", tested.attach, layout(name), identity(name), SECRET)
     sender.connect(1)
