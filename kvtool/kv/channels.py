@@ -23,7 +23,7 @@ MAX_FRAME_BYTES = 1 << 16
 AT_ONCE = 512  # buffers to one system call; Linux takes 1,024
 WINDOW_BYTES, WRITE_SECONDS = 16 << 20, 60.0  # of NIXL
 DELAY_SECONDS, WATCH_SECONDS = 0.5, 2e-5
-NEAR_BYTES = 512 << 10  # that a socket holds of what goes to a process of the same machine
+NEAR_BYTES = 128 << 10  # that a socket holds of what goes to a process of the same machine
 STAGING_BYTES = 16 << 20  # of pinned memory, between a GPU and a socket
 
 
