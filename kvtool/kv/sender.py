@@ -40,7 +40,7 @@ from kvtool.kv.wire import (
 )
 
 RETRY_SECONDS = 0.25
-PART_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}  # of several layers, so that some are sent while others are gathered
+PART_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}  # of several layers, so that some are sent while others are gathered
 
 logger = logging.getLogger(__name__)
 
