@@ -30,7 +30,7 @@ import triton
 from bench_gemv import MODELS, Matrix, matrices_of
 from torch import Tensor
 
-from kvtool.kernels import w4a16, w4a16_kernels, w4a16_stream, w8a8, w8a8_kernels
+from kvtool.kernels import w4a16, w4a16_gemv, w4a16_kernels, w4a16_stream, w8a8, w8a8_kernels
 from kvtool.kernels.launch import capability
 from kvtool.kernels.quantized_rows import FP8, QuantizedRows
 from kvtool.layers.linear import linear
@@ -41,6 +41,10 @@ GROUP = 128
 MAX_ERROR = {"bf16": 1e-2, "w4a16": 1e-2, "w8a8": 1e-2, "fp8": 2e-2}
 BFLOAT, DEVICE = torch.bfloat16, torch.device("cuda")
 REFUSALS = (RuntimeError, triton.runtime.errors.OutOfResources)
+IN_REGISTERS: dict[type, Callable[..., Tensor]] = {
+    w4a16_gemv.Tile: w4a16_gemv.gemv,
+    w4a16_stream.Tile: w4a16_stream.product,
+}
 
 Run = Callable[[Any, int], Tensor]  # x, as the matrices read it, and the index of one
 
@@ -204,10 +208,11 @@ def runs_of(weights: Weights, rows: int, sweep: bool) -> Iterator[tuple[str, Run
     if kind == "bf16":
         yield "cuBLAS", lambda x, index: torch.nn.functional.linear(x, *weights[index])
     elif sweep and kind == "w4a16":
-        for tile in stream_tiles(rows):
+        for tile in w4a16_tiles(rows):
+            product = IN_REGISTERS[type(tile)]
             yield (
-                f"stream {tuple(asdict(tile).values())}",
-                (lambda x, index, tile=tile: w4a16_stream.product(x, *weights[index], None, tile)),
+                f"{product.__name__} {tuple(asdict(tile).values())}",
+                (lambda x, index, product=product, tile=tile: product(x, *weights[index], None, tile)),
             )
         if rows >= 64:
             yield "decoded", lambda x, index: w4a16_kernels.decoded_product(x, *weights[index], None)
@@ -219,6 +224,20 @@ def runs_of(weights: Weights, rows: int, sweep: bool) -> Iterator[tuple[str, Run
             )
         if rows > 16 and w8a8_kernels.vendor_takes(BFLOAT, weights[0][0]):
             yield "vendor", lambda x, index: w8a8_kernels.vendor_product(x, *weights[index], None)
+
+
+def w4a16_tiles(rows: int) -> Iterator[w4a16_gemv.Tile | w4a16_stream.Tile]:
+    if rows <= w4a16_gemv.MAX_ROWS:
+        yield from gemv_tiles(rows)
+    yield from stream_tiles(rows)
+
+
+def gemv_tiles(rows: int) -> Iterator[w4a16_gemv.Tile]:
+    """Of up to 128 registers of a thread, or 80 where that may do."""
+    for tiles, warps, stages in pairs_of((1, 2, 4), (2, 4, 8, 16), (1, 2, 3, 4)):
+        for resident in (16, 24) if tiles == 1 and rows <= 8 else (8, 16) if tiles < 4 else (8,):
+            if tiles * stages in (2, 3, 4, 6, 8) and resident >= warps:
+                yield w4a16_gemv.Tile(tiles, warps, stages, resident // warps)
 
 
 def stream_tiles(rows: int) -> Iterator[w4a16_stream.Tile]:
@@ -256,20 +275,21 @@ def w8a8_tiles(rows: int) -> Iterator[w8a8_kernels.Tile]:
 def compile_all(kinds: list[str], matrices: Iterable[Matrix], rows: list[int], sweep: bool) -> None:
     """Compile in parallel what will be timed: Triton's kernels to its cache, in processes, NVRTC's here, in threads."""
     jobs = [(kind, matrix.outputs, matrix.depth, n, sweep) for matrix in matrices for kind in kinds for n in rows]
-    tiles = {tile for n in rows for tile in stream_tiles(n)} if sweep and "w4a16" in kinds else ()
+    tiles = {(8 if n <= 8 else 16, tile) for n in rows for tile in w4a16_tiles(n)} if sweep and "w4a16" in kinds else ()
     workers = min(16, os.cpu_count() or 1)
     with multiprocessing.get_context("spawn").Pool(workers) as pool, ThreadPoolExecutor(workers) as threads:
         done = pool.starmap_async(run_once, jobs, chunksize=1)
-        for compiled in [threads.submit(stream_once, tile) for tile in tiles]:
+        for compiled in [threads.submit(tile_once, *job) for job in tiles]:
             compiled.result()
         done.get()
     print(f"compiled for {len(jobs)} products, and {len(tiles)} kernels in CUDA C++", file=sys.stderr)
 
 
-def stream_once(tile: w4a16_stream.Tile) -> None:
+def tile_once(rows: int, tile: w4a16_gemv.Tile | w4a16_stream.Tile) -> None:
     with torch.inference_mode(), suppress(*REFUSALS):
         weights = Weights.drawn("w4a16", 16, GROUP, 0)
-        w4a16_stream.product(torch.zeros(1, GROUP, dtype=BFLOAT, device=DEVICE), *weights[0], None, tile)
+        x = torch.zeros(rows, GROUP, dtype=BFLOAT, device=DEVICE)
+        IN_REGISTERS[type(tile)](x, *weights[0], None, tile)
 
 
 def run_once(kind: str, outputs: int, depth: int, rows: int, sweep: bool) -> None:
@@ -277,11 +297,12 @@ def run_once(kind: str, outputs: int, depth: int, rows: int, sweep: bool) -> Non
     with torch.inference_mode():
         weights = Weights.drawn(kind, outputs, depth, 0)
         x = as_read(torch.zeros(rows, depth, dtype=BFLOAT, device=DEVICE), weights)
-        for label, run in runs_of(weights, rows, sweep):
-            in_registers = kind == "w4a16" and label != "decoded" and rows <= w4a16_kernels.MOST_ROWS
-            if not in_registers:
-                with suppress(*REFUSALS):
-                    run(x, 0)
+        if kind == "w4a16":
+            w4a16_kernels.decoded_product(x, *weights[0], None)
+            return
+        for _, run in runs_of(weights, rows, sweep):
+            with suppress(*REFUSALS):
+                run(x, 0)
 
 
 if __name__ == "__main__":

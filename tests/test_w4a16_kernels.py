@@ -1,10 +1,11 @@
 """Products with 4-bit weights against their definition in float64.
 
-Where there is a GPU they run on it; elsewhere, on small shapes, Triton interprets its kernels, and an emulator runs the
-one in CUDA C++. That they compile for an RTX 4090 and an H200 needs no GPU.
+Where there is a GPU they run on it; elsewhere, on small shapes, Triton interprets its kernels, and an emulator runs
+those in CUDA C++. That they compile for an RTX 4090 and an H200 needs no GPU.
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -18,16 +19,25 @@ pytest.importorskip("triton")
 import emulator
 from compiled import ON_GPU, check_compiled, compiles, runs, usage
 
-from kvtool.kernels import nvrtc, w4a16, w4a16_kernels, w4a16_stream
+from kvtool.kernels import nvrtc, w4a16, w4a16_gemv, w4a16_kernels, w4a16_stream
 from kvtool.kernels.launch import capability
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float16]  # the interpreter multiplies no bf16
 TILES = [w4a16_stream.Tile(1, 2, 8, 2, 3, 1), w4a16_stream.Tile(4, 8, 8, 2, 2, 1)]
-TILES += [tiles[0] for (major, _), tiles in w4a16_stream.TILES.items() if ON_GPU and major == capability(DEVICE)]
+TILES += [tile for (major, _), tile in w4a16_stream.TILES.items() if ON_GPU and major == capability(DEVICE)]
+GEMV_TILES = [w4a16_gemv.Tile(1, 2, 2, 1), w4a16_gemv.Tile(2, 4, 1, 1)]
+GEMV_TILES += [tile for entries in w4a16_gemv.TILES.values() if ON_GPU for _, tile in entries]
 # Outputs, columns and how many of these share a scale.
 SHAPES = [(40, 64, 32), (17, 192, 64), (33, 256, 128), (48, 384, 384), (16, 160, 160), (20, 1024, 64)]
-# What the emulator is compiled for: a shape, a dtype and a tile.
+# What the emulator is compiled for: a shape, a dtype, products of 8 rows and a tile.
+GEMV_VARIANTS = [
+    (SHAPES[0], torch.float16, 1, w4a16_gemv.Tile(1, 2, 2, 1)),
+    (SHAPES[1], torch.bfloat16, 2, w4a16_gemv.Tile(2, 4, 1, 1)),
+    (SHAPES[2], torch.float16, 2, w4a16_gemv.Tile(2, 2, 3, 1)),
+    (SHAPES[3], torch.bfloat16, 1, w4a16_gemv.Tile(1, 4, 2, 1)),
+]
+# A shape, a dtype and a tile.
 VARIANTS = [
     (SHAPES[0], torch.float16, w4a16_stream.Tile(1, 1, 2, 1, 2, 1)),
     (SHAPES[1], torch.bfloat16, w4a16_stream.Tile(2, 2, 4, 2, 3, 1)),
@@ -68,6 +78,7 @@ def error(out: Tensor, arguments: list[Tensor]) -> float:
     return float((out.double() - exact).norm() / exact.norm())
 
 
+GemvVariant = tuple[tuple[int, int, int], torch.dtype, int, w4a16_gemv.Tile]
 Variant = tuple[tuple[int, int, int], torch.dtype, w4a16_stream.Tile]
 cases = st.builds(
     Case,
@@ -98,6 +109,20 @@ def test_product_of_a_matrix_decoded_to_memory(case: Case, piece: int) -> None:
         assert error(w4a16_kernels.decoded_product(*arguments), arguments) < 5e-3
 
 
+@settings(deadline=None, max_examples=12)
+@given(case=cases, variant=st.sampled_from(GEMV_VARIANTS), seed=seeds)
+def test_warps_share_columns(case: Case, variant: GemvVariant, seed: int) -> None:
+    case.shape, case.dtype, columns, tile = variant
+    case.rows = 8 * columns - case.rows % 8
+    x, weight, scales, *_ = arguments = case.arguments(torch.device("cpu"))
+    macros = w4a16_gemv.constants(x, scales, tile, x.device) | {"CHAINED": 1}
+    out = torch.full((len(x), len(weight)), float("nan"), dtype=case.dtype)
+    library = emulator.build("w4a16_gemv.cu", "w4a16_gemv", tuple(macros.items()))
+    grid = (-(-len(weight) // (16 * tile.tiles)), 1)
+    emulator.launch(library, grid, w4a16_gemv.arguments(*arguments, out), seed)
+    assert error(out, arguments) < 5e-3
+
+
 @settings(deadline=None, max_examples=20)
 @given(case=cases, variant=st.sampled_from(VARIANTS), programs=st.integers(1, 9), seed=seeds)
 def test_programs_share_tiles(case: Case, variant: Variant, programs: int, seed: int) -> None:
@@ -117,6 +142,15 @@ def test_programs_share_tiles(case: Case, variant: Variant, programs: int, seed:
 
 @on_gpu
 @examples
+@given(cases, st.sampled_from(GEMV_TILES))
+def test_gemv(case: Case, tile: w4a16_gemv.Tile) -> None:
+    case.rows = 1 + case.rows % w4a16_gemv.MAX_ROWS
+    arguments = case.arguments()
+    assert error(w4a16_gemv.gemv(*arguments, tile), arguments) < 5e-3
+
+
+@on_gpu
+@examples
 @given(cases, st.sampled_from(TILES))
 def test_product(case: Case, tile: w4a16_stream.Tile) -> None:
     arguments = case.arguments()
@@ -126,9 +160,30 @@ def test_product(case: Case, tile: w4a16_stream.Tile) -> None:
 @on_gpu
 @examples
 @given(cases)
-def test_linear_chooses_by_rows(case: Case) -> None:
+def test_linear(case: Case) -> None:
     arguments = case.arguments()
     assert error(w4a16.w4a16_linear(*arguments), arguments) < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("rows", "has_nvrtc", "chosen"),
+    [
+        (1, True, "gemv"),
+        (16, True, "gemv"),
+        (17, True, "product"),
+        (128, True, "product"),
+        (129, True, "decoded_product"),
+        (1, False, "decoded_product"),
+    ],
+)
+def test_linear_chooses_by_rows(rows: int, has_nvrtc: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(w4a16, "takes", lambda x: True)
+    monkeypatch.setattr(w4a16_kernels, "_compiles", lambda: has_nvrtc)
+    for module, name in ((w4a16_gemv, "gemv"), (w4a16_stream, "product"), (w4a16_kernels, "decoded_product")):
+        monkeypatch.setattr(module, name, lambda *arguments, name=name: called.append(name))
+    w4a16.w4a16_linear(*Case(rows, SHAPES[0], torch.float16, True, True, 0).arguments())
+    assert called == [chosen]
 
 
 @compiles
@@ -143,16 +198,24 @@ def test_what_decodes_a_matrix_compiles_without_spills(major: int, monkeypatch: 
     assert check_compiled(launch, monkeypatch, {8: 89, 9: 90}[major]) == 2
 
 
-@pytest.mark.parametrize(("major", "architecture", "shared"), [(8, "sm_89", 99), (9, "sm_90", 227)])
+def programs(major: int) -> Iterator[tuple[str, dict[str, object], int]]:
+    """Source, macros and warps of all that the tables have, in wide groups, which take the most registers."""
+    x, _, scales, *_ = Case(16, (16, 256, 128), torch.bfloat16, True, True, 0).arguments(torch.device("cpu"))
+    for (of, columns), entries in w4a16_gemv.TILES.items():
+        for _, tile in entries if of == major else ():
+            yield w4a16_gemv.SOURCE, w4a16_gemv.constants(x[: 8 * columns], scales, tile, x.device), tile.warps
+    for tile in {tile for (of, _), tile in w4a16_stream.TILES.items() if of == major}:
+        bound = f"static_assert(shared_bytes == {tile.shared_bytes});"
+        yield w4a16_stream.SOURCE + bound, w4a16_stream.constants(x, scales, tile, x.device), tile.warps
+
+
+@pytest.mark.parametrize(("major", "architecture", "shared"), [(8, "sm_89", 100), (9, "sm_90", 228)])
 def test_programs_fit_a_multiprocessor_without_spills(major: int, architecture: str, shared: int) -> None:
     """As many as the tables say."""
     if reason := nvrtc.refuses_to_compile():
         pytest.skip(reason)
-    x, _, scales, *_ = Case(1, (16, 256, 128), torch.bfloat16, True, True, 0).arguments(torch.device("cpu"))
-    for tile in {tile for (of, _), tiles in w4a16_stream.TILES.items() if of == major for tile in tiles}:
-        macros = w4a16_stream.constants(x, scales, tile, x.device) | {"CHAINED": int(major >= 9)}
-        bound = f"static_assert(shared_bytes == {tile.shared_bytes});"
-        used = usage(nvrtc.compile_cubin(nvrtc.source("w4a16.cu") + bound, architecture, macros))
-        assert (tile.shared_bytes + 1024) * tile.per_sm <= shared + 1 << 10
-        assert used["REG"] * tile.warps * 32 * tile.per_sm <= 65536
+    for source, macros, warps in programs(major):
+        bound = f"static_assert((shared_bytes + 1024) * PER_SM <= {shared << 10});"
+        used = usage(nvrtc.compile_cubin(source + bound, architecture, macros | {"CHAINED": int(major >= 9)}))
+        assert used["REG"] * warps * 32 * int(str(macros["PER_SM"])) <= 65536
         assert used["STACK"] == used["LOCAL"] == 0

@@ -195,6 +195,7 @@ static void await_inputs() {}
 static void start_next() {}
 
 #include "decode.cuh"
+#include "w4a16.cuh"
 #include SOURCE
 
 static const void* const* arguments;

@@ -7,16 +7,13 @@
 // same order.
 //
 // Lane 4g + t has of each block the run of 32 columns t, of outputs g and g + 8: its 16 bytes. In a product, which takes
-// columns in any order, they are in turn the low nibbles of a word, and the high ones. A nibble under the upper byte of a
-// power of two is a bf16 of 128 + code (an fp16 of 1,024 + code), exactly; less that and the zero, times the scale, it is
-// the weight. What a zero is more than whole is taken away after the scale.
+// columns in any order, they are in turn the low nibbles of a word, and the high ones. OFFSET + code (`w4a16.cuh`), less
+// OFFSET and the zero, times the scale, is the weight. What a zero is more than whole is taken away after the scale.
 
 constexpr int THREADS = 32 * WARPS, LINES = WARPS / PARTS, OUTPUTS = 16 * TILES * LINES, ROWS = 8 * COLUMNS;
 constexpr int RUN = 32, BLOCK = 4 * RUN, STEP = PARTS * BLOCK;                // columns
 constexpr int CODES_BYTES = OUTPUTS * BLOCK / 2, X_BYTES = ROWS * BLOCK * 2;  // of a block
 constexpr int STAGE_BYTES = PARTS * (CODES_BYTES + X_BYTES), FRAGMENTS = TILES * COLUMNS;
-constexpr u32 MAGIC = BF16 ? 0x43434343 : 0x64646464, ONE = BF16 ? 0x3f803f80 : 0x3c003c00;
-constexpr float OFFSET = BF16 ? 128 : 1024;
 extern "C" __constant__ const int shared_bytes = STAGES * STAGE_BYTES + (PARTS - 1) * OUTPUTS * ROWS * 4;
 
 struct Place { int output, row, column; };  // of a step, its first ones
@@ -106,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
             for (int h = 0; h < 2; h++) {
                 float zero = widen<BF16>(grid.zero[i][h]), whole = rintf(zero);
                 float left = (whole - zero) * widen<BF16>(grid.scale[i][h]);
-                offset[i][h] = round_pair<BF16>(-OFFSET - whole, -OFFSET - whole);
+                offset[i][h] = round_pair<BF16>(-OFFSET<BF16> - whole, -OFFSET<BF16> - whole);
                 scale[i][h] = grid.scale[i][h] * 0x10001u;
                 rest[i][h] = round_pair<BF16>(left, left);
             }
@@ -124,15 +121,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
 #pragma unroll
                 for (int i = 0; i < TILES; i++)
 #pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        u32 nibbles = codes[i][h][w] >> q % 2 * 4 & 0x0f0f0f0f;
+                    for (int h = 0; h < 2; h++)
 #pragma unroll
                         for (int j = 0; j < 2; j++) {
-                            u32 pair = permute(nibbles, MAGIC, j ? 0x4342 : 0x4140);
-                            pair = fused<BF16>(pair, ONE, offset[i][h]);
+                            u32 pair = fused<BF16>(code_pair<BF16>(codes[i][h][w], q % 2, j), ONES<BF16>, offset[i][h]);
                             a[w][i][2 * j + h] = fused<BF16>(pair, scale[i][h], rest[i][h]);
                         }
-                    }
 #pragma unroll
             for (int n = 0; n < COLUMNS; n++) {
                 u32 pairs[4];

@@ -1,9 +1,10 @@
 """What `kvtool.kernels.w4a16` defines, by the kernel for so many rows.
 
-Up to some hundreds codes are decoded in registers, as operands of the tensor cores; for more the matrix is decoded to
-memory, a piece at a time, and the vendor's product multiplies.
+Up to a hundred or so, codes are decoded in registers, as operands of the tensor cores; for more the matrix is decoded
+to memory, a piece at a time, and the vendor's product multiplies.
 """
 
+from functools import cache
 from math import gcd
 
 import torch
@@ -11,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels import w4a16_stream
+from kvtool.kernels import w4a16_gemv, w4a16_stream
 from kvtool.kernels.launch import await_inputs, chained
+from kvtool.kernels.nvrtc import refuses_to_compile
 
-MOST_ROWS = 256  # for which codes are decoded in registers, each time anew for so many rows
+MOST_ROWS = 128  # for which codes are decoded in registers; for 256 that took longer on an H200, whatever the matrix
 DECODED = 32 << 20  # bytes of a piece that is decoded to memory: it is still in the L2 cache when it is multiplied
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # as when a kernel is decorated; it knows no assembly
@@ -22,9 +24,11 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # as when a kernel i
 
 def linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:
     """`w4a16.w4a16_linear` by the kernel for so many rows. x is of 16 bits, groups are multiples of 32."""
-    if len(x) <= MOST_ROWS and (tile := w4a16_stream.tile_for(x, weight)):
-        return w4a16_stream.product(x, weight, scales, zeros, bias, tile)
-    return decoded_product(x, weight, scales, zeros, bias)
+    if len(x) > MOST_ROWS or not _compiles():
+        return decoded_product(x, weight, scales, zeros, bias)
+    if len(x) > w4a16_gemv.MAX_ROWS:
+        return w4a16_stream.product(x, weight, scales, zeros, bias, w4a16_stream.tile_for(x))
+    return w4a16_gemv.gemv(x, weight, scales, zeros, bias, w4a16_gemv.tile_for(x, weight))
 
 
 def decoded_product(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:
@@ -62,6 +66,11 @@ def decode(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         **chained(weight.device),
     )
     return out
+
+
+@cache
+def _compiles() -> bool:
+    return refuses_to_compile() is None
 
 
 def _group(weight: Tensor, scales: Tensor) -> int:
