@@ -173,6 +173,11 @@ class DecodeGraphs:
             graph, outputs = capturer.capture(partial(self._run, size))
             self._captured[size] = Captured(graph, *outputs)
 
+    def rehearse(self) -> None:
+        """Launch what all graphs would hold."""
+        for size in reversed(self.sizes):
+            self._run(size)
+
     def holds(self, batch: ScheduledBatch) -> bool:
         """Graphs have been captured, it is not too much, and what runs of prompts needs no more than their rows."""
         fmt, prompts = self._format, [span for span in batch.spans if span.token_ids]
@@ -319,9 +324,14 @@ class PromptGraphs:
     def capture(self, rooms: Sequence[Room], capturer: Capturer) -> None:
         """Capture some of `rooms`, the largest first, so that the smaller ones find its memory."""
         for room in sorted(rooms, key=lambda room: (room.tokens, room.decodes), reverse=True):
-            self._memory.fill_(-1)  # nobody's
-            self._inputs(room, self._memory)["newest"].zero_()
+            self._clear(room)
             self._captured[room] = capturer.capture(partial(self._run, room))
+
+    def rehearse(self) -> None:
+        """Launch what all graphs would hold."""
+        for room in reversed(self.rooms):
+            self._clear(room)
+            self._run(room)
 
     def room(self, batch: ScheduledBatch) -> Room | None:
         """Where the step runs, None if nowhere."""
@@ -363,6 +373,11 @@ class PromptGraphs:
         )
         hidden = self._hidden[: arrays["ids"].size]
         return ran, hidden if n == room.decodes else torch.cat([hidden[:n], hidden[room.decodes :]])
+
+    def _clear(self, room: Room) -> None:
+        """Make all that is in the room nobody's."""
+        self._memory.fill_(-1)
+        self._inputs(room, self._memory)["newest"].zero_()
 
     def _shapes(self, room: Room) -> dict[str, tuple[int, ...]]:
         """Of a step's inputs. ids: see `known`; newest: slot, column and block of each decode."""
@@ -423,6 +438,11 @@ class StepGraphs:
         capturer = Capturer()
         self.prompts.capture(self.prompts.rooms[-1:] if largest else self.prompts.rooms, capturer)
         self.decodes.capture(self.decodes.sizes[-1:] if largest else self.decodes.sizes, capturer)
+
+    def rehearse(self) -> None:
+        """Launch all steps that can be captured, on nothing."""
+        self.prompts.rehearse()
+        self.decodes.rehearse()
 
     def forget(self, slots: Iterable[int]) -> None:
         """The sequences in these slots are new, or have moved."""

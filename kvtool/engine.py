@@ -144,6 +144,7 @@ class Engine:
             kv_tokens=store.num_blocks * store.format.block_size + config.max_num_seqs * store.format.tail_tokens,
             kv_tokens_16bit=kv_bytes // (2 * elements),
             start_seconds=time.perf_counter() - start,
+            compile_seconds=self.runner.compile_seconds,
             draft_kv_bytes=self.runner.draft.store.nbytes if self.runner.draft else 0,
             kv_address=self._inlet.address if self._inlet else "",
         )

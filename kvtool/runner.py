@@ -1,7 +1,7 @@
 """The model on its device: a scheduled batch goes in, sampled token ids come out."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, islice
@@ -41,6 +41,7 @@ from kvtool.memory import (
 from kvtool.models import load_config, load_model, resolve_model, weight_bytes
 from kvtool.models.config import ModelConfig
 from kvtool.parallel import ONE_RANK, Parallel
+from kvtool.processes import cpu_threads
 from kvtool.profiling import StepProfiler, traces_folder
 from kvtool.request import (
     Draft,
@@ -133,6 +134,8 @@ class Runner:
         swap_space: for sequences that must make room.
         memory: what a GPU holds beside the store.
         largest_step_seconds: that the largest step took behind its launch, as tried on a GPU.
+        compile_seconds: that it took to compile the kernels of all steps, or to find them compiled; 0: each is compiled
+            when it is first launched.
         expert_load: of the layers of this rank's stage that have experts, kept by the first rank of its group.
         on_all_ranks: elements of a token, bytes of a block, of a tail, of the cache, of the weights and of those that a
             step reads, of all ranks together.
@@ -177,7 +180,7 @@ class Runner:
             self.recent = torch.zeros(shape, dtype=torch.int64, device=self.device)
             self.newest = self.recent[0]
             self.sampler = Sampler(self.newest, self.model_config.eos_token_ids)
-            self.largest_step_seconds = 0.0
+            self.largest_step_seconds = self.compile_seconds = 0.0
             routers = self.model.routers() if parallel.tp.rank == 0 else {}
             self.expert_load = ExpertLoad(routers, most_rows(config.max_num_batched_tokens)) if routers else None
             self.memory = self._measure(config, layout) if self.device.type == "cuda" else None
@@ -529,6 +532,36 @@ class Runner:
                 "lower --gpu-memory-utilization or --kv-cache-memory, or add --no-cuda-graph"
             ) from error
 
+    def _compile(self, config: EngineConfig, largest: ScheduledBatch) -> None:
+        """Compile the kernels of all steps side by side, if there will be graphs of them, where each would otherwise be
+        waited for when it is first launched.
+
+        Which ones those are the steps themselves tell, launched with none of Triton's kernels run, and so on numbers
+        that mean nothing: no step here looks at what it has computed. Of layers that are alike one is launched; the
+        first is unlike all others, as nothing stands in the residual stream before it.
+        """
+        if (graphs := self._graphs(config)) is None:
+            return
+        from kvtool.kernels.launch import compiling
+
+        start, layers = time.perf_counter(), self.model.layers
+        kinds: dict[tuple[Hashable, ...], str] = {}
+        for layer, fmt in zip(self._layers, self.store.format.layers, strict=True):
+            weights = ((name, x.shape, x.dtype) for name, x in layers[str(layer)].state_dict().items())
+            kinds.setdefault((not kinds, fmt, self.model_config.sliding_window[layer], *weights), str(layer))
+        self.model.layers = torch.nn.ModuleDict({name: layers[name] for name in kinds.values()})
+        try:
+            with compiling(cpu_threads(len(config.ranks_here)), self.device):
+                graphs.rehearse()
+                _, hidden = self._hidden_states(largest, None)
+                if self.parallel.stage.is_last:
+                    self.sampler.sample(self.model.logits(hidden[: len(largest.samples)]), largest.samples)
+                if self.store.sealer:
+                    self.store.sealer.compile()
+        finally:
+            self.model.layers = layers
+        self.compile_seconds = time.perf_counter() - start
+
     def _measure(self, config: EngineConfig, layout: KVLayout) -> DeviceMemory:
         """Run the largest prompt step, draw for all sequences and capture the largest graphs, on a small store.
 
@@ -540,6 +573,9 @@ class Runner:
         largest = largest_step(config, layout.format, self.max_model_len)
         try:
             self._hold(layout, sum(len(span.blocks) for span in largest.spans) + 1, config)
+            self.graphs = None
+            self._compile(config, largest)
+            torch.cuda.empty_cache()
             self.graphs = self._graphs(config)
             torch.cuda.reset_peak_memory_stats(self.device)
             handle, launched = self.launch(largest), time.perf_counter()
