@@ -62,6 +62,7 @@ class BlockTable:
     def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
         self.rows = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int64, device=device)
         self._lengths = [-1] * max_num_seqs  # blocks that each row holds; -1: of a sequence that is gone
+        self._owners: list[Sequence[int]] = [()] * max_num_seqs  # the list of blocks of each row's sequence, its own
 
     def forget(self, slots: Iterable[int]) -> None:
         """The sequences in these slots are new, or have moved."""
@@ -73,9 +74,10 @@ class BlockTable:
         new = []
         for span in spans:
             known, length = self._lengths[span.slot], len(span.blocks)
-            if span.token_ids or not 0 <= known <= length <= known + 1:
+            is_other = span.token_ids and span.blocks is not self._owners[span.slot]
+            if is_other or not 0 <= known <= length <= known + 1:
                 new.append(span)
-            self._lengths[span.slot] = length
+            self._lengths[span.slot], self._owners[span.slot] = length, span.blocks
         if not any(span.blocks for span in new):
             return
         counts = integers((len(span.blocks) for span in new), len(new))

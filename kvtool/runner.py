@@ -105,14 +105,12 @@ class Handle:
 
     Attributes:
         outcome: [len(batch.samples) + 1] int64, ids, and whether the store met what its format cannot hold.
-        logits: of the samples, on the device; good until the next step is launched.
         scores: of those samples that ask for them.
         prompt_scores: of all spans' targets, in pieces that follow each other.
     """
 
     batch: ScheduledBatch
     outcome: Tensor
-    logits: Tensor
     scores: Scores | None
     prompt_scores: list[Scores]
     ready: torch.cuda.Event | None
@@ -247,13 +245,13 @@ class Runner:
         if self.profiler:
             self.profiler.begin_step()
         self._move(batch)
-        if batch.drafts:
-            self._propose(batch.drafts)
-        for imported in batch.imports:
-            assert land is not None
-            land(imported)
         try:
-            return self._run(batch, allowed, on_layer)
+            if batch.drafts:
+                self._propose(batch.drafts)
+            for imported in batch.imports:
+                assert land is not None
+                land(imported)
+            return self._sample(batch, *self._run(batch, on_layer), allowed)
         except torch.OutOfMemoryError as error:
             self.store.take_fault()  # whoever comes next has nothing to do with it
             raise CapacityError(
@@ -262,14 +260,19 @@ class Runner:
             ) from error
 
     def _run(
-        self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None, on_layer: Callable[[int], None] | None
-    ) -> Handle:
-        """Compute the spans and sample."""
+        self, batch: ScheduledBatch, on_layer: Callable[[int], None] | None = None
+    ) -> tuple[Tensor, Tensor | None, list[Scores]]:
+        """Compute the spans.
+
+        Returns:
+            What the samples are chosen by, on the last stage logits; the likeliest tokens, where a graph has found them
+            and kept them in `newest`; scores of the spans' targets.
+        """
         if self.graphs and self.graphs.decodes.holds(batch):
             kv_batch, logits, greedy = self.graphs.decodes.launch(batch)
             self._count_experts(slice(kv_batch.num_decodes))
             self.store.seal(kv_batch)
-            return self._sample(batch, logits, greedy, allowed, [])
+            return logits, greedy, []
         kv_batch, hidden = self._hidden_states(batch, on_layer)
         with self.parallel.faults_noted(self.store.note_fault):
             self.store.seal(kv_batch)
@@ -279,13 +282,13 @@ class Runner:
             new = (span.slot for span in batch.spans if span.token_ids)
             self.graphs.forget([*new, *(fork.slot for fork in batch.forks)])
         if not self.parallel.stage.is_last:
-            return self._sample(batch, hidden, None, None, [])
+            return hidden, None, []
         prompt_scores = self._score_prompts(batch, hidden)
         ends = list(accumulate(span.length for span in batch.spans))
         rows = [ends[sample.span] - 1 for sample in batch.samples]
         if rows != list(range(len(hidden))):
             hidden = hidden[on_device({"rows": np.array(rows, np.int64)}, self.device)["rows"]]
-        return self._sample(batch, self.model.logits(hidden), None, allowed, prompt_scores)
+        return self.model.logits(hidden), None, prompt_scores
 
     def _hidden_states(self, batch: ScheduledBatch, on_layer: Callable[[int], None] | None) -> tuple[KVBatch, Tensor]:
         """Where the step's tokens stand, and their hidden states."""
@@ -316,22 +319,28 @@ class Runner:
         hidden: Tensor = self.model(ids, kv_batch.positions, partial(self._attend, kv_batch, on_layer))
         return hidden
 
+    def _choose(
+        self, samples: Sequence[Sample], logits: Tensor, greedy: Tensor | None, allowed: NDArray[np.int32] | None = None
+    ) -> Tensor:
+        """The samples' tokens, also in `newest`, where those of a graph are."""
+        if greedy is not None and all(is_greedy(sample) for sample in samples):
+            return greedy
+        return self.sampler.sample(logits, samples, allowed)
+
     def _sample(
         self,
         batch: ScheduledBatch,
         logits: Tensor,
         greedy: Tensor | None,
-        allowed: NDArray[np.int32] | None,
         prompt_scores: list[Scores],
+        allowed: NDArray[np.int32] | None,
     ) -> Handle:
-        """Choose the tokens of a step, on the last stage; `greedy` are the likeliest, where a graph has found them."""
+        """Choose the tokens of a step that has been computed, on the last stage."""
         fault = self.store.take_fault()
         token_ids, samples = fault[:0], batch.samples if self.parallel.stage.is_last else []
         with Range("kvtool::sampling"):
-            if samples and greedy is not None and all(is_greedy(sample) for sample in samples):
-                token_ids = greedy
-            elif samples:
-                token_ids = self.sampler.sample(logits, samples, allowed)
+            if samples:
+                token_ids = self._choose(samples, logits, greedy, allowed)
             if samples and batch.drafts:
                 if self._proposals:
                     self._reject(self._proposals, samples, logits, token_ids)
@@ -340,7 +349,6 @@ class Runner:
         return Handle(
             batch,
             outcome=_to_host(torch.cat([token_ids, fault])),
-            logits=logits,
             scores=scores and scores.to_host(),
             prompt_scores=[piece.to_host() for piece in prompt_scores],
             ready=torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None,
@@ -408,7 +416,9 @@ class Runner:
                 for row, (question, count) in enumerate(asked)
                 if count > index
             ]
-            logits = model.launch(ScheduledBatch(spans=spans, samples=samples)).logits
+            logits, greedy, _ = model._run(ScheduledBatch(spans=spans, samples=samples))
+            if samples:
+                model._choose(samples, logits, greedy)
             self.recent[1 + index].copy_(model.newest)
             drawn = [question for question, count in asked if count > index]
             if any(question.may_reject for question in drawn):

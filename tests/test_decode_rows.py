@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtool.config import KVOptions
-from kvtool.cuda_graph import decode_rows, known, room_ids
+from kvtool.cuda_graph import BlockTable, decode_rows, known, room_ids
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.request import ScheduledSpan
@@ -79,3 +79,19 @@ def test_a_step_with_prompts_reads_each_token_from_where_it_is(
     if decodes:
         newest = [(span.slot, max(0, len(span.blocks) - 1), (span.blocks or [0])[-1]) for span in spans[: len(decodes)]]
         assert list(map(tuple, given_ids["newest"].T)) == newest + newest[-1:] * nobody
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans(), st.booleans(), st.integers(0, 3)), max_size=30))
+def test_a_sequence_s_blocks_are_on_the_device_before_they_are_read(steps: list[tuple[int, bool, bool, int]]) -> None:
+    """Whoever has the slot, whether it decodes or reads more tokens, and however many blocks it has come to."""
+    table, owned, made = BlockTable(3, 99, torch.device("cpu")), dict[int, list[int]](), 0
+    for slot, is_other, reads, grown in steps:
+        is_new = is_other or slot not in owned
+        blocks = owned[slot] = [] if is_new else owned[slot]
+        more = grown if is_new or reads else min(grown, 1)
+        blocks += range(made, made := made + more)
+        span = ScheduledSpan(id="", slot=slot, start=0, end=1, blocks=blocks, token_ids=[0] if is_new or reads else ())
+        table.send([span])
+        if blocks:
+            table.rows[slot, len(blocks) - 1] = blocks[-1]  # as a graph does it
+        assert table.rows[slot, : len(blocks)].tolist() == blocks
