@@ -561,7 +561,7 @@ class Runner:
             kinds.setdefault((not kinds, fmt, self.model_config.sliding_window[layer], *weights), str(layer))
         self.model.layers = torch.nn.ModuleDict({name: layers[name] for name in kinds.values()})
         try:
-            with compiling(cpu_threads(len(config.ranks_here)), self.device):
+            with compiling(cpu_threads(len(config.ranks_here))):
                 graphs.rehearse()
                 _, hidden = self._hidden_states(largest, None)
                 if self.parallel.stage.is_last:

@@ -35,7 +35,6 @@ from kvtool.kv.fixed import Room
 from kvtool.runner import Runner, largest_step
 
 pytestmark = compiles
-CPU = torch.device("cpu")
 RUN = JITFunction.run
 
 
@@ -125,14 +124,14 @@ def test_all_that_steps_launch_is_compiled_and_loaded_once(gpu: Loading, monkeyp
         assert len(runner.model.layers) == 4
         graphs = runner._graphs(config)
         assert graphs is not None
-        with compiling(1, CPU):  # of all layers
+        with compiling(1):  # of all layers
             graphs.rehearse()
             runner._hidden_states(largest, None)
     assert len(gpu.loaded) == count < len(launched)
 
 
 def test_what_is_compiled_ahead_is_found_when_it_is_launched(gpu: Loading) -> None:
-    with compiling(2, CPU):
+    with compiling(2):
         norms(896, 512, 896, 512)
     assert gpu.loaded == ["_add_rms_norm"] * 2
     with pytest.raises(AssertionError, match="it runs"):
@@ -146,12 +145,12 @@ def test_a_kernel_that_does_not_compile_is_named(gpu: Loading, monkeypatch: pyte
 
     monkeypatch.setattr(Loading, "launcher_cls", refuse)
     message = "the kernel _add_rms_norm does not compile: no C compiler"
-    with pytest.raises(RuntimeError, match=message), compiling(1, CPU):
+    with pytest.raises(RuntimeError, match=message), compiling(1):
         norms(1024)
 
 
 def test_who_is_interrupted_waits_for_no_compiler(gpu: Loading, monkeypatch: pytest.MonkeyPatch) -> None:
-    compilers, begun, let_go = Compilers(1, CPU), Event(), Event()
+    compilers, begun, let_go = Compilers(1), Event(), Event()
 
     def wait(*args: object) -> None:
         begun.set()
@@ -159,7 +158,7 @@ def test_who_is_interrupted_waits_for_no_compiler(gpu: Loading, monkeypatch: pyt
 
     monkeypatch.setattr(launch, "Compilers", lambda *args: compilers)
     monkeypatch.setattr(Loading, "launcher_cls", wait)
-    with pytest.raises(KeyboardInterrupt), compiling(1, CPU):
+    with pytest.raises(KeyboardInterrupt), compiling(1):
         norms(128, 256, 384)
         assert begun.wait(60)
         raise KeyboardInterrupt

@@ -50,11 +50,15 @@ def chained(device: torch.device) -> dict[str, bool]:
 
 
 class Compilers(ThreadPoolExecutor):
-    """Threads that compile and load Triton's kernels for a device. Most of that is LLVM's work, ptxas's and, for what
-    launches a kernel, a C compiler's, none of which holds Python's lock; no process is forked for it but theirs."""
+    """Threads that compile and load Triton's kernels for the current device.
 
-    def __init__(self, threads: int, device: torch.device) -> None:
-        use_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+    Most of that is the work of LLVM, of ptxas and, for what launches a kernel, of a C compiler, none of which holds
+    Python's lock. So no processes are needed but theirs.
+    """
+
+    def __init__(self, threads: int) -> None:
+        # A thread begins with the first device.
+        use_device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_available() else ()
         super().__init__(threads, "compiler", *use_device)
 
     def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:  # type: ignore[override]
@@ -64,18 +68,18 @@ class Compilers(ThreadPoolExecutor):
 
 def _loaded(compile_kernel: Callable[[], Any]) -> Any:
     kernel = compile_kernel()
-    assert kernel.run  # which loads it
+    _ = kernel.run  # which loads it
     return kernel
 
 
 @contextmanager
-def compiling(threads: int, device: torch.device) -> Iterator[None]:
+def compiling(threads: int) -> Iterator[None]:
     """Compile what is launched inside, in so many threads, and run none of it: what kernels would write stays as it is.
 
     Raises:
         RuntimeError: a kernel does not compile. The rest is not waited for, nor is it when the caller is interrupted.
     """
-    run, compilers, names = JITFunction.run, Compilers(threads, device), dict[triton.FutureKernel, str]()
+    run, compilers, names = JITFunction.run, Compilers(threads), dict[triton.FutureKernel, str]()
     mode = triton.AsyncCompileMode(compilers)
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
