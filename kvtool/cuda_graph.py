@@ -258,23 +258,30 @@ def decode_rows(fmt: KVFormat, spans: Sequence[ScheduledSpan], ends: Integers, n
         ends: [len(spans)], of each.
         nobody: where what is sampled behind any but the last token of a span goes.
     """
-    count, size = len(spans), fmt.block_size if fmt.packs_on_write else fmt.tail_tokens
-    owners, positions = each(integers((span.start for span in spans), count), ends)
-    slots = integers((span.slot for span in spans), count)[owners]
-    columns = integers((max(0, len(span.blocks) - 1) for span in spans), count)[owners]
-    newest = integers((span.blocks[-1] if span.blocks else 0 for span in spans), count)[owners]
-    ids, written = np.empty_like(positions), np.zeros_like(positions)
-    prompts = [span for span in spans if span.token_ids]
-    num_decodes = count - len(prompts)
-    drafts = integers((span.draft for span in spans[:num_decodes]), num_decodes)
-    ids[:num_decodes] = -1 - (drafts * (nobody + 1) + slots[:num_decodes])  # as `place` has it
-    ids[num_decodes:] = list(chain.from_iterable(span.token_ids for span in prompts))
-    if fmt.packs_on_write:
-        written[:] = [spans[o].blocks[p // size] for o, p in zip(owners.tolist(), positions.tolist(), strict=True)]
-    targets = np.where(positions == ends[owners] - 1, slots, nobody)
-    return np.stack(
-        [slots, positions, fmt.visible(positions), positions % size, written, columns, newest, ids, targets]
+    size, width = fmt.block_size if fmt.packs_on_write else fmt.tail_tokens, nobody + 1
+    told = (
+        (s.slot, s.start, max(0, len(s.blocks) - 1), s.blocks[-1] if s.blocks else 0, -1 - (s.draft * width + s.slot))
+        for s in spans
     )
+    of_spans = integers(chain.from_iterable(told), 5 * len(spans)).reshape(-1, 5).T
+    rows = np.zeros((9, int((ends - of_spans[1]).sum())), np.int64)
+    slots, positions, visible, in_memory, written, columns, newest, ids, targets = rows
+    owners: Iterable[int] = range(len(spans))
+    if len(ids) == len(spans):
+        slots[:], positions[:], columns[:], newest[:], ids[:] = of_spans
+        targets[:] = slots
+    else:
+        of_tokens, positions[:] = each(of_spans[1], ends)
+        slots[:], _, columns[:], newest[:], ids[:] = of_spans[:, of_tokens]
+        targets[:] = np.where(positions == ends[of_tokens] - 1, slots, nobody)
+        owners = of_tokens.tolist()
+    num_decodes = sum(not span.token_ids for span in spans)
+    ids[num_decodes:] = list(chain.from_iterable(span.token_ids for span in spans[num_decodes:]))
+    visible[:], in_memory[:] = fmt.visible(positions), positions % size
+    if fmt.packs_on_write:
+        indices = (positions // size).tolist()
+        written[:] = [spans[owner].blocks[index] for owner, index in zip(owners, indices, strict=True)]
+    return rows
 
 
 def room_ids(spans: Sequence[ScheduledSpan], num_decodes: int, width: int) -> dict[str, Integers]:
