@@ -350,5 +350,10 @@ def _sums_alike(tp: Group, device: torch.device) -> bool:
 
 
 def leave() -> None:
-    """Give the place up; all ranks do."""
+    """Give the place up, when all that was begun together is done; all ranks do."""
     dist.destroy_process_group()
+
+
+def abort() -> None:
+    """Give the place up at once, whatever was begun, and whether the others are still there."""
+    dist.distributed_c10d._abort_process_group()
