@@ -27,6 +27,7 @@ import kvtool.kv.store
 import kvtool.layers.linear
 import kvtool.layers.norm
 import kvtool.layers.rotary
+import kvtool.runner
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.kernels import launch
 from kvtool.kernels.launch import Compilers, compiling
@@ -66,6 +67,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loading]:
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
     nothing = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda: nothing)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     answers: dict[str, Any] = {
         "takes": lambda x: x.dtype != torch.float64,
         "runs_kernels": lambda device, dtype: True,
@@ -93,7 +95,7 @@ def norms(*sizes: int) -> None:
 
 def test_all_that_steps_launch_is_compiled_and_loaded_once(gpu: Loading, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kvtool.cuda_graph, "decode_sizes", lambda most: [1])
-    monkeypatch.setattr(kvtool.cuda_graph, "prompt_rooms", lambda most, tokens: [Room(4, 128)])
+    monkeypatch.setattr(kvtool.runner, "prompt_rooms", lambda *limits: [Room(4, 128)])
     config = EngineConfig(
         device="cpu",
         dtype="bfloat16",

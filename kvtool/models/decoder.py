@@ -13,7 +13,7 @@ from kvtool.layers.linear import GatedLinear, Linear, MergedLinear, RowLinear, S
 from kvtool.layers.mla import MLA, LatentProducts
 from kvtool.layers.moe import Experts, MoE, Router
 from kvtool.layers.norm import QKNorm, RMSNorm
-from kvtool.layers.quantized import Matrix
+from kvtool.layers.quantized import Matrix, SideBySide
 from kvtool.layers.rotary import Rotary, queries_and_keys
 from kvtool.models.architectures import ARCHITECTURES
 from kvtool.models.config import ModelConfig
@@ -227,10 +227,21 @@ class Decoder(nn.Module):
         return self.weight_bytes - (embedding.weight.nbytes if embedding is not None and not scores else 0)
 
     @property
-    def layer_elements(self) -> int:
-        """Elements of the layers' weights, however many bits each has."""
-        quantized = (m.weight for m in self.layers.modules() if isinstance(m, Linear) and isinstance(m.weight, Matrix))
-        return sum(weight.numel() for weight in self.layers.parameters()) + sum(math.prod(q.shape) for q in quantized)
+    def products(self) -> float:
+        """Multiplications that a token takes in the layers here, of operands of 16 bits; of 8 bits, two count as one.
+
+        Of experts those count that it chooses; where ranks share them out, as many as come to each on the average.
+        """
+        modules = list(self.layers.modules())
+        elements = sum(weight.numel() for weight in self.layers.parameters())
+        matrices = (m for m in modules if isinstance(m, Matrix) and not isinstance(m, SideBySide))
+        quantized = sum(math.prod(matrix.shape) / (2 if matrix.bits == 8 else 1) for matrix in matrices)
+        idle = 0.0
+        for mlp in (m for m in modules if isinstance(m, MoE)):
+            routing = mlp.gate.routing
+            unchosen = 1 - routing.top_k / routing.num_experts
+            idle += unchosen * sum(weight.numel() for weight in mlp.experts.parameters())
+        return elements + quantized - idle
 
     def slots(self, within: str = "") -> Iterator[tuple[str, Slot]]:
         """Every tensor that a checkpoint must hold, and where it goes, one name for each piece, of modules whose paths
