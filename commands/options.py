@@ -180,7 +180,9 @@ def engine_config(
     ] = None,
     calibration: Annotated[
         str | None,
-        model_option("--calibration", metavar="FILE", help="Text that gptq and awq look at (default: a built-in one)."),
+        model_option(
+            "--calibration", metavar="FILE", help="Text that gptq, awq and fp8 look at (default: a built-in one)."
+        ),
     ] = EngineConfig.calibration,
     max_model_len: Annotated[
         int | None,

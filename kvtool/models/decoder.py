@@ -11,9 +11,9 @@ from kvtool.attention.latents import LatentQueries
 from kvtool.layers.embedding import Embedding
 from kvtool.layers.linear import GatedLinear, Linear, MergedLinear, RowLinear, Slot
 from kvtool.layers.mla import MLA, LatentProducts
-from kvtool.layers.moe import Experts, MoE, Router
+from kvtool.layers.moe import Experts, Gate, MoE, Router
 from kvtool.layers.norm import QKNorm, RMSNorm
-from kvtool.layers.quantized import Matrix
+from kvtool.layers.quantized import Matrix, SideBySide
 from kvtool.layers.rotary import Rotary, queries_and_keys
 from kvtool.models.architectures import ARCHITECTURES
 from kvtool.models.config import ModelConfig
@@ -203,10 +203,14 @@ class Decoder(nn.Module):
         return (self.lm_head or self.embed_tokens) if self.stage.is_last else None
 
     def linears(self, layer: int) -> dict[str, Linear]:
-        """The products of a layer, by their paths in the model."""
-        path = f"layers.{layer}"
-        modules = self.layers[str(layer)].named_modules(prefix=path)
-        return {name: module for name, module in modules if isinstance(module, Linear)}
+        """The products of a layer but gates and those of many experts, by their paths in the model."""
+        modules = self.layers[str(layer)].named_modules(prefix=f"layers.{layer}")
+        return {name: module for name, module in modules if isinstance(module, Linear) and not isinstance(module, Gate)}
+
+    def mixtures(self, layer: int) -> dict[str, MoE]:
+        """What a layer has of experts, by their path in the model."""
+        modules = self.layers[str(layer)].named_modules(prefix=f"layers.{layer}")
+        return {f"{name}.experts": module for name, module in modules if isinstance(module, MoE)}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """All that was loaded or made of it, by names of this model's own."""
@@ -229,8 +233,8 @@ class Decoder(nn.Module):
     @property
     def layer_elements(self) -> int:
         """Elements of the layers' weights, however many bits each has."""
-        quantized = (m.weight for m in self.layers.modules() if isinstance(m, Linear) and isinstance(m.weight, Matrix))
-        return sum(weight.numel() for weight in self.layers.parameters()) + sum(math.prod(q.shape) for q in quantized)
+        matrices = (m for m in self.layers.modules() if isinstance(m, Matrix) and not isinstance(m, SideBySide))
+        return sum(weight.numel() for weight in self.layers.parameters()) + sum(math.prod(m.shape) for m in matrices)
 
     def slots(self, within: str = "") -> Iterator[tuple[str, Slot]]:
         """Every tensor that a checkpoint must hold, and where it goes, one name for each piece, of modules whose paths
