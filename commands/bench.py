@@ -94,7 +94,12 @@ def bench_options(
     ] = None,
     output_tokens: Annotated[
         str | None,
-        load_option("--output-tokens", "--max-tokens", metavar="LIST", help="Tokens of the answers, likewise."),
+        load_option(
+            "--output-tokens",
+            "--max-tokens",
+            metavar="LIST",
+            help="Tokens of the answers, likewise; over what a data set says.",
+        ),
     ] = None,
     requests: Annotated[
         int | None, load_option("--requests", min=1, max=MOST, help="Measured requests of each row.")
@@ -242,7 +247,7 @@ def workloads(options: BenchOptions, seed: int, prompts: str, outputs: str) -> "
             raise ConfigError("--prompt-tokens: a data set's prompts are as long as they are; leave it out")
         prompts = prompts.partition(",")[0]
     return [
-        replace(options.workload, seed=seed, prompt=prompt, output=output)
+        replace(options.workload, seed=seed, prompt=prompt, output=output, output_first=bool(options.output_tokens))
         for prompt in lengths("--prompt-tokens", options.prompt_tokens, prompts)
         for output in lengths("--output-tokens", options.output_tokens, outputs)
     ]

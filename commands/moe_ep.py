@@ -211,6 +211,8 @@ def notes(found: "Findings") -> list[str]:
     ]
     if found.hardware == "CPU":
         lines.append(f"There are fewer than {settings.num_ranks} GPUs or the CPU was asked for: ranks share its cores.")
+    else:
+        lines.append("Ways in which the host waits for nothing ran as CUDA graphs, as the steps of a served model do.")
     lines += [
         "Dense: all experts and all tokens on one rank, the others idle. More than "
         f"{settings.num_ranks} × as fast is possible against the loop alone, which launches expert by expert.",

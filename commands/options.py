@@ -520,7 +520,7 @@ def shared(command: Callable[..., None], bundles: Mapping[str, Callable[..., Any
         made = arguments(command, values)
         engine = made.get("engine")
         if engine is not None and engine.node_rank > 0:
-            from kvtool.ranks import run_node
+            from kvtool.ranks.node import run_node
 
             raise typer.Exit(run_node(engine))
         command(**made)

@@ -23,7 +23,7 @@ from kvtool.kv.blocks import BlockPool
 from kvtool.kv.receiver import Arrival, Loss
 from kvtool.kv.wire import Identity
 from kvtool.models.resolve import fingerprint
-from kvtool.ranks import RunnerRanks
+from kvtool.ranks.leader import RunnerRanks
 from kvtool.request import (
     EngineInfo,
     EngineStats,

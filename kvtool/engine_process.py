@@ -18,6 +18,7 @@ from kvtool.engine import Engine
 from kvtool.errors import KVToolError, RequestError
 from kvtool.processes import Inbox, cpu_threads, frame
 from kvtool.quantize.preflight import preflight
+from kvtool.ranks.messages import End, Failed
 from kvtool.request import Abort, CountExperts, EngineFailed, FlushCache, Request, Tokens, Update
 
 
@@ -86,15 +87,15 @@ def _end_with(connection: socket.socket, started: list[Engine]) -> None:
     hangup = select.poll()
     hangup.register(connection, select.POLLRDHUP)
     hangup.poll()
-    _dismiss(started)
+    _dismiss(started, End())
     os._exit(0)
 
 
-def _dismiss(started: list[Engine]) -> None:
-    """Let other ranks know that this one ends as it should."""
+def _dismiss(started: list[Engine], last_words: End | Failed) -> None:
+    """Let other ranks know that this one ends."""
     for engine in started:
         if engine.ranks:
-            engine.ranks.dismiss()
+            engine.ranks.dismiss(last_words)
 
 
 def main(fd: str) -> None:
@@ -107,8 +108,16 @@ def main(fd: str) -> None:
     connection = socket.socket(fileno=int(fd))
     started: list[Engine] = []
     Thread(target=_end_with, args=[connection, started], daemon=True).start()
-    with contextlib.suppress(EOFError, ConnectionError):
-        serve(connection, started)
-    _dismiss(started)
+    status = 0
+    last_words: End | Failed = End()
+    try:
+        with contextlib.suppress(EOFError, ConnectionError):
+            serve(connection, started)
+    except Exception as error:
+        traceback.print_exc()
+        status, last_words = 1, Failed.by(error)
+    _dismiss(started, last_words)
     sys.stderr.flush()
-    os._exit(0)  # or Python looks through all of torch for garbage first, a second long, and Triton lists what is left
+    # Python would look through all of torch for garbage first, a second long, and Triton lists what is left; and NCCL
+    # would wait for ranks that are no more.
+    os._exit(status)

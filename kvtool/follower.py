@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from threading import Thread
+from threading import Thread, Timer
 from typing import NoReturn
 
 import msgspec
@@ -18,29 +18,11 @@ from kvtool.config import EngineConfig
 from kvtool.errors import KVToolError, UnsupportedError
 from kvtool.handoff import Outgoing, WholeStore
 from kvtool.parallel import Parallel, leave
-from kvtool.ranks import (
-    BEAT_SECONDS,
-    END_SECONDS,
-    ENDED,
-    RANK_0_SILENT_SECONDS,
-    Beat,
-    Count,
-    Counted,
-    Done,
-    End,
-    Failed,
-    Launch,
-    Launched,
-    Link,
-    Ready,
-    Seat,
-    Start,
-    meet,
-    open_store,
-    placed,
-    take_place,
-    watch,
-)
+from kvtool.ranks.link import BEAT_SECONDS, ENDED, RANK_0_SILENT_SECONDS, Link, watch
+from kvtool.ranks.messages import Beat, Count, Counted, Done, End, Failed, Launch, Launched, Ready, Start
+from kvtool.ranks.node import END_SECONDS
+from kvtool.ranks.rendezvous import Seat, meet, open_store, take_place
+from kvtool.ranks.topology import placed
 from kvtool.runner import Handle, Runner
 from kvtool.scoring import ScoringModel, ScoringOrder
 
@@ -69,19 +51,25 @@ def follow(seat: Seat) -> NoReturn:
 
     def receive(link: Link, body: bytes) -> None:
         nonlocal is_over
-        message = msgspec.msgpack.decode(body, type=Order | Beat)
+        message = msgspec.msgpack.decode(body, type=Order | Beat | Failed)
+        if isinstance(message, Failed):
+            end(f"{link.name} {message.error}", message.status)
+        if isinstance(message, End):
+            is_over = True
+            Timer(END_SECONDS, os._exit, [0]).start()  # whatever this rank is in the midst of
         if not isinstance(message, Beat):
             inbox.put(message)
-        is_over |= isinstance(message, End)
 
     def lost(link: Link, why: str) -> None:
         if is_over:
-            time.sleep(END_SECONDS)
-            os._exit(0)
-        print(f"error: {link.name} {why}; rank {seat.rank} ends with it", file=sys.stderr, flush=True)
+            return
         if why != ENDED and os.getppid() == parent:  # who waits for it would wait forever
             os.kill(parent, signal.SIGKILL)
-        os._exit(1)
+        end(f"{link.name} {why}", 1)
+
+    def end(why: str, status: int) -> NoReturn:
+        print(f"error: {why}; rank {seat.rank} ends with it", file=sys.stderr, flush=True)
+        os._exit(status)
 
     try:
         store, _ = open_store(seat.address, seat.size, seat.timeout, seat.rank)
@@ -92,8 +80,9 @@ def follow(seat: Seat) -> NoReturn:
     Thread(target=watch, args=[[link], receive, lost], daemon=True).start()
     start = inbox.get()
     assert isinstance(start, Start)
-    parent, config = start.pid, placed(start.config, seat.local_rank)
+    parent = start.pid
     try:
+        config = placed(start.config, seat.local_rank)
         parallel = take_place(store, seat.rank, config)
         work = {"steps": follow_steps, "scores": follow_scores}[start.work]
         work(config, parallel, link, inbox)
@@ -102,9 +91,11 @@ def follow(seat: Seat) -> NoReturn:
     except Exception as error:
         # Rank 0 may have met the same, or be about to hear of the rank whose end has ended this one.
         time.sleep(2 * BEAT_SECONDS)
+        if is_over:
+            os._exit(0)
         if not isinstance(error, KVToolError):
             traceback.print_exc()
-        link.send(Failed(f"has failed: {error}"))
+        link.send(Failed.by(error))
     while True:  # rank 0 ends it
         signal.pause()
 
@@ -142,6 +133,7 @@ def follow_steps(config: EngineConfig, parallel: Parallel, link: Link, inbox: In
             outgoing.finish()
         link.send(Launched(message.step))
         steps.put((message.step, handle))
+    runner.graphs = None  # NCCL lets no rank go while there is a graph that holds its calls
 
 
 def _answer(runner: Runner, steps: "queue.SimpleQueue[tuple[int, Handle]]", link: Link) -> None:
@@ -156,7 +148,7 @@ def _answer(runner: Runner, steps: "queue.SimpleQueue[tuple[int, Handle]]", link
             error = str(fault)
         except Exception as fault:
             traceback.print_exc()
-            return link.send(Failed(f"has failed: {fault}"))
+            return link.send(Failed.by(fault))
         link.send(Done(step, error, result if speaks else None))
 
 

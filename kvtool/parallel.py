@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
-from torch._C._profiler import _RecordFunctionFast
 
 from kvtool.errors import KVToolError, UnsupportedError
+from kvtool.ranges import Range
 
 # Its name up to torch 2.12, which later ones warn of.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -109,7 +109,7 @@ class Group:
         """The sum of all ranks' `x`, which may be overwritten; the same bits on each of them."""
         if self.size == 1:
             return x
-        with _RecordFunctionFast(COMMUNICATION):
+        with Range(COMMUNICATION):
             if self.one_shot and self.one_shot.takes(x):
                 return self.one_shot.sum(x)
             dist.all_reduce(x, group=self.ranks)
@@ -120,7 +120,7 @@ class Group:
         if self.size == 1:
             return x
         gathered = torch.empty(self.size * len(x), x.shape[1], dtype=x.dtype, device=x.device)
-        with _RecordFunctionFast(COMMUNICATION):
+        with Range(COMMUNICATION):
             all_gather(gathered, x.contiguous(), group=self.ranks)
         return gathered.view(self.size, *x.shape).transpose(0, 1).reshape(len(x), self.size * x.shape[1])
 
@@ -174,13 +174,13 @@ class Stage:
 
     def receive(self, into: Tensor) -> Tensor:
         """Fill `into` with what the stage before has sent; returns it."""
-        with _RecordFunctionFast(COMMUNICATION):
+        with Range(COMMUNICATION):
             dist.recv(into, self._before)
         return into
 
     def send(self, x: Tensor) -> Tensor:
         """Hand `x` to the stage behind; returns it."""
-        with _RecordFunctionFast(COMMUNICATION):
+        with Range(COMMUNICATION):
             dist.send(x.contiguous(), self._behind)
         return x
 
@@ -350,5 +350,10 @@ def _sums_alike(tp: Group, device: torch.device) -> bool:
 
 
 def leave() -> None:
-    """Give the place up; all ranks do."""
+    """Give the place up, when all that was begun together is done; all ranks do."""
     dist.destroy_process_group()
+
+
+def abort() -> None:
+    """Give the place up at once, whatever was begun, and whether the others are still there."""
+    dist.distributed_c10d._abort_process_group()

@@ -67,7 +67,10 @@ class Inbox:
 
     def _receive(self) -> bool:
         """Take in what has come; False at the end."""
-        data = self._connection.recv(1 << 20)
+        try:
+            data = self._connection.recv(1 << 20)
+        except ConnectionError:  # closed with something unread, which takes nothing from what came before
+            return False
         self._buffer += data
         return bool(data)
 

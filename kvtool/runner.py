@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch._C._profiler import _RecordFunctionFast
 
 from kvtool.attention import PagedAttention, block_size
 from kvtool.attention.latents import LatentQueries
@@ -42,6 +41,7 @@ from kvtool.models import load_config, load_model, resolve_model, weight_bytes
 from kvtool.models.config import ModelConfig
 from kvtool.parallel import ONE_RANK, Parallel
 from kvtool.profiling import StepProfiler, traces_folder
+from kvtool.ranges import Range
 from kvtool.request import (
     Draft,
     Import,
@@ -324,7 +324,7 @@ class Runner:
         """Choose the tokens of a step, on the last stage; `greedy` are the likeliest, where a graph has found them."""
         fault = self.store.take_fault()
         token_ids, samples = fault[:0], batch.samples if self.parallel.stage.is_last else []
-        with _RecordFunctionFast("kvtool::sampling"):
+        with Range("kvtool::sampling"):
             if samples and greedy is not None and all(is_greedy(sample) for sample in samples):
                 token_ids = greedy
             elif samples:

@@ -28,7 +28,7 @@ from kvtool.models import Attend, ModelConfig, load_config, load_model, resolve_
 from kvtool.models.resolve import fingerprint
 from kvtool.parallel import ONE_RANK, Parallel, Stage
 from kvtool.profiling import StepProfiler, traces_folder
-from kvtool.ranks import Ranks
+from kvtool.ranks.leader import Ranks
 from kvtool.runner import attention_layers, choose_device, choose_dtype, kv_spec
 
 SCORED_ROWS = 128  # of logits at a time
@@ -245,8 +245,8 @@ class ScoringModel:
         """Let all ranks carry out an order, this one among them."""
         if self._ranks is None:
             return self.carry_out(order, rows)
-        self._ranks.tell(order)
         with self._ranks.waiting():
+            self._ranks.tell(order)
             return self.carry_out(order, rows)
 
     @torch.inference_mode()
@@ -284,9 +284,9 @@ class ScoringModel:
         if self._ranks is None:
             self.model(ids, positions, attend)
             return
-        self._ranks.tell(Walk(ids.tolist(), positions.tolist()))
         shared = SharedHeads(self.model_config, self.parallel, attend)
         with self._ranks.waiting():
+            self._ranks.tell(Walk(ids.tolist(), positions.tolist()))
             self.model(ids, positions, absorbing(shared))
             for layer in range(self._layers.stop, self.model_config.num_layers):
                 shared.serve(layer, len(ids), self.dtype, self.device)

@@ -23,11 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 from kvtool.bench.arrivals import Arrivals, scheduled
-from kvtool.bench.client import Answer, HttpTarget, Prompt
+from kvtool.bench.client import HttpTarget
 from kvtool.bench.events import EventLog, RequestRecord, WorkItem
 from kvtool.bench.metrics import Figures, Sketch
 from kvtool.bench.null_server import null_server
 from kvtool.bench.runner import run
+from kvtool.bench.target import Answer, Prompt
 
 TOKENS, DELAY = 128, 0.05
 CLOSED, SHORT = 64, 16  # streams and tokens of the many requests

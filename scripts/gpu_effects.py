@@ -30,6 +30,7 @@ from kvtool.engine import Engine
 from kvtool.request import Request, SamplingParams
 
 CARD = 24 << 30
+FILLING = 64  # requests that fill the cache of such a card
 Row = dict[str, Any]
 
 
@@ -176,16 +177,18 @@ def transformers() -> Iterator[Row]:
 def card() -> Iterator[Row]:
     _, total = torch.cuda.mem_get_info()
     torch.cuda.memory.set_per_process_memory_fraction(min(1.0, CARD / total))
-    for nbits in ("16", "8", "4", "2"):
+    for weights, nbits in (("auto", "16"), ("auto", "8"), ("auto", "4"), ("auto", "2"), ("w4a16", "4")):
         with model_folder("Qwen2.5-7B") as folder:
             share = {"gpu_memory_utilization": min(0.95, 0.95 * CARD / total), "kv_cache_memory": None}
-            tested = engine(folder, nbits, max_num_seqs=16, prefix_caching=False, **share)
+            share |= {"quantization": weights, "max_model_len": 16384}
+            tested = engine(folder, nbits, max_num_seqs=FILLING, prefix_caching=False, **share)
             held = tested.info.kv_tokens
-            room = tested.info.num_blocks * tested.info.block_size // 16 // 64 * 64
-            length = min(8000, room - 200)  # as many tokens at once as there is room for, or requests
-            taken = seconds(tested, [length] * 16, [100] * 16)
+            room = tested.info.num_blocks * tested.info.block_size // FILLING // 64 * 64
+            length = room - 200  # as many tokens at once as there is room for
+            taken = seconds(tested, [length] * FILLING, [32] * FILLING)
             free, _ = torch.cuda.mem_get_info()
-            case = f"{nbits} bits; 16 × {length:,} tokens in {taken:.1f} s, {(total - free) / 2**30:.2f} GiB held"
+            bits = f"{nbits} bits" if weights == "auto" else f"{nbits} bits, weights {weights}"
+            case = f"{bits}; {FILLING} × {length:,} tokens in {taken:.1f} s, {(total - free) / 2**30:.2f} GiB held"
             yield {"model": "Qwen2.5-7B", "case": case, "unit": "tokens", "value": held}
             del tested
             gc.collect()

@@ -6,7 +6,8 @@ two ways, and a pipeline, beside one GPU.
     python scripts/gpu_parallel.py --model Qwen3-30B-A3B --runs one,tp2-nccl,ep2-nccl
 
 Random weights of true shape, greedy, end of text ignored, prefix caching off; see gpu_report.py for the workloads. Each
-run is a process of its own, on GPUs 0 and 1; its log-probabilities of one prompt are held against the first run's.
+run is a process of its own, on GPUs 0 and 1; its log-probabilities of one prompt are held against the first run's. One
+that fails leaves its place in the table empty, and the last that it printed below.
 "load": what the experts of the busier rank had to do in each layer, over what those of both had to on average. Then the
 collectives by themselves, as CUDA graphs hold them: microseconds of one call, and what a step of the model spends on
 all of its calls.
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ from gpu_report import KNOWN, MIXED_IN, MIXED_OUT, MIXTURES, make_engine, model_
 
 from kvtool.engine import Engine
 from kvtool.parallel import Parallel, join, use_one_shot
-from kvtool.ranks import open_store, use_interface
+from kvtool.ranks.rendezvous import open_store, use_interface
 from kvtool.request import Request, SamplingParams
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -47,6 +49,7 @@ RUNS: dict[str, dict[str, Any]] = {
 ROWS = (1, 8, 64, 256, 2048)  # tokens of a step
 CALLS = 50  # of a collective in one graph
 RUN_SECONDS = 180
+LAST_LINES = 15  # of what a run that failed has printed
 PROBE = 256  # tokens of the prompt whose log-probabilities are compared
 
 
@@ -107,15 +110,20 @@ def report(args: argparse.Namespace) -> None:
 
 
 def json_of(argv: list[str]) -> dict[str, Any]:
-    """What a process prints last, or why it printed nothing."""
-    try:
-        done = subprocess.run(argv, stdout=subprocess.PIPE, timeout=RUN_SECONDS, text=True)
-    except subprocess.TimeoutExpired:
-        return {"error": f"took more than {RUN_SECONDS} s"}
-    if done.returncode:
-        return {"error": f"ended with status {done.returncode}"}
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    """What a process prints last on stdout, or what became of it and the last that it and its ranks have said."""
+    with TemporaryFile("w+", errors="replace") as said:
+        try:
+            done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=said, timeout=RUN_SECONDS, text=True)
+            if done.returncode == 0:
+                figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+                return figures
+            error = f"ended with status {done.returncode}"
+        except subprocess.TimeoutExpired:
+            error = f"took more than {RUN_SECONDS} s"
+        except (ValueError, IndexError):
+            error = "printed no figures"
+        said.seek(0)
+        return {"error": error, "said": said.read().splitlines()[-LAST_LINES:]}
 
 
 def measure_run(name: str, ranks: dict[str, Any], nbits: str, workloads: list[str]) -> dict[str, Any]:
@@ -229,12 +237,15 @@ def show(figures: dict[str, Any]) -> None:
             cells.append(f"{value / base:.2f}" if value and base else "")
         gaps = [abs(a - b) for a, b in zip(run.get("logprobs", ()), first, strict=False)]
         cells += [
-            f"{run.get('kv_tokens', 0):,}",
+            f"{run['kv_tokens']:,}" if "kv_tokens" in run else "",
             str(run.get("load", "")),
             f"{sum(gaps) / len(gaps):.4f}" if gaps else "",
         ]
-        table.add_row(*cells, str(run.get("start_s", "")) or run["error"])
+        table.add_row(*cells, str(run.get("start_s", "")))
     console.print(table)
+    for name, run in figures["runs"].items():
+        if "error" in run:
+            print(f"{name} {run['error']}:", *run["said"], sep="\n  ")
     calls = 2 * model["num_hidden_layers"] + 1
     table = Table(title=f"A step: {calls} all-reduces and 1 gather (tensor parallel), 1 hand-over (pipeline)", box=None)
     for heading in (

@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,26 @@ def kvtool(*arguments: str, **settings: object) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "commands", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": REPOSITORY, "env": env}
     return subprocess.Popen(command, **(pipes | settings))  # type: ignore[call-overload,no-any-return]
+
+
+def in_time(command: Sequence[str | Path], seconds: float = 180, **settings: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a process that may start others, once all that have its stderr have ended. If
+    they take longer, they are killed, and what they have said is shown."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": REPOSITORY}
+    process = subprocess.Popen(command, start_new_session=True, **(pipes | settings))  # type: ignore[call-overload]
+    try:
+        stdout, stderr = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        pytest.fail(f"not done within {seconds:g} s:\n{stdout}\n{stderr}")
+    return process.returncode, stdout, stderr
+
+
+def beginning_with(folder: Path) -> dict[str, str]:
+    """An environment whose Python processes all begin with the sitecustomize.py in `folder`."""
+    paths = [str(folder), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def children(pid: int) -> list[int]:

@@ -16,19 +16,11 @@ from conftest import ServerProcess
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtool.bench.client import (
-    API,
-    Answer,
-    ChunkedBody,
-    Connection,
-    HttpTarget,
-    RequestFailed,
-    StreamReader,
-    engine_target,
-    samples,
-)
+from kvtool.bench.client import API, HttpTarget, samples
 from kvtool.bench.events import WorkItem
 from kvtool.bench.runner import check
+from kvtool.bench.streams import ChunkedBody, Connection, StreamReader
+from kvtool.bench.target import Answer, RequestFailed, engine_target
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.errors import ConfigError
 
@@ -211,8 +203,8 @@ ENDLESS: list[tuple[str, str, bytes, bytes]] = [
 def test_what_has_no_end_is_cut_off(
     failure: str, message: str, begin: bytes, more: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvtool.bench.client.MAX_EVENT_BYTES", 1 << 20)
-    monkeypatch.setattr("kvtool.bench.client.MAX_CHUNKS", 1 << 14)
+    monkeypatch.setattr("kvtool.bench.streams.MAX_EVENT_BYTES", 1 << 20)
+    monkeypatch.setattr("kvtool.bench.streams.MAX_CHUNKS", 1 << 14)
 
     async def fed() -> None:
         connection, reader = Connection(), StreamReader(Answer())

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import children, kvtool
+from conftest import beginning_with, children, kvtool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -184,6 +184,7 @@ def compare_settings(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.timeout(200, method="thread")
 def test_every_setting_gives_what_one_rank_gives(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(compare_settings, (str(tmp_path),), nprocs=3)
 
@@ -195,8 +196,8 @@ TINY = [*LAYER, "--seq-len", "12", "--warmup", "1", "--runs", "3"]
 VARIANTS = ["dense loop", "dense grouped", "EP padded", "EP packed", "all-gather + reduce-scatter", "EP grouped"]
 
 
-def run(*arguments: str) -> tuple[int, str, str]:
-    process = kvtool("moe-ep", *TINY, *arguments)
+def run(*arguments: str, **settings: object) -> tuple[int, str, str]:
+    process = kvtool("moe-ep", *TINY, *arguments, **settings)
     stdout, stderr = process.communicate(timeout=200)
     return process.returncode, stdout, stderr
 
@@ -241,6 +242,17 @@ def test_two_ranks_in_16_bits_and_what_is_said_of_them() -> None:
         assert said in stdout
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_give_what_one_gives() -> None:
+    """By CUDA graphs, but for those variants in which the host waits."""
+    status, stdout, stderr = run("--hidden-size", "64", "--dtype", "bfloat16", "--balance", "--json")
+    assert status == 0, stderr
+    rows = json.loads(stdout)["rows"]
+    assert [row["variant"] for row in rows] == [*VARIANTS, "EP grouped"]
+    assert all(row["equal"] and row["ms"]["p50"] > 0 for row in rows)
+    assert [row["variant"] for row in rows if row["host_waits"]] == ["dense loop", "EP padded", "EP packed"]
+
+
 def test_a_rank_that_dies_ends_all(tmp_path: Path) -> None:
     process = kvtool("moe-ep", *TINY, "--runs", "1000000")
     deadline = time.monotonic() + 60
@@ -252,6 +264,23 @@ def test_a_rank_that_dies_ends_all(tmp_path: Path) -> None:
     assert (process.returncode, stdout) == (2, "")
     assert stderr.startswith("error: rank 1 ended with status -9: ") and stderr.count("\n") == 1
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+RAISING = """
+import sys
+if any(word.endswith("job-0.json") for word in sys.orig_argv):
+    import kvtool.expert_parallel.worker as worker
+    def raising(*_):
+        raise UnboundLocalError("a bug")
+    worker.choose = raising
+"""
+
+
+def test_a_rank_that_raises_is_named(tmp_path: Path) -> None:
+    """And not the other, which misses it."""
+    (tmp_path / "sitecustomize.py").write_text(RAISING)
+    status, stdout, stderr = run(env=beginning_with(tmp_path))
+    assert (status, stdout, stderr) == (2, "", "error: rank 0 ended with status 1: UnboundLocalError: a bug\n")
 
 
 def test_ranks_end_with_the_command(tmp_path: Path) -> None:

@@ -519,7 +519,7 @@ def test_unusable_plans_are_refused_in_one_line(tmp_path, text, complaint):
     with pytest.raises(ConfigError) as refusal:
         resolve(KVOptions(plan=path), spec(2))
     message = str(refusal.value)
-    assert message.startswith(f"--kv-plan {path}: ") and complaint in message
+    assert message.startswith(f"plan {path}: ") and complaint in message
     assert "\n" not in message
 
 
@@ -543,7 +543,7 @@ def test_plans_that_cannot_be_read(tmp_path, name, complaint):
 
 def test_a_plan_below_a_file_cannot_be_read(tmp_path):
     path = plan_file(tmp_path, KVTUNER_STYLE)
-    with pytest.raises(ConfigError, match=r"--kv-plan .*plan\.yaml/x: Not a directory"):
+    with pytest.raises(ConfigError, match=r"plan .*plan\.yaml/x: Not a directory"):
         resolve(KVOptions(plan=f"{path}/x"), spec())
 
 

@@ -225,3 +225,4 @@ def test_only_few_rows_of_16_bits_have_a_tile() -> None:
     weight = drawn(64, 64, dtype=torch.bfloat16)
     assert tile_for(drawn(products.MAX_ROWS + 1, 64, dtype=torch.bfloat16), weight) is None
     assert tile_for(drawn(1, 64, dtype=torch.float32), weight) is None
+    assert tile_for(drawn(1, 64, dtype=torch.bfloat16), weight[:1]) is None

@@ -299,7 +299,7 @@ def test_an_ablation_as_a_report(command, tmp_path):
         (["--dump", "x.safetensors", "--prompt", ""], "--prompt: 0 tokens"),
         (["--dump", "x.safetensors", "--prompt", "word " * 3000], "at most 2048"),
         (["--dump", "x.safetensors", "--prompt", "\udcff"], "--prompt: is no UTF-8 text"),
-        (["--kv-plan", "nowhere.yaml"], "--kv-plan nowhere.yaml"),
+        (["--kv-plan", "nowhere.yaml"], "plan nowhere.yaml"),
         (["--output", "x.pdf"], "--output x.pdf: the format follows the suffix"),
         (["--batch", "0"], "--batch"),
     ],

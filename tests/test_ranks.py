@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -12,12 +13,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock, Thread
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
+import torch
 from checkpoints import QWEN_MOE, make_checkpoint
-from conftest import REPOSITORY, ServerProcess, children, ended, kvtool, serving
+from conftest import REPOSITORY, ServerProcess, beginning_with, children, ended, in_time, kvtool, serving
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvtool.config import EngineConfig, KVOptions
@@ -25,7 +29,10 @@ from kvtool.engine import Engine
 from kvtool.errors import ConfigError
 from kvtool.models.resolve import EMBEDDED
 from kvtool.processes import frame
-from kvtool.ranks import Hello, read_hello, split_address
+from kvtool.ranks.leader import Ranks
+from kvtool.ranks.link import Link, watch
+from kvtool.ranks.messages import Beat, End
+from kvtool.ranks.rendezvous import Hello, read_hello, split_address
 from kvtool.request import SamplingParams
 
 SMALL = ("--dtype", "float64", "--device", "cpu", "--kv-cache-memory", "16MiB", "--max-num-seqs", "2")
@@ -116,12 +123,14 @@ if any("kvtool.follower" in word for word in sys.orig_argv):
 """
 STREAM = """
 import json, sys, time
+from contextlib import closing
 from pathlib import Path
 from kvtool.config import EngineConfig
 from kvtool.engine import Engine
-for _ in Engine(EngineConfig(**json.loads(sys.argv[1]), tp=2)).stream("Once upon a time"):
-    Path(sys.argv[2]).touch()
-    print(time.monotonic(), flush=True)
+with closing(Engine(EngineConfig(**json.loads(sys.argv[1]), tp=2))) as engine:
+    for _ in engine.stream("Once upon a time"):
+        Path(sys.argv[2]).touch()
+        print(time.monotonic(), flush=True)
 """
 
 
@@ -134,12 +143,74 @@ def test_a_rank_whose_device_hangs_ends_all(tmp_path: Path) -> None:
         text=True,
         cwd=REPOSITORY,
         timeout=200,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"},
+        env=beginning_with(tmp_path),
     )
     ended = time.monotonic()
     assert done.returncode == 1
     assert re.search(r"error: rank 1 \(process .*\) has been in one step for 8 s; all ranks end with it", done.stderr)
     assert ended - float(done.stdout.split()[-1]) < 20
+
+
+# In every process of an engine: `victim` raises in the midst of its start, of a graph that it captures, or of a step.
+# Without GPUs, to leave a group hangs, as it does in NCCL where others do not leave.
+BREAKING = """
+import os, sys, time
+from pathlib import Path
+import torch
+import torch.distributed as dist
+import kvtool.runner
+from kvtool.parallel import Group
+
+victim, during, trigger = os.environ["BREAKING"].split(":")
+rank = 1 if any("kvtool.follower" in word for word in sys.orig_argv) else 0
+if during != "capture":
+    dist.destroy_process_group = lambda: time.sleep(1000)
+if rank == int(victim):
+    def broken(function):
+        def raising(*args, **kwargs):
+            if Path(trigger).exists() and (during != "capture" or torch.cuda.is_current_stream_capturing()):
+                raise UnboundLocalError("a bug")
+            return function(*args, **kwargs)
+        return raising
+
+    if during == "start":
+        kvtool.runner.capacity = broken(kvtool.runner.capacity)
+    Group.all_reduce = broken(Group.all_reduce)
+"""
+
+
+def breaking(folder: Path, victim: int, during: str, config: dict[str, Any]) -> None:
+    """See that all ranks end, and say why, when one raises."""
+    (folder / "sitecustomize.py").write_text(BREAKING)
+    trigger = folder / "trigger"
+    if during != "step":  # in which it comes with the first text
+        trigger.touch()
+    status, stdout, stderr = in_time(
+        [sys.executable, "-c", STREAM, json.dumps(config), trigger],
+        env=beginning_with(folder) | {"BREAKING": f"{victim}:{during}:{trigger}"},
+    )
+    ended = time.monotonic()
+    assert status == 1
+    named = "rank 0" if victim == 0 else r"rank 1 \(process .*\)"
+    assert re.search(f"error: {named} has failed: .*; all ranks end with it", stderr), stderr
+    assert "UnboundLocalError: a bug" in stderr and "in raising" in stderr, "what, and where"
+    if during == "step":
+        assert ended - float(stdout.split()[-1]) < 20
+
+
+@pytest.mark.parametrize("during", ["start", "step"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_raises_ends_all(victim: int, during: str, tmp_path: Path) -> None:
+    """The others, in the midst of what needs that rank, would wait for it for ever; and so would it for them."""
+    breaking(tmp_path, victim, during, CONFIG)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("during", ["capture", "step"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_of_two_gpus_that_raises_ends_all(victim: int, during: str, tmp_path: Path) -> None:
+    options = {"device": "cuda", "dtype": "bfloat16", "all_reduce": "nccl", "cuda_graph": during == "capture"}
+    breaking(tmp_path, victim, during, CONFIG | options)
 
 
 def test_a_rank_that_dies_ends_all_and_restart_starts_them_anew() -> None:
@@ -296,7 +367,7 @@ def test_all_nodes_are_launched_over_ssh(second: str, status: int, hosts: dict[s
     launch = [REPOSITORY / "scripts" / "launch_distributed", "--dir", hosts["cwd"], "--port", str(free_port())]
     command = ["bench-ttft", "--tp", "2", *SMALL, "--prompt-tokens", "8", "--trials", "1", "--requests", "1", "--json"]
     launched = subprocess.run(
-        [*launch, "127.0.0.1", second, "--", *command], capture_output=True, text=True, timeout=100, env=hosts["env"]
+        [*launch, "127.0.0.1", second, "--", *command], capture_output=True, text=True, timeout=200, env=hosts["env"]
     )
     assert launched.returncode == status, launched.stderr
     if status == 0:
@@ -326,6 +397,17 @@ def test_a_node_that_does_not_come_is_named() -> None:
     assert error.startswith(f"error: rank 1 (node 1) did not come to {address} within --dist-timeout 1 s")
 
 
+def test_nodes_hear_why_the_first_has_failed() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    options = [*SMALL, "--kv-cache-memory", "1KiB", "--tp", "2", "--nnodes", "2", "--dist-init-addr", address]
+    nodes = [kvtool("serve", *options, "--port", "0", "--node-rank", str(node)) for node in range(2)]
+    (_, first), (_, second) = (node.communicate(timeout=200) for node in nodes)
+    assert [node.returncode for node in nodes] == [2, 2]
+    why = first.splitlines()[-1].removeprefix("error: ")
+    assert why.startswith("--kv-cache-memory")
+    assert second.splitlines()[-1] == f"error: rank 0 has failed: {why}; rank 1 ends with it"
+
+
 def test_ranks_that_cannot_be_are_refused_in_one_line() -> None:
     process = kvtool("serve", "--tp-size", "3", "--device", "cpu", "--port", "0")
     stdout, stderr = process.communicate(timeout=100)
@@ -352,6 +434,77 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(ConfigError, match="--tp 2 --pp 1 --device cuda: 2 ranks need as many GPUs; there are 1"):
         Engine(EngineConfig(tp=2, device="cuda"))
+
+
+# What they say to each other
+
+
+@pytest.fixture
+def linked() -> Iterator[tuple[Link, Link]]:
+    """Both ends of a link between two ranks."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ends = socket.create_connection(listener.getsockname()), listener.accept()[0]
+    yield Link(ends[0], "rank 1"), Link(ends[1], "rank 0")
+    for end in ends:
+        end.close()
+
+
+def heard(link: Link) -> list[object]:
+    """All that comes, until the other end is lost."""
+    messages: list[object] = []
+
+    def receive(link: Link, body: bytes) -> None:
+        messages.append(msgspec.msgpack.decode(body, type=Beat | End))
+
+    watch([link], receive, lambda link, why: messages.append(why))
+    return messages
+
+
+def test_an_end_that_is_said_is_heard_whatever_the_other_end_left_unread(linked: tuple[Link, Link]) -> None:
+    """A socket that closes with something unread resets the connection, behind what it has sent."""
+    rank_0_to_1, rank_1_to_0 = linked
+    rank_1_to_0.send(Beat())
+    assert select.select([rank_0_to_1.socket], [], [], 10)[0], "it lies there, unread"
+    rank_0_to_1.send_within(0, End())
+    rank_0_to_1.socket.close()
+    assert heard(rank_1_to_0) == [End(), "has ended"]
+
+
+def test_who_cannot_be_understood_is_lost(linked: tuple[Link, Link]) -> None:
+    rank_0_to_1, rank_1_to_0 = linked
+    rank_0_to_1.send({"type": "nonsense"})
+    (why,) = heard(rank_1_to_0)
+    assert str(why).startswith("cannot be understood: ")
+
+
+def test_an_end_is_said_behind_what_is_being_said(linked: tuple[Link, Link]) -> None:
+    """A beat can be left out; last words cannot."""
+    rank_0_to_1, rank_1_to_0 = linked
+    with rank_0_to_1._sending:  # by another thread
+        rank_0_to_1.send_within(0, Beat())
+        last = Thread(target=rank_0_to_1.send_within, args=[30, End()])
+        last.start()
+    last.join()
+    rank_0_to_1.socket.close()
+    assert heard(rank_1_to_0) == [End(), "has ended"]
+
+
+def test_who_dismisses_the_ranks_a_second_time_waits_until_it_is_said(linked: tuple[Link, Link]) -> None:
+    """An engine process ends in whichever of two threads sees first that its client is gone."""
+    rank_0_to_1, rank_1_to_0 = linked
+    ranks = Ranks.__new__(Ranks)
+    ranks._links, ranks._processes, ranks._last_words, ranks._speaking_last = [rank_0_to_1], [], None, Lock()
+    threads = [Thread(target=ranks.dismiss, args=[End()]) for _ in range(2)]
+    with rank_0_to_1._sending:
+        for thread in threads:
+            thread.start()
+        threads[0].join(0.1)
+        threads[1].join(0.1)
+        assert all(thread.is_alive() for thread in threads)
+    for thread in threads:
+        thread.join()
+    rank_0_to_1.socket.close()
+    assert heard(rank_1_to_0) == [End(), "has ended"]
 
 
 @pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 40, frame({"rank": 1}), b""])

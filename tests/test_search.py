@@ -224,9 +224,7 @@ def test_a_damaged_sidecar_is_one_line(tmp_path, content):
     path = tmp_path / "plan.yaml"
     write_plan(path, [("4", "4")] * 4, Sidecar(KVOptions(), {}, {}))
     sidecar_of(path).write_text(content)
-    with pytest.raises(
-        ConfigError, match=r"--kv-plan .*: plan.kvtool.json is no sidecar of a plan [^\n]*; remove it\Z"
-    ):
+    with pytest.raises(ConfigError, match=r"plan .*: plan.kvtool.json is no sidecar of a plan [^\n]*; remove it\Z"):
         resolve(KVOptions(plan=str(path)), SPEC)
 
 

@@ -199,6 +199,11 @@ def test_sharegpt_gives_first_questions_and_the_lengths_of_their_answers(sharegp
     assert {(item.prompt, item.output_tokens) for item in items} == {("tell me all you know", 5)}
 
 
+def test_lengths_that_are_asked_for_go_before_those_of_chats(sharegpt: str) -> None:
+    asked = Workload(dataset="sharegpt", path=sharegpt, output=Lengths("fixed", 9), output_first=True)
+    assert {item.output_tokens for item in take(asked, 3)} == {9}
+
+
 def test_sharegpt_conversations_go_turn_by_turn(sharegpt: str) -> None:
     items = take(Workload(dataset="sharegpt", path=sharegpt, turns=5), 4)
     assert [(item.session, item.turn, item.output_tokens) for item in items] == [

@@ -6,7 +6,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch._C._profiler import _RecordFunctionFast
 
 from kvtool.attention.cuda_backend import CudaDecode
 from kvtool.attention.flash_backend import PAGE, FlashAttention
@@ -19,6 +18,7 @@ from kvtool.kv.batch import KVBatch
 from kvtool.kv.format import BLOCK_SIZE
 from kvtool.kv.hadamard import hadamard
 from kvtool.kv.store import KVStore, LayerKV, Near
+from kvtool.ranges import Range
 
 
 class Prefill(Protocol):
@@ -164,9 +164,9 @@ class PagedAttention:
             key = hadamard(key)
         if kv.value.format.rotate:
             value = hadamard(value)
-        with _RecordFunctionFast("kvtool::write"):
+        with Range("kvtool::write"):
             near = kv.write(key, value, batch)
-        with _RecordFunctionFast("kvtool::attention"):
+        with Range("kvtool::attention"):
             return self._attend(index, q, near, batch)
 
     def _attend(self, index: int, q: Tensor | LatentQueries, near: Near | None, batch: KVBatch) -> Tensor:

@@ -13,13 +13,14 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from kvtool.bench.arrivals import Arrivals, scheduled
-from kvtool.bench.client import API, Answer, HttpTarget, RequestFailed, Target, engine_target
+from kvtool.bench.client import API, HttpTarget
 from kvtool.bench.events import EventLog, RequestRecord, Run, WorkItem, read_events
 from kvtool.bench.floors import Floors, floor_probe, foreign_floors
 from kvtool.bench.metrics import Figures
 from kvtool.bench.runner import Progress, run
 from kvtool.bench.selfcheck import Calibration, calibrate, client_row, limits
 from kvtool.bench.slo import SLO, Goodput
+from kvtool.bench.target import Answer, RequestFailed, Target, engine_target
 from kvtool.bench.telemetry import Telemetry
 from kvtool.bench.timeline import Timeline
 from kvtool.bench.workloads import Hashed, Lengths, Vocabulary, Workload

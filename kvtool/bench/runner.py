@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from time import perf_counter
 
-from kvtool.bench.client import Answer, Prompt, RequestFailed, Target
 from kvtool.bench.events import Failure, RequestRecord, WorkItem
 from kvtool.bench.metrics import Sketch
+from kvtool.bench.target import Answer, Prompt, RequestFailed, Target
 
 STALL_PERIOD = 0.01  # seconds between looks at the event loop
 LOST_AFTER = 8  # connections refused in a row, and the target is gone

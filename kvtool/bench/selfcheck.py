@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass
 from time import process_time
 from typing import Any
 
-from kvtool.bench.client import Answer, HttpTarget
+from kvtool.bench.client import HttpTarget
 from kvtool.bench.events import WorkItem
 from kvtool.bench.metrics import Sketch
 from kvtool.bench.null_server import null_server
 from kvtool.bench.runner import Progress
+from kvtool.bench.target import Answer
 
 DELAY, GAP, TOKENS = 0.05, 0.02, 16  # of the null server's answers
 BUSY = 0.8  # of a core: a client that is beyond this keeps chunks waiting

@@ -8,7 +8,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from kvtool.bench.client import Target
+from kvtool.bench.target import Target
 
 PERIOD = 0.2  # seconds between looks
 MOST_POINTS = 240  # of a timeline; then every other one is left out, and it is looked at half as often

@@ -120,6 +120,7 @@ class Workload:
         seed: of lengths and ids.
         prompt: tokens of a prompt without what it shares (random).
         output: tokens of an answer, where the data set does not say.
+        output_first: and where it does (sharegpt, azure, mooncake).
         shared_prefix: tokens that all prompts of a group begin with (random).
         prefix_groups: how many such beginnings there are; prompts take turns (random).
         turns: questions in a conversation at most (random, sharegpt).
@@ -134,6 +135,7 @@ class Workload:
     seed: int = 0
     prompt: Lengths = Lengths("fixed", 512)
     output: Lengths = Lengths("fixed", 128)
+    output_first: bool = False
     shared_prefix: int = 0
     prefix_groups: int = 1
     turns: int = 1
@@ -269,10 +271,15 @@ def _sharegpt(workload: Workload, vocabulary: Vocabulary, repeat: int) -> Iterat
             yield WorkItem(
                 id=0,
                 prompt=question if workload.turns == 1 else [{"role": "user", "content": question}],
-                output_tokens=max(1, tokens(answer)) if tokens else workload.output.draw(lengths),
+                output_tokens=_output(workload, lengths, max(1, tokens(answer)) if tokens else None),
                 unique=False,
                 **_place(workload, session, turn),
             )
+
+
+def _output(workload: Workload, lengths: np.random.Generator, said: int | None) -> int:
+    """Tokens of an answer, of which the data set may have said how many."""
+    return workload.output.draw(lengths) if said is None or workload.output_first else said
 
 
 def _jsonl(workload: Workload, vocabulary: Vocabulary, repeat: int) -> Iterator[WorkItem]:
@@ -304,16 +311,16 @@ def _gsm8k(workload: Workload, vocabulary: Vocabulary, repeat: int) -> Iterator[
 
 def _azure(workload: Workload, vocabulary: Vocabulary, repeat: int) -> Iterator[WorkItem]:
     """Azure's LLM inference traces (Patel et al., Splitwise, ISCA 2024): times and lengths, prompts of random ids."""
-    ids = _Ids(vocabulary, workload.seed, 1, repeat)
+    ids, lengths = _Ids(vocabulary, workload.seed, 1, repeat), _lengths(workload)
     for seconds, asked in _in_time(workload, _azure_lines(_path(workload))):
         prompt = ids.draw(_scaled(workload, asked.input_length))
-        output = _scaled(workload, asked.output_length)
+        output = _output(workload, lengths, _scaled(workload, asked.output_length))
         yield WorkItem(id=0, prompt=prompt, output_tokens=output, scheduled=seconds)
 
 
 def _mooncake(workload: Workload, vocabulary: Vocabulary, repeat: int) -> Iterator[WorkItem]:
     """Mooncake's traces (Qin et al., FAST 2025): the same hash id is the same block, so prefixes are truly shared."""
-    size = _scaled(workload, MOONCAKE_BLOCK)
+    size, lengths = _scaled(workload, MOONCAKE_BLOCK), _lengths(workload)
 
     @lru_cache(2**14)
     def block(hash_id: int) -> list[int]:
@@ -324,7 +331,7 @@ def _mooncake(workload: Workload, vocabulary: Vocabulary, repeat: int) -> Iterat
         yield WorkItem(
             id=0,
             prompt=prompt[: max(1, round(asked.input_length * size / MOONCAKE_BLOCK))],
-            output_tokens=_scaled(workload, asked.output_length),
+            output_tokens=_output(workload, lengths, _scaled(workload, asked.output_length)),
             scheduled=seconds,
             unique=False,
         )

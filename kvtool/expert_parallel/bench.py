@@ -73,7 +73,7 @@ class Row:
         wire_over_least: that, over each token once to each rank that wants it and back.
         shard_ratio: bytes of experts on a rank over those of all.
         workspace: bytes beside them, on the rank that needs most; None on a CPU.
-        host_waits: the host must wait for a GPU in it.
+        host_waits: the host must wait for a GPU in it; what it need not wait in runs on GPUs as one CUDA graph.
         settings: chosen for this layer.
     """
 

@@ -55,15 +55,12 @@ class Ranks:
         self.sent_bytes += x.nbytes // self.size * (self.size - 1)
         return received
 
-    def all_gather(self, *tensors: Tensor) -> tuple[list[Tensor], Callable[[], None]]:
-        """Each of `tensors` [n, ...] of all ranks, [size * n, ...], and what waits until they are there, as that of
-        `exchange` does."""
-        gathered = [x.new_empty(self.size * len(x), *x.shape[1:]) for x in tensors]
-        works = [
-            dist.all_gather_into_tensor(all_x, x, async_op=True) for all_x, x in zip(gathered, tensors, strict=True)
-        ]
-        self.sent_bytes += sum(x.nbytes for x in tensors) * (self.size - 1)
-        return gathered, partial(_wait, works)
+    def all_gather(self, x: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """x [n, ...] of all ranks, [size * n, ...], and what waits until it is there, as that of `exchange` does."""
+        gathered = x.new_empty(self.size * len(x), *x.shape[1:])
+        work = dist.all_gather_into_tensor(gathered, x, async_op=True)
+        self.sent_bytes += x.nbytes * (self.size - 1)
+        return gathered, partial(_wait, [work])
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """The sum over ranks of x [size * n, ...], of which this rank gets its n rows."""
@@ -79,33 +76,33 @@ def _wait(works: Sequence[dist.Work]) -> None:
 
 
 class Clock:
-    """Stamps where a phase begins: of the GPU's stream, so that the host need not wait, or of the CPU."""
+    """Stamps where the phases of a run begin: of the GPU's stream, so that the host need not wait, or of the CPU.
 
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
+    Args:
+        in_graph: the stamps are captured with the run, and tell of its newest replay.
+    """
+
+    def __init__(self, device: torch.device, *, in_graph: bool = False) -> None:
+        self.on_gpu, self.in_graph = device.type == "cuda", in_graph
         self.stamps: list[tuple[str, torch.cuda.Event | float]] = []
 
     def __call__(self, phase: str) -> None:
-        """What follows belongs to `phase`; "" ends a run."""
+        """What follows belongs to `phase`; "" ends the run."""
         if not self.on_gpu:
             self.stamps.append((phase, perf_counter()))
             return
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True, external=self.in_graph)
         event.record()
         self.stamps.append((phase, event))
 
-    def runs(self) -> list[dict[str, float]]:
-        """Seconds of each phase of each run. Waits for the GPU."""
+    def seconds(self) -> dict[str, float]:
+        """Of each phase. Waits for the GPU."""
         if self.on_gpu:
             torch.cuda.synchronize()
-        found, run = [], dict.fromkeys(PHASES, 0.0)
+        phases = dict.fromkeys(PHASES, 0.0)
         for (phase, start), (_, end) in zip(self.stamps, self.stamps[1:], strict=False):
-            if phase:
-                run[phase] += _seconds(start, end)
-            else:
-                found.append(run)
-                run = dict.fromkeys(PHASES, 0.0)
-        return [*found, run]
+            phases[phase] += _seconds(start, end)
+        return phases
 
 
 def _seconds(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
@@ -253,14 +250,17 @@ class Grouped:
 
     def _gather(self, work: Work, clock: Clock) -> Tensor:
         clock(DISPATCH)
-        (x, told), wait = work.ranks.all_gather(work.x, work.told)
+        told, await_told = work.ranks.all_gather(work.told)
+        x, await_x = work.ranks.all_gather(work.x)
         own = self._own(work, clock) if self.meanwhile else None
-        wait()
-        clock(EXPERT)
+        await_told()
         slots, weights = work.heard(told)
         if own is not None:  # which are done
             slots[work.ranks.rank * len(own) : (work.ranks.rank + 1) * len(own)] = work.num_slots
-        mixed = work.mix(x, slots, weights)
+        mix = work.experts.expecting(slots, weights)
+        await_x()
+        clock(EXPERT)
+        mixed = mix(x)
         clock(COMBINE)
         summed = work.ranks.reduce_scatter(mixed)
         return summed if own is None else own + summed

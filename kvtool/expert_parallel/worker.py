@@ -3,9 +3,12 @@
 import os
 import sys
 import threading
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -30,8 +33,10 @@ from kvtool.expert_parallel.placement import Placement
 from kvtool.expert_parallel.routing import make_routing
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of the norm
+CACHE_BYTES = 256 << 20  # more than any GPU's
 SLACK = 8  # packed rows have room for an eighth more than a step before needed
 FOUND = "measured.json"
+MISSED_SECONDS = 2  # that whoever misses another rank lets it be found first
 TRIALS = 5  # runs by which settings are chosen
 
 
@@ -130,6 +135,20 @@ def main(path: str) -> None:
     """The process: a job in a file; stdin is open as long as its parent lives."""
     job = msgspec.json.decode(Path(path).read_bytes(), type=Job)
     threading.Thread(target=end_with_parent, daemon=True).start()
+    status = 0
+    try:
+        be_rank(job)
+    except Exception as error:
+        if isinstance(error, RuntimeError):
+            time.sleep(MISSED_SECONDS)
+        traceback.print_exc()
+        status = 1
+    sys.stderr.flush()
+    os._exit(status)  # the group ends with the process: NCCL would wait for ranks that have failed
+
+
+def be_rank(job: Job) -> None:
+    """Measure, and leave what is found."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # new names for collectives, which older torches lack
     device = torch.device(f"cuda:{job.rank}" if job.device == "cuda" else "cpu")
     if device.type == "cuda":
@@ -157,7 +176,6 @@ def main(path: str) -> None:
                 part = Path(job.folder) / "part"
                 part.write_bytes(msgspec.json.encode(measured))
                 part.replace(Path(job.folder) / FOUND)
-    dist.destroy_process_group()
 
 
 def end_with_parent() -> None:
@@ -205,7 +223,7 @@ def choose(work: Work, device: torch.device) -> tuple[Grouped, Choice]:
     candidates = [Grouped(c, meanwhile) for c in (None, max(1, capacity)) for meanwhile in (False, True)]
     seconds, moving = [], []
     for candidate in candidates:
-        runs = run(candidate, work, warmup=2, runs=TRIALS)
+        runs = run(Variant("EP grouped", candidate), work, warmup=2, runs=TRIALS)
         phases = torch.tensor([list(phases.values()) for phases in runs]).median(0).values.to(device)
         dist.all_reduce(phases, dist.ReduceOp.MAX)
         seconds.append(float(phases.sum()))
@@ -222,18 +240,44 @@ def choose(work: Work, device: torch.device) -> tuple[Grouped, Choice]:
     return candidates[best], choice
 
 
-def run(call: Callable[[Work, Clock], Tensor], work: Work, *, warmup: int, runs: int) -> list[dict[str, float]]:
-    """Seconds of each phase of each run, on this rank. Ranks begin each run together."""
-    device = work.x.device
-    clock, start = Clock(device), torch.zeros(1, device=device)
-    for number in range(warmup + runs):
-        if number == warmup:
-            clock = Clock(device)
+def run(variant: Variant, work: Work, *, warmup: int, runs: int) -> list[dict[str, float]]:
+    """Seconds of each phase of each run, on this rank. Ranks begin each run together; on GPUs, with caches that hold
+    nothing of the layer, as a model's other layers would leave them."""
+    device, found = work.x.device, []
+    once = captured(variant, work) if device.type == "cuda" and not variant.waits else partial(run_once, variant, work)
+    start = torch.zeros(1, device=device)
+    others = torch.empty(CACHE_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+    for _ in range(warmup + runs):
+        others.zero_()
         if work.ranks.size > 1:
             dist.all_reduce(start)
-        call(work, clock)
+        found.append(once())
+    return found[warmup:]
+
+
+def run_once(variant: Variant, work: Work) -> dict[str, float]:
+    """Seconds of each phase."""
+    clock = Clock(work.x.device)
+    variant.run(work, clock)
+    clock("")
+    return clock.seconds()
+
+
+def captured(variant: Variant, work: Work) -> Callable[[], dict[str, float]]:
+    """`run_once` as a CUDA graph, which a served model's steps are: what the host needs for launches is in no phase."""
+    variant.run(work, Clock(work.x.device))  # kernels are loaded, and ranks connected, on first use
+    torch.cuda.synchronize()
+    graph, clock = torch.cuda.CUDAGraph(), Clock(work.x.device, in_graph=True)
+    # thread_local: NCCL's watchdog may ask for the state of earlier events meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        variant.run(work, clock)
         clock("")
-    return clock.runs()
+
+    def replay() -> dict[str, float]:
+        graph.replay()
+        return clock.seconds()
+
+    return replay
 
 
 def timed(job: Job, variant: Variant, work: Work, expected: Tensor, placement: int) -> Timing:
@@ -250,7 +294,7 @@ def timed(job: Job, variant: Variant, work: Work, expected: Tensor, placement: i
     seen = torch.tensor([ranks.sent_bytes - sent_before, workspace, error], dtype=torch.float64, device=device)
     sent, workspaces, errors = gathered(seen, ranks).t().tolist()
     is_equal = max(errors) <= TOLERANCE[work.x.dtype]
-    runs = run(variant.run, work, warmup=job.warmup, runs=job.runs) if is_equal else []
+    runs = run(variant, work, warmup=job.warmup, runs=job.runs) if is_equal else []
     times = gathered(torch.tensor([list(phases.values()) for phases in runs], device=device), ranks).double()
     return Timing(
         name=variant.name,

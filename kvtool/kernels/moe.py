@@ -84,10 +84,22 @@ def mix(
     Returns:
         [T, K] of x's dtype.
     """
-    num_pairs, num_experts = ids.numel(), len(down)
-    groups = group(ids, num_experts, rows_for(num_pairs, num_experts + elsewhere))
+    groups = group(ids, len(down), rows_for(ids.numel(), len(down) + elsewhere))
+    return mix_groups(x, gate_up, down, groups, ids, weights, shared)
+
+
+def mix_groups(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    groups: Groups,
+    ids: Tensor,
+    weights: Tensor,
+    shared: Tensor | None = None,
+) -> Tensor:
+    """What `mix` computes, of pairs that are grouped already."""
     inner = grouped_product(x, gate_up, groups, repeat=ids.shape[1], gated=True)
-    return combine(grouped_product(inner, down, groups), ids, weights, num_experts, shared)
+    return combine(grouped_product(inner, down, groups), ids, weights, len(down), shared)
 
 
 def rows_for(num_pairs: int, num_experts: int) -> int:

@@ -53,11 +53,9 @@ def completed(options: KVOptions) -> KVOptions:
         content = file.read_bytes() if file.stat().st_size <= MAX_FILE_BYTES else b""
         found = msgspec.json.decode(content, type=Sidecar).format
     except OSError as error:
-        raise ConfigError(f"--kv-plan {options.plan}: {file.name}: {error.strerror}") from error
+        raise ConfigError(f"plan {options.plan}: {file.name}: {error.strerror}") from error
     except (msgspec.DecodeError, RecursionError) as error:
-        raise ConfigError(
-            f"--kv-plan {options.plan}: {file.name} is no sidecar of a plan ({error}); remove it"
-        ) from error
+        raise ConfigError(f"plan {options.plan}: {file.name} is no sidecar of a plan ({error}); remove it") from error
     given = {name: value for name, value in vars(options).items() if value is not None or name in BIT_OPTIONS}
     return KVOptions(**(vars(found) | given))
 
@@ -94,15 +92,15 @@ def load_plan(path: str, num_layers: int) -> list[tuple[Bits, Bits]]:
         with Path(path).open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES:
-            raise ConfigError(f"--kv-plan {path}: is larger than {MAX_FILE_BYTES >> 20} MiB, so it is no plan")
+            raise ConfigError(f"plan {path}: is larger than {MAX_FILE_BYTES >> 20} MiB, so it is no plan")
         plan = yaml.safe_load(content.decode())
     except OSError as error:
-        raise ConfigError(f"--kv-plan {path}: {error.strerror}") from error
+        raise ConfigError(f"plan {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--kv-plan {path}: is not YAML ({str(error).splitlines()[0]})") from error
+        raise ConfigError(f"plan {path}: is not YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(plan, dict) or set(plan) != set(range(num_layers)):
         found = f"{len(plan)} entries" if isinstance(plan, dict) else "no mapping"
-        raise ConfigError(f"--kv-plan {path}: needs one entry for each layer, 0 to {num_layers - 1}; found {found}")
+        raise ConfigError(f"plan {path}: needs one entry for each layer, 0 to {num_layers - 1}; found {found}")
     return [
         (_bits(path, plan[layer], layer, "nbits_key"), _bits(path, plan[layer], layer, "nbits_value"))
         for layer in range(num_layers)
@@ -116,7 +114,7 @@ def _bits(path: str, entry: object, layer: int, name: str) -> Bits:
     is_short = isinstance(value, str | float) or (isinstance(value, int) and value.bit_length() < 64)
     bits = str(value) if is_short else type(value).__name__
     if bits not in BITS:
-        raise ConfigError(f"--kv-plan {path}: layer {layer}: {name} is {bits!r:.40}; must be one of {', '.join(BITS)}")
+        raise ConfigError(f"plan {path}: layer {layer}: {name} is {bits!r:.40}; must be one of {', '.join(BITS)}")
     return cast(Bits, bits)
 
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch._C._profiler import _RecordFunctionFast
 
 from kvtool.kv.batch import KVBatch, integers, on_device
 from kvtool.kv.codecs import CODECS, Arrays
 from kvtool.kv.format import KVFormat, StreamFormat
 from kvtool.kv.layout import Field, KVLayout
 from kvtool.kv.spec import StreamSpec
+from kvtool.ranges import Range
 
 if TYPE_CHECKING:
     from kvtool.kernels.decode import PackedStream
@@ -100,7 +100,7 @@ class KVStore:
         blocks = torch.tensor([owned[first // size] for _, first, owned in full], device=device)
         firsts = torch.tensor([first for _, first, _ in full], device=device)
         rows = (firsts[:, None] + torch.arange(size, device=device)) % self.format.tail_tokens
-        with _RecordFunctionFast("kvtool::seal"):
+        with Range("kvtool::seal"):
             for layer in self.layers:
                 for stream in (layer.key, layer.value):
                     stream.write_blocks(stream.tail[slots[:, None], :, rows].transpose(1, 2), blocks)
@@ -285,7 +285,7 @@ class LayerKV:
             return None
         near = self._read_near(key, value, batch)
         if len(prompts.sealed_blocks):
-            with _RecordFunctionFast("kvtool::seal"):
+            with Range("kvtool::seal"):
                 self.write_blocks(near, prompts.sealed_rows, prompts.sealed_blocks)
         self._write_tails(key, value, prompts.kept_tokens, prompts.kept_slots, prompts.kept_rows)
         return near

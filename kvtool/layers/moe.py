@@ -1,6 +1,6 @@
 """Mixtures of experts: a router sends each token to a few of many gated MLPs (Shazeer et al., arXiv:1701.06538)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -194,6 +194,15 @@ class Experts(nn.Module):
         """
         elsewhere = self.experts.total - self.experts.size
         return mix(x, self.gate_up, self.down, ids, weights, shared, elsewhere)
+
+    def expecting(self, ids: Tensor, weights: Tensor) -> Callable[[Tensor], Tensor]:
+        """`forward` in two halves, for tokens that are still on their way: what ids alone decide is begun at once."""
+        if not (takes(self.down) and self.down.dtype.itemsize == 2):
+            return lambda x: self(x, ids, weights)
+        from kvtool.kernels import moe
+
+        groups = moe.group(ids, len(self.down), moe.rows_for(ids.numel(), self.experts.total))
+        return lambda x: moe.mix_groups(x, self.gate_up, self.down, groups, ids, weights)
 
     def slots(self, path: str) -> Iterator[tuple[str, Slot]]:
         """Checkpoint names of the three matrices of each expert here, and where each one goes."""

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._C._profiler import _RecordFunctionFast
 
 from kvtool.kernels import takes
 from kvtool.layers.norm import QKNorm
+from kvtool.ranges import Range
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def queries_and_keys(
         return norm_rotate(heads, num_heads, cos, sin, norm.weight if norm else None, norm.eps if norm else 0.0)
     num_kv_heads = (heads.shape[1] - num_heads) // 2
     x = heads[:, :-num_kv_heads]
-    with _RecordFunctionFast("kvtool::rope"):
+    with Range("kvtool::rope"):
         x = rotate(norm(x) if norm else x, cos, sin)
     return x[:, :num_heads], x[:, num_heads:]
 

@@ -22,7 +22,7 @@ from kvtool.memory import DeviceMemory, MemoryParts
 from kvtool.models import Decoder, ModelConfig, parse_config
 from kvtool.models.resolve import resolve_config
 from kvtool.parallel import Group, Parallel, Stage
-from kvtool.ranks import check_model
+from kvtool.ranks.topology import check_model
 from kvtool.runner import SCORED_ROWS, kv_spec
 
 DTYPE = torch.bfloat16
