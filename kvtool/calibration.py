@@ -43,7 +43,8 @@ def choose_quantization(
     unseen = Quantization(method, config.quantize_head, config.keep_layers)
     if reason := _blindness(config, model) if looks else None:
         if config.calibration or method != "fp8":
-            raise ConfigError(f"--quantization {method}: {reason}; use w4a16")
+            hint = "leave out --calibration" if method == "fp8" else "use w4a16"
+            raise ConfigError(f"--quantization {method}: {reason}; {hint}")
         return unseen
     if not looks:
         return unseen
