@@ -4,9 +4,10 @@
     python scripts/bench_linear.py --kinds w4a16 --rows 1,8,16,32,64 --sweep --output tiles.json
 
 Each figure is the mean of a CUDA graph that multiplies with one matrix after the other, 512 MiB of them, so that no
-cache holds any; where activations are quantised, that is part of it. "share" is of the bytes per second that a plain
-sum reads, "error" what was there before that: against the definition in fp32. What errs by more than rounding does is
-named and not listed. The best is printed as soon as it is known, and FILE, one JSON document, is written anew with it.
+cache holds any. Activations of 8 bits are there as such, as norms and gated products hand them out. "share" is of the
+bytes per second that a plain sum reads, "error" what was there before that: against the definition in fp32. What errs
+by more than rounding does is named and not listed. The best is printed as soon as it is known, and FILE, one JSON
+document, is written anew with it.
 --sweep times all the tiles that each kernel could use.
 """
 
@@ -22,6 +23,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import product as pairs_of
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -30,6 +32,7 @@ from torch import Tensor
 
 from kvtool.kernels import w4a16, w4a16_gemv, w4a16_kernels, w8a8, w8a8_kernels
 from kvtool.kernels.launch import capability
+from kvtool.kernels.quantized_rows import FP8, QuantizedRows
 from kvtool.layers.linear import linear
 from kvtool.quantize.decode_speed import graph_seconds, read_bandwidth
 
@@ -39,7 +42,7 @@ MAX_ERROR = {"bf16": 1e-2, "w4a16": 1e-2, "w8a8": 1e-2, "fp8": 2e-2}
 BFLOAT, DEVICE = torch.bfloat16, torch.device("cuda")
 REFUSALS = (RuntimeError, triton.runtime.errors.OutOfResources)
 
-Run = Callable[[Tensor, int], Tensor]  # x, index of the matrix
+Run = Callable[[Any, int], Tensor]  # x, as the matrices read it, and the index of one
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Weights:
         if kind == "w8a8":
             codes = torch.randint(-127, 128, shape, dtype=torch.int8, device=DEVICE)
             return cls(kind, outputs, depth, (codes, scales * sigma / 73))
-        weights = torch.empty(shape, dtype=w8a8.FP8, device=DEVICE)
+        weights = torch.empty(shape, dtype=FP8, device=DEVICE)
         for matrix in weights:
             matrix.copy_(torch.randn(shape[1:], device=DEVICE))
         return cls(kind, outputs, depth, (weights, scales * sigma))
@@ -161,17 +164,17 @@ def show(figures: dict[str, object]) -> None:
 def time_all(weights: Weights, rows: int, sweep: bool) -> list[tuple[float, float, str]]:
     """Seconds, error and what was run, the fastest first."""
     x = torch.randn(rows, weights.depth, dtype=BFLOAT, device=DEVICE)
-    expected = definition(x, weights)
+    expected, read = definition(x, weights), as_read(x, weights)
     results = []
     for label, run in runs_of(weights, rows, sweep):
         try:
-            out = run(x, 0)
+            out = run(read, 0)
             error = float((out.float() - expected).norm() / expected.norm())
             if not error < MAX_ERROR[weights.kind]:
                 print(f"{label} is wrong for {weights.kind}, {rows} rows: error {error:.3g}", file=sys.stderr)
                 continue
             count = len(weights) if rows <= 512 else 2  # of many rows no cache holds the activations
-            seconds = graph_seconds(lambda index, run=run: run(x, index), range(count))
+            seconds = graph_seconds(lambda index, run=run: run(read, index), range(count))
             results.append((seconds, error, label))
         except REFUSALS as refusal:
             print(f"{label} does not run: {str(refusal).splitlines()[0]}", file=sys.stderr)
@@ -185,13 +188,18 @@ def definition(x: Tensor, weights: Weights) -> Tensor:
         return x.float() @ matrix[0].float().t()
     if weights.kind == "w4a16":
         return w4a16.w4a16_reference(x.float(), *matrix, None)
-    return (w8a8.w8a8_reference if weights.kind == "w8a8" else w8a8.fp8_reference)(x.float(), *matrix, None)
+    return w8a8.w8a8_reference(x.float(), *matrix, None)
+
+
+def as_read(x: Tensor, weights: Weights) -> Tensor | QuantizedRows:
+    """What the product multiplies."""
+    return w8a8_kernels.quantized(x, weights.tensors[0].dtype) if weights.kind in ("w8a8", "fp8") else x
 
 
 def runs_of(weights: Weights, rows: int, sweep: bool) -> Iterator[tuple[str, Run]]:
     """What computes the product: what the layer would call, and with `sweep` all that it could."""
     kind = weights.kind
-    layer = {"bf16": linear, "w4a16": w4a16.w4a16_linear, "w8a8": w8a8.w8a8_linear, "fp8": w8a8.fp8_linear}[kind]
+    layer = {"bf16": linear, "w4a16": w4a16.w4a16_linear, "w8a8": w8a8.w8a8_linear, "fp8": w8a8.w8a8_linear}[kind]
     yield "as tabled", lambda x, index: layer(x, *weights[index])
     if kind == "bf16":
         yield "cuBLAS", lambda x, index: torch.nn.functional.linear(x, *weights[index])
@@ -209,25 +217,13 @@ def runs_of(weights: Weights, rows: int, sweep: bool) -> Iterator[tuple[str, Run
         if rows >= 64:
             yield "decoded", lambda x, index: w4a16_kernels.decoded_product(x, *weights[index], None)
     elif sweep:
-        dtype = weights.tensors[0].dtype
         for tile in w8a8_tiles(rows):
             yield (
                 f"product {tuple(asdict(tile).values())}",
-                (
-                    lambda x, index, tile=tile: w8a8_kernels.product(
-                        *w8a8_kernels.quantized(x, dtype), *weights[index], None, tile, x.dtype
-                    )
-                ),
+                (lambda x, index, tile=tile: w8a8_kernels.product(x, *weights[index], None, tile)),
             )
         if rows > 16 and w8a8_kernels.vendor_takes(BFLOAT, weights[0][0]):
-            yield (
-                "vendor",
-                (
-                    lambda x, index: w8a8_kernels.vendor_product(
-                        *w8a8_kernels.quantized(x, dtype), *weights[index], None, x.dtype
-                    )
-                ),
-            )
+            yield "vendor", lambda x, index: w8a8_kernels.vendor_product(x, *weights[index], None)
 
 
 def gemv_tiles(rows: int, sweep: bool) -> Iterator[w4a16_gemv.Tile]:
@@ -296,7 +292,7 @@ def run_once(kind: str, outputs: int, depth: int, rows: int, sweep: bool) -> Non
     """All but what NVRTC compiles, which no other process finds again."""
     with torch.inference_mode():
         weights = Weights.drawn(kind, outputs, depth, 0)
-        x = torch.zeros(rows, depth, dtype=BFLOAT, device=DEVICE)
+        x = as_read(torch.zeros(rows, depth, dtype=BFLOAT, device=DEVICE), weights)
         for label, run in runs_of(weights, rows, sweep):
             if not label.startswith("gemv"):
                 with suppress(*REFUSALS):

@@ -271,15 +271,15 @@ def measure_rates(dtype: "torch.dtype", device: "torch.device", nbytes: int, qua
 
 
 def _product(square: "torch.Tensor", quantization: str) -> Callable[[], object]:
-    """The square of a matrix, of 8-bit numbers where weights are such."""
+    """A product of square matrices, of 8-bit numbers where weights are such."""
     import torch
 
-    if quantization == "w8a8":
-        whole = (square * 32).to(torch.int8)
-        return lambda: torch._int_mm(whole, whole.t())
-    if quantization == "fp8":
-        coarse, one = square.to(torch.float8_e4m3fn), torch.ones((), device=square.device)
-        return lambda: torch._scaled_mm(coarse, coarse.t(), one, one, out_dtype=torch.bfloat16)
+    if quantization in EIGHT_BITS:
+        from kvtool.kernels.quantized_rows import FP8, quantize_rows
+        from kvtool.kernels.w8a8 import w8a8_linear
+
+        rows = quantize_rows(square, torch.int8 if quantization == "w8a8" else FP8)
+        return lambda: w8a8_linear(rows, rows.codes, rows.scales)
     return lambda: torch.mm(square, square)
 
 

@@ -6,6 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kvtool.kernels.launch import await_inputs, chained
+from kvtool.kernels.quantized_rows import QuantizedRows
+from kvtool.kernels.w8a8_kernels import empty_rows, scale_of, store_codes
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -19,28 +21,55 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     Returns:
         The normalised stream and the stream itself, [T, size] each.
     """
+    out = torch.empty_like(x)
+    return out, _launch(x, residual, weight, eps, out, None)
+
+
+def add_rms_norm_rows(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, kind: torch.dtype
+) -> tuple[QuantizedRows, Tensor]:
+    """`add_rms_norm` with the normalised stream as `quantize_rows` rounds it."""
+    out = empty_rows(x, x.shape[1], kind)
+    return out, _launch(x, residual, weight, eps, out.codes, out.scales)
+
+
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, scales: Tensor | None
+) -> Tensor:
+    """The stream; the normalised one is written to `out`."""
     rows, size = x.shape
     assert x.is_contiguous() and (residual is None or residual.is_contiguous())
-    out = torch.empty_like(x)
     width = triton.next_power_of_2(size)
     _add_rms_norm[(rows,)](
         x,
         x if residual is None else residual,
         weight,
         out,
+        out if scales is None else scales,
         eps,
         SIZE=size,
         WIDTH=width,
         ADD=residual is not None,
+        QUANTIZED=scales is not None,
         num_warps=max(1, min(16, width // 256)),
         **chained(x.device),
     )
-    return out, x if residual is None else residual
+    return x if residual is None else residual
 
 
 @triton.jit
 def _add_rms_norm(
-    x, residual, weight, out, eps, SIZE: tl.constexpr, WIDTH: tl.constexpr, ADD: tl.constexpr, CHAINED: tl.constexpr
+    x,
+    residual,
+    weight,
+    out,
+    scales,
+    eps,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ADD: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     columns = tl.arange(0, WIDTH)
     inside = columns < SIZE
@@ -54,4 +83,11 @@ def _add_rms_norm(
         tl.store(residual + at, stream, mask=inside)
     stream = stream.to(tl.float32)
     scale = tl.rsqrt(tl.sum(stream * stream, 0) / SIZE + eps)
-    tl.store(out + at, (stream * scale * gain).to(out.dtype.element_ty), mask=inside)
+    normed = (stream * scale * gain).to(x.dtype.element_ty)
+    if QUANTIZED:
+        value = normed.to(tl.float32)
+        row_scale = scale_of(tl.max(tl.abs(value), 0), out.dtype.element_ty)
+        tl.store(scales + tl.program_id(0), row_scale)
+        store_codes(out + at, value, row_scale, inside)
+    else:
+        tl.store(out + at, normed, mask=inside)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from kvtool.errors import UnsupportedError
 from kvtool.kernels import takes
-from kvtool.layers.quantized import Matrix
+from kvtool.kernels.quantized_rows import Activations, QuantizedRows
+from kvtool.layers.quantized import EightBitMatrix, Matrix
 from kvtool.parallel import Group, Shard
 
 
@@ -47,8 +48,11 @@ def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn
     return nn.Parameter(weights, requires_grad=False)
 
 
-def linear(x: Tensor, weight: Tensor | Matrix, bias: Tensor | None = None) -> Tensor:
+def linear(x: Activations, weight: Tensor | Matrix, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b: x [T, K], weight [N, K] → [T, N]."""
+    if isinstance(x, QuantizedRows):
+        assert isinstance(weight, EightBitMatrix), "no other reads them"
+        return weight.linear(x, bias)
     if isinstance(weight, Matrix):
         return weight.linear(x, bias)
     if takes(x):
@@ -96,6 +100,11 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+    @property
+    def reads(self) -> torch.dtype | None:
+        """The 8 bits to which it rounds x, if it does: `linear` takes `QuantizedRows` of them too."""
+        return self.weight.reads if isinstance(self.weight, Matrix) else None
 
     def replace(self, matrix: Matrix) -> None:
         """Put a matrix of fewer bits in place of the weight."""
@@ -146,8 +155,9 @@ class RowLinear(Linear):
         self.by_outputs = True
         self.weight = empty_parameter(rows, columns, dtype=self.weight.dtype, device=self.weight.device)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activations) -> Tensor:
         if self.by_outputs:
+            assert isinstance(x, Tensor), "8 bits have no groups"
             out = self.tp.all_gather(linear(self.tp.all_gather(x), self.weight))
             return out if self.bias is None else out.add_(self.bias)
         return self.tp.all_reduce(linear(x, self.weight, self.bias if self.tp.rank == 0 else None))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kvtool.errors import UnsupportedError
 from kvtool.kernels import takes
+from kvtool.kernels.quantized_rows import Activations
 from kvtool.layers.linear import GatedLinear, Linear, RowLinear, Slot, empty_parameter, gated_linear, linear
 from kvtool.layers.norm import RMSNorm
 from kvtool.layers.quantized import Matrix
@@ -236,7 +237,7 @@ class PackedExperts(nn.Module):
 class Addend(RowLinear):
     """A `RowLinear` whose outputs are summed over the ranks later, with others."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Activations) -> Tensor:
         return linear(x, self.weight)
 
     def share_outputs(self) -> None:

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtool.kernels import takes
+from kvtool.kernels.quantized_rows import FP8, Activations, quantize_rows
 from kvtool.kernels.w4a16 import RUN, dequantize_w4, pack_w4, unpack_w4, w4a16_linear
-from kvtool.kernels.w8a8 import fp8_linear, fp8_rows, int8_rows, w8a8_linear
+from kvtool.kernels.w8a8 import w8a8_linear
 from kvtool.parallel import Shard
 
 ROUNDED_AT_ONCE = 1 << 24  # elements, of which some copies in float32 are made
+EIGHT_BITS = {"w8a8": torch.int8, "fp8": FP8}  # kinds of numbers, of methods to round to
 GROUPS = (128, 64, 32)  # columns that share a scale, the preferred number first
 
 
@@ -33,6 +35,11 @@ class Matrix(nn.Module):
     @property
     def shape(self) -> tuple[int, int]:
         raise NotImplementedError
+
+    @property
+    def reads(self) -> torch.dtype | None:
+        """Of 8 bits, to which it rounds x; it takes `QuantizedRows` as well then."""
+        return None
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x Wᵀ + b: x [M, K] → [M, N], in x's dtype."""
@@ -132,27 +139,20 @@ class EightBitMatrix(Matrix):
     def shape(self) -> tuple[int, int]:
         return self.weight.shape[0], self.weight.shape[1]
 
+    @property
+    def reads(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def linear(self, x: Activations, bias: Tensor | None = None) -> Tensor:
+        return w8a8_linear(x, self.weight, self.scales, bias)
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.weight.to(dtype) * self.scales.to(dtype)[:, None]
 
-    def cut(self, rows: Shard, columns: Shard) -> "Matrix":
+    def cut(self, rows: Shard, columns: Shard) -> "EightBitMatrix":
         lines = slice(rows.start, rows.start + rows.size)
         codes = self.weight[lines, columns.start : columns.start + columns.size]
-        return type(self)(codes, self.scales[lines])
-
-
-class Int8Matrix(EightBitMatrix):
-    """int8 weights and activations (W8A8)."""
-
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return w8a8_linear(x, self.weight, self.scales, bias)
-
-
-class Fp8Matrix(EightBitMatrix):
-    """e4m3 weights and activations."""
-
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return fp8_linear(x, self.weight, self.scales, bias)
+        return EightBitMatrix(codes, self.scales[lines])
 
 
 class Dense(Matrix):
@@ -210,9 +210,9 @@ def side_by_side(parts: Sequence[Matrix]) -> Matrix:
         codes = torch.cat([part.codes for part in four])
         scales, zeros = torch.cat([part.scales for part in four]), torch.cat([part.zeros for part in four])
         return Int4Matrix(codes, scales, zeros, first.order)
-    if isinstance(first, EightBitMatrix) and all(type(part) is type(first) for part in others):
+    if isinstance(first, EightBitMatrix) and all(part.reads == first.reads for part in others):
         eight = cast(Sequence[EightBitMatrix], parts)
-        return type(first)(torch.cat([part.weight for part in eight]), torch.cat([part.scales for part in eight]))
+        return EightBitMatrix(torch.cat([part.weight for part in eight]), torch.cat([part.scales for part in eight]))
     return SideBySide(parts)
 
 
@@ -268,10 +268,9 @@ def rounded(weight: Tensor, method: str, group: int) -> Matrix:
 
 def _rounded(weight: Tensor, method: str, group: int) -> Matrix:
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    if method == "w8a8":
-        return Int8Matrix(*int8_rows(wide))
-    if method == "fp8":
-        return Fp8Matrix(*fp8_rows(wide))
+    if kind := EIGHT_BITS.get(method):
+        lines = quantize_rows(wide, kind)
+        return EightBitMatrix(lines.codes, lines.scales)
     groups = wide.unflatten(1, (-1, group))
     scales, zeros = int4_grid(groups, weight.dtype)
     codes = int4_codes(groups, scales, zeros).to(torch.uint8).flatten(1)

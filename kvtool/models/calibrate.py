@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.errors import UnsupportedError
-from kvtool.kernels.w8a8 import FP8, FP8_MAX, fp8_rows
+from kvtool.kernels.quantized_rows import FP8, LARGEST, quantize_rows
 from kvtool.layers.linear import Linear
 from kvtool.layers.quantized import (
-    Fp8Matrix,
+    EightBitMatrix,
     Int4Matrix,
     Matrix,
     int4_codes,
@@ -86,8 +86,8 @@ class Calibration:
     def _form(self, weight: Tensor, x: Tensor) -> Matrix:
         """A weight [N, K] in fewer bits, its inputs being x [T, K]."""
         if self.method == "fp8":
-            codes, scales = fp8_rows(x)
-            x = codes.float().mul_(scales[:, None])  # as the product takes them
+            rows = quantize_rows(x, FP8)
+            x = rows.codes.float().mul_(rows.scales[:, None])  # as the product takes them
         x = x.float()
         hessian = x.t() @ x
         if not bool(hessian.isfinite().all()):
@@ -132,9 +132,9 @@ def int4(weight: Tensor, hessian: Tensor, group: int, dtype: torch.dtype) -> Int
     return Int4Matrix(codes.to(torch.uint8), scales.to(dtype), zeros.to(dtype))
 
 
-def fp8(weight: Tensor, hessian: Tensor) -> Fp8Matrix:
+def fp8(weight: Tensor, hessian: Tensor) -> EightBitMatrix:
     """e4m3 numbers of which each makes up for the errors of those before it; arguments as of `int4`."""
-    whole = weight.abs().amax(1) / FP8_MAX
+    whole = weight.abs().amax(1) / LARGEST[FP8]
     whole = torch.where(whole > 0, whole, 1)
     scales, least = whole, torch.full_like(whole, torch.inf)
     for part in OCTAVE:
@@ -147,12 +147,12 @@ def fp8(weight: Tensor, hessian: Tensor) -> Fp8Matrix:
         found = _e4m3(values / scales)
         return found, found * scales
 
-    return Fp8Matrix(_spread(weight, hessian, code).to(FP8), scales)
+    return EightBitMatrix(_spread(weight, hessian, code).to(FP8), scales)
 
 
 def _e4m3(values: Tensor) -> Tensor:
     """The nearest numbers of e4m3, in the dtype that they came in."""
-    return values.clamp(-FP8_MAX, FP8_MAX).to(FP8).to(values.dtype)
+    return values.clamp(-LARGEST[FP8], LARGEST[FP8]).to(FP8).to(values.dtype)
 
 
 def _spread(weight: Tensor, hessian: Tensor, code: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Tensor:

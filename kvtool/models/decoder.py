@@ -81,7 +81,7 @@ class MLP(nn.Module):
         self.down_proj = RowLinear(inner, config.hidden_size, tp, bias=config.mlp_bias, dtype=dtype, device=device)
 
     def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        inner, residual = norm.into(self.gate_up_proj, x, residual)
+        inner, residual = norm.into(self.gate_up_proj, x, residual, then=self.down_proj)
         return self.down_proj(inner), residual
 
 

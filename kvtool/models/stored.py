@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvtool.layers.quantized import GROUPS, EightBitMatrix, Fp8Matrix, Int4Matrix, Int8Matrix, Matrix
+from kvtool.layers.quantized import GROUPS, EightBitMatrix, Int4Matrix, Matrix
 
 Kind = Literal["gptq", "awq", "int4", "int8", "fp8"]  # the last three in the manner of compressed-tensors
 FLOATS = ("F16", "BF16", "F32")
@@ -97,11 +97,10 @@ def read_matrix(
         ValueError: numbers that mean nothing; says which.
     """
     if stored.kind in ("int8", "fp8"):
-        form: type[EightBitMatrix] = Int8Matrix if stored.kind == "int8" else Fp8Matrix
         scales, weight = _finite("weight_scale", tensors["weight_scale"]).float(), tensors["weight"]
         if stored.kind == "fp8":
             _finite("weight", weight.float())
-        return form(weight, scales.flatten().expand(len(weight)))
+        return EightBitMatrix(weight, scales.flatten().expand(len(weight)))
     codes, scales, zeros, groups_of = _four_bits(stored, tensors)
     scales, columns = _finite("scales", scales.to(dtype)), codes.shape[1]
     group = columns // scales.shape[1]
