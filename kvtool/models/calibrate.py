@@ -18,13 +18,7 @@ from torch import Tensor
 from kvtool.errors import UnsupportedError
 from kvtool.kernels.quantized_rows import FP8, LARGEST, quantize_rows
 from kvtool.layers.linear import Linear
-from kvtool.layers.quantized import (
-    EightBitMatrix,
-    Int4Matrix,
-    Matrix,
-    int4_codes,
-    int4_grid,
-)
+from kvtool.layers.quantized import EightBitMatrix, Int4Matrix, Matrix, int4_codes, int4_grid
 from kvtool.models.decoder import MLP, Attention, Decoder, DecoderLayer
 
 Method = Literal["gptq", "awq", "fp8"]
@@ -96,9 +90,9 @@ class Calibration:
 
 
 @contextmanager
-def _met(linears: Sequence[Linear], do: Callable[[Linear, Tensor], object]) -> Iterator[None]:
+def _met(linears: Sequence[Linear], do: Callable[[Linear, Tensor], None]) -> Iterator[None]:
     """Inside, what these products are given is shown before they compute."""
-    hooks = [linear.register_forward_pre_hook(lambda module, x: do(module, x[0]) and None) for linear in linears]
+    hooks = [linear.register_forward_pre_hook(lambda module, x: do(module, x[0])) for linear in linears]
     try:
         yield
     finally:
