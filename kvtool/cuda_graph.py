@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvtool.gpus import GPU, GPUS
 from kvtool.kv.batch import ALIGNED, Integers, KVBatch, Span, each, integers, on_device
 from kvtool.kv.fixed import Room, fixed_batch
 from kvtool.kv.format import KVFormat
@@ -20,13 +21,15 @@ from kvtool.sampler import greedy
 SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 STEP = 64  # between the largest
 
-# Rooms of steps with prompts. Sizes finer than a product's tile of rows would save nothing. Decodes that are nobody's
-# cost little, but the more there could be, the fewer programs share one.
-PROMPT_SIZES = (128, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
-DECODES = (0, 4, 16, 64, 256)
+# Tokens of steps with prompts. Sizes finer than a product's tile of rows would save nothing; of the larger ones an
+# eighth is left over at most. Decodes that are nobody's cost little, but the more there could be, the fewer programs
+# share one.
+TOKENS = (*range(128, 2048, 128), *range(2048, 4096, 256), *range(4096, 8193, 512))
+DECODES = (0, 16, 256)
 
-# Multiply-adds of a step that take a GPU as long as it takes the host to launch the kernels one by one.
-MOST_WORK = 1 << 42
+# What the host takes to launch the kernels of a layer one by one: 0.45 ms beside one H200, 1.1 beside another.
+LAYER_SECONDS = 1e-3
+SUSTAINED = 0.7  # of a GPU's FLOP/s, in products of many rows
 
 # Tokens that the rows of prompts may read, each for itself; more is read faster by a prefill kernel.
 MOST_READ = 1 << 16
@@ -41,15 +44,30 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
     return [size for size in SIZES if size <= 256 or size < max_num_seqs + STEP]
 
 
-def prompt_rooms(max_num_seqs: int, most_tokens: int) -> list[Room]:
-    """For prompts of up to `most_tokens` beside the decodes of so many sequences, the largest last."""
-    sizes = [size for size in PROMPT_SIZES if size <= most_tokens]
-    return [Room(decodes, size) for size in sizes for decodes in DECODES if decodes < 4 * max_num_seqs]
+def worthwhile_tokens(products: float, gpu: GPU | None) -> int:
+    """Tokens of a step up to which the host takes longer to launch its kernels than the GPU to run them.
+
+    Longer steps are as fast without a graph, which would hold memory for them.
+
+    Args:
+        products: of a layer, as `kvtool.models.Decoder.products` counts them.
+        gpu: None: it is not known, and taken for an A100.
+    """
+    return int(LAYER_SECONDS * SUSTAINED * (gpu or GPUS["A100"]).flops16 / (2 * products))
+
+
+def prompt_rooms(most_decodes: int, worthwhile: int, max_num_batched_tokens: int) -> list[Room]:
+    """For steps of up to `worthwhile` tokens, `most_decodes` of them decodes; the largest last."""
+    sizes = [size for size in TOKENS if size <= worthwhile and size < max_num_batched_tokens]
+    if 1 < max_num_batched_tokens <= min(worthwhile, TOKENS[-1]):
+        sizes.append(max_num_batched_tokens)
+    decodes = [sorted({min(some, most_decodes, size - 2) for some in DECODES}) for size in sizes]
+    return [Room(some, size) for size, counts in zip(sizes, decodes, strict=True) for some in counts]
 
 
 def most_rows(max_num_batched_tokens: int) -> int:
-    """Tokens that the model sees at once at most: those of a step, and nobody's, which fill up a graph."""
-    return max(max_num_batched_tokens + DECODES[-1], SIZES[-1])
+    """Tokens that the model sees at once at most: those of a step, or of the largest graph of decodes."""
+    return max(max_num_batched_tokens, SIZES[-1])
 
 
 class BlockTable:
@@ -90,13 +108,11 @@ class Capturer:
     """Makes graphs that share their memory, so none may run beside another; the largest come first, best."""
 
     def __init__(self) -> None:
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, run: Callable[[], Outputs]) -> tuple[torch.cuda.CUDAGraph, Outputs]:
         """`run` as a graph, and what it returned."""
-        self._stream.wait_stream(torch.cuda.current_stream())  # where the store and the inputs are being filled
-        with torch.cuda.stream(self._stream):
-            run()  # lazily loaded kernels must be there before
+        run()  # lazily loaded kernels must be there before
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # thread_local: NCCL's watchdog may ask for the state of earlier events meanwhile.
@@ -270,26 +286,40 @@ def decode_rows(fmt: KVFormat, spans: Sequence[ScheduledSpan], ends: Integers, n
     )
 
 
-def room_ids(spans: Sequence[ScheduledSpan], num_decodes: int, width: int) -> dict[str, Integers]:
+def room_ids(spans: Sequence[ScheduledSpan], decodes: int, width: int) -> dict[str, Integers]:
     """What a step in a room takes from the scheduler alone.
 
     Args:
-        spans: decodes first.
-        num_decodes: those that the room holds; the last one's newest block stands for the missing ones' as well.
+        spans: decodes first, at least one of them where the room holds any.
+        decodes: that it holds; the last one's newest block stands for the missing ones' as well.
         width: of `recent`.
 
     Returns:
-        ids: [num_decodes + tokens of prompts], as `known` takes them; -1 where a decode is missing.
-        newest: [3, num_decodes], slot, column and block of each decode; empty if there are none.
+        ids: [T], as `known` takes them.
+        newest: [3, decodes], slot, column and block of each decode.
     """
-    decodes = [span for span in spans if span.length == 1]
-    nobody = num_decodes - len(decodes)
-    ids = [span.token_ids[0] if span.token_ids else place(span, width) for span in decodes] + [-1] * nobody
-    ids += [token_id for span in spans[len(decodes) :] for token_id in span.token_ids]
+    single = [span for span in spans if span.length == 1]
+    ids = [id_ for span in spans for id_ in span.token_ids or [place(span, width)]]
     newest = [
-        (span.slot, len(span.blocks) - 1, span.blocks[-1]) if span.blocks else (span.slot, 0, 0) for span in decodes
+        (span.slot, len(span.blocks) - 1, span.blocks[-1]) if span.blocks else (span.slot, 0, 0) for span in single
     ]
-    return {"ids": np.array(ids, np.int64), "newest": np.array(newest + newest[-1:] * nobody, np.int64).T}
+    nobody = newest[-1:] * (decodes - len(single))
+    return {"ids": np.array(ids, np.int64), "newest": np.array(newest + nobody, np.int64).reshape(-1, 3).T}
+
+
+class CapturedRoom(NamedTuple):
+    """A graph and what it reads.
+
+    Attributes:
+        tile: tokens in a tile of its kernels.
+        inputs: by name, in memory that all rooms share.
+        staged: the same on the host, flat.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    tile: int
+    inputs: dict[str, Tensor]
+    staged: dict[str, Integers]
 
 
 class PromptGraphs:
@@ -302,53 +332,55 @@ class PromptGraphs:
         step: the model on a batch, up to its hidden states; it must not look at any value.
         fmt: of the KV store.
         recent: [1 + K, max_num_seqs + 1], ids that were sampled last and drafted, by slot.
-        most_tokens: of the prompts in a step.
+        rooms: the largest last.
     """
 
-    def __init__(self, step: Step, fmt: KVFormat, recent: Tensor, table: BlockTable, most_tokens: int) -> None:
+    def __init__(self, step: Step, fmt: KVFormat, recent: Tensor, table: BlockTable, rooms: Sequence[Room]) -> None:
         self._step, self._format, self._recent, self._table = step, fmt, recent, table
-        newest = recent[0]
-        self.rooms = prompt_rooms(len(newest) - 1, most_tokens)
+        self.rooms = rooms
         length = max((self._length(room) for room in self.rooms), default=0)
-        self._memory = torch.zeros(length, dtype=torch.int64, device=newest.device)
+        self._memory = torch.zeros(length, dtype=torch.int64, device=recent.device)
         self._staged = torch.zeros(length, dtype=torch.int64).pin_memory()
         self._sent = torch.cuda.Event()
-        self._captured: dict[Room, tuple[torch.cuda.CUDAGraph, int]] = {}  # and the tokens in a tile
-        self._hidden = torch.empty(0, device=newest.device)  # of all rooms; the largest makes it
+        self._captured: dict[Room, CapturedRoom] = {}
+        self._hidden = torch.empty(0, device=recent.device)  # of all rooms; the largest makes it
 
     def capture(self, rooms: Sequence[Room], capturer: Capturer) -> None:
         """Capture some of `rooms`, the largest first, so that the smaller ones find its memory."""
         for room in sorted(rooms, key=lambda room: (room.tokens, room.decodes), reverse=True):
+            inputs = self._inputs(room, self._memory)
             self._memory.fill_(-1)  # nobody's
-            self._inputs(room, self._memory)["newest"].zero_()
-            self._captured[room] = capturer.capture(partial(self._run, room))
+            inputs["newest"].zero_()
+            graph, tile = capturer.capture(partial(self._run, room, inputs))
+            staged = {name: piece.view(-1).numpy() for name, piece in self._inputs(room, self._staged).items()}
+            self._captured[room] = CapturedRoom(graph, tile, inputs, staged)
 
     def room(self, batch: ScheduledBatch) -> Room | None:
         """Where the step runs, None if nowhere."""
-        lengths = [span.length for span in batch.spans if span.length > 1]
-        decodes, tokens = len(batch.spans) - len(lengths), sum(lengths)
+        lengths = [span.length for span in batch.spans]
+        decodes, tokens = lengths.count(1), sum(lengths)
         fitting = (room for room in self._captured if decodes <= room.decodes and tokens <= room.tokens)
         smallest = min(fitting, key=lambda room: (room.tokens, room.decodes), default=None)
-        holds = smallest and lengths and smallest.holds(self._format, list(map(as_kv_span, batch.spans)))
+        holds = smallest and decodes < len(lengths) and smallest.holds(self._format, list(map(as_kv_span, batch.spans)))
         return smallest if holds else None
 
     def launch(self, batch: ScheduledBatch, room: Room) -> tuple[KVBatch, Tensor]:
         """What ran, and hidden states [T, hidden_size] of its tokens; valid until the next launch."""
-        graph, tile = self._captured[room]
+        captured = self._captured[room]
         spans = tuple(map(as_kv_span, batch.spans))
         n = sum(span.length == 1 for span in spans)
         self._table.send(batch.spans[:n])
-        arrays = room.lay_out(self._format, spans, tile)
+        arrays = room.lay_out(self._format, spans, captured.tile)
         arrays |= room_ids(batch.spans, room.decodes, self._recent.shape[1])
         self._sent.synchronize()  # what is staged has been read
-        staged, memory = self._staged[: self._length(room)], self._memory[: self._length(room)]
-        staged.fill_(-1)
-        for name, kept in self._inputs(room, staged).items():
-            kept.view(-1)[: arrays[name].size] = torch.from_numpy(arrays[name].ravel())
-        memory.copy_(staged, non_blocking=True)
+        for name, piece in captured.staged.items():
+            count = arrays[name].size
+            piece[:count], piece[count:] = arrays[name].ravel(), -1
+        length = self._length(room)
+        self._memory[:length].copy_(self._staged[:length], non_blocking=True)
         self._sent.record()
-        graph.replay()
-        inputs = self._inputs(room, memory)
+        captured.graph.replay()
+        inputs = captured.inputs
         slots = inputs["newest"][0]
         ran = KVBatch(
             format=self._format,
@@ -361,8 +393,7 @@ class PromptGraphs:
             tail_slots=slots,
             visible=inputs["visible"],
         )
-        hidden = self._hidden[: arrays["ids"].size]
-        return ran, hidden if n == room.decodes else torch.cat([hidden[:n], hidden[room.decodes :]])
+        return ran, self._hidden[: arrays["ids"].size]
 
     def _shapes(self, room: Room) -> dict[str, tuple[int, ...]]:
         """Of a step's inputs. ids: see `known`; newest: slot, column and block of each decode."""
@@ -380,11 +411,10 @@ class PromptGraphs:
         named = zip(shapes.items(), pieces, strict=True)
         return {name: piece[: prod(shape)].view(shape) for (name, shape), piece in named}
 
-    def _run(self, room: Room) -> int:
-        """Compute the step that is in memory, to `_hidden`; the tokens in a tile of the kernels."""
-        inputs, n = self._inputs(room, self._memory), room.decodes
+    def _run(self, room: Room, inputs: dict[str, Tensor]) -> int:
+        """Compute the step that is in `inputs`, to `_hidden`; the tokens in a tile of the kernels."""
         slots, columns, newest = inputs["newest"]
-        if n:
+        if room.decodes:
             self._table.rows.index_put_((slots, columns), newest)
         batch, prompts = fixed_batch(self._format, room, inputs, slots, self._table.rows)
         hidden = self._step(known(inputs["ids"], self._recent), batch)
@@ -402,7 +432,7 @@ class StepGraphs:
         recent: [1 + K, max_num_seqs + 1], ids that were sampled last and drafted, by slot, and of a slot that nobody
             reads.
         max_blocks: of the longest sequence.
-        most_prompt_tokens: of prompts in a step; 0 where the kernels look at them on the host.
+        rooms: for steps with prompts; none where the kernels look at them on the host.
     """
 
     def __init__(
@@ -412,11 +442,11 @@ class StepGraphs:
         fmt: KVFormat,
         recent: Tensor,
         max_blocks: int,
-        most_prompt_tokens: int,
+        rooms: Sequence[Room],
     ) -> None:
         self._table = BlockTable(recent.shape[1] - 1, max_blocks, recent.device)
         self.decodes = DecodeGraphs(lambda ids, batch: logits(hidden_states(ids, batch)), fmt, recent, self._table)
-        self.prompts = PromptGraphs(hidden_states, fmt, recent, self._table, most_prompt_tokens)
+        self.prompts = PromptGraphs(hidden_states, fmt, recent, self._table, rooms)
 
     def capture(self, *, largest: bool = False) -> None:
         """Capture all of them; `largest`: only those that need most memory."""

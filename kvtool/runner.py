@@ -18,8 +18,9 @@ from kvtool.attention.latents import LatentQueries
 from kvtool.attention.layer import AttentionLayer
 from kvtool.calibration import choose_quantization
 from kvtool.config import EngineConfig, KVOptions
-from kvtool.cuda_graph import MOST_WORK, StepGraphs, as_kv_span, known, most_rows, place
+from kvtool.cuda_graph import StepGraphs, as_kv_span, known, most_rows, place, prompt_rooms, worthwhile_tokens
 from kvtool.errors import CapacityError, ConfigError
+from kvtool.gpus import find_gpu
 from kvtool.kv.batch import KVBatch, on_device
 from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import KVFormat, resolve
@@ -264,7 +265,7 @@ class Runner:
         """Compute the spans and sample."""
         if self.graphs and self.graphs.decodes.holds(batch):
             kv_batch, logits, greedy = self.graphs.decodes.launch(batch)
-            self._count_experts(slice(kv_batch.num_decodes))
+            self._count_experts(kv_batch.num_decodes)
             self.store.seal(kv_batch)
             return self._sample(batch, logits, greedy, allowed, [])
         kv_batch, hidden = self._hidden_states(batch, on_layer)
@@ -288,21 +289,20 @@ class Runner:
         """Where the step's tokens stand, and their hidden states."""
         if self.graphs and (room := self.graphs.prompts.room(batch)):
             kv_batch, hidden = self.graphs.prompts.launch(batch, room)
-            n, start = kv_batch.num_decodes, room.decodes  # where prompts start
-            self._count_experts(slice(n), slice(start, start + len(hidden) - n))
+            self._count_experts(len(hidden))
             return kv_batch, hidden
         kv_batch = KVBatch.build(self.store.format, list(map(as_kv_span, batch.spans)), self.device)
         width = self.recent.shape[1]
         ids = [token for span in batch.spans for token in span.token_ids or [place(span, width)]]
         sent = on_device({"ids": np.array(ids, np.int64)}, self.device)["ids"]
         hidden = self._compute(known(sent, self.recent), kv_batch, on_layer)
-        self._count_experts(slice(len(ids)))
+        self._count_experts(len(ids))
         return kv_batch, hidden
 
-    def _count_experts(self, *places: slice) -> None:
-        """The step's tokens stand in these rows."""
+    def _count_experts(self, tokens: int) -> None:
+        """So many have been computed; what stands behind them fills up a graph."""
         if self.expert_load:
-            self.expert_load.count(*places)
+            self.expert_load.count(tokens)
 
     def expert_tokens(self) -> dict[int, list[int]]:
         """Tokens that have chosen each expert so far, by layer, where `expert_load` counts. Waits for the GPU."""
@@ -502,8 +502,10 @@ class Runner:
         if not is_capturable:
             return None
         fmt, captured = self.store.format, self.attention.captured_tokens
-        most_tokens = min(MOST_WORK // self.model.layer_elements, config.max_num_batched_tokens)
-        (most_tokens,) = self.parallel.least(most_tokens if captured is None else min(most_tokens, captured))
+        gpu = find_gpu(torch.cuda.get_device_name(self.device))
+        worthwhile = worthwhile_tokens(self.model.products / len(self._layers), gpu[1] if gpu else None)
+        (worthwhile,) = self.parallel.least(worthwhile if captured is None else min(worthwhile, captured))
+        most_decodes = len(self.recent) * config.max_num_seqs
         # Stages but the last have no logits, and nobody looks at what comes of their hidden states.
         head = self.model.logits if self.parallel.stage.is_last else torch.Tensor.contiguous
         return StepGraphs(
@@ -512,7 +514,7 @@ class Runner:
             fmt,
             self.recent,
             max_blocks=max(1, fmt.num_blocks(self.max_model_len)),
-            most_prompt_tokens=most_tokens,
+            rooms=prompt_rooms(most_decodes, worthwhile, config.max_num_batched_tokens),
         )
 
     def _capture(self, graphs: StepGraphs) -> None:
@@ -547,9 +549,14 @@ class Runner:
             self.largest_step_seconds = time.perf_counter() - launched
             if self.store.sealer:
                 self.store.sealer.compile()
-            step = torch.cuda.max_memory_reserved(self.device)
+            step, graphs = torch.cuda.max_memory_reserved(self.device), 0
             if self.graphs:
+                torch.cuda.empty_cache()
+                before = torch.cuda.memory_reserved(self.device)
                 self.graphs.capture(largest=True)
+                torch.cuda.empty_cache()
+                graphs = torch.cuda.memory_reserved(self.device) - before
+                step = max(step, torch.cuda.max_memory_reserved(self.device) - graphs)
             torch.cuda.synchronize(self.device)
         except (torch.OutOfMemoryError, CapacityError) as error:
             raise CapacityError(
@@ -557,7 +564,6 @@ class Runner:
                 f"{size(weights)} of weights; lower --max-num-batched-tokens or --max-num-seqs"
             ) from error
         workspace = step - weights - self.store.nbytes
-        graphs = torch.cuda.max_memory_reserved(self.device) - step
         free, _ = torch.cuda.mem_get_info(self.device)
         others = total - free - torch.cuda.memory_reserved(self.device)
         del self.store, self.attention, self.graphs

@@ -147,8 +147,8 @@ class Scheduler:
             sequence.root = block_digest(sequence.root, list(origin.encode()))
         sequence.tokens.append(first_token)
         sequence.num_cached_tokens = num_cached_tokens
-        if self._finish_reason(sequence):
-            return [self._news(sequence, [])]
+        if reason := self._finish_reason(sequence):
+            return [self._news(sequence, [], reason)]
         sequence.num_computed_tokens, sequence.is_imported = len(request.prompt), True
         self.waiting.append(sequence)
         return []
@@ -246,19 +246,20 @@ class Scheduler:
                 news.append(Tokens(taker.id, [], error=NOT_FINITE))
                 continue
             logprobs: list[TokenLogprobs] = []
+            reason: FinishReason | None = None
             for _, token, logprob in samples:
                 if token <= VOID:
                     break
                 taker.tokens.append(token)
                 logprobs += [logprob] if logprob else []
-                if self._finish_reason(taker):
+                if reason := self._finish_reason(taker):
                     break
             taker.alone = False
             if taker.num_drafted:
                 self._count_drafts(taker, sum(token > VOID for _, token, _ in samples) - 1)
             self._seal(taker)
-            news.append(self._news(taker, logprobs))
-            if news[-1].finish_reason:
+            news.append(self._news(taker, logprobs, reason))
+            if reason:
                 self._end(taker)
             elif samples[-1][1] < VOID:  # what is behind its tokens would reach them
                 self._release_unfit(taker)
@@ -553,9 +554,9 @@ class Scheduler:
         self._release(sequence)
         sequence.unfit = False
 
-    def _news(self, sequence: Sequence, logprobs: list[TokenLogprobs]) -> Tokens:
-        """What is said of a sequence's newest tokens."""
-        reason, first = self._finish_reason(sequence), sequence.num_told == 0
+    def _news(self, sequence: Sequence, logprobs: list[TokenLogprobs], reason: FinishReason | None) -> Tokens:
+        """What is said of a sequence's newest tokens, behind which it ends if there is a reason."""
+        first = sequence.num_told == 0
         new = sequence.tokens[len(sequence.request.prompt) + sequence.num_told :]
         sequence.num_told += len(new)
         scored = first and sequence.params.prompt_logprobs is not None

@@ -190,7 +190,7 @@ def memory_line(engine: Engine) -> str:
     free, total = torch.cuda.mem_get_info()
     memory, held = engine.runner.memory, (total - free) / 2**30
     assert memory is not None
-    predicted = (memory.others + memory.weights + memory.workspace + engine.info.kv_bytes) / 2**30
+    predicted = (memory.others + memory.weights + memory.workspace + memory.graphs + engine.info.kv_bytes) / 2**30
     return f"{engine.info.kv_tokens:,} tokens fit; {predicted:.2f} GiB predicted, {held:.2f} GiB held"
 
 

@@ -131,8 +131,8 @@ def test_experts_are_counted_whatever_fills_up_a_graph(tmp_path):
 @pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS.keys())
 def test_chunks_of_prompts_run_as_graphs_beside_decodes(kv):
     asked = requests(9, longest=900)
-    torch_error = error(engine(kv, attention_backend="torch", cuda_graph=False, max_num_batched_tokens=256), kv, asked)
-    tested = engine(kv, max_num_batched_tokens=256)
+    torch_error = error(engine(kv, attention_backend="torch", cuda_graph=False, max_num_batched_tokens=384), kv, asked)
+    tested = engine(kv, max_num_batched_tokens=384)
     graphs, rooms = tested.runner.graphs.prompts, set()
     launch = graphs.launch
 

@@ -1,4 +1,4 @@
-"""What graphs are given: vectorised integers against a loop over tokens."""
+"""What graphs are given: vectorised integers against a loop over tokens. And which steps there are graphs for."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtool.config import KVOptions
-from kvtool.cuda_graph import decode_rows, known, room_ids
+from kvtool.cuda_graph import decode_rows, known, prompt_rooms, room_ids, worthwhile_tokens
+from kvtool.gpus import GPUS
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.request import ScheduledSpan
@@ -72,10 +73,40 @@ def test_a_step_with_prompts_reads_each_token_from_where_it_is(
         tokens.append(slot if is_given else int(recent[draft, slot]))
     for slot, length in enumerate(prompts, len(decodes)):
         spans.append(ScheduledSpan(id="", slot=slot, start=0, end=length, blocks=[], token_ids=list(range(length))))
-    given_ids = room_ids(spans, len(decodes) + nobody, 11)
+    held = len(decodes) + nobody * bool(decodes)
+    given_ids = room_ids(spans, held, 11)
     ids = known(torch.from_numpy(given_ids["ids"]), recent).tolist()
-    assert ids[: len(decodes)] == tokens
-    assert ids[len(decodes) + nobody :] == [token for length in prompts for token in range(length)]
-    if decodes:
-        newest = [(span.slot, max(0, len(span.blocks) - 1), (span.blocks or [0])[-1]) for span in spans[: len(decodes)]]
-        assert list(map(tuple, given_ids["newest"].T)) == newest + newest[-1:] * nobody
+    assert ids == tokens + [token for length in prompts for token in range(length)]
+    newest = [(span.slot, max(0, len(span.blocks) - 1), (span.blocks or [0])[-1]) for span in spans[: len(decodes)]]
+    assert given_ids["newest"].shape == (3, held)
+    assert list(map(tuple, given_ids["newest"].T)) == newest + newest[-1:] * (held - len(decodes))
+
+
+@given(
+    most_decodes=st.integers(1, 2000),
+    worthwhile=st.integers(0, 20000),
+    budget=st.integers(1, 20000),
+    decodes=st.integers(0, 300),
+    tokens=st.integers(2, 20000),
+)
+def test_a_step_that_gains_by_it_finds_a_room_that_it_fills(
+    most_decodes: int, worthwhile: int, budget: int, decodes: int, tokens: int
+) -> None:
+    """All that may come up to what is worthwhile, but for what lies between two sizes; and no larger ones."""
+    rooms = prompt_rooms(most_decodes, worthwhile, budget)
+    assert len(rooms) < 100 and rooms == sorted(rooms, key=lambda room: (room.tokens, room.decodes))
+    assert all(room.tokens <= min(worthwhile, budget) and 0 <= room.decodes < room.tokens - 1 for room in rooms)
+    if decodes + 2 <= tokens <= budget and decodes <= min(256, most_decodes):
+        fitting = [room for room in rooms if decodes <= room.decodes and tokens <= room.tokens]
+        if tokens <= min(0.88 * worthwhile - 128, 8192):
+            assert fitting and fitting[0].tokens - tokens < max(128, tokens / 8)
+
+
+def test_graphs_are_for_steps_that_keep_the_host_busier_than_the_gpu() -> None:
+    """A step's products take as long on the GPU as its launches on the host, whatever the model."""
+    seven_billion = 3584 * (3584 + 2 * 512 + 3584) + 3 * 3584 * 18944
+    assert 1280 < worthwhile_tokens(seven_billion, GPUS["H200"]) < 1600
+    assert 400 < worthwhile_tokens(seven_billion, GPUS["RTX 4090"]) < 640
+    fewer_bits = worthwhile_tokens(seven_billion / 2, GPUS["H200"])
+    assert abs(fewer_bits - 2 * worthwhile_tokens(seven_billion, GPUS["H200"])) <= 1
+    assert worthwhile_tokens(seven_billion, None) == worthwhile_tokens(seven_billion, GPUS["A100"])

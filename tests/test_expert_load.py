@@ -46,11 +46,11 @@ def test_rows_that_fill_up_a_step_are_not_counted() -> None:
     load, expected = ExpertLoad(routers, rows=12), {layer: torch.zeros(5, dtype=torch.int64) for layer in routers}
     for router in routers.values():
         router.weight.normal_()
-    for places in ([slice(4)], [slice(3), slice(5, 9)], [slice(12)], [slice(0), slice(0, 2)]):
+    for tokens in (4, 9, 12, 0):
         for layer, router in routers.items():
             ids, _ = router.experts_of(torch.randn(12, 16, dtype=torch.float64))
-            expected[layer] += torch.cat([ids[rows] for rows in places]).flatten().bincount(minlength=5)
-        load.count(*places)
+            expected[layer] += ids[:tokens].flatten().bincount(minlength=5)
+        load.count(tokens)
     assert load.totals() == {layer: counts.tolist() for layer, counts in expected.items()}
     load.reset()
     assert load.totals() == {layer: [0] * 5 for layer in routers}

@@ -364,4 +364,4 @@ print(*sorted(name.split(".")[1] for name in ours if "." in name))
 def test_another_engine_can_use_the_store_and_attention_without_ours():
     result = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert set(result.stdout.split()) == {"attention", "config", "errors", "kernels", "kv"}
+    assert set(result.stdout.split()) == {"attention", "config", "errors", "kernels", "kv", "ranges"}

@@ -42,7 +42,7 @@ class Prefill(Protocol):
         layer: AttentionLayer,
         out: Tensor,
     ) -> None:
-        """Attention of `q` [T, Hq, D], the queries behind the decodes, over what `kv.write` has stored, into `out`.
+        """Attention of `q` [T, Hq, D], from `batch.first_prompt` on, over what `kv.write` has stored, into `out`.
 
         Latents it expands for queries that have not absorbed the products; those are rotated as latents and rope keys
         are, and `out` is [T, Hq, D of values].
@@ -86,11 +86,12 @@ class AttentionBackend:
     def forward(self, q: Tensor, near: Near | None, kv: LayerKV, batch: KVBatch, layer: AttentionLayer) -> Tensor:
         """Attention of `q` [T, Hq, D] over what `kv.write` has stored, as [T, Hq, D of values]."""
         dim = layer.head_dim if layer.latent_dim is None else layer.latent_dim
-        n, out = batch.num_decodes, torch.empty(*q.shape[:2], dim, dtype=q.dtype, device=q.device)
+        n, first = batch.num_decodes, batch.first_prompt
+        out = torch.empty(*q.shape[:2], dim, dtype=q.dtype, device=q.device)
         if n:
             self.decode.decode(q[:n], kv, batch, layer, out[:n])
-        if n < len(q):
-            self.prefill.prefill(q[n:], near, kv, batch, layer, out[n:])
+        if first < len(q):  # behind decodes, which may write anything for what is nobody's
+            self.prefill.prefill(q[first:], near, kv, batch, layer, out[first:])
         return out
 
 

@@ -33,9 +33,7 @@ class CudaDecode:
         return cuda_decode.refuses(*streams, layer.num_heads) or nvrtc.refuses_to_compile()
 
     def decode(self, q: Tensor, kv: LayerKV, batch: KVBatch, layer: AttentionLayer, out: Tensor) -> None:
-        n = batch.num_decodes
-        places = batch.block_table[:n], batch.positions[:n], batch.visible[:n], batch.tail_slots[:n]
-        given = q, kv.key.packed, kv.value.packed, *places, kv.arrivals
+        given = q, kv.key.packed, kv.value.packed, *batch.decodes, kv.arrivals
         if layer.latent_dim is not None:
             cuda_mla_decode.latent_decode(*given, scale=layer.scale, out=out)
         else:

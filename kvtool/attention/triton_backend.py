@@ -63,16 +63,16 @@ class TritonPrefill:
             near.value if near else None,
             kv.key.packed,
             kv.value.packed,
-            batch.block_table[batch.num_decodes :] if kv.is_exact else prompts.far_table,
+            batch.prompt_table if kv.is_exact else prompts.far_table,
             None if kv.is_exact else prompts.far_blocks,
             prompts.tiles,
             batch.visible,
         )
-        n, scale, window = batch.num_decodes, layer.scale, layer.sliding_window
+        first, scale, window = batch.first_prompt, layer.scale, layer.sliding_window
         if layer.latent_dim is not None:
-            mla_prefill.latent_prefill(*given, num_decodes=n, scale=scale, out=out)
+            mla_prefill.latent_prefill(*given, first_token=first, scale=scale, out=out)
         else:
-            prefill.paged_prefill(*given, num_decodes=n, scale=scale, sliding_window=window, out=out)
+            prefill.paged_prefill(*given, first_token=first, scale=scale, sliding_window=window, out=out)
 
 
 class TritonDecode:
@@ -86,9 +86,7 @@ class TritonDecode:
         return _not_here(kv) or decode.refuses(kv.key.packed, kv.value.packed, layer.num_heads)
 
     def decode(self, q: Tensor, kv: LayerKV, batch: KVBatch, layer: AttentionLayer, out: Tensor) -> None:
-        n = batch.num_decodes
-        places = batch.block_table[:n], batch.positions[:n], batch.visible[:n], batch.tail_slots[:n]
-        given = q, kv.key.packed, kv.value.packed, *places
+        given = q, kv.key.packed, kv.value.packed, *batch.decodes
         if layer.latent_dim is not None:
             mla_decode.latent_decode(*given, scale=layer.scale, out=out)
         else:

@@ -31,7 +31,7 @@ def _launch(x: Tensor, peaks: Tensor | None) -> Tensor:
     assert x.is_contiguous()
     rows, size = x.shape[0], x.shape[1] // 2
     out = torch.empty(rows, size, dtype=x.dtype, device=x.device)
-    to, blocks = out if peaks is None else peaks, triton.cdiv(size, BLOCK)
+    to, blocks = out if peaks is None else peaks, -(-size // BLOCK)
     _silu_mul[(rows, blocks)](x, out, to, size, BLOCK=BLOCK, PEAKS=peaks is not None, num_warps=4, **chained(x.device))
     return out
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvtool.kernels.activation import silu
-from kvtool.kernels.launch import await_inputs, capability, chained, prefetch
+from kvtool.kernels.launch import await_inputs, capability, chained, power_of_2, prefetch
 
 MAX_ROWS = 64
 
@@ -81,9 +81,9 @@ TILES: dict[tuple[int, int], tuple[tuple[int, int, Tile], ...]] = {
 
 def tile_for(x: Tensor, weight: Tensor) -> Tile | None:
     """The tile for `gemv`, or None where the vendor's product is faster, or has a single output."""
-    if len(x) > MAX_ROWS or x.dtype.itemsize != 2 or len(weight) == 1:
+    if x.shape[0] > MAX_ROWS or x.dtype.itemsize != 2 or len(weight) == 1:
         return None
-    entries = TILES.get((capability(x.device), triton.next_power_of_2(len(x))), ())
+    entries = TILES.get((capability(x.device), power_of_2(len(x))), ())
     outputs, depth = weight.shape
     return next((tile for least, columns, tile in entries if outputs >= least and depth >= columns), None)
 
@@ -142,7 +142,7 @@ def _launch(
     assert x.is_contiguous() and weight.is_contiguous() and rows <= MAX_ROWS
     outputs = len(weight) // 2 if gated else len(weight)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    columns = triton.next_power_of_2(rows)
+    columns = power_of_2(rows)
     options = {
         "ROWS": max(8, columns) if tile.dot else columns,
         "OUTPUTS": tile.outputs,
@@ -155,7 +155,7 @@ def _launch(
         "num_stages": tile.stages,
         **chained(x.device),
     }
-    grid = (triton.cdiv(outputs, tile.outputs),)
+    grid = (-(-outputs // tile.outputs),)
     given = (x, weight, weight if bias is None else bias, out, rows, outputs, depth)
     if tile.dot:
         _dot_kernel[grid](*given, **options)

@@ -31,6 +31,11 @@ def num_splits(rows: int, num_blocks: int, has_tail: bool, programs: int) -> int
     return max(1, min(num_blocks + has_tail, programs // rows))
 
 
+def power_of_2(number: int) -> int:
+    """The smallest that is not below `number`. On the host triton's own takes as long as a part of a launch."""
+    return 1 << (number - 1).bit_length()
+
+
 @triton.constexpr_function
 def next_power_of_2(number):
     return triton.next_power_of_2(number)

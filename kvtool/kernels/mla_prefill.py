@@ -31,7 +31,7 @@ def latent_prefill(
     tiles: Callable[[int], Tensor],
     visible: Tensor,
     *,
-    num_decodes: int,
+    first_token: int,
     scale: float,
     out: Tensor,
 ) -> None:
@@ -75,7 +75,7 @@ def latent_prefill(
         cut,
         visible,
         scale * 1.4426950408889634,
-        num_decodes,
+        first_token,
         nears[0].stride(0),
         nears[1].stride(0),
         far_key.stride(0),
@@ -119,7 +119,7 @@ def unpack(stream: PackedStream, blocks: Tensor, out: Tensor) -> None:
 
 
 @triton.jit(
-    do_not_specialize=["num_decodes", "table_stride", "num_heads"],
+    do_not_specialize=["first_token", "table_stride", "num_heads"],
     do_not_specialize_on_alignment=["table_ptr", "visible_ptr"],
 )
 def _latent_prefill_kernel(
@@ -133,7 +133,7 @@ def _latent_prefill_kernel(
     tiles_ptr,
     visible_ptr,
     scale,
-    num_decodes,
+    first_token,
     near_k_stride,
     near_v_stride,
     far_k_stride,
@@ -164,7 +164,7 @@ def _latent_prefill_kernel(
     row = tl.arange(0, M)
     position = tl.minimum(t_first + row // HEADS, t_last)
     head = tl.program_id(0) % head_blocks * HEADS + row % HEADS
-    line = (token - num_decodes + position) * num_heads + tl.minimum(head, num_heads - 1)
+    line = (token - first_token + position) * num_heads + tl.minimum(head, num_heads - 1)
     latent_q = tl.load(q_ptr + line[:, None] * (L + R) + tl.arange(0, L)[None, :])
     rope_q = tl.load(q_ptr + line[:, None] * (L + R) + L + tl.arange(0, R)[None, :])
 

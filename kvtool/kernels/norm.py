@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.launch import await_inputs, chained
+from kvtool.kernels.launch import await_inputs, chained, power_of_2
 from kvtool.kernels.quantized_rows import QuantizedRows
 from kvtool.kernels.w8a8_kernels import empty_rows, scale_of, store_codes
 
@@ -39,7 +39,7 @@ def _launch(
     """The stream; the normalised one is written to `out`."""
     rows, size = x.shape
     assert x.is_contiguous() and (residual is None or residual.is_contiguous())
-    width = triton.next_power_of_2(size)
+    width = power_of_2(size)
     _add_rms_norm[(rows,)](
         x,
         x if residual is None else residual,

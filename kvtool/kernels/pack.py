@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.launch import await_inputs, chained
+from kvtool.kernels.launch import await_inputs, chained, power_of_2
 
 ELEMENTS_PER_WARP = 4096  # as few warps as registers allow: reductions across warps cost most
 
@@ -50,12 +50,12 @@ class Packing:
     @property
     def width(self) -> int:
         """Columns of a part's tile."""
-        return _power_of_2(self.part_dim)
+        return power_of_2(self.part_dim)
 
     @property
     def head_rows(self) -> int:
         """Rows of a tile of all heads."""
-        return _power_of_2(self.heads)
+        return power_of_2(self.heads)
 
     @property
     def groups(self) -> int:
@@ -65,7 +65,7 @@ class Packing:
     @property
     def aligned(self) -> bool:
         """Whether a tile of parts is one of groups too. Triton 3.6 errs where both would have to be cut anew."""
-        whole = self.width == self.part_dim and _power_of_2(self.group) == self.group
+        whole = self.width == self.part_dim and power_of_2(self.group) == self.group
         return self.group == self.part_dim or (self.parts == 1 and whole)
 
     @property
@@ -77,11 +77,6 @@ class Packing:
         """Of a program whose tile has `rows` rows."""
         elements = ELEMENTS_PER_WARP // 2 if self.bits == "2" else ELEMENTS_PER_WARP  # four parts need more registers
         return min(16, max(1, rows * self.parts * self.width // elements))
-
-
-def _power_of_2(n: int) -> int:
-    """The smallest that is not below `n`."""
-    return 1 << (n - 1).bit_length()
 
 
 @dataclass(frozen=True)

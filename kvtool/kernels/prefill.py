@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvtool.kernels import WORKSPACE
 from kvtool.kernels.decode import HEAD_DIMS, PackedStream, _or
-from kvtool.kernels.launch import capability, next_power_of_2, num_sms
+from kvtool.kernels.launch import capability, next_power_of_2, num_sms, power_of_2
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def paged_prefill(
     tiles: Callable[[int], Tensor],
     visible: Tensor,
     *,
-    num_decodes: int,
+    first_token: int,
     scale: float,
     sliding_window: int | None = None,
     out: Tensor,
@@ -78,7 +78,7 @@ def paged_prefill(
         near_key, near_value: [n, Hkv, D] of q's dtype, as in `kvtool.kv.store.Near`.
         table: [P, N] integers, blocks of each span: ids, or where `far_blocks` [F] is given indices into that.
         tiles: `Prompts.tiles`; a tile of span -1 is nobody's.
-        visible: [num_decodes + T] integers, v(t) of each token of the batch.
+        visible: [first_token + T] integers, v(t) of each token of the batch.
         scale: multiplies q·k before the softmax.
         sliding_window: a query sees this many newest positions, itself included; None sees all.
         out: [T, Hq, D], contiguous, where the result goes.
@@ -109,7 +109,7 @@ def paged_prefill(
             cut,
             visible,
             scale * 1.4426950408889634,  # exp2 is what the hardware has
-            num_decodes,
+            first_token,
             q.stride(0),
             out.stride(0),
             *nears[0].stride()[:2],
@@ -179,8 +179,8 @@ def unpack(
 
 def _choose(num_tokens: int, device: torch.device, head_dim: int, group_heads: int, kv_heads: int) -> Tile:
     """The large tile where it fills the device, else the small one. It depends on shapes alone, for CUDA graphs."""
-    large, small = TILES[capability(device), triton.next_power_of_2(head_dim)]
-    programs = triton.cdiv(num_tokens, large.rows // group_heads) * kv_heads
+    large, small = TILES[capability(device), power_of_2(head_dim)]
+    programs = -(-num_tokens // (large.rows // group_heads)) * kv_heads
     return large if programs >= num_sms(device) else small
 
 
@@ -190,7 +190,7 @@ def _heads_at_once(elements: int, kv_heads: int) -> int:
 
 
 @triton.jit(
-    do_not_specialize=["num_decodes", "table_stride", "window", "first_head", "far_head", "heads"],
+    do_not_specialize=["first_token", "table_stride", "window", "first_head", "far_head", "heads"],
     do_not_specialize_on_alignment=["table_ptr", "visible_ptr"],
 )
 def _prefill_kernel(
@@ -204,7 +204,7 @@ def _prefill_kernel(
     tiles_ptr,
     visible_ptr,
     scale,
-    num_decodes,
+    first_token,
     q_stride,
     out_stride,
     near_k_stride,
@@ -246,7 +246,7 @@ def _prefill_kernel(
     row = tl.arange(0, M)
     position = tl.minimum(t_first + row // GROUP_HEADS, t_last)
     channel = tl.arange(0, PAD)
-    at = (token - num_decodes + position) * q_stride + ((first_head + head) * GROUP_HEADS + row % GROUP_HEADS) * D
+    at = (token - first_token + position) * q_stride + ((first_head + head) * GROUP_HEADS + row % GROUP_HEADS) * D
     q = tl.load(q_ptr + at[:, None] + channel[None, :], mask=(channel < D)[None, :], other=0)
 
     v_first, v_last, v = _first_near(visible_ptr, token, t_first, t_last, position, near_first, EXACT, NEAR)
@@ -283,7 +283,7 @@ def _prefill_kernel(
     acc, m, total = state
 
     is_query = (row < TOKENS * GROUP_HEADS) & (t_first + row // GROUP_HEADS <= t_last)
-    at = (token - num_decodes + position) * out_stride
+    at = (token - first_token + position) * out_stride
     at += ((first_head + head) * GROUP_HEADS + row % GROUP_HEADS) * D
     result = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at[:, None] + channel[None, :], result, mask=is_query[:, None] & (channel < D)[None, :])

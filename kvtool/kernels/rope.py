@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.launch import await_inputs, chained
+from kvtool.kernels.launch import await_inputs, chained, power_of_2
 
 HEADS = 8  # of one token that a program rotates
 
@@ -28,15 +28,15 @@ def norm_rotate(
     """
     tokens, count, dim = heads.shape
     num_kv_heads, rotated = (count - num_heads) // 2, 2 * cos.shape[-1]
-    assert heads.is_contiguous() and cos.stride(-1) == sin.stride(-1) == 1
+    assert heads.is_contiguous() and cos.stride(-1) == sin.stride(-1) == 1 and sin.stride(2) == rotated // 2
     q = torch.empty(tokens, num_heads, dim, dtype=heads.dtype, device=heads.device)
     k = torch.empty(tokens, num_kv_heads, dim, dtype=heads.dtype, device=heads.device)
-    _norm_rotate[(tokens, triton.cdiv(num_heads + num_kv_heads, HEADS))](
+    _norm_rotate[(tokens, -(-(num_heads + num_kv_heads) // HEADS))](
         heads,
         q,
         k,
         cos,
-        sin[:, :, 1:],
+        sin,
         cos.stride(0),
         sin.stride(0),
         heads if weight is None else weight,
@@ -45,9 +45,9 @@ def norm_rotate(
         num_kv_heads,
         D=dim,
         HALF=rotated // 2,
-        HALF_WIDTH=triton.next_power_of_2(rotated // 2),
+        HALF_WIDTH=power_of_2(rotated // 2),
         REST=dim - rotated,
-        REST_WIDTH=triton.next_power_of_2(max(1, dim - rotated)),
+        REST_WIDTH=power_of_2(max(1, dim - rotated)),
         HEADS=HEADS,
         NORM=weight is not None,
         num_warps=2,
@@ -100,7 +100,7 @@ def _norm_rotate(
         if REST:
             rest *= scale * tl.load(gain + 2 * HALF + past, mask=inside_rest, other=0).to(tl.float32)
     c = tl.load(cos + token * cos_stride + pair, mask=pair < HALF, other=0).to(tl.float32)
-    s = tl.load(sin + token * sin_stride + pair, mask=pair < HALF, other=0).to(tl.float32)
+    s = tl.load(sin + token * sin_stride + HALF + pair, mask=pair < HALF, other=0).to(tl.float32)
     first, second = first * c - second * s, second * c + first * s
     as_query = q + (token * num_heads + head) * D
     as_key = k + (token * num_kv_heads + head - num_heads) * D

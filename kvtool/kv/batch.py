@@ -146,6 +146,22 @@ class KVBatch:
         prompts = Prompts(laid.spans, **{name: tensors.pop(name) for name in of_prompts})
         return cls(fmt, tuple(spans), laid.num_decodes, prompts=prompts, **tensors)
 
+    @property
+    def first_prompt(self) -> int:
+        """The token from which on the spans behind the decodes may lie."""
+        return self.num_decodes
+
+    @cached_property
+    def decodes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Block table [num_decodes, N], positions, visible and tail slots [num_decodes] of the decodes."""
+        n = self.num_decodes
+        return self.block_table[:n], self.positions[:n], self.visible[:n], self.tail_slots[:n]
+
+    @cached_property
+    def prompt_table(self) -> Tensor:
+        """[P, N], the block table of the spans behind the decodes."""
+        return self.block_table[self.num_decodes :]
+
     def contexts(self, *, older: bool) -> Contexts:
         """What the spans behind the decodes read from blocks; the same tensors each time.
 
@@ -160,7 +176,7 @@ class KVBatch:
             sent = on_device(
                 {"spans": spans, "columns": columns, "firsts": exclusive_sums(counts)}, self.positions.device
             )
-            blocks = self.block_table[self.num_decodes :][sent["spans"], sent["columns"]]
+            blocks = self.prompt_table[sent["spans"], sent["columns"]]
             self._contexts[older] = Contexts(blocks, sent["firsts"])
         return self._contexts[older]
 
@@ -315,9 +331,12 @@ def on_device(arrays: dict[str, Integers], device: torch.device) -> dict[str, Te
     """`arrays` as tensors on `device`, in one transfer that the host does not wait for."""
     padding = [np.empty(-array.size % ALIGNED, np.int64) for array in arrays.values()]
     pieces = [piece for pair in zip(arrays.values(), padding, strict=True) for piece in pair]
-    memory = torch.from_numpy(np.concatenate([piece.ravel() for piece in pieces]))
-    if device.type == "cuda":
-        memory = memory.pin_memory().to(device, non_blocking=True)
-    tensors = memory.split([piece.size for piece in pieces])[::2]
+    sizes, is_sent = [piece.size for piece in pieces], device.type == "cuda"
+    memory = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=is_sent)
+    # Not by torch, whose threads take milliseconds to meet where a step has many tokens.
+    np.concatenate([piece.ravel() for piece in pieces], out=memory.numpy())
+    if is_sent:
+        memory = memory.to(device, non_blocking=True)
+    tensors = memory.split(sizes)[::2]
     named = zip(arrays.items(), tensors, strict=True)
     return {name: tensor if array.ndim == 1 else tensor.view(array.shape) for (name, array), tensor in named}

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,16 +14,15 @@ from kvtool.kv.format import KVFormat
 MOST_PROMPTS = 32
 MOST_FAR = 512  # blocks that they read in all
 LEAST_TILE = 2  # tokens: of 32 rows and 16 heads
-NOBODY = Span(-1, 0, (-1,), -1)  # a token that is stored nowhere and reads nothing
 
 
 @dataclass(frozen=True)
 class Room:
-    """What a step may hold.
+    """What a step may hold: any decodes and prompts that have so many tokens together, behind each other.
 
     Attributes:
-        decodes: spans of one token.
-        tokens: of the spans behind them, of which there are at most `MOST_PROMPTS`.
+        decodes: spans of one token, at most.
+        tokens: of all spans; of those of several tokens there are at most `MOST_PROMPTS`.
     """
 
     decodes: int
@@ -31,11 +31,10 @@ class Room:
     def holds(self, fmt: KVFormat, spans: Sequence[Span]) -> bool:
         """Whether `spans`, those of one token first, find room."""
         prompts = [span for span in spans if span.length > 1]
-        tokens = sum(span.length for span in prompts)
         num_far = sum(_num_far(fmt, span) for span in prompts)
         return (
             len(spans) - len(prompts) <= self.decodes
-            and tokens <= self.tokens
+            and sum(span.length for span in spans) <= self.tokens
             and len(prompts) <= MOST_PROMPTS
             and num_far <= MOST_FAR
             and sum(span.start - _first_near(fmt, span) for span in prompts) <= self._most_old(fmt)
@@ -43,10 +42,11 @@ class Room:
 
     def shapes(self, fmt: KVFormat) -> dict[str, tuple[int, ...]]:
         """Of all arrays that `lay_out` fills."""
-        every, tailed = self.decodes + self.tokens, not fmt.packs_on_write
+        every, tailed = self.tokens, not fmt.packs_on_write
         sealed = tailed * (self.tokens // fmt.block_size + MOST_PROMPTS)
         kept = tailed * (self.decodes + min(self.tokens, MOST_PROMPTS * fmt.tail_tokens))
         return {
+            "num_decodes": (1,),
             "positions": (every,),
             "rows": (every,),
             "visible": (every,),
@@ -63,7 +63,7 @@ class Room:
         }
 
     def lay_out(self, fmt: KVFormat, spans: Sequence[Span], tile: int) -> dict[str, Integers]:
-        """`spans` as `KVBatch.build` lays them out, with decodes that are nobody's behind the true ones.
+        """`spans` as `KVBatch.build` lays them out, and how many of them decode.
 
         Args:
             tile: tokens in a tile of queries.
@@ -71,11 +71,12 @@ class Room:
         Returns:
             arrays no longer than `shapes` says. Behind them -1 must stand, which kernels take for nobody's.
         """
-        num_decodes = sum(span.length == 1 for span in spans)
-        nobody = [NOBODY] * (self.decodes - num_decodes)
-        laid = LaidOut.of(fmt, [*spans[:num_decodes], *nobody, *spans[num_decodes:]])
+        laid = LaidOut.of(fmt, spans)
+        if fmt.packs_on_write:  # the near tokens are those of the step, decodes among them
+            laid.spans[:, 4] += laid.num_decodes
         far = {"far_blocks": laid.prompt_table[laid.read_columns], "far_firsts": exclusive_sums(laid.num_far)}
         arrays = {name: laid.arrays[name] for name in ("positions", "rows", "visible", "token_blocks")}
+        arrays["num_decodes"] = np.array([laid.num_decodes])
         return arrays | laid.of_prompts | far | {"tiles": cut(laid.spans, tile)}
 
     def _most_old(self, fmt: KVFormat) -> int:
@@ -108,9 +109,34 @@ class FixedPrompts(Prompts):
         return self._tiles[num_tokens]
 
 
+@dataclass(frozen=True, kw_only=True)
+class FixedBatch(KVBatch):
+    """Decodes and prompts in memory that is filled before each run. The first prompt follows the last decode, wherever
+    that is, so that only the tokens of all of them fill a room.
+
+    Attributes:
+        num_decodes: at most.
+        count: [1] int64, decodes that are somebody's.
+    """
+
+    count: Tensor
+
+    @property
+    def first_prompt(self) -> int:
+        return 0
+
+    @cached_property
+    def decodes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As of any batch; what is nobody's has no position and sees nothing, whatever prompt is in its place."""
+        n = self.num_decodes
+        is_nobodys = torch.arange(n, device=self.positions.device) >= self.count
+        positions, visible = self.positions[:n].masked_fill(is_nobodys, -1), self.visible[:n].masked_fill(is_nobodys, 0)
+        return self.block_table[:n], positions, visible, self.tail_slots
+
+
 def fixed_batch(
     fmt: KVFormat, room: Room, tensors: dict[str, Tensor], slots: Tensor, table: Tensor
-) -> tuple[KVBatch, FixedPrompts]:
+) -> tuple[FixedBatch, FixedPrompts]:
     """The batch of whatever `Room.lay_out` has put into `tensors`, as computed on their device, and its prompts.
 
     Args:
@@ -127,7 +153,7 @@ def fixed_batch(
         num_tokens=room.tokens,
         tile_memory=tensors["tiles"],
     )
-    batch = KVBatch(
+    batch = FixedBatch(
         format=fmt,
         spans=(),
         num_decodes=room.decodes,
@@ -135,6 +161,7 @@ def fixed_batch(
         block_table=torch.cat([table[slots], tensors["far_blocks"][far_table]]),
         tail_slots=slots,
         prompts=prompts,
+        count=tensors["num_decodes"],
     )
     return batch, prompts
 

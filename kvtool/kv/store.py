@@ -276,12 +276,12 @@ class LayerKV:
             What the queries of the spans behind the decodes read at full precision, while a decode reads its tail;
             None where there are no such spans, or blocks hold it all.
         """
-        n, prompts = batch.num_decodes, batch.prompts
+        first, prompts = batch.first_prompt, batch.prompts
         if self.format.packs_on_write:
             self._write_tokens(key, value, batch.token_blocks, batch.rows)
-            return Near(key[n:], value[n:]) if prompts and self.is_exact else None
+            return Near(key[first:], value[first:]) if prompts and self.is_exact else None
         if prompts is None:
-            self._write_tails(key, value, None, batch.tail_slots[:n], batch.rows[:n])
+            self._write_tails(key, value, None, batch.tail_slots, batch.rows)
             return None
         near = self._read_near(key, value, batch)
         if len(prompts.sealed_blocks):
@@ -295,7 +295,7 @@ class LayerKV:
         assert prompts
         sources = prompts.near_sources
         if not len(sources):
-            return Near(key[batch.num_decodes :], value[batch.num_decodes :])
+            return Near(key[batch.first_prompt :], value[batch.first_prompt :])
         if self.writer:
             return Near(*self.writer.read_near(key, value, sources))
         is_old, slots, rows = (

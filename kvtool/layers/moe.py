@@ -313,11 +313,10 @@ class ExpertLoad:
             assert router.first == 0
             router.chosen = ids
 
-    def count(self, *places: slice) -> None:
-        """The tokens in these rows of the newest step have been computed."""
-        for rows in places:
-            ids = self._chosen[:, rows].long().flatten(1)
-            self._counts.scatter_add_(1, ids, self._one.expand_as(ids))
+    def count(self, tokens: int) -> None:
+        """The first tokens of the newest step have been computed; what stands behind them is nobody's."""
+        ids = self._chosen[:, :tokens].long().flatten(1)
+        self._counts.scatter_add_(1, ids, self._one.expand_as(ids))
 
     def reset(self) -> None:
         """Nothing has been computed yet."""

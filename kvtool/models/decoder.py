@@ -231,10 +231,16 @@ class Decoder(nn.Module):
         return self.weight_bytes - (embedding.weight.nbytes if embedding is not None and not scores else 0)
 
     @property
-    def layer_elements(self) -> int:
-        """Elements of the layers' weights, however many bits each has."""
-        matrices = (m for m in self.layers.modules() if isinstance(m, Matrix) and not isinstance(m, SideBySide))
-        return sum(weight.numel() for weight in self.layers.parameters()) + sum(math.prod(m.shape) for m in matrices)
+    def products(self) -> float:
+        """Multiplications that a token takes in the layers here, of operands of 16 bits; of 8 bits, two count as one.
+
+        Of experts those count that it chooses; where ranks share them out, as many as come to each on the average.
+        """
+        idle = 0.0
+        for mlp in (m for m in self.layers.modules() if isinstance(m, MoE)):
+            routing = mlp.gate.routing
+            idle += (1 - routing.top_k / routing.num_experts) * _products(mlp.experts)
+        return _products(self.layers) - idle
 
     def slots(self, within: str = "") -> Iterator[tuple[str, Slot]]:
         """Every tensor that a checkpoint must hold, and where it goes, one name for each piece, of modules whose paths
@@ -247,3 +253,10 @@ class Decoder(nn.Module):
                     for ours, stored in stored_names if ".mlp." in name else ():
                         name = name.replace(ours, stored)
                     yield name, slot
+
+
+def _products(module: nn.Module) -> float:
+    """Elements of its weights, of which two of 8 bits count as one."""
+    matrices = (m for m in module.modules() if isinstance(m, Matrix) and not isinstance(m, SideBySide))
+    quantized = sum(math.prod(matrix.shape) / (2 if matrix.bits == 8 else 1) for matrix in matrices)
+    return quantized + sum(weight.numel() for weight in module.parameters())

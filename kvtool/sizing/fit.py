@@ -9,9 +9,9 @@ import torch
 
 from kvtool.attention import ABSORBED_TOKENS
 from kvtool.config import EngineConfig
-from kvtool.cuda_graph import MOST_WORK, decode_sizes, prompt_rooms
+from kvtool.cuda_graph import decode_sizes, prompt_rooms, worthwhile_tokens
 from kvtool.errors import ConfigError
-from kvtool.gpus import GPUS, find_gpu
+from kvtool.gpus import GPU, GPUS, find_gpu
 from kvtool.kernels import WORKSPACE
 from kvtool.kv.fixed import MOST_FAR
 from kvtool.kv.format import resolve
@@ -120,7 +120,7 @@ def fit(name: str, engine: EngineConfig, gpu: str, gpu_memory: int | None, weigh
         raise ConfigError(f"--context {context}: the context of {name} is {model.max_position} tokens")
     memory = gpu_memory or found[1].memory_bytes
     usable = int(memory * engine.gpu_memory_utilization)
-    stages = [RankPlan(model, engine, stage, WEIGHTS[weights]) for stage in range(engine.pp)]
+    stages = [RankPlan(model, engine, stage, WEIGHTS[weights], found[1]) for stage in range(engine.pp)]
 
     def parts(context: int, batch: int) -> MemoryParts:
         return max((stage.parts(context, batch, usable) for stage in stages), key=lambda parts: parts.total)
@@ -154,8 +154,10 @@ class RankPlan:
         weights: how matrices are kept; None: in 16 bits.
     """
 
-    def __init__(self, config: ModelConfig, engine: EngineConfig, stage: int, weights: WeightFormat | None) -> None:
-        self._config, self._engine, self._weights = config, engine, weights
+    def __init__(
+        self, config: ModelConfig, engine: EngineConfig, stage: int, weights: WeightFormat | None, gpu: GPU
+    ) -> None:
+        self._config, self._engine, self._weights, self._gpu = config, engine, weights, gpu
         tp, pp = engine.tp, engine.pp
         self._parallel = Parallel(stage * tp, tp * pp, Group(0, tp, ep=engine.ep), Stage(stage, pp))
         self.format = resolve(engine.kv, kv_spec(config, DTYPE))
@@ -251,16 +253,21 @@ class RankPlan:
         return vocab * (batch * (DTYPE.itemsize + 4) + SCORED_ROWS * (DTYPE.itemsize + floats))
 
     def _graph_bytes(self, batch: int) -> int:
-        """A step that is captured runs once before, on a stream with memory of its own; its outputs stay."""
+        """A step in memory of its own, which all graphs share; and what they compute, which stays."""
         if not self._engine.cuda_graph:
             return 0
-        matrices = sum(parameter.numel() for parameter in self._model.layers.parameters())
-        tokens = min(MOST_WORK // matrices, self._engine.max_num_batched_tokens)
-        absorbs = self._config.mla is not None
-        rooms = prompt_rooms(batch, min(tokens, ABSORBED_TOKENS) if absorbs else tokens)
-        decodes = decode_sizes(batch)[-1]
-        rows = max([decodes, *(room.decodes + room.tokens for room in rooms)])
+        absorbs, speculation = self._config.mla is not None, self._engine.speculation
+        products = self._model.products / (2 if self._weights and self._weights.bits == 8 else 1)
+        worthwhile = worthwhile_tokens(products / len(self._model.layers), self._gpu)
+        rooms = prompt_rooms(
+            batch * (1 + (speculation.num_tokens if speculation else 0)),
+            min(worthwhile, ABSORBED_TOKENS) if absorbs else worthwhile,
+            self._engine.max_num_batched_tokens,
+        )
+        rows = rooms[-1].tokens if rooms else 0
         far = 0 if absorbs or not rooms else self._unpacked(MOST_FAR * self.format.block_size)
-        step = self._layer_bytes(rows) + far
+        decodes = decode_sizes(batch)[-1]
         outputs = self._config.vocab_size if self._parallel.stage.is_last else self._config.hidden_size
-        return 2 * (step + CUBLAS) + 3 * decodes * outputs * DTYPE.itemsize
+        computed, hidden = decodes * outputs * DTYPE.itemsize, rows * self._config.hidden_size * DTYPE.itemsize
+        step = max(self._layer_bytes(rows) + far, self._layer_bytes(decodes) + computed)
+        return CUBLAS + step + computed + hidden
