@@ -186,7 +186,7 @@ def test_rows_of_several_gpus(run: Run, tmp_path: Path) -> None:
     assert document["config"]["engine"]["max_num_seqs"] == 16
     assert "too much" in page.read_text()
     status, out, _ = run("--fit", "4090", "--weight-bits", "4", *options)
-    assert status == 0 and "Qwen2.5-7B, 4 bits" in out and "routers and experts stay in 16 bits" in out
+    assert status == 0 and "Qwen2.5-7B, 4 bits" in out and "norms and gates stay in 16 bits" in out
 
 
 def test_the_default_is_the_embedded_model_at_its_context(run: Run) -> None:
