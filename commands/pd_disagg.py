@@ -178,7 +178,7 @@ def report(config: dict[str, Any], found: "Found", link: "Link | None") -> Repor
     ]
     if link:
         summary |= link_summary(found, link)
-        what = f"The longest prompt alone, {link.formats[0][1].transfer}"
+        what = f"Sequences alone: the longest prompt, and 64 MiB at 16 bits; {link.formats[0][1].transfer}"
         tables.append(Table(what, FORMATS, summary["formats"]))
     return Report("pd-disagg", config, rows, (), tables, charts(found), [*notes(found, summary), *DEFINITIONS], summary)
 
@@ -238,7 +238,7 @@ def link_summary(found: "Found", link: "Link") -> dict[str, Any]:
     """What travels how fast, and from which length on that pays."""
     from kvtool.disagg.measure import break_even
 
-    sixteen = link.formats[0][1].seconds
+    sixteen = {case.num_tokens: speed.seconds for case, speed in link.formats if bits_of(case) == "16"}
     outcomes = [(outcome, outcome.stages) for outcome in found.shared.outcomes]
     prefill = [(float(outcome.prompt_tokens), stages["prefill"]) for outcome, stages in outcomes if stages]
     transfer = [(float(case.num_tokens), speed.seconds) for case, speed in link.lengths]
@@ -255,7 +255,7 @@ def link_summary(found: "Found", link: "Link") -> dict[str, Any]:
                 "gb_s": speed.gb_s,
                 "share": speed.gb_s / link.plain_gb_s,
                 "ms": 1e3 * speed.seconds,
-                "ratio": speed.seconds / sixteen,
+                "ratio": speed.seconds / sixteen[case.num_tokens],
             }
             for case, speed in link.formats
         ],

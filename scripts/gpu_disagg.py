@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--model", default="Qwen2.5-7B", help=f"of {', '.join(MODELS)}, or a folder with a config.json")
     parser.add_argument("--tokens", type=int, default=32000, help="of the prompt")
     parser.add_argument("--nbits", default="16,4", help="KV formats")
-    parser.add_argument("--transfers", default="nccl,tcp", help="to measure alone")
+    parser.add_argument("--transfers", default="nccl,tcp", help="to measure alone; empty: none")
     parser.add_argument("--serve", default="nccl", help="transfers to serve with; empty: none")
     parser.add_argument("--devices", default="cuda:0,cuda:1", help="of prefill and decode")
     parser.add_argument("--requests", type=int, default=3)
@@ -60,7 +60,7 @@ def main() -> None:
             dtype = "bfloat16" if source.startswith("cuda") else "float32"
             layout = layout_of(engine, kv, dtype)
             with OtherEnd() as other:
-                for transfer in args.transfers.split(","):
+                for transfer in filter(None, args.transfers.split(",")):
                     try:
                         speed = other.speed(Case(layout, dtype, args.tokens, source, target, transfer))
                     except KVToolError as error:

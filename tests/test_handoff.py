@@ -88,7 +88,10 @@ def test_two_engines_answer_as_one_would(kv):
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
+IN_A_MINUTE = pytest.mark.timeout(60, method="thread")  # whatever a GPU waits for
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[TWO_GPUS, IN_A_MINUTE])])
 @pytest.mark.parametrize(("name", "prefill_tp", "decode_tp"), [("16", 2, 1), ("2, window", 2, 1), ("2, window", 1, 2)])
 def test_the_two_sides_may_share_heads_among_other_numbers_of_ranks(name, prefill_tp, decode_tp, device):
     kv, params = FORMATS[name], SamplingParams(max_tokens=30, ignore_eos=True, seed=3)

@@ -1,9 +1,10 @@
 """KV from one process to another: what arrives is what was sent, and what should not arrive costs one sequence."""
 
 import multiprocessing
+import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import msgspec
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from kvtool.config import KVOptions
 from kvtool.errors import UnsupportedError
 from kvtool.kv import receiver as receiving
+from kvtool.kv import sender as sending
 from kvtool.kv import transfer, wire
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.channels import SocketChannel
@@ -31,6 +33,7 @@ from kvtool.kv.wire import Close, Identity, Refusal, TransferError
 from kvtool.parallel import Group
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 SPEC = KVSpec(3, StreamSpec(2, 32), StreamSpec(2, 32), 4)
 FORMATS = {
     "16": KVOptions(),
@@ -48,9 +51,9 @@ def layout(name: str) -> KVLayout:
     return KVLayout(SPEC, resolve(FORMATS[name], SPEC))
 
 
-def store(name: str, seed: int = 0) -> KVStore:
+def store(name: str, seed: int = 0, device: str = "cpu") -> KVStore:
     """Of 12 blocks and 3 tails, full of noise."""
-    made = KVStore(layout(name), 12, 3, torch.float32)
+    made = KVStore(layout(name), 12, 3, torch.float32, device)
     generator = torch.Generator().manual_seed(seed)
     for memory in (made.blocks, made.tails):
         memory.copy_(torch.randint(0, 256, memory.shape, generator=generator, dtype=torch.uint8))
@@ -78,12 +81,12 @@ def push_all(sender: Sender, name: str, source: KVStore, request_id: str, by_lay
     push.close(NOTHING)
 
 
-def be_sender(port: int, name: str, asked: str, ids: list[str]) -> None:
+def be_sender(port: int, name: str, asked: str, ids: list[str], device: str = "cpu") -> None:
     """A process that pushes the same sequence under several ids."""
     torch.set_num_threads(1)
-    source = store(name)
+    source = store(name, device=device)
     dial = lambda: transfer.dial_tcp("127.0.0.1", port)  # noqa: E731
-    sender = Sender("receiver", dial, layout(name), identity(name), SECRET, asked=asked)
+    sender = Sender("receiver", dial, layout(name), identity(name), SECRET, asked=asked, device=device)
     sender.connect(20)
     for index, request_id in enumerate(ids):
         push_all(sender, name, source, request_id, by_layer=index % 2 == 0)
@@ -125,14 +128,16 @@ def listening(tested: Receiver) -> Iterator[int]:
 def test_what_another_process_sends_arrives_bit_for_bit(name, asked):
     if asked == "nixl":
         pytest.importorskip("nixl")
-    tested = receiver(name)
+    assert_all_arrive(receiver(name), name, asked)
+
+
+def assert_all_arrive(tested: Receiver, name: str, asked: str, *device: str) -> None:
+    """What a process sends, from its memory or a GPU's."""
     ids = ["a", "b", "c", "d"]
     for request_id in ids:
         tested.expect(request_id, TOKENS, 60)
-    with listening(tested) as port:
-        process = multiprocessing.get_context("spawn").Process(target=be_sender, args=(port, name, asked, ids))
-        process.start()
-        arrivals = events(tested, 4)
+    with listening(tested) as port, process_of(be_sender, port, name, asked, ids, *device) as process:
+        arrivals = events(tested, 4, 45)
         process.join(20)
         assert process.exitcode == 0
     assert sorted(arrival.id for arrival in arrivals) == ids
@@ -144,8 +149,51 @@ def test_what_another_process_sends_arrives_bit_for_bit(name, asked):
         assert (arrival.close.first_token, arrival.close.num_cached_tokens) == (5, 64)
 
 
+@TWO_GPUS
+@pytest.mark.timeout(60, method="thread")
+@pytest.mark.parametrize("name", ["16", "mixed"])
+def test_what_travels_between_two_gpus_arrives_bit_for_bit(name):
+    assert_all_arrive(receiver(name, device="cuda:0"), name, "nccl", "cuda:1")
+
+
+@TWO_GPUS
+@pytest.mark.timeout(60, method="thread")
+def test_a_sender_that_dies_between_two_gpus_costs_its_sequence_at_once():
+    """NCCL itself would wait for what has been announced."""
+    tested = receiver("4", device="cuda:0")
+    tested.expect("a", TOKENS, 300)
+    with listening(tested) as port, process_of(announce_and_die, port):
+        (loss,) = events(tested, 1, 45)
+    assert isinstance(loss, Loss) and "in time" not in loss.reason
+
+
+def announce_and_die(port: int) -> None:
+    dial = lambda: transfer.dial_tcp("127.0.0.1", port)  # noqa: E731
+    sender = Sender("receiver", dial, layout("4"), identity("4"), SECRET, asked="nccl", device="cuda:1")
+    session = sender._link().session
+    session.say(opening())
+    session.hear(wire.Accepted)
+    session.say(WHOLE)
+    time.sleep(1)  # the other end's GPU waits by now
+    os._exit(1)
+
+
+@contextmanager
+def process_of(target: Callable[..., None], *args: object) -> Iterator[multiprocessing.Process]:
+    process = multiprocessing.get_context("spawn").Process(target=target, args=args)
+    process.start()
+    try:
+        yield process  # type: ignore[misc]
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("part_bytes", [1, 40_000, 1 << 20])
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_sender_in_the_same_process_needs_no_socket(name):
+def test_a_sender_in_the_same_process_needs_no_socket(name, part_bytes, monkeypatch):
+    """However many layers it sends at once."""
+    monkeypatch.setattr(sending, "PART_BYTES", {"cpu": part_bytes})
     tested = receiver(name)
     sender = Sender("here", tested.attach, layout(name), identity(name), SECRET)
     sender.connect(1)
@@ -296,8 +344,8 @@ def test_peers_that_do_not_fit_part_at_once(settings, says):
 def test_peers_of_different_versions_part_at_once(monkeypatch):
     tested = receiver("4")
     channel = tested.attach()
-    channel.send_frame(msgspec.msgpack.encode(wire.Hello(1, b"n" * 32)))
-    with pytest.raises(TransferError, match="version 2 of kvtool's transfer; here it is 1"):
+    channel.send_frame(msgspec.msgpack.encode(wire.Hello(2, b"n" * 32)))
+    with pytest.raises(TransferError, match="version 3 of kvtool's transfer; here it is 2"):
         wire.decoded(channel.receive_frame(), wire.Welcome)
 
 
@@ -360,32 +408,66 @@ def test_a_sequence_comes_once(link, monkeypatch):
     assert [type(event) for event in tested.take()] == [Arrival]
 
 
-BLOCK = torch.zeros(1, layout("4").layer_block_bytes(0), dtype=torch.uint8)
+NUM_BLOCKS = layout("4").format.num_blocks(len(TOKENS))
+ALL = [torch.full((NUM_BLOCKS * layout("4").block_bytes,), 3, dtype=torch.uint8)]
+TAIL = [torch.full((layout("4").tail_bytes,), 4, dtype=torch.uint8)]
+WHOLE = wire.Part(0, 3, 0, NUM_BLOCKS)
+
+
+def closing(*pieces: torch.Tensor) -> Close:
+    return msgspec.structs.replace(NOTHING, checksum=checksum([[piece] for piece in pieces]))
 
 
 @pytest.mark.parametrize(
-    ("part", "says"),
+    ("said", "reason"),
     [
-        ((0, 1, 1, 2), "not the next"),
-        ((0, 4, 0, 1), "not the next"),
-        ((0, 1, 0, 1000), "not the next"),
-        ((-1, 1, 0, 1), "not the next"),
-        ((1, 1, 0, 1), "not the next"),
-        ((0, 1, 0, 1), "checksum is wrong"),
-        (None, "parts are missing"),
+        ([(wire.Part(0, 1, 1, 2), ())], "not the next"),
+        ([(wire.Part(0, 4, 0, 1), ())], "not the next"),
+        ([(wire.Part(0, 1, 0, 1000), ())], "not the next"),
+        ([(wire.Part(-1, 1, 0, 1), ())], "not the next"),
+        ([(wire.Part(1, 1, 0, 1), ())], "not the next"),
+        ([(WHOLE, ALL), (WHOLE, ())], "not the next"),
+        ([(NOTHING, ())], "parts are missing"),
+        ([(WHOLE, ALL), (closing(*ALL), ())], "parts are missing"),
+        ([(wire.Tail(), TAIL), (closing(*TAIL), ())], "parts are missing"),
+        ([(wire.Tail(), TAIL), (wire.Tail(), ())], "a tail that is not due"),
+        ([(WHOLE, ALL), (wire.Tail(), TAIL), (NOTHING, ())], "checksum is wrong"),
+        ([(WHOLE, ALL), (wire.Tail(), TAIL), (closing(*TAIL, *ALL), ())], "checksum is wrong"),
+        ([(WHOLE, ALL), (wire.Open("a", b"", 1, 1, 1, 1), ())], "out of turn"),
     ],
 )
-def test_a_bad_part_costs_its_sequence_and_gives_the_memory_back(link, part, says):
+def test_a_bad_part_costs_its_sequence_and_gives_the_memory_back(link, said, reason):
     tested, session = link
     free = tested.staging.free_bytes
     session.say(opening())
     session.hear(wire.Accepted)
-    session.say(wire.Part(*part, b"wrong") if part else NOTHING)
-    if says == "checksum is wrong":
-        session.send([BLOCK])
+    for message, pieces in said:
+        session.send(message, pieces) if pieces else session.say(message)
     (loss,) = events(tested, 1)
-    assert isinstance(loss, Loss) and loss.id == "a" and says in loss.reason
+    assert isinstance(loss, Loss) and loss.id == "a" and reason in loss.reason
     assert tested.staging.free_bytes == free
+
+
+@settings(max_examples=20, deadline=None)
+@given(at=st.none() | st.integers(0, len(ALL[0]) + len(TAIL[0]) - 1), layers=st.permutations(range(3)))
+def test_a_byte_that_changes_on_its_way_is_found_wherever_it_is(at, layers):
+    tested, size = receiver("4"), len(ALL[0]) // 3
+    tested.expect("a", TOKENS, 60)
+    session = Sender("r", tested.attach, layout("4"), identity("4"), SECRET)._link().session
+    session.say(opening())
+    session.hear(wire.Accepted)
+    total, said = wire.Checksum(), [wire.Part(layer, layer + 1, 0, NUM_BLOCKS) for layer in layers]
+    for index, message in enumerate([*said, wire.Tail()]):
+        pieces = TAIL if message == wire.Tail() else [ALL[0][:size]]
+        total.add(pieces)
+        sent = pieces[0].clone()
+        if at is not None and 0 <= at - index * size < len(sent):
+            sent[at - index * size] ^= 64
+        session.send(message, [sent])
+    session.say(msgspec.structs.replace(NOTHING, checksum=total.digest()))
+    (event,) = events(tested, 1)
+    assert isinstance(event, Arrival) if at is None else "checksum is wrong" in event.reason
+    tested.close()
 
 
 def test_a_frame_that_is_played_again_ends_the_connection(link):

@@ -25,12 +25,12 @@ from kvtool.kv.store import KVStore
 from kvtool.kv.transfer import TRANSFERS, Route, dial_tcp, select
 from kvtool.kv.wire import Close, Identity
 from kvtool.models import load_config, resolve_model
-from kvtool.processes import command
+from kvtool.processes import command, cpu_threads
 from kvtool.runner import choose_device, choose_dtype, kv_spec
 
-PLAIN_BYTES = 64 << 20
+PLAIN_BYTES, PLAIN_REPEATS = 64 << 20, 8
 LIMIT_SECONDS = 60.0
-PAUSE_SECONDS = 0.03  # in which the other end stores what has come, before the next comes
+PAUSE_SECONDS = 0.03  # in which a sequence is announced, as one that is queued, and the one before it is stored
 BITS: tuple[Bits, ...] = ("16", "8", "4", "2")
 PART_BYTES = (64 << 10, 1 << 20, 16 << 20)  # that a bake-off sends at once
 LARGE_BYTES = 64 << 20
@@ -89,14 +89,18 @@ class Job(msgspec.Struct):
 
 
 class OtherEnd:
-    """A process that does one job after the other, until this is left."""
+    """A process that does one job after the other, until this is left; both ends have an engine's threads."""
 
     def __enter__(self) -> "OtherEnd":
-        argv = command("kvtool.disagg.link", "1")
+        self._threads_before = torch.get_num_threads()
+        torch.set_num_threads(cpu_threads())
+        argv = command("kvtool.disagg.link", str(cpu_threads()))
         self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._hear()
         return self
 
     def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._threads_before)
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -106,7 +110,7 @@ class OtherEnd:
             self._process.kill()
             self._process.wait()
 
-    def plain_speed(self, repeats: int = 8) -> float:
+    def plain_speed(self) -> float:
         """GB/s of the best of a few times that 64 MiB come from memory to memory through a TCP socket."""
         buffer, best = memoryview(bytearray(PLAIN_BYTES)), 0.0
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -114,13 +118,13 @@ class OtherEnd:
             self._begin(Job(listener.getsockname()[1], "", None))
             connection, _ = listener.accept()
             with connection:
-                for _ in range(repeats):
+                for _ in range(PLAIN_REPEATS):
                     started = time.perf_counter()
                     connection.sendall(b"!")
                     if connection.recv_into(buffer, PLAIN_BYTES, socket.MSG_WAITALL) < PLAIN_BYTES:
                         raise KVToolError("the process at the other end of the socket has ended")
                     best = max(best, PLAIN_BYTES / (time.perf_counter() - started) / 1e9)
-        self._end()
+        self._hear()
         return best
 
     def speed(self, case: Case) -> Speed:
@@ -162,7 +166,7 @@ class OtherEnd:
                         torch.cuda.synchronize(store.blocks.device)
                     taken.append((event, time.perf_counter()))
                     receiver.staging.give_back(event.staged)
-            self._end()
+            self._hear()
             receiver.close()
         counted = taken[1:]
         return Speed(
@@ -181,8 +185,8 @@ class OtherEnd:
         except BrokenPipeError as error:
             raise KVToolError("the process at the other end has ended") from error
 
-    def _end(self) -> None:
-        """Wait until the other end is done as well."""
+    def _hear(self) -> None:
+        """Wait until the other end is ready, or done as well."""
         assert self._process.stdout is not None
         if not self._process.stdout.readline():
             raise KVToolError("the process at the other end has ended")
@@ -191,6 +195,7 @@ class OtherEnd:
 def main(threads: str) -> None:
     """The process at the other end: jobs come on stdin, a line each."""
     torch.set_num_threads(int(threads))
+    print("ready", flush=True)
     for line in sys.stdin.buffer:
         job = msgspec.json.decode(line, type=Job)
         if job.case is None:
@@ -223,8 +228,9 @@ def _push(job: Job, case: Case) -> None:
     )
     sender.connect(LIMIT_SECONDS)
     for index in range(case.repeats + 1):
-        started = time.perf_counter()
         push = sender.begin(str(index), range(case.num_tokens))
+        time.sleep(PAUSE_SECONDS)
+        started = time.perf_counter()
         for layer in range(num_layers) if case.part_bytes else ():
             at_once = max(1, case.part_bytes // layout.layer_block_bytes(layer))
             for end in [*range(at_once, num_blocks, at_once), num_blocks]:
@@ -233,7 +239,6 @@ def _push(job: Job, case: Case) -> None:
         push.put_tail(store.tail(0))
         push.close(Close(0, 0, started, time.perf_counter(), b""))
         push.wait(LIMIT_SECONDS)
-        time.sleep(PAUSE_SECONDS)
     sender.close()
 
 
@@ -244,7 +249,7 @@ class Link:
     Attributes:
         plain_gb_s: plain bytes through a TCP socket, from memory to memory.
         large: a sequence of 64 MiB in the format asked for.
-        formats: a sequence of the longest prompt at 16, 8, 4 and 2 bits.
+        formats: sequences at 16, 8, 4 and 2 bits: the longest prompt, and what has 64 MiB at 16 bits, if that is more.
         lengths: sequences of several lengths in the format asked for.
     """
 
@@ -269,18 +274,21 @@ def survey(
     source, target = (str(choose_device(device)) for device in devices)
     dtype = _dtype(engine, source)
     select(Route(torch.device(source).type, torch.device(target).type, False), transfer)
+    layouts = [layout_of(engine, KVOptions(nbits=bits), dtype) for bits in BITS]
     whole = [
-        Case(layout_of(engine, KVOptions(nbits=bits), dtype), dtype, longest, source, target, transfer) for bits in BITS
+        Case(layout, dtype, tokens, source, target, transfer)
+        for tokens in dict.fromkeys([longest, max(longest, _large(layouts[0]))])
+        for layout in layouts
     ]
     asked = Case(layout_of(engine, engine.kv, dtype), dtype, longest, source, target, transfer)
-    large = max(longest, LARGE_BYTES // asked.layout.block_bytes * asked.layout.format.block_size)
+    large = max(longest, _large(asked.layout))
     cases = [
         *whole,
         msgspec.structs.replace(asked, num_tokens=max(1, longest // SHORT)),
         asked,
         # In parts, as an engine sends it: what is gathered on a CPU must not hold up what is sent.
         msgspec.structs.replace(
-            asked, num_tokens=large, part_bytes=PART_BYTES[-1] if source == "cpu" else 0, repeats=8
+            asked, num_tokens=large, part_bytes=PART_BYTES[-1] if source == "cpu" else 0, repeats=2 * PLAIN_REPEATS
         ),
     ]
     speeds: list[tuple[Case, Speed]] = []
@@ -290,7 +298,12 @@ def survey(
             speeds.append((case, other.speed(case)))
             on_progress(len(speeds), len(cases))
         plain = max(plain, other.plain_speed())
-    return Link(plain, speeds[-1][1], speeds[: len(BITS)], speeds[len(BITS) : -1])
+    return Link(plain, speeds[-1][1], speeds[: len(whole)], speeds[len(whole) : -1])
+
+
+def _large(layout: KVLayout) -> int:
+    """Tokens of a sequence of 64 MiB."""
+    return LARGE_BYTES // layout.block_bytes * layout.format.block_size
 
 
 def bake_off(
@@ -303,7 +316,7 @@ def bake_off(
     source, target = (str(choose_device(device)) for device in devices)
     dtype = _dtype(engine, source)
     layout = layout_of(engine, KVOptions(), dtype)
-    tokens = LARGE_BYTES // layout.block_bytes * layout.format.block_size
+    tokens = _large(layout)
     ways = dict.fromkeys([(source, target), (target, source)])
     cases = [
         Case(layout, dtype, tokens, *way, transfer.name, part_bytes)

@@ -43,9 +43,14 @@ class Channel(Protocol):
 
     def receive_frame(self) -> bytes: ...
 
-    def send(self, pieces: Sequence[Tensor]) -> None: ...
+    def send(self, pieces: Sequence[Tensor], frame: bytes) -> None:
+        """Send a frame, and tensors behind it."""
 
-    def receive(self, pieces: Sequence[Tensor]) -> None: ...
+    def receive(self, pieces: Sequence[Tensor]) -> None:
+        """Fill tensors: those on a GPU, as what comes next on the current stream sees them."""
+
+    def settle(self) -> None:
+        """Wait until all that was to be received is there."""
 
     def close(self) -> None:
         """End it for both ends, also under a thread that waits here."""
@@ -71,7 +76,8 @@ class QueueChannel:
         body: bytes = self._next()
         return body
 
-    def send(self, pieces: Sequence[Tensor]) -> None:
+    def send(self, pieces: Sequence[Tensor], frame: bytes) -> None:
+        self.send_frame(frame)
         if pieces[0].is_cuda:  # the peer reads them on a stream of its own
             torch.cuda.current_stream(pieces[0].device).synchronize()
         self._outbox.put(pieces)
@@ -79,6 +85,9 @@ class QueueChannel:
     def receive(self, pieces: Sequence[Tensor]) -> None:
         for piece, sent in zip(pieces, self._next(), strict=True):
             piece.copy_(sent)
+
+    def settle(self) -> None:
+        pass
 
     def _next(self) -> Any:
         item = self._inbox.get()
@@ -110,8 +119,7 @@ class SocketChannel:
         self._staging: Tensor | None = None
 
     def send_frame(self, body: bytes) -> None:
-        assert len(body) <= MAX_FRAME_BYTES
-        self.connection.sendall(len(body).to_bytes(LENGTH_BYTES, "little") + body)
+        self.connection.sendall(_with_length(body))
 
     def receive_frame(self) -> bytes:
         size = int.from_bytes(self._read(LENGTH_BYTES), "little")
@@ -119,13 +127,15 @@ class SocketChannel:
             raise ConnectionError(f"a frame of {size} bytes; at most {MAX_FRAME_BYTES} are taken")
         return self._read(size)
 
-    def send(self, pieces: Sequence[Tensor]) -> None:
+    def send(self, pieces: Sequence[Tensor], frame: bytes) -> None:
+        head = [memoryview(_with_length(frame))]
         if pieces[0].is_cuda:
             for piece in pieces:
                 for part in piece.view(-1).split(STAGING_BYTES):
-                    self._send_all([self._staged(part).copy_(part)])
+                    self._send_all([*head, _view(self._staged(part).copy_(part))])
+                    head = []
         else:
-            self._send_all(pieces)
+            self._send_all([*head, *map(_view, pieces)])
 
     def receive(self, pieces: Sequence[Tensor]) -> None:
         for piece in pieces:
@@ -136,6 +146,9 @@ class SocketChannel:
                     part.copy_(staged)
             else:
                 self._fill(_view(piece))
+
+    def settle(self) -> None:
+        pass
 
     def limit(self, seconds: float) -> None:
         """Let an operation fail that makes no headway for so long; 0: never. The kernel watches: with a timeout of
@@ -155,8 +168,7 @@ class SocketChannel:
             self._staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
         return self._staging[: part.numel()]
 
-    def _send_all(self, pieces: Sequence[Tensor]) -> None:
-        views = [_view(piece) for piece in pieces]
+    def _send_all(self, views: list[memoryview]) -> None:
         while views:
             sent = self.connection.sendmsg(views[:AT_ONCE])
             while views and sent >= len(views[0]):
@@ -181,13 +193,17 @@ class SocketChannel:
 class GroupChannel:
     """Frames over a socket, tensors by torch.distributed in a group of these two ends alone.
 
-    The group's own connections know no secret: they carry bytes whose checksum came in an authenticated frame.
+    The group's own connections know no secret: they carry bytes whose checksum comes in an authenticated frame. Both
+    ends meet there at once: NCCL connects with the first tensor, and would wait for good for a peer that dies before.
     """
 
     is_stream = False
 
-    def __init__(self, frames: SocketChannel, backend: str, rank: int, store: TCPStore, timeout: float) -> None:
+    def __init__(
+        self, frames: SocketChannel, backend: str, rank: int, store: TCPStore, timeout: float, device: torch.device
+    ) -> None:
         self._frames, self._other = frames, 1 - rank
+        self._received: torch.cuda.Event | None = None
         self._on_gpu, limit = backend == "nccl", timedelta(seconds=timeout)
         if self._on_gpu:
             # A peer that has gone ends a transfer; torch would end this process.
@@ -197,6 +213,12 @@ class GroupChannel:
             self._group: Any = dist.ProcessGroupNCCL(store, rank, 2, options)
         else:
             self._group = dist.ProcessGroupGloo(store, rank, 2, limit)
+        first = torch.zeros(1, dtype=torch.uint8, device=device)
+        if rank == 0:
+            self.receive([first])
+            self.settle()
+        else:
+            self._wait([self._group.send([first], self._other, 0)])
 
     def send_frame(self, body: bytes) -> None:
         self._frames.send_frame(body)
@@ -204,30 +226,33 @@ class GroupChannel:
     def receive_frame(self) -> bytes:
         return self._frames.receive_frame()
 
-    def send(self, pieces: Sequence[Tensor]) -> None:
+    def send(self, pieces: Sequence[Tensor], frame: bytes) -> None:
+        self.send_frame(frame)
         works = [self._group.send([piece], self._other, 0) for piece in pieces]
         if not self._on_gpu:  # there the stream of what is sent next need not wait, and the peer says what has come
             self._wait(works)
 
     def receive(self, pieces: Sequence[Tensor]) -> None:
-        self._wait([self._group.recv([piece], self._other, 0) for piece in pieces])
-        if self._on_gpu:  # so far only the stream waits
-            self._watch(torch.cuda.current_stream(pieces[0].device).record_event())
+        self._wait([self._group.recv([piece], self._other, 0) for piece in pieces])  # on a GPU its stream waits
+        if self._on_gpu:
+            self._received = torch.cuda.current_stream(pieces[0].device).record_event()
+
+    def settle(self) -> None:
+        """Wait for the GPU, as long as the peer is there: NCCL would wait for it for good."""
+        if self._received is None:
+            return
+        hangup = select.poll()
+        hangup.register(self._frames.connection, select.POLLRDHUP)
+        while not self._received.query():
+            if hangup.poll(0):
+                self.close()
+                raise ConnectionError("the peer has closed")
+            time.sleep(WATCH_SECONDS)
 
     def close(self) -> None:
         self._frames.close()
         if self._on_gpu:
             self._group.abort()
-
-    def _watch(self, done: torch.cuda.Event) -> None:
-        """Wait for the GPU, as long as the peer is there: NCCL would wait for it for good."""
-        hangup = select.poll()
-        hangup.register(self._frames.connection, select.POLLRDHUP)
-        while not done.query():
-            if hangup.poll(0):
-                self.close()
-                raise ConnectionError("the peer has closed")
-            time.sleep(WATCH_SECONDS)
 
     def _wait(self, works: Sequence[Any]) -> None:
         try:
@@ -276,7 +301,8 @@ class NixlChannel:
     def receive_frame(self) -> bytes:
         return self._frames.receive_frame()
 
-    def send(self, pieces: Sequence[Tensor]) -> None:
+    def send(self, pieces: Sequence[Tensor], frame: bytes) -> None:
+        self.send_frame(frame)
         for piece in pieces:
             for part in piece.view(-1).split(WINDOW_BYTES):
                 self._write(part)
@@ -291,6 +317,9 @@ class NixlChannel:
                 if part.is_cuda:
                     torch.cuda.current_stream(part.device).synchronize()
                 self._frames.send_frame(b"emptied")
+
+    def settle(self) -> None:
+        pass
 
     def close(self) -> None:
         self._frames.close()
@@ -322,9 +351,9 @@ class FaultyChannel:
     def __init__(self, channel: Channel, fault: str) -> None:
         self._channel, self._fault, self.is_stream = channel, fault, channel.is_stream
         self.send_frame, self.receive_frame = channel.send_frame, channel.receive_frame
-        self.receive, self.close = channel.receive, channel.close
+        self.receive, self.settle, self.close = channel.receive, channel.settle, channel.close
 
-    def send(self, pieces: Sequence[Tensor]) -> None:
+    def send(self, pieces: Sequence[Tensor], frame: bytes) -> None:
         if self._fault == "drop":
             self.close()
             raise ConnectionError("dropped on purpose")
@@ -333,7 +362,12 @@ class FaultyChannel:
         if self._fault == "corrupt":
             pieces = [pieces[0].clone(), *pieces[1:]]
             pieces[0].view(-1)[:1] ^= 1
-        self._channel.send(pieces)
+        self._channel.send(pieces, frame)
+
+
+def _with_length(frame: bytes) -> bytes:
+    assert len(frame) <= MAX_FRAME_BYTES
+    return len(frame).to_bytes(LENGTH_BYTES, "little") + frame
 
 
 def _view(tensor: Tensor) -> memoryview:

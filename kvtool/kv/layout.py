@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from kvtool.kv.format import KVFormat, StreamFormat
 from kvtool.kv.spec import KVSpec, StreamSpec
@@ -49,13 +50,12 @@ class KVLayout:
 
     def layer_block_bytes(self, layer: int) -> int:
         """Bytes of a block that are `layer`'s, padding included."""
-        last = self.fields(layer)[1][-1]
-        return _aligned(last.offset + last.nbytes)
+        return self._layer_block_bytes[layer]
 
-    @property
+    @cached_property
     def block_bytes(self) -> int:
         """Bytes of one packed block over all layers, padding included."""
-        return sum(self.layer_block_bytes(layer) for layer in range(self.spec.num_layers))
+        return sum(self._layer_block_bytes)
 
     @property
     def code_bytes(self) -> int:
@@ -85,6 +85,11 @@ class KVLayout:
     def num_blocks_within(self, nbytes: int, num_tail_slots: int) -> int:
         """Blocks that fit in `nbytes` beside the tails; negative where not even the tails do."""
         return (nbytes - num_tail_slots * self.tail_bytes) // self.block_bytes
+
+    @cached_property
+    def _layer_block_bytes(self) -> list[int]:
+        lasts = [self.fields(layer)[1][-1] for layer in range(self.spec.num_layers)]
+        return [_aligned(last.offset + last.nbytes) for last in lasts]
 
     def _place(self, arrays: list[tuple[str, str, tuple[int, int, int]]], start: int) -> tuple[Field, ...]:
         fields = []

@@ -20,6 +20,7 @@ from kvtool.kv.transfer import TRANSFERS, Route, meet_as_receiver, select
 from kvtool.kv.wire import (
     PINGS,
     Accepted,
+    Checksum,
     Choice,
     Close,
     Drop,
@@ -32,6 +33,7 @@ from kvtool.kv.wire import (
     Received,
     Refused,
     Session,
+    Tail,
     TransferError,
     admit,
     token_hash,
@@ -249,6 +251,7 @@ class Receiver:
         except (OSError, TransferError) as error:
             with suppress(OSError):
                 session.say(Refused(str(error)))
+            session.channel.close()  # or a GPU might still receive into what is given back
             self._finish(opening.id, Loss(opening.id, str(error)), staged)
             raise
         if isinstance(close, Drop):
@@ -288,25 +291,31 @@ class Receiver:
         return staged, ""
 
     def _fill(self, session: Session, staged: Staged) -> Close | Drop:
-        """Receive all parts, each checked."""
+        """Receive all parts and the tail, and check them."""
         num_layers, num_blocks = len(staged.layers), len(staged.layers[0])
         have = [0] * num_layers  # blocks of each layer, from the first
-        while isinstance(message := session.hear(Part | Close | Drop), Part):
+        lacks_tail, total = len(staged.tail) > 0, Checksum()
+        while isinstance(message := session.hear(Part | Tail | Close | Drop), Part | Tail):
+            if isinstance(message, Tail):
+                if not lacks_tail:
+                    raise TransferError("a tail that is not due")
+                session.receive([staged.tail], total)
+                lacks_tail = False
+                continue
             layers = range(message.first_layer, message.end_layer)
             inside = 0 <= message.first_layer < message.end_layer <= num_layers and message.end_block <= num_blocks
             if not inside or not all(have[layer] == message.first_block < message.end_block for layer in layers):
                 raise TransferError("a part that is not the next of its layers")
-            pieces = [staged.layers[layer][message.first_block : message.end_block] for layer in layers]
-            session.receive(pieces, message.checksum)
+            session.receive(staged.part(layers, message.first_block, message.end_block), total)
             for layer in layers:
                 have[layer] = message.end_block
-        if isinstance(message, Drop):
-            return message
-        assert isinstance(message, Close)
-        if have != [num_blocks] * num_layers:
-            raise TransferError("parts are missing")
-        if len(staged.tail):
-            session.receive([staged.tail], message.checksum)
+        session.channel.settle()
+        if isinstance(message, Close):
+            if lacks_tail or have != [num_blocks] * num_layers:
+                raise TransferError("parts are missing")
+            if not hmac.compare_digest(message.checksum, total.digest()):
+                raise TransferError("bytes whose checksum is wrong")
+        assert isinstance(message, Close | Drop)
         return message
 
     def _finish(self, request_id: str, event: Arrival | Loss, unused: Staged | None) -> bool:

@@ -33,35 +33,35 @@ from kvtool.kv.wire import (
     Received,
     Refusal,
     Session,
+    Tail,
     TransferError,
     greet,
     token_hash,
 )
 
 RETRY_SECONDS = 0.25
+PART_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}  # of several layers, so that some are sent while others are gathered
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes of one message, gathered.
+    """A message and the bytes behind it, gathered.
 
     Attributes:
-        total: their checksum; of those on a GPU it is made beside what the engine computes, later.
         ready: when they are there, on a GPU.
     """
 
-    message: Part | Close
+    message: Part | Tail
     tensors: list[Tensor]
-    total: Checksum
     ready: torch.cuda.Event | None
 
     @classmethod
-    def of(cls, message: Part | Close, tensors: list[Tensor], total: Checksum) -> "Piece":
-        on_gpu = bool(tensors) and tensors[0].is_cuda
-        ready = torch.cuda.current_stream(tensors[0].device).record_event() if on_gpu else None
-        return cls(message, tensors, total, ready)
+    def of(cls, message: Part | Tail, tensors: list[Tensor]) -> "Piece":
+        device = tensors[0].device
+        ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        return cls(message, tensors, ready)
 
 
 @dataclass
@@ -72,6 +72,7 @@ class Push:
         layout: of what is sent.
         staging: where what is put waits.
         num_sent: blocks of each layer that have been put, from the first.
+        total: checksum of what has been put.
         staged: room for all of it, once something has been put.
         failed: it does not arrive; what is put is forgotten.
     """
@@ -80,8 +81,9 @@ class Push:
     layout: KVLayout
     staging: Staging
     num_sent: list[int]
+    total: Checksum = field(default_factory=Checksum)
     staged: Staged | None = None
-    pieces: "SimpleQueue[Piece | Drop]" = field(default_factory=SimpleQueue)
+    pieces: "SimpleQueue[Piece | Close | Drop]" = field(default_factory=SimpleQueue)
     failed: bool = False
     _lock: Lock = field(default_factory=Lock)
     _ended: Event = field(default_factory=Event)
@@ -101,13 +103,14 @@ class Push:
         staged = self._room() if end_block > first else None
         if staged is None:
             return
-        tensors, total = [staged.layers[layer][first:end_block] for layer in layers], Checksum()
-        for layer, tensor in zip(layers, tensors, strict=True):
-            write(layer, tensor)
-            if not tensor.is_cuda:
-                total.add([tensor])  # while the cache has it
-            self.num_sent[layer] = end_block
-        self.pieces.put(Piece.of(Part(layers.start, layers.stop, first, end_block, b""), tensors, total))
+        nbytes, start = 0, layers.start
+        for layer in layers:
+            write(layer, out := staged.layers[layer][first:end_block])
+            self.num_sent[layer], nbytes = end_block, nbytes + out.nbytes
+            if layer + 1 == layers.stop or nbytes + out.nbytes > PART_BYTES[out.device.type]:
+                part = Part(start, layer + 1, first, end_block)
+                self._send(part, staged.part(range(start, layer + 1), first, end_block))
+                nbytes, start = 0, layer + 1
 
     def put_tail(self, tail: Tensor) -> None:
         """Keep the tail, which goes last."""
@@ -121,15 +124,18 @@ class Push:
     def close(self, closing: Close) -> None:
         """Send the tail and the first token; all blocks have been put."""
         if staged := self._room():
-            tensors, total = [staged.tail] if len(staged.tail) else [], Checksum()
-            if not staged.tail.is_cuda:
-                total.add(tensors)
-            self.pieces.put(Piece.of(closing, tensors, total))
+            if len(staged.tail):
+                self._send(Tail(), [staged.tail])
+            self.pieces.put(closing)
 
     def drop(self, reason: str) -> None:
         """It is not to arrive."""
         self.failed = True
         self.pieces.put(Drop(reason))
+
+    def _send(self, message: Part | Tail, tensors: list[Tensor]) -> None:
+        self.pieces.put(Piece.of(message, tensors))
+        self.total.add(tensors)  # while a core's cache has them
 
     def _room(self) -> Staged | None:
         """Where it waits; None: it does not arrive, for one because there is none."""
@@ -318,25 +324,14 @@ class Link:
         except Refusal:
             self.is_good = True
             raise
-        while True:
-            piece = push.pieces.get()
-            if isinstance(piece, Drop):
-                session.say(piece)
-                break
+        while isinstance(piece := push.pieces.get(), Piece):
             if piece.ready:
                 torch.cuda.current_stream().wait_event(piece.ready)
-                piece.total.add(piece.tensors)
-            message = msgspec.structs.replace(piece.message, checksum=piece.total.digest())
-            if isinstance(message, Close):
-                message = msgspec.structs.replace(
-                    message,
-                    scheduled=message.scheduled + self.clock_offset,
-                    prefilled=message.prefilled + self.clock_offset,
-                )
-            session.say(message)
-            if piece.tensors:
-                session.send(piece.tensors)
-            if isinstance(message, Close):
-                session.hear(Received)
-                break
+            session.send(piece.message, piece.tensors)
+        if isinstance(piece, Drop):
+            session.say(piece)
+        else:
+            times = {name: getattr(piece, name) + self.clock_offset for name in ("scheduled", "prefilled")}
+            session.say(msgspec.structs.replace(piece, **times, checksum=push.total.digest()))
+            session.hear(Received)
         self.is_good = True

@@ -30,6 +30,13 @@ class Staged:
         *layers, self.tail = memory[: self.nbytes].split([*(num_blocks * size for size in sizes), layout.tail_bytes])
         self.layers = [layer.view(num_blocks, size) for layer, size in zip(layers, sizes, strict=True)]
 
+    def part(self, layers: range, first_block: int, end_block: int) -> list[Tensor]:
+        """Those blocks of some layers, in their order and in as few tensors as they lie in."""
+        if end_block - first_block < len(self.layers[0]):
+            return [self.layers[layer][first_block:end_block] for layer in layers]
+        start = sum(layer.nbytes for layer in self.layers[: layers.start])
+        return [self.memory[start:][: sum(layer.nbytes for layer in self.layers[layers.start : layers.stop])]]
+
     def store_in(self, store: KVStore, blocks: Sequence[int], slot: int) -> None:
         """Copy the last of the blocks to `blocks`, and the tail to `slot`; those before are in the store already."""
         if blocks:

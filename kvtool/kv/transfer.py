@@ -132,7 +132,7 @@ def meet_as_receiver(session: Session, transfer: Transfer, device: torch.device)
         host = frames.connection.getsockname()[0]
         store = TCPStore(host, 0, 2, True, wait_for_workers=False)
         session.say(Meeting(store.port))
-        session.channel = GroupChannel(frames, transfer.name, 0, store, IDLE_SECONDS)
+        session.channel = GroupChannel(frames, transfer.name, 0, store, IDLE_SECONDS, device)
 
 
 def meet_as_sender(session: Session, transfer: Transfer, device: torch.device) -> None:
@@ -146,4 +146,5 @@ def meet_as_sender(session: Session, transfer: Transfer, device: torch.device) -
         frames = session.channel
         assert isinstance(frames, SocketChannel)
         host, port = frames.connection.getpeername()[0], session.hear(Meeting).port
-        session.channel = GroupChannel(frames, transfer.name, 1, TCPStore(host, port, 2, False), IDLE_SECONDS)
+        store = TCPStore(host, port, 2, False)
+        session.channel = GroupChannel(frames, transfer.name, 1, store, IDLE_SECONDS, device)

@@ -8,14 +8,16 @@ token. Each sequence travels alone over one of a few connections, so that what i
                               the receiver's format; it chooses a transfer that both take
     Choice, Pong …            the choice; the offset of the clocks
     Open → Accepted           for each sequence: tokens, their hash, sizes; the receiver must expect just that
-      Part, bytes …             layers and blocks, and a checksum of the bytes behind it
-      Close, bytes              first token and times; the tail
+      Part, bytes …             layers and blocks
+      Tail, bytes               where the format has one
+      Close                     first token and times; a checksum of all the bytes
     → Received
 
 Frames are msgpack of at most 64 KiB, each with a MAC under the session's key and its number, so that a frame recorded
-elsewhere or before is no frame here. Nothing reaches a store before the whole sequence has been checked. The MAC covers
-the checksum and not the bytes: it is no guard against somebody who rewrites them on their way, which needs a network
-that encrypts.
+elsewhere or before is no frame here. Bytes go into memory of their own, in the places and of the sizes that the
+receiver has worked out for itself; one checksum at the end lets a GPU sum them up while others are on their way, and
+nothing reaches a store before it is found right. The MAC covers the checksum and not the bytes: it is no guard against
+somebody who rewrites them on their way, which needs a network that encrypts.
 """
 
 import hashlib
@@ -26,6 +28,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,7 +39,7 @@ from kvtool.kv.format import KVFormat, StreamFormat
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec
 
-VERSION = 2
+VERSION = 3
 MAX_TOKENS = 1 << 20  # of a block, or a window
 NONCE_BYTES = MAC_BYTES = 32
 PINGS = 5  # by which the offset of the clocks is found
@@ -201,18 +204,21 @@ class Part(msgspec.Struct, frozen=True, tag="part"):
     end_layer: int
     first_block: int
     end_block: int
-    checksum: bytes
+
+
+class Tail(msgspec.Struct, frozen=True, tag="tail"):
+    """The tail's bytes follow."""
 
 
 class Close(msgspec.Struct, frozen=True, tag="close"):
-    """All has been sent but the tail, which follows.
+    """All has been sent.
 
     Attributes:
         first_token: what the prompt was answered with.
         num_cached_tokens: of the prompt, that the sender need not compute.
         scheduled, prefilled: when the first step with this prompt began, and when the first token was there, on the
             receiver's clock.
-        checksum: of the tail.
+        checksum: of all bytes of the sequence, in the order in which they were sent.
     """
 
     first_token: int
@@ -241,22 +247,38 @@ class Checksum:
     """SHA-256 of sums of 8 KiB each (as 64-bit words, modulo 2^64) of uint8 tensors, whose sizes divide by 8.
 
     Finds what goes wrong on the way at the speed of memory, on a GPU as well: any change within a word, and rows that
-    are lost, doubled or in the wrong place. A tensor may be added in portions of whole rows.
+    are lost, doubled or in the wrong place. A tensor may be added in portions of whole rows. A GPU sums up beside what
+    the current stream does next, and the host waits for it once, for the digest.
     """
 
     def __init__(self) -> None:
         self._sums: list[Tensor] = []
+        self._stream: torch.cuda.Stream | None = None
 
     def add(self, pieces: Sequence[Tensor]) -> None:
-        for piece in pieces:
-            words = piece.view(-1).view(torch.int64)
-            whole = len(words) // ROW_WORDS * ROW_WORDS
-            self._sums.append(words[:whole].view(-1, ROW_WORDS).sum(1))
-            if whole < len(words):
-                self._sums.append(words[whole:].sum()[None])
+        """Add what is there, or will be when the current stream has come so far."""
+        if pieces[0].is_cuda:
+            self._stream = self._stream or torch.cuda.Stream(pieces[0].device)
+            self._stream.wait_stream(torch.cuda.current_stream(pieces[0].device))
+        with torch.cuda.stream(self._stream):  # None: no other
+            for piece in pieces:
+                words = piece.view(-1).view(torch.int64)
+                whole = len(words) // ROW_WORDS * ROW_WORDS
+                for rows in (words[:whole].view(-1, ROW_WORDS), words[whole:][None]):
+                    if rows.numel():
+                        self._sums.append(_row_sums(rows))
 
     def digest(self) -> bytes:
-        return hashlib.sha256(torch.cat(self._sums).cpu().numpy().tobytes()).digest() if self._sums else b""
+        if not self._sums:
+            return b""
+        with torch.cuda.stream(self._stream):
+            sums = torch.cat(self._sums).cpu()
+        return hashlib.sha256(sums.numpy().tobytes()).digest()
+
+
+def _row_sums(rows: Tensor) -> Tensor:
+    """Of [n, m] int64. On a CPU by numpy: torch would wake other threads, which takes longer than summing up."""
+    return rows.sum(1) if rows.is_cuda else torch.from_numpy(np.add.reduce(rows.numpy(), axis=1))
 
 
 # An authenticated way
@@ -276,10 +298,7 @@ class Session:
         self._counts = [0, 0]
 
     def say(self, message: msgspec.Struct) -> None:
-        body = msgspec.msgpack.encode(message)
-        frame = body + self._mac(0, body)
-        self.channel.send_frame(frame)
-        self.nbytes += len(frame)
+        self.channel.send_frame(self._frame(message))
 
     def hear(self, kind: Any) -> Any:
         """The next frame, which must be of `kind`.
@@ -294,23 +313,23 @@ class Session:
             raise TransferError("a frame that is not of this session (forged, replayed or damaged)")
         return decoded(body, kind)
 
-    def send(self, pieces: Sequence[Tensor]) -> None:
-        self.channel.send(pieces)
+    def send(self, message: msgspec.Struct, pieces: Sequence[Tensor]) -> None:
+        """Say what comes, and send it."""
+        self.channel.send(pieces, self._frame(message))
         self.nbytes += sum(piece.nbytes for piece in pieces)
 
-    def receive(self, pieces: Sequence[Tensor], checksum: bytes) -> None:
-        """Fill `pieces` with what is sent, whose checksum is known.
-
-        Raises:
-            TransferError: something else has arrived.
-        """
-        total = Checksum()
+    def receive(self, pieces: Sequence[Tensor], total: Checksum) -> None:
+        """Fill `pieces` with what is sent; on a GPU they are full when the channel has settled."""
         for portion in self._portions(pieces):
             self.channel.receive(portion)
             total.add(portion)  # while a core's cache has it
         self.nbytes += sum(piece.nbytes for piece in pieces)
-        if not hmac.compare_digest(checksum, total.digest()):
-            raise TransferError("bytes whose checksum is wrong")
+
+    def _frame(self, message: msgspec.Struct) -> bytes:
+        body = msgspec.msgpack.encode(message)
+        frame = body + self._mac(0, body)
+        self.nbytes += len(frame)
+        return frame
 
     def _portions(self, pieces: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
         """`pieces` as they are taken from the channel."""
