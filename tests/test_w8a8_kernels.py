@@ -46,7 +46,7 @@ def same(rows: QuantizedRows, expected: QuantizedRows) -> bool:
 
 
 def within_a_code(rows: QuantizedRows, expected: QuantizedRows) -> bool:
-    """Of numbers that differ by roundings in 16 bits: a norm's sum has another order where codes are stored behind it."""
+    """Of numbers that differ by roundings in 16 bits: a norm sums in another order where codes are stored behind it."""
     value, other = (each.codes.float() * each.scales[:, None] for each in (rows, expected))
     step = (
         expected.scales[:, None] if rows.codes.dtype == torch.int8 else other.abs() / 8 + expected.scales[:, None] / 512
