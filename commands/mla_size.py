@@ -263,7 +263,7 @@ def fit_report(
         *(f"Format: {text}." for text in dict.fromkeys(each.format for each in found)),
     ]
     if weight_bits != "16":
-        notes.append("Embedding, head, norms, routers and experts stay in 16 bits.")
+        notes.append("Embedding, head, norms and gates stay in 16 bits; so do experts but with 4-bit weights.")
     return Report("mla-size", config, rows, (), [Table("", FIT, shown)], (), notes)
 
 

@@ -169,7 +169,10 @@ def engine_config(
     ] = EngineConfig.load_format,
     quantization: Annotated[
         Literal["auto", "w8a8", "fp8", "gptq", "awq", "w4a16"],
-        model_option("--quantization", help="Bits of weights; auto: the checkpoint's own, others round 16-bit ones."),
+        model_option(
+            "--quantization",
+            help="Bits of weights; auto: the checkpoint's own, others round 16-bit ones (experts: w4a16).",
+        ),
     ] = EngineConfig.quantization,
     quantize_head: Annotated[
         bool, model_option("--quantize-head/--no-quantize-head", help="Round the output projection as well.")
@@ -180,7 +183,9 @@ def engine_config(
     ] = None,
     calibration: Annotated[
         str | None,
-        model_option("--calibration", metavar="FILE", help="Text that gptq and awq look at (default: a built-in one)."),
+        model_option(
+            "--calibration", metavar="FILE", help="Text that gptq, awq and fp8 look at (default: a built-in one)."
+        ),
     ] = EngineConfig.calibration,
     max_model_len: Annotated[
         int | None,

@@ -177,10 +177,12 @@ def start_card(info: "EngineInfo", url: str, needs_key: bool) -> str:
     weights = (
         "" if info.quantization == "none" else f", weights {info.quantization} ({info.weight_bytes / 2**20:,.0f} MiB)"
     )
+    compiling = f", {info.compile_seconds:.1f} of it compiling kernels" if info.compile_seconds else ""
+    up = f"up in {info.start_seconds:.1f} s{compiling}"
     header = "-H 'Authorization: Bearer KEY' " if needs_key else ""
     return f"""\
 kvtool serves {info.model} at {url}
-  model     {info.dtype}{weights} on {where}, context {info.max_model_len:,} tokens, up in {info.start_seconds:.1f} s
+  model     {info.dtype}{weights} on {where}, context {info.max_model_len:,} tokens, {up}
   KV cache  {info.kv_format}{arrives}
   holds     {info.kv_tokens:,} tokens in {memory}; {plain}
   chat      {url}/ in a browser

@@ -1,5 +1,6 @@
 """How a model's weights are kept, as the options ask for it, and the text that some ways look at first."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,15 +12,18 @@ from kvtool.models.resolve import EMBEDDED
 from kvtool.tokenizer import Tokenizer
 
 TEXT = EMBEDDED["tiny"] / "sample.txt"
-WINDOW, WINDOWS = 512, 128  # tokens of a piece of the text, and how many of them count at most
+WINDOW, WINDOWS = 512, 64  # tokens of a piece of the text, and how many of them count at most
 LEAST_TOKENS = 256
-MOST_BYTES = 4 << 20  # of a text: more than 128 windows of any tokenizer
+MOST_BYTES = 4 << 20  # of a text: more than 64 windows of any tokenizer
 
 
 def choose_quantization(
     config: EngineConfig, model: ModelConfig, path: Path, device: torch.device
 ) -> Quantization | None:
     """What becomes of a checkpoint's weights when they are loaded; None: they stay as they are.
+
+    e4m3 weights are rounded to the nearest where no text can be looked at: of random weights, by several ranks, and in
+    models with experts or latents.
 
     Args:
         path: folder of the model, whose tokenizer reads the text.
@@ -31,21 +35,32 @@ def choose_quantization(
     """
     method = config.quantization
     check_quantization(method, config.keep_layers, config.quantize_head, model, device)
-    calibrated = method in ("gptq", "awq") and model.quantization is None
-    if config.calibration and not calibrated:
-        raise ConfigError("--calibration is for --quantization gptq and awq of a 16-bit checkpoint")
+    looks = method in ("gptq", "awq", "fp8") and model.quantization is None
+    if config.calibration and not looks:
+        raise ConfigError("--calibration is for --quantization gptq, awq and fp8 of a 16-bit checkpoint")
     if method == "auto" or model.quantization:
         return None
-    if not calibrated:
-        return Quantization(method, config.quantize_head, config.keep_layers)
+    unseen = Quantization(method, config.quantize_head, config.keep_layers)
+    if reason := _blindness(config, model) if looks else None:
+        if config.calibration or method != "fp8":
+            hint = "leave out --calibration" if method == "fp8" else "use w4a16"
+            raise ConfigError(f"--quantization {method}: {reason}; {hint}")
+        return unseen
+    if not looks:
+        return unseen
+    longest = config.max_model_len or model.max_position
+    return replace(unseen, windows=text_windows(config.calibration, longest, model, path))
+
+
+def _blindness(config: EngineConfig, model: ModelConfig) -> str | None:
+    """Why no text can be looked at, if so."""
     if config.load_format == "dummy":
-        raise ConfigError(f"--quantization {method}: a text shows nothing about random weights; use w4a16")
-    return Quantization(
-        method,
-        config.quantize_head,
-        config.keep_layers,
-        text_windows(config.calibration, config.max_model_len or model.max_position, model, path),
-    )
+        return "a text shows nothing about random weights"
+    if config.num_ranks > 1:
+        return "several ranks cannot look at a text together"
+    if any(model.experts) or model.mla:
+        return "models with experts or latent attention cannot look at a text yet"
+    return None
 
 
 def text_windows(file: str | None, longest: int, model: ModelConfig, path: Path) -> list[list[int]]:

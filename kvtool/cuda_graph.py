@@ -80,6 +80,7 @@ class BlockTable:
     def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
         self.rows = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int64, device=device)
         self._lengths = [-1] * max_num_seqs  # blocks that each row holds; -1: of a sequence that is gone
+        self._owners: list[Sequence[int]] = [()] * max_num_seqs  # the list of blocks of each row's sequence, its own
 
     def forget(self, slots: Iterable[int]) -> None:
         """The sequences in these slots are new, or have moved."""
@@ -91,9 +92,10 @@ class BlockTable:
         new = []
         for span in spans:
             known, length = self._lengths[span.slot], len(span.blocks)
-            if span.token_ids or not 0 <= known <= length <= known + 1:
+            is_other = span.token_ids and span.blocks is not self._owners[span.slot]
+            if is_other or not 0 <= known <= length <= known + 1:
                 new.append(span)
-            self._lengths[span.slot] = length
+            self._lengths[span.slot], self._owners[span.slot] = length, span.blocks
         if not any(span.blocks for span in new):
             return
         counts = integers((len(span.blocks) for span in new), len(new))
@@ -189,6 +191,11 @@ class DecodeGraphs:
             graph, outputs = capturer.capture(partial(self._run, size))
             self._captured[size] = Captured(graph, *outputs)
 
+    def rehearse(self) -> None:
+        """Launch what all graphs would hold."""
+        for size in reversed(self.sizes):
+            self._run(size)
+
     def holds(self, batch: ScheduledBatch) -> bool:
         """Graphs have been captured, it is not too much, and what runs of prompts needs no more than their rows."""
         fmt, prompts = self._format, [span for span in batch.spans if span.token_ids]
@@ -267,23 +274,30 @@ def decode_rows(fmt: KVFormat, spans: Sequence[ScheduledSpan], ends: Integers, n
         ends: [len(spans)], of each.
         nobody: where what is sampled behind any but the last token of a span goes.
     """
-    count, size = len(spans), fmt.block_size if fmt.packs_on_write else fmt.tail_tokens
-    owners, positions = each(integers((span.start for span in spans), count), ends)
-    slots = integers((span.slot for span in spans), count)[owners]
-    columns = integers((max(0, len(span.blocks) - 1) for span in spans), count)[owners]
-    newest = integers((span.blocks[-1] if span.blocks else 0 for span in spans), count)[owners]
-    ids, written = np.empty_like(positions), np.zeros_like(positions)
-    prompts = [span for span in spans if span.token_ids]
-    num_decodes = count - len(prompts)
-    drafts = integers((span.draft for span in spans[:num_decodes]), num_decodes)
-    ids[:num_decodes] = -1 - (drafts * (nobody + 1) + slots[:num_decodes])  # as `place` has it
-    ids[num_decodes:] = list(chain.from_iterable(span.token_ids for span in prompts))
-    if fmt.packs_on_write:
-        written[:] = [spans[o].blocks[p // size] for o, p in zip(owners.tolist(), positions.tolist(), strict=True)]
-    targets = np.where(positions == ends[owners] - 1, slots, nobody)
-    return np.stack(
-        [slots, positions, fmt.visible(positions), positions % size, written, columns, newest, ids, targets]
+    size, width = fmt.block_size if fmt.packs_on_write else fmt.tail_tokens, nobody + 1
+    told = (
+        (s.slot, s.start, max(0, len(s.blocks) - 1), s.blocks[-1] if s.blocks else 0, -1 - (s.draft * width + s.slot))
+        for s in spans
     )
+    of_spans = integers(chain.from_iterable(told), 5 * len(spans)).reshape(-1, 5).T
+    rows = np.zeros((9, int((ends - of_spans[1]).sum())), np.int64)
+    slots, positions, visible, in_memory, written, columns, newest, ids, targets = rows
+    owners: Iterable[int] = range(len(spans))
+    if len(ids) == len(spans):
+        slots[:], positions[:], columns[:], newest[:], ids[:] = of_spans
+        targets[:] = slots
+    else:
+        of_tokens, positions[:] = each(of_spans[1], ends)
+        slots[:], _, columns[:], newest[:], ids[:] = of_spans[:, of_tokens]
+        targets[:] = np.where(positions == ends[of_tokens] - 1, slots, nobody)
+        owners = of_tokens.tolist()
+    num_decodes = sum(not span.token_ids for span in spans)
+    ids[num_decodes:] = list(chain.from_iterable(span.token_ids for span in spans[num_decodes:]))
+    visible[:], in_memory[:] = fmt.visible(positions), positions % size
+    if fmt.packs_on_write:
+        indices = (positions // size).tolist()
+        written[:] = [spans[owner].blocks[index] for owner, index in zip(owners, indices, strict=True)]
+    return rows
 
 
 def room_ids(spans: Sequence[ScheduledSpan], decodes: int, width: int) -> dict[str, Integers]:
@@ -348,12 +362,15 @@ class PromptGraphs:
     def capture(self, rooms: Sequence[Room], capturer: Capturer) -> None:
         """Capture some of `rooms`, the largest first, so that the smaller ones find its memory."""
         for room in sorted(rooms, key=lambda room: (room.tokens, room.decodes), reverse=True):
-            inputs = self._inputs(room, self._memory)
-            self._memory.fill_(-1)  # nobody's
-            inputs["newest"].zero_()
+            inputs = self._cleared(room)
             graph, tile = capturer.capture(partial(self._run, room, inputs))
             staged = {name: piece.view(-1).numpy() for name, piece in self._inputs(room, self._staged).items()}
             self._captured[room] = CapturedRoom(graph, tile, inputs, staged)
+
+    def rehearse(self) -> None:
+        """Launch what all graphs would hold."""
+        for room in reversed(self.rooms):
+            self._run(room, self._cleared(room))
 
     def room(self, batch: ScheduledBatch) -> Room | None:
         """Where the step runs, None if nowhere."""
@@ -394,6 +411,13 @@ class PromptGraphs:
             visible=inputs["visible"],
         )
         return ran, self._hidden[: arrays["ids"].size]
+
+    def _cleared(self, room: Room) -> dict[str, Tensor]:
+        """The room's inputs, all of it nobody's."""
+        self._memory.fill_(-1)
+        inputs = self._inputs(room, self._memory)
+        inputs["newest"].zero_()
+        return inputs
 
     def _shapes(self, room: Room) -> dict[str, tuple[int, ...]]:
         """Of a step's inputs. ids: see `known`; newest: slot, column and block of each decode."""
@@ -453,6 +477,11 @@ class StepGraphs:
         capturer = Capturer()
         self.prompts.capture(self.prompts.rooms[-1:] if largest else self.prompts.rooms, capturer)
         self.decodes.capture(self.decodes.sizes[-1:] if largest else self.decodes.sizes, capturer)
+
+    def rehearse(self) -> None:
+        """Launch all steps that can be captured, on nothing."""
+        self.prompts.rehearse()
+        self.decodes.rehearse()
 
     def forget(self, slots: Iterable[int]) -> None:
         """The sequences in these slots are new, or have moved."""

@@ -144,6 +144,7 @@ class Engine:
             kv_tokens=store.num_blocks * store.format.block_size + config.max_num_seqs * store.format.tail_tokens,
             kv_tokens_16bit=kv_bytes // (2 * elements),
             start_seconds=time.perf_counter() - start,
+            compile_seconds=self.runner.compile_seconds,
             draft_kv_bytes=self.runner.draft.store.nbytes if self.runner.draft else 0,
             kv_address=self._inlet.address if self._inlet else "",
         )
@@ -291,6 +292,8 @@ class Engine:
         assert self.has_work, "a step needs requests: submit one first"
         has_launched = len(self._under_way) < self._most_under_way() and self._launch()
         news = [] if has_launched and len(self._under_way) < self._most_under_way() else self._collect()
+        if self._runs_ahead and not self._under_way:  # what awaited those tokens runs while they are told
+            self._launch()
         if self.runner.profiler and not self.has_work:
             self.runner.profiler.rest(self.runner.held)
         return news

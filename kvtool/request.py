@@ -408,6 +408,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
         kv_tokens_16bit: tokens that the same bytes would hold at 2 bytes an element.
         draft_kv_bytes: bytes of the draft model's cache, as allocated.
         start_seconds: it took to load the model, compile kernels and capture CUDA graphs.
+        compile_seconds: of those, what it took to compile the kernels of all steps, or to find them compiled.
     """
 
     model: str
@@ -436,6 +437,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="ready"):
     kv_tokens: int
     kv_tokens_16bit: int
     start_seconds: float
+    compile_seconds: float
     kv_address: str = ""
     draft_kv_bytes: int = 0
 

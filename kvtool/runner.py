@@ -1,7 +1,7 @@
 """The model on its device: a scheduled batch goes in, sampled token ids come out."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, islice
@@ -41,6 +41,7 @@ from kvtool.memory import (
 from kvtool.models import load_config, load_model, resolve_model, weight_bytes
 from kvtool.models.config import ModelConfig
 from kvtool.parallel import ONE_RANK, Parallel
+from kvtool.processes import cpu_threads
 from kvtool.profiling import StepProfiler, traces_folder
 from kvtool.ranges import Range
 from kvtool.request import (
@@ -105,14 +106,12 @@ class Handle:
 
     Attributes:
         outcome: [len(batch.samples) + 1] int64, ids, and whether the store met what its format cannot hold.
-        logits: of the samples, on the device; good until the next step is launched.
         scores: of those samples that ask for them.
         prompt_scores: of all spans' targets, in pieces that follow each other.
     """
 
     batch: ScheduledBatch
     outcome: Tensor
-    logits: Tensor
     scores: Scores | None
     prompt_scores: list[Scores]
     ready: torch.cuda.Event | None
@@ -134,6 +133,8 @@ class Runner:
         swap_space: for sequences that must make room.
         memory: what a GPU holds beside the store.
         largest_step_seconds: that the largest step took behind its launch, as tried on a GPU.
+        compile_seconds: that it took to compile the kernels of all steps, or to find them compiled; 0: each is compiled
+            when it is first launched.
         expert_load: of the layers of this rank's stage that have experts, kept by the first rank of its group.
         on_all_ranks: elements of a token, bytes of a block, of a tail, of the cache, of the weights and of those that a
             step reads, of all ranks together.
@@ -178,7 +179,7 @@ class Runner:
             self.recent = torch.zeros(shape, dtype=torch.int64, device=self.device)
             self.newest = self.recent[0]
             self.sampler = Sampler(self.newest, self.model_config.eos_token_ids)
-            self.largest_step_seconds = 0.0
+            self.largest_step_seconds = self.compile_seconds = 0.0
             routers = self.model.routers() if parallel.tp.rank == 0 else {}
             self.expert_load = ExpertLoad(routers, most_rows(config.max_num_batched_tokens)) if routers else None
             self.memory = self._measure(config, layout) if self.device.type == "cuda" else None
@@ -245,13 +246,13 @@ class Runner:
         if self.profiler:
             self.profiler.begin_step()
         self._move(batch)
-        if batch.drafts:
-            self._propose(batch.drafts)
-        for imported in batch.imports:
-            assert land is not None
-            land(imported)
         try:
-            return self._run(batch, allowed, on_layer)
+            if batch.drafts:
+                self._propose(batch.drafts)
+            for imported in batch.imports:
+                assert land is not None
+                land(imported)
+            return self._sample(batch, *self._run(batch, on_layer), allowed)
         except torch.OutOfMemoryError as error:
             self.store.take_fault()  # whoever comes next has nothing to do with it
             raise CapacityError(
@@ -260,14 +261,19 @@ class Runner:
             ) from error
 
     def _run(
-        self, batch: ScheduledBatch, allowed: NDArray[np.int32] | None, on_layer: Callable[[int], None] | None
-    ) -> Handle:
-        """Compute the spans and sample."""
+        self, batch: ScheduledBatch, on_layer: Callable[[int], None] | None = None
+    ) -> tuple[Tensor, Tensor | None, list[Scores]]:
+        """Compute the spans.
+
+        Returns:
+            What the samples are chosen by, on the last stage logits; the likeliest tokens, where a graph has found them
+            and kept them in `newest`; scores of the spans' targets.
+        """
         if self.graphs and self.graphs.decodes.holds(batch):
             kv_batch, logits, greedy = self.graphs.decodes.launch(batch)
             self._count_experts(kv_batch.num_decodes)
             self.store.seal(kv_batch)
-            return self._sample(batch, logits, greedy, allowed, [])
+            return logits, greedy, []
         kv_batch, hidden = self._hidden_states(batch, on_layer)
         with self.parallel.faults_noted(self.store.note_fault):
             self.store.seal(kv_batch)
@@ -277,13 +283,13 @@ class Runner:
             new = (span.slot for span in batch.spans if span.token_ids)
             self.graphs.forget([*new, *(fork.slot for fork in batch.forks)])
         if not self.parallel.stage.is_last:
-            return self._sample(batch, hidden, None, None, [])
+            return hidden, None, []
         prompt_scores = self._score_prompts(batch, hidden)
         ends = list(accumulate(span.length for span in batch.spans))
         rows = [ends[sample.span] - 1 for sample in batch.samples]
         if rows != list(range(len(hidden))):
             hidden = hidden[on_device({"rows": np.array(rows, np.int64)}, self.device)["rows"]]
-        return self._sample(batch, self.model.logits(hidden), None, allowed, prompt_scores)
+        return self.model.logits(hidden), None, prompt_scores
 
     def _hidden_states(self, batch: ScheduledBatch, on_layer: Callable[[int], None] | None) -> tuple[KVBatch, Tensor]:
         """Where the step's tokens stand, and their hidden states."""
@@ -313,22 +319,28 @@ class Runner:
         hidden: Tensor = self.model(ids, kv_batch.positions, partial(self._attend, kv_batch, on_layer))
         return hidden
 
+    def _choose(
+        self, samples: Sequence[Sample], logits: Tensor, greedy: Tensor | None, allowed: NDArray[np.int32] | None = None
+    ) -> Tensor:
+        """The samples' tokens, also in `newest`, where those of a graph are."""
+        if greedy is not None and all(is_greedy(sample) for sample in samples):
+            return greedy
+        return self.sampler.sample(logits, samples, allowed)
+
     def _sample(
         self,
         batch: ScheduledBatch,
         logits: Tensor,
         greedy: Tensor | None,
-        allowed: NDArray[np.int32] | None,
         prompt_scores: list[Scores],
+        allowed: NDArray[np.int32] | None,
     ) -> Handle:
-        """Choose the tokens of a step, on the last stage; `greedy` are the likeliest, where a graph has found them."""
+        """Choose the tokens of a step that has been computed, on the last stage."""
         fault = self.store.take_fault()
         token_ids, samples = fault[:0], batch.samples if self.parallel.stage.is_last else []
         with Range("kvtool::sampling"):
-            if samples and greedy is not None and all(is_greedy(sample) for sample in samples):
-                token_ids = greedy
-            elif samples:
-                token_ids = self.sampler.sample(logits, samples, allowed)
+            if samples:
+                token_ids = self._choose(samples, logits, greedy, allowed)
             if samples and batch.drafts:
                 if self._proposals:
                     self._reject(self._proposals, samples, logits, token_ids)
@@ -337,7 +349,6 @@ class Runner:
         return Handle(
             batch,
             outcome=_to_host(torch.cat([token_ids, fault])),
-            logits=logits,
             scores=scores and scores.to_host(),
             prompt_scores=[piece.to_host() for piece in prompt_scores],
             ready=torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None,
@@ -405,7 +416,9 @@ class Runner:
                 for row, (question, count) in enumerate(asked)
                 if count > index
             ]
-            logits = model.launch(ScheduledBatch(spans=spans, samples=samples)).logits
+            logits, greedy, _ = model._run(ScheduledBatch(spans=spans, samples=samples))
+            if samples:
+                model._choose(samples, logits, greedy)
             self.recent[1 + index].copy_(model.newest)
             drawn = [question for question, count in asked if count > index]
             if any(question.may_reject for question in drawn):
@@ -531,6 +544,36 @@ class Runner:
                 "lower --gpu-memory-utilization or --kv-cache-memory, or add --no-cuda-graph"
             ) from error
 
+    def _compile(self, config: EngineConfig, largest: ScheduledBatch) -> None:
+        """Compile the kernels of all steps side by side, if there will be graphs of them, where each would otherwise be
+        waited for when it is first launched.
+
+        Which ones those are the steps themselves tell, launched with none of Triton's kernels run, and so on numbers
+        that mean nothing: no step here looks at what it has computed. Of layers that are alike one is launched; the
+        first is unlike all others, as nothing stands in the residual stream before it.
+        """
+        if (graphs := self._graphs(config)) is None:
+            return
+        from kvtool.kernels.launch import compiling
+
+        start, layers = time.perf_counter(), self.model.layers
+        kinds: dict[tuple[Hashable, ...], str] = {}
+        for layer, fmt in zip(self._layers, self.store.format.layers, strict=True):
+            weights = ((name, x.shape, x.dtype) for name, x in layers[str(layer)].state_dict().items())
+            kinds.setdefault((not kinds, fmt, self.model_config.sliding_window[layer], *weights), str(layer))
+        self.model.layers = torch.nn.ModuleDict({name: layers[name] for name in kinds.values()})
+        try:
+            with compiling(cpu_threads(len(config.ranks_here))):
+                graphs.rehearse()
+                _, hidden = self._hidden_states(largest, None)
+                if self.parallel.stage.is_last:
+                    self.sampler.sample(self.model.logits(hidden[: len(largest.samples)]), largest.samples)
+                if self.store.sealer:
+                    self.store.sealer.compile()
+        finally:
+            self.model.layers = layers
+        self.compile_seconds = time.perf_counter() - start
+
     def _measure(self, config: EngineConfig, layout: KVLayout) -> DeviceMemory:
         """Run the largest prompt step, draw for all sequences and capture the largest graphs, on a small store.
 
@@ -542,6 +585,9 @@ class Runner:
         largest = largest_step(config, layout.format, self.max_model_len)
         try:
             self._hold(layout, sum(len(span.blocks) for span in largest.spans) + 1, config)
+            self.graphs = None
+            self._compile(config, largest)
+            torch.cuda.empty_cache()
             self.graphs = self._graphs(config)
             torch.cuda.reset_peak_memory_stats(self.device)
             handle, launched = self.launch(largest), time.perf_counter()

@@ -379,6 +379,10 @@ def verify(token_ids: Tensor, drafts: Drafts, recent: Tensor) -> Tensor:
     Returns:
         token_ids, `VOID` for those that follow a drafted token that was not accepted, and `VOID` - 1 if those were -1.
     """
+    if takes(recent):
+        from kvtool.kernels import sampling
+
+        return sampling.verify(token_ids, drafts.slots, drafts.firsts, drafts.counts, recent, VOID)
     steps = torch.arange(len(recent) - 1, device=recent.device)
     rows = drafts.firsts[:, None] + steps.minimum(drafts.counts[:, None])
     is_right = (token_ids[rows] == recent[1:, drafts.slots].T) & (steps < drafts.counts[:, None])

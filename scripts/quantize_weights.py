@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from kvtool.calibration import choose_quantization
 from kvtool.config import EngineConfig
 from kvtool.errors import ConfigError, KVToolError
+from kvtool.layers.moe import PackedExperts
 from kvtool.layers.quantized import Int4Matrix, Matrix
 from kvtool.models import Decoder, ModelConfig, load_config, load_model, resolve_model
 from kvtool.models.quantization import named
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny", help="a folder, a hub id, or the name of an embedded model")
     parser.add_argument("--method", required=True, choices=KINDS)
     parser.add_argument("--output", required=True, type=Path, help="folder to make")
-    parser.add_argument("--calibration", metavar="FILE", help="text that gptq and awq look at")
+    parser.add_argument("--calibration", metavar="FILE", help="text that gptq, awq and fp8 look at")
     parser.add_argument("--keep-layers", default="", metavar="GLOBS", help="layers that stay in 16 bits")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", help="to compute in; auto: the checkpoint's on a GPU, else float32")
@@ -108,18 +109,27 @@ def stored_tensors(model: Decoder, config: ModelConfig, stored: StoredQuantizati
     yield from ((as_stored(name), tensor) for name, tensor in plain.items())
     plan = Decoder(config, 1, dtype=dtype, device=torch.device("meta"))
     for layer in range(config.num_layers):
-        for path, linear in model.linears(layer).items():
-            if not isinstance(linear.weight, Matrix):
-                continue
-            whole, first = plan.linears(layer)[path], 0
-            columns = Shard.whole(linear.weight.shape[1])
-            for name in dict.fromkeys(named(path, whole)):
-                total = sum(slot.to.shape[0] for of, slot in whole.slots(path) if of == f"{name}.weight")
-                if isinstance(why := pieces_of(stored, total, columns.size), str):
+        rows_of = {name.removesuffix(".weight"): slot.shape[0] for name, slot in plan.slots(f"layers.{layer}.")}
+        for matrix, names in matrices_of(model, plan, layer):
+            columns, first = Shard.whole(matrix.shape[1]), 0
+            for name in dict.fromkeys(names):
+                if isinstance(why := pieces_of(stored, rows_of[name], columns.size), str):
                     raise ConfigError(f"{name}: {why}; keep it with --keep-layers")
-                rows, first = Shard(linear.weight.shape[0], first, total), first + total
-                for suffix, tensor in write_matrix(stored, linear.weight.cut(rows, columns)).items():
+                rows, first = Shard(matrix.shape[0], first, rows_of[name]), first + rows_of[name]
+                for suffix, tensor in write_matrix(stored, matrix.cut(rows, columns)).items():
                     yield as_stored(f"{name}.{suffix}"), tensor.contiguous().cpu()
+
+
+def matrices_of(model: Decoder, plan: Decoder, layer: int) -> Iterator[tuple[Matrix, list[str]]]:
+    """Matrices of fewer bits, and the names of what stands in each, one part behind the other."""
+    for path, linear in model.linears(layer).items():
+        if isinstance(linear.weight, Matrix):
+            yield linear.weight, named(plan, path)
+    for path, mixture in model.mixtures(layer).items():
+        if isinstance(experts := mixture.experts, PackedExperts):
+            names = named(plan, path)
+            yield experts.gate_up, [name for i, name in enumerate(names) if i % 3 < 2]
+            yield experts.down, names[2::3]
 
 
 def as_stored(name: str) -> str:

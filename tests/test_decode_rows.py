@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtool.config import KVOptions
-from kvtool.cuda_graph import decode_rows, known, prompt_rooms, room_ids, worthwhile_tokens
+from kvtool.cuda_graph import BlockTable, decode_rows, known, prompt_rooms, room_ids, worthwhile_tokens
 from kvtool.gpus import GPUS
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.spec import KVSpec, StreamSpec
@@ -110,3 +110,19 @@ def test_graphs_are_for_steps_that_keep_the_host_busier_than_the_gpu() -> None:
     fewer_bits = worthwhile_tokens(seven_billion / 2, GPUS["H200"])
     assert abs(fewer_bits - 2 * worthwhile_tokens(seven_billion, GPUS["H200"])) <= 1
     assert worthwhile_tokens(seven_billion, None) == worthwhile_tokens(seven_billion, GPUS["A100"])
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans(), st.booleans(), st.integers(0, 3)), max_size=30))
+def test_a_sequence_s_blocks_are_on_the_device_before_they_are_read(steps: list[tuple[int, bool, bool, int]]) -> None:
+    """Whoever has the slot, whether it decodes or reads more tokens, and however many blocks it has come to."""
+    table, owned, made = BlockTable(3, 99, torch.device("cpu")), dict[int, list[int]](), 0
+    for slot, is_other, reads, grown in steps:
+        is_new = is_other or slot not in owned
+        blocks = owned[slot] = [] if is_new else owned[slot]
+        more = grown if is_new or reads else min(grown, 1)
+        blocks += range(made, made := made + more)
+        span = ScheduledSpan(id="", slot=slot, start=0, end=1, blocks=blocks, token_ids=[0] if is_new or reads else ())
+        table.send([span])
+        if blocks:
+            table.rows[slot, len(blocks) - 1] = blocks[-1]  # as a graph does it
+        assert table.rows[slot, : len(blocks)].tolist() == blocks

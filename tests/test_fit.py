@@ -18,7 +18,7 @@ from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.store import KVStore
 from kvtool.memory import DeviceMemory, cache_memory, capacity
-from kvtool.models import Decoder, load_config, weight_bytes
+from kvtool.models import Decoder, Quantization, load_config, load_model, weight_bytes
 from kvtool.models.resolve import EMBEDDED
 from kvtool.parallel import Group, Parallel, Stage
 from kvtool.runner import kv_spec
@@ -85,6 +85,25 @@ def test_weights_in_fewer_bits() -> None:
     assert sizes["16"] - sizes["4"] == matrices * 2 - matrices * 4 // 8 - matrices // 128 * 4
     rows = 28 * (3584 + 2 * 512 + 3584 + 2 * 18944 + 3584)
     assert sizes["16"] - sizes["8"] == matrices - rows * 4
+
+
+def test_experts_in_fewer_bits(tmp_path: Path) -> None:
+    """As they are loaded; each step makes 16-bit ones of a layer's."""
+    sizes = {"moe_intermediate_size": 64, "intermediate_size": 128}
+    folder = write_config(tmp_path, {"model_type": "qwen3_moe", **QWEN_MOE, **sizes})
+    quantization, context = Quantization("w4a16"), 100
+    model = load_model(
+        tmp_path,
+        load_config(tmp_path),
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        load_format="dummy",
+        max_model_len=context,
+        quantization=quantization,
+    )
+    plain, packed = (fit(folder, engine(context), "H200", None, bits).parts for bits in ("16", "4"))
+    assert packed.weights == weight_bytes(model)
+    assert packed.workspace > plain.workspace
 
 
 @given(
@@ -167,7 +186,7 @@ def test_rows_of_several_gpus(run: Run, tmp_path: Path) -> None:
     assert document["config"]["engine"]["max_num_seqs"] == 16
     assert "too much" in page.read_text()
     status, out, _ = run("--fit", "4090", "--weight-bits", "4", *options)
-    assert status == 0 and "Qwen2.5-7B, 4 bits" in out and "routers and experts stay in 16 bits" in out
+    assert status == 0 and "Qwen2.5-7B, 4 bits" in out and "norms and gates stay in 16 bits" in out
 
 
 def test_the_default_is_the_embedded_model_at_its_context(run: Run) -> None:

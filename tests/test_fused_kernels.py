@@ -220,9 +220,10 @@ def test_a_captured_chain_computes_what_its_inputs_say_at_replay() -> None:
         assert torch.equal(replayed, y)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_only_few_rows_of_16_bits_have_a_tile() -> None:
     weight = drawn(64, 64, dtype=torch.bfloat16)
+    assert tile_for(drawn(1, 64, dtype=torch.bfloat16), weight) is not None
     assert tile_for(drawn(products.MAX_ROWS + 1, 64, dtype=torch.bfloat16), weight) is None
     assert tile_for(drawn(1, 64, dtype=torch.float32), weight) is None
     assert tile_for(drawn(1, 64, dtype=torch.bfloat16), weight[:1]) is None
+    assert tile_for(drawn(0, 64, dtype=torch.bfloat16), weight) is None  # of a step that samples nothing

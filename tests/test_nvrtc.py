@@ -26,6 +26,17 @@ def test_what_does_not_compile_is_named() -> None:
         nvrtc.compile_cubin(COUNT.replace("= threadIdx.x", "= nowhere"), "sm_90", {})
 
 
+def test_what_was_compiled_once_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if reason := nvrtc.refuses_to_compile():
+        pytest.skip(reason)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    cubin, compiled = nvrtc.compile_cubin(COUNT, "sm_90", {"N": 1}), list[str]()
+    monkeypatch.setattr(nvrtc, "_compile", lambda source, flags: compiled.append(source) or b"other")
+    assert nvrtc.compile_cubin(COUNT, "sm_90", {"N": 1}) == cubin and not compiled
+    others = (COUNT, "sm_90", {"N": 2}), (COUNT, "sm_89", {"N": 1}), (COUNT + " ", "sm_90", {"N": 1})
+    assert [nvrtc.compile_cubin(*other) for other in others] == [b"other"] * 3 and len(compiled) == 3
+
+
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_any_thread_loads_and_launches() -> None:
     """Before the process has asked a GPU for anything, and in threads for which nobody has made a context current."""

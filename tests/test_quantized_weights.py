@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import DenseAttend, make_checkpoint, run
+from checkpoints import MLA, QWEN_MOE, DenseAttend, make_checkpoint, run
 from quantized_checkpoints import (
     Recipe,
     awq,
@@ -26,16 +26,22 @@ from kvtool.calibration import choose_quantization, text_windows
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
 from kvtool.errors import ConfigError, KVToolError, ModelError, UnsupportedError
+from kvtool.layers.moe import Experts
 from kvtool.layers.quantized import Int4Matrix, SideBySide, rounded
 from kvtool.models import Decoder, Quantization, check_quantization, load_config, load_model, resolve_model
-from kvtool.models.calibrate import gptq as solve_gptq
-from kvtool.models.calibrate import nearest
+from kvtool.models.calibrate import fp8, int4
 from kvtool.parallel import Group, Parallel
 from kvtool.request import SamplingParams
 
 CPU = torch.device("cpu")
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_hidden_layers": 2}
 IDS = [3, 150, 7, 7, 198, 42, 60, 61, 5, 99, 100, 12]
+
+OF_EXPERTS = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen2_moe": QWEN_MOE | OF_EXPERTS | {"shared_expert_intermediate_size": 64},
+    "deepseek_v2": MLA | OF_EXPERTS | {"q_lora_rank": None, "v_head_dim": 16},
+}
 
 RECIPES = {
     "gptq": gptq(32, symmetric=True),
@@ -119,6 +125,35 @@ def test_a_part_of_a_fused_layer_may_be_plain(tmp_path: Path) -> None:
     assert error(logits(model), expected) < 1e-5
     assert isinstance(model.linears(0)["layers.0.self_attn.qkv_proj"].weight, SideBySide)
     assert isinstance(model.linears(1)["layers.1.mlp.down_proj"].weight, nn.Parameter)
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_experts_and_latents_may_be_stored_so(model_type: str, tmp_path: Path) -> None:
+    """They compute what a checkpoint of the weights that they stand for does."""
+    make_checkpoint(model_type, tmp_path, **MIXTURES[model_type])
+    dense = quantize(tmp_path, gptq(32))
+    got = logits(load(tmp_path))
+    save_file(dense, tmp_path / "model.safetensors")
+    edit_config(tmp_path, quantization_config=None)
+    assert error(got, logits(load(tmp_path))) < 1e-9
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_experts_are_rounded_to_four_bits_and_saved(model_type: str, tmp_path: Path) -> None:
+    make_checkpoint(model_type, tmp_path / "from", **MIXTURES[model_type])
+    keep = ("*.o_proj",)
+    engine = EngineConfig(
+        model=str(tmp_path / "from"), dtype="float32", device="cpu", quantization="w4a16", keep_layers=keep
+    )
+    load_script("quantize_weights").save(engine, tmp_path / "to")
+    plain = load(tmp_path / "from", torch.float32)
+    computed = load(tmp_path / "from", torch.float32, quantization=Quantization("w4a16", keep=keep))
+    assert torch.equal(logits(load(tmp_path / "to", torch.float32)), logits(computed))
+    assert computed.products == plain.products
+    assert computed.weight_bytes < 0.6 * plain.weight_bytes
+    assert 0 < error(logits(computed), logits(plain)) < 0.6
+    with_experts = load(tmp_path / "from", quantization=Quantization("w4a16", keep=("*.experts.*",)))
+    assert all(isinstance(m.experts, Experts) for layer in (0, 1) for m in with_experts.mixtures(layer).values())
 
 
 def test_zeros_less_one_borrow_as_gptqmodel_has_them(tmp_path: Path) -> None:
@@ -208,33 +243,37 @@ def test_dummies_of_a_quantised_checkpoint_need_no_weights(tmp_path: Path) -> No
     assert logits(model).isfinite().all()
 
 
-@pytest.mark.parametrize("form", [solve_gptq, nearest])
-def test_calibration_costs_outputs_less(form: Callable[[Tensor, Tensor, int, torch.dtype], Int4Matrix]) -> None:
+@pytest.mark.parametrize(("method", "share"), [("w4a16", 0.6), ("fp8", 0.8)])
+def test_calibration_costs_outputs_less(method: str, share: float) -> None:
     generator = torch.Generator().manual_seed(2)
     mixed = torch.randn(256, 256, generator=generator) / 16
     x = torch.randn(2048, 256, generator=generator) @ (mixed + torch.eye(256)) * torch.linspace(0.1, 3, 256)
     x[:, 17] = 0  # of which nothing is known
     weight = torch.randn(64, 256, generator=generator)
+    weight[5] = 0
 
     def cost(matrix: Any) -> float:
         return float((x @ (matrix.dense(torch.float32) - weight).t()).square().mean())
 
-    plain, better = cost(rounded(weight, "w4a16", 128)), cost(form(weight, x.t() @ x, 128, torch.float32))
-    assert better < (0.6 if form is solve_gptq else 0.95) * plain
+    hessian = x.t() @ x
+    found = fp8(weight, hessian) if method == "fp8" else int4(weight, hessian, 128, torch.float32)
+    assert cost(found) < share * cost(rounded(weight, method, 128))
+    assert not found.dense(torch.float32)[5].any()
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8"])
 @pytest.mark.parametrize("model_type", ["llama", "phi3"])
 def test_calibrated_layers_stay_near(method: Any, model_type: str, tmp_path: Path) -> None:
     """Scales that move from norms and rows into columns change nothing but the rounding."""
     make_checkpoint(model_type, tmp_path, **SHAPE | {"num_key_value_heads": 8})
     exact = logits(load(tmp_path))
     windows = torch.randint(10, 190, (32, 64), generator=torch.Generator().manual_seed(0)).tolist()
-    off = {
-        name: error(logits(load(tmp_path, quantization=Quantization(name, windows=windows))), exact)
-        for name in ("w4a16", method)
-    }
-    assert off[method] < 1.2 * off["w4a16"] < 0.6
+    nearest = "fp8" if method == "fp8" else "w4a16"
+    plain, looked = (
+        error(logits(load(tmp_path, quantization=quantization)), exact)
+        for quantization in (Quantization(nearest), Quantization(method, windows=windows))
+    )
+    assert looked < 1.2 * plain < 0.6
 
 
 def test_eight_bits_say_what_sixteen_say_on_tiny() -> None:
@@ -271,9 +310,7 @@ def test_a_text_is_read_in_pieces_that_the_model_can_take(tmp_path: Path) -> Non
 @pytest.mark.parametrize("model_type", ["qwen2", "phi3"])
 def test_saved_weights_are_those_that_were_computed(method: Any, model_type: str, tmp_path: Path) -> None:
     make_checkpoint(model_type, tmp_path / "from", **SHAPE)
-    add_tokenizer(tmp_path / "from")
-    text = tmp_path / "text.txt"
-    text.write_text((resolve_model("tiny") / "sample.txt").read_text()[:3000])
+    text = short_text(tmp_path)
     script = load_script("quantize_weights")
     engine = EngineConfig(
         model=str(tmp_path / "from"),
@@ -281,7 +318,7 @@ def test_saved_weights_are_those_that_were_computed(method: Any, model_type: str
         device="cpu",
         quantization=method,
         keep_layers=("layers.1.mlp.*",),
-        calibration=str(text) if method in ("gptq", "awq") else None,
+        calibration=text if method in ("gptq", "awq", "fp8") else None,
     )
     script.save(engine, tmp_path / "to")
     saved, config = load(tmp_path / "to", torch.float32), load_config(tmp_path / "from")
@@ -299,12 +336,54 @@ def test_transformers_opens_what_was_saved(method: Any, tolerance: float, tmp_pa
     from transformers import AutoModelForCausalLM
 
     make_checkpoint("qwen2", tmp_path / "from", **SHAPE)
-    engine = EngineConfig(model=str(tmp_path / "from"), dtype="float32", device="cpu", quantization=method)
+    engine = EngineConfig(
+        model=str(tmp_path / "from"),
+        dtype="float32",
+        device="cpu",
+        quantization=method,
+        calibration=short_text(tmp_path) if method == "fp8" else None,
+    )
     load_script("quantize_weights").save(engine, tmp_path / "to")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "to", dtype=torch.float32)
     with torch.inference_mode():
         expected = theirs(torch.tensor([IDS])).logits[0]
     assert error(logits(load(tmp_path / "to", torch.float32)), expected) < tolerance
+
+
+@pytest.mark.parametrize("method", ["w4a16", "awq"])
+def test_gptqmodel_multiplies_by_what_was_saved(method: Any, tmp_path: Path) -> None:
+    """With its own layers in torch, which transformers puts in place of a checkpoint's; they compute in float16."""
+    pytest.importorskip("gptqmodel")
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+
+    make_checkpoint("qwen2", tmp_path / "from", **SHAPE)
+    calibration = short_text(tmp_path) if method == "awq" else None
+    engine = EngineConfig(
+        model=str(tmp_path / "from"), dtype="float32", device="cpu", quantization=method, calibration=calibration
+    )
+    load_script("quantize_weights").save(engine, tmp_path / "to")
+    ours = load(tmp_path / "to", torch.float32).linears(1)["layers.1.mlp.down_proj"]
+    shape = {"in_features": 256, "out_features": 128, "bias": False, "register_buffers": True}
+    form = {"bits": 4, "group_size": 128, "sym": False, "desc_act": False, "pack_dtype": torch.int32}
+    theirs = (AwqTorchLinear if method == "awq" else TorchLinear)(**shape, **form)
+    name = "model.layers.1.mlp.down_proj."
+    for key, tensor in load_file(tmp_path / "to" / "model.safetensors").items():
+        if key.startswith(name):
+            setattr(theirs, key.removeprefix(name), tensor)
+    if method == "w4a16":
+        convert_gptq_v1_to_v2_format_module(theirs, 4, torch.int32)
+    theirs.post_init()
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
+    assert error(theirs(x).float(), x @ ours.dense(torch.float32).t()) < 1e-3
+
+
+def short_text(folder: Path) -> str:
+    """A text for `--calibration`, and beside it the tokenizer that `folder / "from"` lacks."""
+    add_tokenizer(folder / "from")
+    (folder / "text.txt").write_text((resolve_model("tiny") / "sample.txt").read_text()[:3000])
+    return str(folder / "text.txt")
 
 
 def load_script(name: str) -> Any:
@@ -497,17 +576,21 @@ def test_what_contradicts_a_checkpoint_is_refused(asked: str, keep: tuple[str, .
         check_quantization(asked, keep, False, load_config(tmp_path), CPU)
 
 
-def test_experts_and_latents_are_refused(tmp_path: Path) -> None:
-    make_checkpoint("mixtral", tmp_path, num_local_experts=4)
-    with pytest.raises(UnsupportedError, match="models with experts run with 16-bit weights only"):
-        check_quantization("w8a8", (), False, load_config(tmp_path), CPU)
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_experts_and_latents_look_at_no_text(model_type: str, tmp_path: Path) -> None:
+    make_checkpoint(model_type, tmp_path, **MIXTURES[model_type])
+    config = load_config(tmp_path)
+    with pytest.raises(ConfigError, match="--quantization awq: models with experts or latent attention cannot look"):
+        choose_quantization(EngineConfig(quantization="awq"), config, tmp_path, CPU)
+    quantization = choose_quantization(EngineConfig(quantization="fp8"), config, tmp_path, CPU)
+    assert quantization is not None and not quantization.windows
 
 
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "a layer that is none": ({"quantization": "w8a8", "keep_layers": ("layers.9.*",)}, "--keep-layers layers.9.*: the"),
     "a text for nothing": (
         {"quantization": "w8a8", "calibration": "x"},
-        "--calibration is for --quantization gptq and",
+        "--calibration is for --quantization gptq, awq and fp8",
     ),
     "no text": ({"quantization": "gptq", "calibration": "nowhere.txt"}, "--calibration nowhere.txt: cannot be read"),
     "ranks": ({"quantization": "awq", "tp": 2}, "several ranks cannot look at a text together"),

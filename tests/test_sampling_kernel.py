@@ -14,16 +14,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtool.request import Sample, SamplingParams
-from kvtool.sampler import Choices, Row, Sampler
+from kvtool.request import VOID, Sample, SamplingParams
+from kvtool.sampler import Choices, Drafts, Row, Sampler
 from kvtool.sampler import choose as definition
 from kvtool.sampler import greedy as sampler_greedy
+from kvtool.sampler import verify as sampler_verify
 
 pytest.importorskip("triton")
 
 from compiled import ON_GPU, check_compiled, compiles, runs
 
-from kvtool.kernels.sampling import choose, greedy
+from kvtool.kernels.sampling import choose, greedy, verify
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 VOCABS = [1000, 32_000, 151_936, 152_064] if ON_GPU else [40, 1024, 5000]
@@ -206,6 +207,26 @@ def test_a_sequence_that_looks_back_counts_what_it_samples_on_the_device() -> No
             tokens.append(token)
 
 
+@runs
+@examples
+@given(data=st.data(), most=st.integers(1, 6))
+def test_drafts_hold_as_far_as_the_definition_says(data: st.DataObject, most: int) -> None:
+    counts = data.draw(st.lists(st.integers(0, most), min_size=1, max_size=4))
+    slots = data.draw(st.permutations(range(SLOTS)))[: len(counts)]
+    tokens = st.integers(-1, 2)  # few, so that many are as drafted
+    token_ids = torch.tensor(data.draw(st.lists(tokens, min_size=(n := sum(counts) + len(counts)), max_size=n)))
+    recent = torch.tensor(data.draw(st.lists(tokens, min_size=(n := (1 + most) * SLOTS), max_size=n))).view(-1, SLOTS)
+    samples = [
+        Sample(id="", span=0, slot=slot, position=0, params=SamplingParams(), seed=0, num_generated=0)
+        for slot, count in zip(slots, counts, strict=True)
+        for _ in range(1 + count)
+    ]
+    drafts, brought = Drafts.send(samples, DEVICE), recent.to(DEVICE)
+    got = verify(token_ids.to(DEVICE), drafts.slots, drafts.firsts, drafts.counts, brought, VOID)
+    assert got.tolist() == sampler_verify(token_ids, Drafts.send(samples, torch.device("cpu")), recent).tolist()
+    assert brought.tolist() == recent.tolist()
+
+
 @compiles
 def test_the_kernels_compile_for_a_4090_without_spills(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.zeros(2, len(Row._fields), dtype=torch.float64)
@@ -215,5 +236,6 @@ def test_the_kernels_compile_for_a_4090_without_spills(monkeypatch: pytest.Monke
         for logits, allowed in ((counts.bfloat16(), None), (counts.float(), counts[:, :4748])):
             choose(logits, rows, rows[0], rows[0], rows[0], allowed, counts, newest)
             greedy(logits, newest, newest)
+        verify(newest, newest, newest, newest, newest.new_zeros(5, 2), VOID)
 
-    assert check_compiled(launch, monkeypatch) >= 4
+    assert check_compiled(launch, monkeypatch) == 9

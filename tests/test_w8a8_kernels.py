@@ -45,6 +45,15 @@ def same(rows: QuantizedRows, expected: QuantizedRows) -> bool:
     return codes and torch.equal(rows.scales, expected.scales) and rows.dtype == expected.dtype
 
 
+def within_a_code(rows: QuantizedRows, expected: QuantizedRows) -> bool:
+    """Of numbers that differ by roundings in 16 bits: a norm sums in another order where codes are stored behind it."""
+    value, other = (each.codes.float() * each.scales[:, None] for each in (rows, expected))
+    step = (
+        expected.scales[:, None] if rows.codes.dtype == torch.int8 else other.abs() / 8 + expected.scales[:, None] / 512
+    )
+    return bool(((value - other).abs() <= 1.01 * step + other.abs() / 64).all())
+
+
 def drawn(rows: int, shape: tuple[int, int], kind: torch.dtype, dtype: torch.dtype, bias: bool, seed: int):
     """x, weights, their scales and a bias."""
     torch.manual_seed(seed)
@@ -111,7 +120,7 @@ def test_a_norm_gives_what_is_quantised_after_it(rows, size, kind, dtype, first,
     streams = [(x.clone(), None if first else before.clone()) for _ in range(2)]
     out, stream = norm.add_rms_norm_rows(*streams[0], weight, 1e-6, kind)
     normed, expected = norm.add_rms_norm(*streams[1], weight, 1e-6)
-    assert same(out, quantize_rows(normed, kind))
+    assert (within_a_code if ON_GPU else same)(out, quantize_rows(normed, kind))
     assert torch.equal(stream, expected)
 
 

@@ -91,7 +91,7 @@ def _speculation(engine: EngineConfig) -> Variants:
 
 def _quantization(engine: EngineConfig) -> Variants:
     methods = {"16 bits": "auto"} | {name: name for name in ("w8a8", "fp8", "w4a16", "gptq", "awq")}
-    calibrated = ("gptq", "awq")
+    calibrated = ("gptq", "awq", "fp8")
     return {
         name: replace(
             engine,

@@ -81,7 +81,7 @@ TILES: dict[tuple[int, int], tuple[tuple[int, int, Tile], ...]] = {
 
 def tile_for(x: Tensor, weight: Tensor) -> Tile | None:
     """The tile for `gemv`, or None where the vendor's product is faster, or has a single output."""
-    if x.shape[0] > MAX_ROWS or x.dtype.itemsize != 2 or len(weight) == 1:
+    if not 0 < x.shape[0] <= MAX_ROWS or x.dtype.itemsize != 2 or len(weight) == 1:
         return None
     entries = TILES.get((capability(x.device), power_of_2(len(x))), ())
     outputs, depth = weight.shape

@@ -1,10 +1,15 @@
 """How kernels are launched on the GPU at hand."""
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.jit import JITFunction
 
 
 @cache
@@ -47,6 +52,66 @@ def chained(device: torch.device) -> dict[str, bool]:
     It must `await_inputs` before it reads or writes what others do, so that only its start overlaps with their end.
     """
     return {"CHAINED": True, "launch_pdl": True} if capability(device) >= 9 else {"CHAINED": False}
+
+
+class Compilers(ThreadPoolExecutor):
+    """Threads that compile and load Triton's kernels for the current device.
+
+    Most of that is the work of LLVM, of ptxas and, for what launches a kernel, of a C compiler, none of which holds
+    Python's lock. So no processes are needed but theirs.
+    """
+
+    def __init__(self, threads: int) -> None:
+        # A thread begins with the first device.
+        use_device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_available() else ()
+        super().__init__(threads, "compiler", *use_device)
+
+    def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:  # type: ignore[override]
+        """As `triton.AsyncCompileMode` calls it."""
+        return super().submit(_loaded, compile_kernel)
+
+
+def _loaded(compile_kernel: Callable[[], Any]) -> Any:
+    kernel = compile_kernel()
+    _ = kernel.run  # which loads it
+    return kernel
+
+
+@contextmanager
+def compiling(threads: int) -> Iterator[None]:
+    """Compile what is launched inside, in so many threads, and run none of it: what kernels would write stays as it is.
+
+    Raises:
+        RuntimeError: a kernel does not compile. The rest is not waited for, nor is it when the caller is interrupted.
+    """
+    run, compilers, names = JITFunction.run, Compilers(threads), dict[triton.FutureKernel, str]()
+    mode = triton.AsyncCompileMode(compilers)
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled = run(kernel, *args, grid=grid, warmup=True, **options)
+        if isinstance(compiled, triton.FutureKernel):
+            names[compiled] = kernel.__name__
+
+    JITFunction.run = compile_only
+    try:
+        with mode:
+            try:
+                yield
+                for compiled, name in names.items():
+                    _finish(compiled, name)
+            finally:
+                compilers.shutdown(wait=False, cancel_futures=True)
+                mode.raw_futures.clear()  # which it would wait for, those that are cancelled for ever
+    finally:
+        JITFunction.run = run
+
+
+def _finish(kernel: triton.FutureKernel, name: str) -> None:
+    """Wait for a kernel, and have it found when it is launched."""
+    try:
+        kernel.result()
+    except Exception as error:
+        raise RuntimeError(f"the kernel {name} does not compile: {error}") from error
 
 
 @triton.jit

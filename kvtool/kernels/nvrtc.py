@@ -1,6 +1,7 @@
 """CUDA C++ compiled when it is first needed, by the NVRTC that comes with torch, and launched through the driver."""
 
 import ctypes
+import hashlib
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.cache import get_cache_manager
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _SHARED_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
@@ -34,9 +36,21 @@ def source(*names: str) -> str:
 
 
 def compile_cubin(source: str, architecture: str, constants: dict[str, object]) -> bytes:
-    """Machine code of `source` for "sm_90" and the like, with `constants` as macros. Needs no GPU."""
-    nvrtc, program = _nvrtc(), ctypes.c_void_p()
+    """Machine code of `source` for "sm_90" and the like, with `constants` as macros. Needs no GPU.
+
+    It is kept where Triton keeps what it has compiled.
+    """
     flags = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{name}={x}" for name, x in constants.items())]
+    kept = get_cache_manager(hashlib.sha256(repr((_version(), flags, source)).encode()).hexdigest())
+    if found := kept.get_file("kvtool.cubin"):
+        return Path(found).read_bytes()
+    cubin = _compile(source, flags)
+    kept.put(cubin, "kvtool.cubin")
+    return cubin
+
+
+def _compile(source: str, flags: Sequence[str]) -> bytes:
+    nvrtc, program = _nvrtc(), ctypes.c_void_p()
     options = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
     _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kvtool.cu", 0, None, None), "NVRTC")
     try:
@@ -46,6 +60,13 @@ def compile_cubin(source: str, architecture: str, constants: dict[str, object]) 
         return _read(nvrtc, program, "CUBIN")
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _version() -> tuple[int, int]:
+    """Of NVRTC, and of the CUDA that it comes with."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check(_nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "NVRTC")
+    return major.value, minor.value
 
 
 def refuses_to_compile() -> str | None:

@@ -80,6 +80,34 @@ def greedy(logits: Tensor, newest: Tensor, slots: Tensor) -> Tensor:
     return token_ids
 
 
+def verify(token_ids: Tensor, slots: Tensor, firsts: Tensor, counts: Tensor, recent: Tensor, void: int) -> Tensor:
+    """What `kvtool.sampler.verify` defines, in one launch, a program for each sequence; `void` is its `VOID`."""
+    settled = torch.empty_like(token_ids)
+    width = triton.next_power_of_2(len(recent))
+    _verify[(len(slots),)](
+        token_ids, slots, firsts, counts, recent, recent.stride(0), settled, WIDTH=width, VOID=void, num_warps=1
+    )
+    return settled
+
+
+@triton.jit
+def _verify(
+    token_ids, slots, firsts, counts, recent, row_stride, settled, WIDTH: tl.constexpr, VOID: tl.constexpr
+):  # fmt: skip
+    sequence = tl.program_id(0)
+    count = tl.load(counts + sequence)
+    newest = recent + tl.load(slots + sequence)
+    first = tl.load(firsts + sequence)
+    at = tl.arange(0, WIDTH)
+    tokens = tl.load(token_ids + first + at, mask=at <= count, other=0)
+    drafted = tl.load(newest + (1 + at) * row_stride, mask=at < count, other=0)
+    num_accepted = tl.min(tl.where((tokens == drafted) & (at < count), WIDTH, at), 0)
+    last = tl.sum(tl.where(at == num_accepted, tokens, 0), 0)
+    tl.store(newest, tl.maximum(last, 0))
+    settled_tokens = tl.where(at > num_accepted, VOID - (tokens < 0).to(tl.int64), tokens)
+    tl.store(settled + first + at, settled_tokens, mask=at <= count)
+
+
 @triton.jit
 def _largest(logits, row_stride, vocab, largest, ids, CHUNK: tl.constexpr, WIDTH: tl.constexpr, CHAINED: tl.constexpr):
     """Program (row, chunk): the largest logit, NaN where one is not finite, and the first id that has it."""

@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvtool.errors import UnsupportedError
 from kvtool.kernels import takes
+from kvtool.kernels.quantized_rows import Activations
 from kvtool.layers.linear import GatedLinear, Linear, RowLinear, Slot, empty_parameter, gated_linear, linear
 from kvtool.layers.norm import RMSNorm
+from kvtool.layers.quantized import Matrix
 from kvtool.parallel import Group, Shard
 
 
@@ -97,7 +100,25 @@ def mix_reference(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights
     return out
 
 
-class Router(Linear):
+def mix(
+    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, shared: Tensor | None, elsewhere: int
+) -> Tensor:
+    """`mix_reference` plus `shared`, in kernels where there are any; of all experts so many are elsewhere."""
+    if takes(x) and x.dtype.itemsize == 2:
+        from kvtool.kernels import moe
+
+        return moe.mix(x, gate_up, down, ids, weights, shared, elsewhere)
+    out = mix_reference(x, gate_up, down, ids, weights)
+    return out if shared is None else out.add_(shared)
+
+
+class Gate(Linear):
+    """What says how much of something a token takes: few numbers, of which each counts. They stay in 16 bits."""
+
+    weight: Tensor
+
+
+class Router(Gate):
     """x [T, hidden_size] → each token's experts and their weights.
 
     Args:
@@ -106,8 +127,6 @@ class Router(Linear):
     Attributes:
         chosen: [rows, top_k] int32, where the ids of the newest step stay; None: nowhere.
     """
-
-    weight: Tensor
 
     def __init__(
         self, hidden_size: int, routing: Routing, first: int, *, dtype: torch.dtype, device: torch.device
@@ -174,13 +193,8 @@ class Experts(nn.Module):
 
         `ids` count them from 0 on; those beyond are of experts elsewhere.
         """
-        if takes(x) and x.dtype.itemsize == 2:
-            from kvtool.kernels import moe
-
-            elsewhere = self.experts.total - self.experts.size
-            return moe.mix(x, self.gate_up, self.down, ids, weights, shared, elsewhere)
-        out = mix_reference(x, self.gate_up, self.down, ids, weights)
-        return out if shared is None else out.add_(shared)
+        elsewhere = self.experts.total - self.experts.size
+        return mix(x, self.gate_up, self.down, ids, weights, shared, elsewhere)
 
     def expecting(self, ids: Tensor, weights: Tensor) -> Callable[[Tensor], Tensor]:
         """`forward` in two halves, for tokens that are still on their way: what ids alone decide is begun at once."""
@@ -201,6 +215,35 @@ class Experts(nn.Module):
             yield f"{path}.{expert}.down_proj.weight", Slot(down, (hidden, total), (0, start))
 
 
+class PackedExperts(nn.Module):
+    """`Experts` of fewer bits. Each step makes 16-bit weights of all of them: they save memory, not time.
+
+    Args:
+        experts: which of them this rank has.
+        gate_up, down: rows of one expert after the other, otherwise as those of `Experts`.
+    """
+
+    def __init__(self, experts: Shard, gate_up: Matrix, down: Matrix) -> None:
+        super().__init__()
+        self.experts, self.gate_up, self.down = experts, gate_up, down
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, shared: Tensor | None = None) -> Tensor:
+        """As of `Experts`."""
+        count, elsewhere = self.experts.size, self.experts.total - self.experts.size
+        gate_up, down = (matrix.dense(x.dtype).unflatten(0, (count, -1)) for matrix in (self.gate_up, self.down))
+        return mix(x, gate_up, down, ids, weights, shared, elsewhere)
+
+
+class Addend(RowLinear):
+    """A `RowLinear` whose outputs are summed over the ranks later, with others."""
+
+    def forward(self, x: Activations) -> Tensor:
+        return linear(x, self.weight)
+
+    def share_outputs(self) -> None:
+        raise UnsupportedError(f"--tp {self.tp.size}: cuts groups of quantised columns of shared experts; use --ep")
+
+
 class SharedExperts(nn.Module):
     """The gated MLP that every token passes: x [T, hidden_size] → the same, to be summed over the ranks."""
 
@@ -208,10 +251,11 @@ class SharedExperts(nn.Module):
         super().__init__()
         parts = {"gate_proj": inner, "up_proj": inner}
         self.gate_up_proj = GatedLinear(hidden_size, parts, bias=False, stored_merged=False, dtype=dtype, device=device)
-        self.down_proj = RowLinear(inner, hidden_size, tp, bias=False, dtype=dtype, device=device)
+        self.down_proj = Addend(inner, hidden_size, tp, bias=False, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(self.gate_up_proj(x), self.down_proj.weight)
+        out: Tensor = self.down_proj(self.gate_up_proj(x))
+        return out
 
 
 class MoE(nn.Module):
@@ -224,14 +268,14 @@ class MoE(nn.Module):
         routing, self.tp = shape.routing, tp
         experts, inner = tp.shard_experts(routing.num_experts, shape.intermediate_size)
         self.gate = Router(hidden_size, routing, experts.start, dtype=dtype, device=device)
-        self.experts = Experts(experts, hidden_size, inner, dtype=dtype, device=device)
+        self.experts: Experts | PackedExperts = Experts(experts, hidden_size, inner, dtype=dtype, device=device)
         self.shared_experts = (
             SharedExperts(hidden_size, tp.shard(shape.shared_size), tp, dtype=dtype, device=device)
             if shape.shared_size
             else None
         )
         self.shared_expert_gate = (
-            Linear(hidden_size, 1, bias=False, dtype=dtype, device=device) if shape.shared_gate else None
+            Gate(hidden_size, 1, bias=False, dtype=dtype, device=device) if shape.shared_gate else None
         )
 
     def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

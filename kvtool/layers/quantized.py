@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvtool.kernels import takes
 from kvtool.kernels.quantized_rows import FP8, Activations, quantize_rows
-from kvtool.kernels.w4a16 import dequantize_w4, pack_w4, unpack_w4, w4a16_linear
+from kvtool.kernels.w4a16 import RUN, dequantize_w4, pack_w4, unpack_w4, w4a16_linear
 from kvtool.kernels.w8a8 import w8a8_linear
 from kvtool.parallel import Shard
 
@@ -97,7 +98,12 @@ class Int4Matrix(Matrix):
         return w4a16_linear(x, self.weight, self.scales, self.zeros, bias)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        matrix = dequantize_w4(self.weight, self.scales, self.zeros, dtype)
+        if takes(self.scales) and dtype == self.scales.dtype and dtype.itemsize == 2 and self.group_size % RUN == 0:
+            from kvtool.kernels.w4a16_kernels import decode
+
+            matrix = decode(self.weight, self.scales, self.zeros)
+        else:
+            matrix = dequantize_w4(self.weight, self.scales, self.zeros, dtype)
         return matrix if self.order is None else torch.empty_like(matrix).index_copy_(1, self.order, matrix)
 
     def cuts(self, columns: Shard) -> bool:

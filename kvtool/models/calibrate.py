@@ -1,54 +1,34 @@
-"""4-bit weights that know what they will be multiplied with: GPTQ (Frantar et al., arXiv:2210.17323) and AWQ (Lin et
-al., arXiv:2306.00978), layer by layer, on what the layers quantised before make of a text.
+"""Weights in fewer bits that know what they will be multiplied with, layer by layer, on a text.
+
+Each product is replaced at the moment at which its inputs arrive, and computes what comes next in its new form, so that
+all that follows is fitted to what the products before really make of the text.
+
+Sources: GPTQ (Frantar et al., arXiv:2210.17323), whose errors make up for one another: codes of 4 bits, and e4m3. AWQ
+(Lin et al., arXiv:2306.00978), which moves size from inputs to weights where that changes nothing in full precision.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvtool.errors import UnsupportedError
+from kvtool.kernels.quantized_rows import FP8, LARGEST, quantize_rows
 from kvtool.layers.linear import Linear
-from kvtool.layers.quantized import Int4Matrix, int4_codes, int4_grid, stored_scales
+from kvtool.layers.quantized import EightBitMatrix, Int4Matrix, Matrix, int4_codes, int4_grid
 from kvtool.models.decoder import MLP, Attention, Decoder, DecoderLayer
 
-STEP_TOKENS = 8192  # that go through a layer at once, in whole windows
+Method = Literal["gptq", "awq", "fp8"]
 SHRINKS = tuple(1 - i / 40 for i in range(13))  # of a group's range: what lies beyond is cut off, the rest gets finer
-FITS = 3  # of the scales to the codes, where these stay the nearest
-USUAL_SHRINK = 0.85  # that the best scales are looked for with
-EXPONENTS = tuple(i / 20 for i in range(20))  # of a channel's size in AWQ's scales
+USUAL_SHRINK = 0.85  # that AWQ's scales are looked for with
+OCTAVE = tuple(2 ** (-i / 16) for i in range(16))  # of e4m3's scales: another power of 2 makes no difference
+EXPONENTS = tuple((i / 10, j / 2) for i in range(11) for j in range(2))  # of inputs' and weights' sizes in AWQ's scales
+SAMPLE = 2048  # tokens that those are tried on
 DAMPING = 0.01  # of a Hessian's mean diagonal
 BLOCK = 128  # columns among which errors are spread one by one
-
-
-@dataclass
-class Inputs:
-    """What a product's inputs were, summed over the tokens of a text.
-
-    Attributes:
-        hessian: [K, K], Σ x xᵀ; an error E of the weights costs tr(E H Eᵀ) of its outputs' squared error.
-        sizes: [K], Σ |x|.
-    """
-
-    hessian: Tensor
-    sizes: Tensor
-
-    @classmethod
-    def none(cls, columns: int, device: torch.device) -> "Inputs":
-        return cls(torch.zeros(columns, columns, device=device), torch.zeros(columns, device=device))
-
-    def add(self, x: Tensor) -> None:
-        """Take in x [T, K]."""
-        wide = x.float()
-        self.hessian.addmm_(wide.t(), wide)
-        self.sizes += wide.abs().sum(0)
-
-    def divide(self, scales: Tensor) -> None:
-        """As if each input had been divided by its scale."""
-        self.hessian /= scales * scales[:, None]
-        self.sizes /= scales
 
 
 class Calibration:
@@ -56,53 +36,35 @@ class Calibration:
 
     Args:
         model: everything but its layers is filled.
-        method: "gptq" or "awq".
-        group: columns to a scale.
+        group: columns to a scale, of 4 bits.
         windows: ids of pieces of the text, all of one length.
     """
 
-    def __init__(self, model: Decoder, method: str, group: int, windows: Sequence[Sequence[int]]) -> None:
+    def __init__(self, model: Decoder, method: Method, group: int, windows: Sequence[Sequence[int]]) -> None:
         assert model.embed_tokens is not None
         ids = torch.tensor(windows, device=model.embed_tokens.weight.device)
         self.config, self.dtype, self.method, self.group = model.config, model.dtype, method, group
         self.length = ids.shape[1]
-        self.rotary, self.places = model.rotary, torch.arange(self.length, device=ids.device)
-        self.x = model.embed_tokens(ids.flatten())
+        self.rotations = model.rotary(torch.arange(self.length, device=ids.device).repeat(len(ids)))
+        self.x: Tensor = model.embed_tokens(ids.flatten())
         self.residual: Tensor | None = None
 
-    def quantize(self, layer: DecoderLayer, linears: Iterable[Linear]) -> None:
+    def quantize(self, layer: DecoderLayer, linears: Sequence[Linear]) -> None:
         """Replace the weights of these products of the next layer, which is filled, and let the text through it.
 
         Raises:
             UnsupportedError: their inputs are no numbers.
         """
-        seen = {linear: Inputs.none(linear.weight.shape[1], self.x.device) for linear in linears}
-        hooks = [linear.register_forward_pre_hook(lambda module, x: seen[module].add(x[0])) for linear in seen]
-        self._through(layer)
-        for hook in hooks:
-            hook.remove()
-        if not all(bool(inputs.hessian.isfinite().all()) for inputs in seen.values()):
-            raise UnsupportedError(f"--quantization {self.method}: the model makes of the text what is no number")
-        weights = {linear: linear.dense(torch.float32).clone() for linear in seen}
+        weights = {linear: linear.dense(torch.float32).clone() for linear in linears}
         if self.method == "awq":
-            _fold(layer, weights, seen, self.group, getattr(torch, self.config.dtype))
-        form = gptq if self.method == "gptq" else nearest
-        for linear, inputs in seen.items():
-            linear.replace(form(weights.pop(linear), inputs.hessian, self.group, self.dtype))
-        self.x, self.residual = self._through(layer)
-
-    def _through(self, layer: DecoderLayer) -> tuple[Tensor, Tensor]:
-        """What the layer makes of the text: x and residual stream."""
-        windows = max(1, STEP_TOKENS // self.length)
-        step = windows * self.length
-        pieces = []
-        for start in range(0, len(self.x), step):
-            x = self.x[start : start + step].clone()
-            residual = None if self.residual is None else self.residual[start : start + step].clone()
-            cos, sin = self.rotary(self.places.repeat(len(x) // self.length))
-            pieces.append(layer(x, residual, cos, sin, self._attend))
-        x, residual = map(torch.cat, zip(*pieces, strict=True))
-        return x, residual
+            samples: dict[Linear, Tensor] = {}
+            every = -(-len(self.x) // SAMPLE)
+            with _met(linears, lambda linear, x: samples.update({linear: x[::every].float()})):
+                residual = None if self.residual is None else self.residual.clone()
+                layer(self.x.clone(), residual, *self.rotations, self._attend)
+            _fold(layer, weights, samples, self.group, getattr(torch, self.config.dtype))
+        with _met(linears, lambda linear, x: linear.replace(self._form(weights.pop(linear), x))):
+            self.x, self.residual = layer(self.x, self.residual, *self.rotations, self._attend)
 
     def _attend(self, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention within each window."""
@@ -115,19 +77,84 @@ class Calibration:
         )
         return out.transpose(1, 2).flatten(0, 1)
 
+    def _form(self, weight: Tensor, x: Tensor) -> Matrix:
+        """A weight [N, K] in fewer bits, its inputs being x [T, K]."""
+        if self.method == "fp8":
+            rows = quantize_rows(x, FP8)
+            x = rows.codes.float().mul_(rows.scales[:, None])  # as the product takes them
+        x = x.float()
+        hessian = x.t() @ x
+        if not bool(hessian.isfinite().all()):
+            raise UnsupportedError(f"--quantization {self.method}: the model makes of the text what is no number")
+        return fp8(weight, hessian) if self.method == "fp8" else int4(weight, hessian, self.group, self.dtype)
 
-def gptq(weight: Tensor, hessian: Tensor, group: int, dtype: torch.dtype) -> Int4Matrix:
-    """Codes of which each makes up for the errors of those before it, the columns that matter most being the first.
+
+@contextmanager
+def _met(linears: Sequence[Linear], do: Callable[[Linear, Tensor], None]) -> Iterator[None]:
+    """Inside, what these products are given is shown before they compute."""
+    hooks = [linear.register_forward_pre_hook(lambda module, x: do(module, x[0])) for linear in linears]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# --- codes ------------------------------------------------------------------------------------------------------------
+
+
+def int4(weight: Tensor, hessian: Tensor, group: int, dtype: torch.dtype) -> Int4Matrix:
+    """4-bit codes of which each makes up for the errors of those before it.
 
     Groups and their grids are those of the weights as they are (GPTQ's `static_groups`), so that columns stay in place.
 
     Args:
         weight: float32 [N, K].
-        hessian: float32 [K, K], of `Inputs`.
+        hessian: float32 [K, K], Σ x xᵀ over a text's inputs; an error E of the weights costs tr(E H Eᵀ) of its
+            outputs' squared error.
         group: columns to a scale.
         dtype: of the model.
     """
     scales, zeros = _grid(weight, hessian, group, dtype)
+
+    def code(values: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        scale, zero = scales[:, column // group], zeros[:, column // group]
+        found = int4_codes(values, scale, zero)
+        return found, (found - zero) * scale
+
+    codes = _spread(weight, hessian, code)
+    return Int4Matrix(codes.to(torch.uint8), scales.to(dtype), zeros.to(dtype))
+
+
+def fp8(weight: Tensor, hessian: Tensor) -> EightBitMatrix:
+    """e4m3 numbers of which each makes up for the errors of those before it; arguments as of `int4`."""
+    whole = weight.abs().amax(1) / LARGEST[FP8]
+    whole = torch.where(whole > 0, whole, 1)
+    scales, least = whole, torch.full_like(whole, torch.inf)
+    for part in OCTAVE:
+        trial = (whole * part)[:, None]
+        errors = _e4m3(weight / trial) * trial - weight
+        cost = ((errors @ hessian) * errors).sum(1)
+        scales, least = torch.where(cost < least, trial[:, 0], scales), torch.minimum(cost, least)
+
+    def code(values: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        found = _e4m3(values / scales)
+        return found, found * scales
+
+    return EightBitMatrix(_spread(weight, hessian, code).to(FP8), scales)
+
+
+def _e4m3(values: Tensor) -> Tensor:
+    """The nearest numbers of e4m3, in the dtype that they came in."""
+    return values.clamp(-LARGEST[FP8], LARGEST[FP8]).to(FP8).to(values.dtype)
+
+
+def _spread(weight: Tensor, hessian: Tensor, code: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Tensor:
+    """GPTQ: codes [N, K], found column by column, those that matter most first, of what the errors before have left.
+
+    Args:
+        code: codes of values [N] of a column, and what they stand for.
+    """
     order = hessian.diagonal().argsort(descending=True)
     factor = _inverse_factor(hessian[order][:, order])
     left, codes = weight[:, order], torch.empty_like(weight)
@@ -135,60 +162,43 @@ def gptq(weight: Tensor, hessian: Tensor, group: int, dtype: torch.dtype) -> Int
         block = slice(start, min(start + BLOCK, len(order)))
         errors = torch.empty_like(left[:, block])
         for i, column in enumerate(order[block].tolist()):
-            scale, zero, now = scales[:, column // group], zeros[:, column // group], start + i
-            code = int4_codes(left[:, now], scale, zero)
-            codes[:, column] = code
-            errors[:, i] = (left[:, now] - (code - zero) * scale) / factor[now, now]
+            now = start + i
+            codes[:, column], numbers = code(left[:, now], column)
+            errors[:, i] = (left[:, now] - numbers) / factor[now, now]
             left[:, now + 1 : block.stop] -= errors[:, i, None] * factor[now, now + 1 : block.stop]
         left[:, block.stop :] -= errors @ factor[block, block.stop :]
-    return Int4Matrix(codes.to(torch.uint8), scales.to(dtype), zeros.to(dtype))
+    return codes
 
 
-def nearest(weight: Tensor, hessian: Tensor, group: int, dtype: torch.dtype) -> Int4Matrix:
-    """The nearest codes, on grids that suit the inputs; arguments as of `gptq`."""
-    scales, zeros = _grid(weight, hessian, group, dtype, FITS)
-    groups = weight.unflatten(1, (-1, group))
-    codes = int4_codes(groups, scales[..., None], zeros[..., None]).flatten(1)
-    return Int4Matrix(codes.to(torch.uint8), scales.to(dtype), zeros.to(dtype))
-
-
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper triangular U with Uᵀ U = H⁻¹ [K, K], damped; inputs that are always 0 have no say."""
+def _damped(hessian: Tensor) -> Tensor:
+    """With more on its diagonal; inputs that are always 0 have no say."""
     damped = hessian.clone()
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += DAMPING * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return damped
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """Upper triangular U with Uᵀ U = H⁻¹ [K, K], damped."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(hessian)))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor
 
 
-def _grid(weight: Tensor, hessian: Tensor, group: int, dtype: torch.dtype, fits: int = 0) -> tuple[Tensor, Tensor]:
-    """Scales and zeros [N, K / G] with which nearest codes cost its outputs least: the best of some shrunk ranges, and
-    then, so many times, the scales that suit the codes best."""
+def _grid(weight: Tensor, hessian: Tensor, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [N, K / G] with which nearest codes cost its outputs least: the best of some shrunk ranges."""
     groups = weight.unflatten(1, (-1, group))
     blocks = torch.stack([hessian[i : i + group, i : i + group] for i in range(0, len(hessian), group)])
-
-    def cost(errors: Tensor) -> Tensor:
-        return (torch.einsum("ngi,gij->ngj", errors, blocks) * errors).sum(-1, keepdim=True)
-
-    def fit(scales: Tensor, zeros: Tensor) -> Tensor:
-        numbers = int4_codes(groups, scales, zeros) - zeros
-        along = torch.einsum("ngi,gij->ngj", numbers, blocks)
-        best = (along * groups).sum(-1, keepdim=True) / (along * numbers).sum(-1, keepdim=True)
-        return torch.where(best > 0, stored_scales(best, dtype), scales)  # NaN where all numbers, or inputs, are 0
-
     scales, zeros = int4_grid(groups, dtype)
     least = torch.full_like(scales, torch.inf)
-    for trial in range(len(SHRINKS) + fits):
-        if trial < len(SHRINKS):
-            new_scales, new_zeros = int4_grid(groups, dtype, SHRINKS[trial])
-        else:
-            new_scales, new_zeros = fit(scales, zeros), zeros
-        new = cost((int4_codes(groups, new_scales, new_zeros) - new_zeros) * new_scales - groups)
-        better = new < least
+    for shrink in SHRINKS:
+        new_scales, new_zeros = int4_grid(groups, dtype, shrink)
+        errors = (int4_codes(groups, new_scales, new_zeros) - new_zeros) * new_scales - groups
+        cost = (torch.einsum("ngi,gij->ngj", errors, blocks) * errors).sum(-1, keepdim=True)
+        better = cost < least
         least, scales, zeros = (
-            torch.where(better, found, old) for found, old in ((new, least), (new_scales, scales), (new_zeros, zeros))
+            torch.where(better, found, old) for found, old in ((cost, least), (new_scales, scales), (new_zeros, zeros))
         )
     return scales[..., 0], zeros[..., 0]
 
@@ -199,13 +209,12 @@ def _grid(weight: Tensor, hessian: Tensor, group: int, dtype: torch.dtype, fits:
 def _fold(
     layer: DecoderLayer,
     weights: Mapping[Linear, Tensor],
-    seen: Mapping[Linear, Inputs],
+    inputs: Mapping[Linear, Tensor],
     group: int,
     stored: torch.dtype,
 ) -> None:
-    """Make columns with large inputs larger, so that their weights are rounded less, and what those inputs come from
-    smaller: gains of a norm, to numbers that `stored` has, or rows of the product before. `weights` and `seen` change
-    with them."""
+    """Make columns with large inputs larger, and what those inputs come from smaller: gains of a norm, to numbers that
+    `stored` has, or rows of the product before. `weights` change with them."""
     attention, mlp = layer.self_attn, layer.mlp
     assert isinstance(attention, Attention) and isinstance(mlp, MLP)
     heads = attention.num_kv_heads, attention.num_heads // attention.num_kv_heads, attention.head_dim
@@ -214,44 +223,52 @@ def _fold(
         (attention.o_proj, attention.qkv_proj, heads),
     )
     for product, before, shape in chains:
-        if product in seen and before in seen:
-            scales = _best_scales(weights[product], seen[product], group, shape)
+        if product in weights and before in weights:
+            scales = _best_scales(weights[product], inputs[product], group, shape)
             of_rows = scales.view(shape)[:, 0].flatten()
             rows = slice(-len(of_rows), None)  # ups come after gates, values after queries and keys
             weights[before][rows] /= of_rows[:, None]
             if before.bias is not None:
                 before.bias[rows] /= of_rows
             weights[product].mul_(scales)
-            seen[product].divide(scales)
     for norm, product in (
         (layer.input_layernorm, attention.qkv_proj),
         (layer.post_attention_layernorm, mlp.gate_up_proj),
     ):
-        if product in seen:
+        if product in weights:
             gain = norm.weight.float()
-            divided = (gain / _best_scales(weights[product], seen[product], group, (1, 1, len(gain)))).to(stored)
+            found = _best_scales(weights[product], inputs[product], group, (1, 1, len(gain)))
+            divided = (gain / found).to(stored)
             scales = torch.where(divided == 0, 1, gain / divided.float())
             norm.weight.copy_(divided)
             weights[product].mul_(scales)
-            seen[product].divide(scales)
 
 
-def _best_scales(weight: Tensor, inputs: Inputs, group: int, shape: tuple[int, int, int]) -> Tensor:
-    """For each column [K] the mean size of its inputs to a power, of which rounding costs the outputs least.
+def _best_scales(weight: Tensor, x: Tensor, group: int, shape: tuple[int, int, int]) -> Tensor:
+    """For each column [K] the mean size of its inputs to a power over that of its weights to another: of such scales
+    those with which rounding costs the outputs least.
 
     Args:
+        weight: float32 [N, K].
+        x: float32 [T, K], its inputs.
+        group: columns to a scale.
         shape: of the columns; those that differ in the second index alone, as heads that read the same values do, have
             one scale.
     """
-    sizes = inputs.sizes.view(shape).mean(1, keepdim=True).expand(shape).flatten()
+    sizes, against = (
+        (size / size.mean()).clamp(min=1e-4)
+        for size in (
+            matrix.abs().mean(0).view(shape).mean(1, keepdim=True).expand(shape).flatten() for matrix in (x, weight)
+        )
+    )
     best, least = torch.ones_like(sizes), None
-    for exponent in EXPONENTS:
-        scales = (sizes / sizes.mean()).clamp(min=1e-4) ** exponent
+    for of_inputs, of_weights in EXPONENTS:
+        scales = sizes**of_inputs / against**of_weights
         scales /= (scales.max() * scales.min()).sqrt()
         groups = (weight * scales).unflatten(1, (-1, group))
         step, zeros = int4_grid(groups, torch.float32, USUAL_SHRINK)
         errors = ((int4_codes(groups, step, zeros) - zeros) * step).flatten(1) / scales - weight
-        cost = (errors @ inputs.hessian * errors).sum()
+        cost = (x @ errors.t()).square().sum()
         if least is None or cost < least:
             best, least = scales, cost
     return best

@@ -11,7 +11,7 @@ from kvtool.attention.latents import LatentQueries
 from kvtool.layers.embedding import Embedding
 from kvtool.layers.linear import GatedLinear, Linear, MergedLinear, RowLinear, Slot
 from kvtool.layers.mla import MLA, LatentProducts
-from kvtool.layers.moe import Experts, MoE, Router
+from kvtool.layers.moe import Experts, Gate, MoE, Router
 from kvtool.layers.norm import QKNorm, RMSNorm
 from kvtool.layers.quantized import Matrix, SideBySide
 from kvtool.layers.rotary import Rotary, queries_and_keys
@@ -203,10 +203,14 @@ class Decoder(nn.Module):
         return (self.lm_head or self.embed_tokens) if self.stage.is_last else None
 
     def linears(self, layer: int) -> dict[str, Linear]:
-        """The products of a layer, by their paths in the model."""
-        path = f"layers.{layer}"
-        modules = self.layers[str(layer)].named_modules(prefix=path)
-        return {name: module for name, module in modules if isinstance(module, Linear)}
+        """The products of a layer but gates and those of many experts, by their paths in the model."""
+        modules = self.layers[str(layer)].named_modules(prefix=f"layers.{layer}")
+        return {name: module for name, module in modules if isinstance(module, Linear) and not isinstance(module, Gate)}
+
+    def mixtures(self, layer: int) -> dict[str, MoE]:
+        """What a layer has of experts, by their path in the model."""
+        modules = self.layers[str(layer)].named_modules(prefix=f"layers.{layer}")
+        return {f"{name}.experts": module for name, module in modules if isinstance(module, MoE)}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """All that was loaded or made of it, by names of this model's own."""
@@ -232,16 +236,11 @@ class Decoder(nn.Module):
 
         Of experts those count that it chooses; where ranks share them out, as many as come to each on the average.
         """
-        modules = list(self.layers.modules())
-        elements = sum(weight.numel() for weight in self.layers.parameters())
-        matrices = (m for m in modules if isinstance(m, Matrix) and not isinstance(m, SideBySide))
-        quantized = sum(math.prod(matrix.shape) / (2 if matrix.bits == 8 else 1) for matrix in matrices)
         idle = 0.0
-        for mlp in (m for m in modules if isinstance(m, MoE)):
+        for mlp in (m for m in self.layers.modules() if isinstance(m, MoE)):
             routing = mlp.gate.routing
-            unchosen = 1 - routing.top_k / routing.num_experts
-            idle += unchosen * sum(weight.numel() for weight in mlp.experts.parameters())
-        return elements + quantized - idle
+            idle += (1 - routing.top_k / routing.num_experts) * _products(mlp.experts)
+        return _products(self.layers) - idle
 
     def slots(self, within: str = "") -> Iterator[tuple[str, Slot]]:
         """Every tensor that a checkpoint must hold, and where it goes, one name for each piece, of modules whose paths
@@ -254,3 +253,10 @@ class Decoder(nn.Module):
                     for ours, stored in stored_names if ".mlp." in name else ():
                         name = name.replace(ours, stored)
                     yield name, slot
+
+
+def _products(module: nn.Module) -> float:
+    """Elements of its weights, of which two of 8 bits count as one."""
+    matrices = (m for m in module.modules() if isinstance(m, Matrix) and not isinstance(m, SideBySide))
+    quantized = sum(math.prod(matrix.shape) / (2 if matrix.bits == 8 else 1) for matrix in matrices)
+    return quantized + sum(weight.numel() for weight in module.parameters())

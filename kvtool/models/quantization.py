@@ -6,11 +6,13 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from kvtool.errors import ConfigError, UnsupportedError
 from kvtool.layers.embedding import Embedding
 from kvtool.layers.linear import Linear, RowLinear
-from kvtool.layers.quantized import group_size, rounded
+from kvtool.layers.moe import Experts, MoE, PackedExperts
+from kvtool.layers.quantized import Matrix, group_size, rounded
 from kvtool.models.calibrate import Calibration
 from kvtool.models.config import ModelConfig
 from kvtool.models.decoder import Decoder, DecoderLayer
@@ -20,13 +22,15 @@ LEAST_CAPABILITY = {"fp8": (8, 9), "w8a8": (7, 5)}  # of GPUs whose tensor cores
 
 @dataclass(frozen=True)
 class Quantization:
-    """What becomes of a 16-bit checkpoint's linear layers. The embedding stays as it is.
+    """What becomes of a 16-bit checkpoint's linear layers. The embedding stays as it is; so do gates, what makes keys
+    and values of latents, and of experts all but what "w4a16" rounds.
 
     Attributes:
         head: the output projection is rounded, too; of one that is the embedding a copy.
         keep: globs of layers' names, as checkpoints have them, that stay as they are, too; of a fused layer all does
             where one part does.
-        windows: ids of pieces of a text, all of one length, that "gptq" and "awq" look at.
+        windows: ids of pieces of a text, all of one length, that "gptq", "awq" and "fp8" look at; none: "fp8" rounds to
+            the nearest.
     """
 
     method: Literal["w8a8", "fp8", "w4a16", "gptq", "awq"]
@@ -36,15 +40,17 @@ class Quantization:
 
     def check(self, plan: Decoder) -> None:
         """Raises ConfigError where `keep` names no layer of this model."""
-        names = [
-            name for layer in plan.layers for path, of in plan.linears(int(layer)).items() for name in named(path, of)
-        ]
+        if not self.keep:
+            return
+        layers = map(int, plan.layers)
+        paths = [path for layer in layers for path in (*plan.linears(layer), *plan.mixtures(layer))]
+        names = [name for path in paths for name in named(plan, path)]
         for glob in self.keep:
             if not any(_matches(name, glob) for name in names):
                 raise ConfigError(f"--keep-layers {glob:.80}: the model has no such layer; one of its is {names[-1]}")
 
-    def keeps(self, path: str, linear: Linear) -> bool:
-        return any(_matches(name, glob) for name in named(path, linear) for glob in self.keep)
+    def keeps(self, model: Decoder, path: str) -> bool:
+        return any(_matches(name, glob) for name in named(model, path) for glob in self.keep)
 
 
 class Conversion:
@@ -57,14 +63,15 @@ class Conversion:
 
     def __init__(self, quantization: Quantization, model: Decoder, group: int) -> None:
         self.quantization, self.model, self.group = quantization, model, group
-        calibrated = quantization.method in ("gptq", "awq")
-        self.calibration = Calibration(model, quantization.method, group, quantization.windows) if calibrated else None
-
+        self.calibration: Calibration | None = None
+        if quantization.windows:
+            assert quantization.method in ("gptq", "awq", "fp8")
+            self.calibration = Calibration(model, quantization.method, group, quantization.windows)
         if quantization.head and model.head is not None:
             self._round(model.head)
 
     def _round(self, head: Embedding) -> None:
-        method = "w4a16" if self.calibration else self.quantization.method
+        method = "w4a16" if self.quantization.method in ("gptq", "awq") else self.quantization.method
         head.scorer = rounded(head.weight, method, self.group)
         if head is self.model.lm_head:
             del head.weight
@@ -84,22 +91,39 @@ class Conversion:
             self.calibration.quantize(module, self._taken(layer))
             return
         for linear in self._taken(layer):
-            linear.replace(rounded(linear.dense(self.model.dtype), self.quantization.method, self.group))
+            linear.replace(self._rounded(linear.dense(self.model.dtype)))
+        if self.quantization.method == "w4a16":
+            for path, mixture in self.model.mixtures(layer).items():
+                if not self.quantization.keeps(self.model, path):
+                    self._round_experts(mixture)
+
+    def _round_experts(self, mixture: MoE) -> None:
+        experts = mixture.experts
+        assert isinstance(experts, Experts)
+        if experts.inner.size % self.group:
+            raise UnsupportedError(
+                f"--tp: cuts groups of {self.group} quantised columns of experts; use --ep, or --keep-layers "
+                "'*.experts.*'"
+            )
+        gate_up, down = (self._rounded(weight.flatten(0, 1)) for weight in (experts.gate_up, experts.down))
+        mixture.experts = PackedExperts(experts.experts, gate_up, down)
+
+    def _rounded(self, weight: Tensor) -> Matrix:
+        return rounded(weight, self.quantization.method, self.group)
 
     def _taken(self, layer: int) -> list[Linear]:
         linears = self.model.linears(layer)
-        return [linear for path, linear in linears.items() if not self.quantization.keeps(path, linear)]
+        return [linear for path, linear in linears.items() if not self.quantization.keeps(self.model, path)]
 
 
 def common_group(plan: Decoder) -> int:
-    """Columns to a scale that fit all products of a model's layers."""
-    slots = [dict(of.slots(path)) for layer in plan.layers for path, of in plan.linears(int(layer)).items()]
-    return group_size(*{slot.shape[1] for of in slots for slot in of.values() if len(slot.shape) == 2})
+    """Columns to a scale that fit all matrices of a model's layers."""
+    return group_size(*{slot.shape[1] for _, slot in plan.slots("layers.") if len(slot.shape) == 2})
 
 
-def named(path: str, linear: Linear) -> list[str]:
-    """The names under which checkpoints have a product and its parts."""
-    return [name.removesuffix(".weight") for name, _ in linear.slots(path) if name.endswith(".weight")]
+def named(model: Decoder, path: str) -> list[str]:
+    """The names under which checkpoints have a module's weight and its parts."""
+    return [name.removesuffix(".weight") for name, _ in model.slots(path) if name.endswith(".weight")]
 
 
 def _matches(name: str, glob: str) -> bool:
@@ -126,9 +150,6 @@ def check_quantization(asked: str, keep: Sequence[str], head: bool, model: Model
     method = stored or asked
     if method == "auto":
         return
-    if any(model.experts) or model.mla:
-        what = "experts" if any(model.experts) else "latent attention"
-        raise UnsupportedError(f"--quantization {method}: models with {what} run with 16-bit weights only")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY.get(method, (0, 0)):
         name, least = torch.cuda.get_device_name(device), LEAST_CAPABILITY[method]
         raise UnsupportedError(

@@ -13,13 +13,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvtool.errors import CapacityError, ModelError
+from kvtool.errors import CapacityError, ModelError, UnsupportedError
 from kvtool.layers.linear import RowLinear, Slot
+from kvtool.layers.moe import PackedExperts
 from kvtool.layers.norm import QKNorm, RMSNorm
 from kvtool.layers.quantized import Dense, EightBitMatrix, Int4Matrix, Matrix, side_by_side
 from kvtool.models.config import ModelConfig, read_fields, refuse_lfs_pointer
 from kvtool.models.decoder import Decoder
-from kvtool.models.quantization import Conversion, Quantization, common_group, named
+from kvtool.models.quantization import Conversion, Quantization, common_group
 from kvtool.models.stored import StoredQuantization, marker, pieces_of, read_matrix
 from kvtool.parallel import ONE_RANK, Parallel, Shard
 
@@ -168,28 +169,48 @@ class Checkpoint:
                 _fill(slot, tensor, self.buffer)
 
     def fill_quantized(self, model: Decoder, layer: int) -> None:
-        """Give the products of a layer the matrices that are stored for them.
+        """Give the products of a layer the matrices that are stored for them; what needs 16-bit weights gets what they
+        stand for.
 
         Raises:
             ModelError: numbers of theirs mean nothing.
             UnsupportedError: they cannot be shared out among the ranks.
         """
         for path, linear in model.linears(layer).items():
-            names = dict.fromkeys(named(path, linear))
-            if not any(name in self.quantized for name in names):
-                continue
-            device = next(slot.to.device for _, slot in linear.slots(path))
-            matrices = {name: self._read(name, model.dtype, device) for name in names if name in self.quantized}
-            if isinstance(linear, RowLinear) and not matrices[path].cuts(linear.inputs):
-                linear.share_outputs()
-            pieces: list[Matrix] = []
-            for name, (_, slot) in zip(named(path, linear), linear.slots(path), strict=False):  # biases come last
-                if name in matrices:
-                    pieces.append(matrices[name].cut(*map(Shard, slot.shape, slot.start, slot.to.shape)))
-                else:
-                    _fill(slot, self.plain[f"{name}.weight"], self.buffer)
-                    pieces.append(Dense(slot.to.clone()))
-            linear.replace(side_by_side(pieces))
+            if matrices := self._matrices(model, path):
+                if isinstance(linear, RowLinear) and not all(each.cuts(linear.inputs) for each in matrices.values()):
+                    linear.share_outputs()
+                linear.replace(side_by_side(self._pieces(model, path, matrices)))
+        for path, mixture in model.mixtures(layer).items():
+            if matrices := self._matrices(model, path):
+                pieces = self._pieces(model, path, matrices)
+                gates, ups, downs = (pieces[part::3] for part in range(3))
+                gates_and_ups = [piece for pair in zip(gates, ups, strict=True) for piece in pair]
+                mixture.experts = PackedExperts(
+                    mixture.experts.experts, side_by_side(gates_and_ups), side_by_side(downs)
+                )
+        for name, slot in model.slots(f"layers.{layer}."):
+            if (part := name.removesuffix(".weight")) in self.quantized:
+                matrix = self._read(part, model.dtype, slot.to.device)
+                slot.to.copy_(_cut(matrix, slot, part).dense(slot.to.dtype))
+
+    def _matrices(self, model: Decoder, path: str) -> dict[str, Int4Matrix | EightBitMatrix]:
+        """Those that are stored for a module of the model, by their names."""
+        devices = {name.removesuffix(".weight"): slot.to.device for name, slot in model.slots(path)}
+        return {
+            part: self._read(part, model.dtype, device) for part, device in devices.items() if part in self.quantized
+        }
+
+    def _pieces(self, model: Decoder, path: str, matrices: Mapping[str, Matrix]) -> list[Matrix]:
+        """A rank's pieces of a module's weights, in order, also of those that are not among `matrices`."""
+        pieces: list[Matrix] = []
+        for name, slot in model.slots(path):
+            if (part := name.removesuffix(".weight")) in matrices:
+                pieces.append(_cut(matrices[part], slot, part))
+            elif part != name:
+                _fill(slot, self.plain[name], self.buffer)
+                pieces.append(Dense(slot.to.clone()))
+        return pieces
 
     def _read(self, part: str, dtype: torch.dtype, device: torch.device) -> Int4Matrix | EightBitMatrix:
         assert self.stored is not None
@@ -201,6 +222,13 @@ class Checkpoint:
             return read_matrix(self.stored, tensors, dtype)
         except ValueError as error:
             raise ModelError(f"{tensor.file}: {part}: {error}; the checkpoint is damaged, download it again") from None
+
+
+def _cut(matrix: Matrix, slot: Slot, name: str) -> Matrix:
+    rows, columns = map(Shard, slot.shape, slot.start, slot.to.shape)
+    if not matrix.cuts(columns):
+        raise UnsupportedError(f"{name}: ranks would cut its groups of quantised columns; use fewer, or --ep")
+    return matrix.cut(rows, columns)
 
 
 def weight_bytes(model: Decoder) -> int:

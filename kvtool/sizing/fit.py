@@ -17,7 +17,7 @@ from kvtool.kv.fixed import MOST_FAR
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.layers.linear import Linear
-from kvtool.layers.moe import MoEShape, Router
+from kvtool.layers.moe import Experts, Gate, MoEShape
 from kvtool.memory import DeviceMemory, MemoryParts
 from kvtool.models import Decoder, ModelConfig, parse_config
 from kvtool.models.resolve import resolve_config
@@ -36,7 +36,7 @@ MOST_BATCH = 1 << 16
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How the matrices of linear layers are kept. Embedding, head, norms, routers and experts stay in 16 bits.
+    """How the matrices of linear layers are kept, and of 4 bits those of experts. The rest stays in 16 bits.
 
     Attributes:
         bits: of a weight.
@@ -169,7 +169,7 @@ class RankPlan:
         weights = sum(self._tensors) + context * self._rotation_bytes
         rounded = sum(-nbytes % ROUNDED for nbytes in self._tensors if nbytes >= LARGE)
         tokens = min(self._engine.max_num_batched_tokens, batch * context)
-        step = self._layer_bytes(tokens) + self._unpacked(context)
+        step = self._layer_bytes(tokens) + self._unpacked(context) + self._decoded_experts
         workspace = rounded + CUBLAS + max(step, self._scoring_bytes(batch))
         memory = DeviceMemory(usable, RESERVE, weights, workspace, self._graph_bytes(batch))
         return MemoryParts.of(self._layout, batch * self.format.num_blocks(context), batch, weights, memory)
@@ -192,10 +192,19 @@ class RankPlan:
     def _tensor_bytes(self) -> Iterator[int]:
         for module in self._model.modules():
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                if self._weights and name == "weight" and isinstance(module, Linear) and not isinstance(module, Router):
+                if self._weights and name == "weight" and isinstance(module, Linear) and not isinstance(module, Gate):
                     yield self._weights.nbytes(*tensor.shape)
+                elif self._weights and self._weights.bits == 4 and isinstance(module, Experts):
+                    yield self._weights.nbytes(*tensor.flatten(0, 1).shape)
                 elif module is not self._model.rotary:
                     yield tensor.nbytes
+
+    @cached_property
+    def _decoded_experts(self) -> int:
+        """Bytes of a layer's experts in 16 bits, which a step makes of those in 4."""
+        layers = (m for m in self._model.modules() if isinstance(m, Experts))
+        is_packed = self._weights is not None and self._weights.bits == 4
+        return max((m.gate_up.nbytes + m.down.nbytes for m in layers), default=0) if is_packed else 0
 
     @cached_property
     def _elements(self) -> int:
