@@ -173,6 +173,7 @@ def test_linear(case: Case) -> None:
         (17, True, "product"),
         (128, True, "product"),
         (129, True, "decoded_product"),
+        (0, True, "decoded_product"),
         (1, False, "decoded_product"),
     ],
 )

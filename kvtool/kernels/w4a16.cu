@@ -173,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
             });
         __threadfence();
         __syncthreads();
-        if (!any_thread(threadIdx.x == 0 && atomicAdd(arrivals + first, 1) == last - first)) return false;
+        if (!any_member(0, THREADS, threadIdx.x == 0 && atomicAdd(arrivals + first, 1) == last - first)) return false;
         __threadfence();
         if (threadIdx.x == 0) arrivals[first] = 0;  // for the next kernel
         each(total, [&](float(&sums)[4], int) { sums[0] = sums[1] = sums[2] = sums[3] = 0; });

@@ -35,9 +35,10 @@ class Tile:
     per_sm: int
 
 
-# By compute capability and products of 8 rows: the first entry of which a matrix has at least so many outputs. One
-# program of many warps where an H200's 132 multiprocessors have but 32 each, else two of half as many warps. Timed on an
-# H200 (9) with Qwen2.5-7B's four matrices and 1, 8 and 16 rows: no other tile is 3 % faster. Those of 8 are not timed.
+# By compute capability and products of 8 rows: the first entry of which a matrix has at least so many outputs. Where
+# they are 32 at most for each of an H200's 132 multiprocessors, many warps share those; else programs have half as
+# many warps, and run two at once. On an H200 (9), timed with Qwen2.5-7B's matrices and 1, 8 and 16 rows, no other is
+# 3 % faster. Those of 8 are not timed.
 TILES: dict[tuple[int, int], tuple[tuple[int, Tile], ...]] = {
     (8, 1): ((0, Tile(1, 4, 3, 4)),),
     (8, 2): ((0, Tile(1, 4, 3, 3)),),

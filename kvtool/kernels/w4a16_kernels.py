@@ -24,7 +24,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # as when a kernel i
 
 def linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:
     """`w4a16.w4a16_linear` by the kernel for so many rows. x is of 16 bits, groups are multiples of 32."""
-    if len(x) > MOST_ROWS or not _compiles():
+    if not 0 < len(x) <= MOST_ROWS or not _compiles():
         return decoded_product(x, weight, scales, zeros, bias)
     if len(x) > w4a16_gemv.MAX_ROWS:
         return w4a16_stream.product(x, weight, scales, zeros, bias, w4a16_stream.tile_for(x))
