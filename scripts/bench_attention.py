@@ -2,16 +2,19 @@
 
     python scripts/bench_attention.py --num-q-heads 28 --num-kv-heads 4
     python scripts/bench_attention.py --phase prefill --num-q-heads 28 --num-kv-heads 4
+    python scripts/bench_attention.py --sweep --num-q-heads 28 --num-kv-heads 4 --nbits 8,4
 
 Each figure is the mean of a CUDA graph that runs layers one behind the other: for decode as many as fill 4 GiB, so that
 no cache helps. Its bytes are those that must be read: sealed blocks below v(t) with their scales, and the tail from
 v(t) to t. Prefill is one prompt from its first token on, beside torch written out ("naive") and its
-scaled_dot_product_attention; workspace is what a call allocates besides its result.
+scaled_dot_product_attention; workspace is what a call allocates besides its result. --sweep: the second workload by how
+the kernel in CUDA C++ cuts it: by warps, stages, programs per SM and tokens of a tile; and by programs of a sequence.
 """
 
 import argparse
 import math
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 
@@ -19,6 +22,7 @@ from kvtool.attention import select
 from kvtool.attention.layer import AttentionLayer
 from kvtool.attention.triton_backend import TritonPrefill
 from kvtool.config import KVOptions
+from kvtool.kernels import cuda_decode
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
@@ -30,6 +34,7 @@ WORKLOADS = ((16, 32_000), (64, 4_096), (256, 1_024), (1, 131_072))  # sequences
 PROMPTS = (128, 256, 512, 1_024, 2_048, 4_096, 8_192)  # tokens
 PROMPT_LAYERS = 8
 PAGE = 256  # tokens, the least that flash-attn takes
+SWEEP = ((4, 2, 2, 64), (4, 3, 2, 64), (4, 2, 3, 32), (8, 2, 1, 64))  # as `cuda_decode.TILES` has them
 
 
 def main() -> None:
@@ -40,9 +45,12 @@ def main() -> None:
     parser.add_argument("--nbits", default="16,8,4,2", help="of the default recipes, or fp8")
     parser.add_argument("--attention-backend", default="auto", help="for decode")
     parser.add_argument("--phase", choices=("decode", "prefill"), default="decode")
+    parser.add_argument("--sweep", action="store_true", help="time tiles and splits, and nothing else")
     args = parser.parse_args()
     layer = AttentionLayer(args.num_q_heads, args.num_kv_heads, args.head_dim, args.head_dim**-0.5)
-    if args.phase == "decode":
+    if args.sweep:
+        sweep_table(layer, args.nbits.split(","))
+    elif args.phase == "decode":
         decode_table(layer, args.nbits.split(","), args.attention_backend)
     else:
         prefill_table(layer, args.nbits.split(","))
@@ -56,10 +64,26 @@ def decode_table(layer: AttentionLayer, formats: list[str], asked: str) -> None:
         peer = flash_attention_seconds(layer, num_seqs, length)
         if peer is not None:
             nbytes = num_seqs * length * 4 * layer.num_kv_heads * layer.head_dim
-            show(num_seqs, length, "flash-attn", peer, nbytes, bandwidth, peer)
+            show(f"{num_seqs}×{length}", "flash-attn", peer, nbytes, bandwidth, peer)
         for nbits in formats:
-            seconds, nbytes = decode_seconds(layer, nbits, num_seqs, length, asked)
-            show(num_seqs, length, nbits, seconds, nbytes, bandwidth, peer)
+            run, layers, nbytes = decode_step(layer, nbits, num_seqs, length, asked)
+            seconds = graph_seconds(run, layers)
+            show(f"{num_seqs}×{length}", nbits, seconds, nbytes, bandwidth, peer)
+
+
+def sweep_table(layer: AttentionLayer, formats: list[str]) -> None:
+    bandwidth, (num_seqs, length) = read_bandwidth(), WORKLOADS[1]
+    peer, tiles = flash_attention_seconds(layer, num_seqs, length), cuda_decode.TILES
+    print(f"{torch.cuda.get_device_name()}, {layer.describe()}, {num_seqs}×{length}, read {bandwidth / 1e12:.2f} TB/s")
+    print(f"{'tile':>12} {'KV, splits':>10} {'µs':>8} {'GB/s':>7} {'share':>6} {'× flash-attn':>12}")
+    for nbits in formats:
+        run, layers, nbytes = decode_step(layer, nbits, num_seqs, length, "cuda")
+        for tile in dict.fromkeys([tiles[228, nbits], *SWEEP]):
+            tiles[228, nbits] = tile
+            for splits in (1, 2, 3, 4):
+                with mock.patch.object(cuda_decode, "num_splits", return_value=splits):
+                    seconds = graph_seconds(run, layers)
+                show(" ".join(map(str, tile)), f"{nbits}, {splits}", seconds, nbytes, bandwidth, peer)
 
 
 def prefill_table(layer: AttentionLayer, formats: list[str]) -> None:
@@ -138,17 +162,19 @@ def workspace_bytes(call: Callable[[int], object], result: int) -> int:
     return torch.cuda.max_memory_allocated() - before - result
 
 
-def show(
-    num_seqs: int, length: int, name: str, seconds: float, nbytes: int, bandwidth: float, peer: float | None
-) -> None:
+def show(workload: str, name: str, seconds: float, nbytes: int, bandwidth: float, peer: float | None) -> None:
     rate = nbytes / seconds
     ratio = "" if peer is None else f"{peer / seconds:.2f}"
-    workload = f"{num_seqs}×{length}"
-    print(f"{workload:>12} {name:>10} {seconds * 1e6:8.1f} {rate / 1e9:7.0f} {rate / bandwidth:6.0%} {ratio:>12}")
+    print(
+        f"{workload:>12} {name:>10} {seconds * 1e6:8.1f} {rate / 1e9:7.0f} {rate / bandwidth:6.0%} {ratio:>12}",
+        flush=True,
+    )
 
 
-def decode_seconds(layer: AttentionLayer, nbits: str, num_seqs: int, length: int, asked: str) -> tuple[float, int]:
-    """Seconds of one layer's decode step, and the bytes that it must read."""
+def decode_step(
+    layer: AttentionLayer, nbits: str, num_seqs: int, length: int, asked: str
+) -> tuple[Callable[[int], object], range, int]:
+    """The decode step of a layer by its index, these, and the bytes that each must read."""
     stream = StreamSpec(layer.num_kv_heads, layer.head_dim)
     options = KVOptions(nbits=nbits)  # type: ignore[arg-type]
     single = KVLayout(spec := KVSpec(1, stream, stream, 2), resolve(options, spec))
@@ -163,11 +189,10 @@ def decode_seconds(layer: AttentionLayer, nbits: str, num_seqs: int, length: int
     batch = KVBatch.build(layout.format, spans, "cuda")
     q = torch.randn(num_seqs, layer.num_heads, layer.head_dim, dtype=torch.bfloat16, device="cuda")
     out, backend = torch.empty_like(q), select(layer, store.layers[0], asked).decode
-    layers = range(spec.num_layers)
-    seconds = graph_seconds(lambda index: backend.decode(q, store.layers[index], batch, layer, out), layers)
     far = min(layout.format.visible(length - 1), length)
     near = (length - far) * 2 * stream.elements * spec.element_size
-    return seconds, num_seqs * (far * layout.layer_block_bytes(0) // layout.format.block_size + near)
+    nbytes = num_seqs * (far * layout.layer_block_bytes(0) // layout.format.block_size + near)
+    return lambda index: backend.decode(q, store.layers[index], batch, layer, out), range(spec.num_layers), nbytes
 
 
 def flash_attention_seconds(layer: AttentionLayer, num_seqs: int, length: int) -> float | None:

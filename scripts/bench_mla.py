@@ -49,25 +49,19 @@ CHUNKS = ((0, 127), (0, 511), (0, 1_023), (0, 2_047), (0, 8_191), (32_768, 127),
 BATCHES = (1, 2, 8, 16, 64, 256, 2_048)  # tokens of a step
 DTYPE = torch.bfloat16
 LIMIT = 1e-2  # of relative errors
-# Warps, tokens of a tile, stages, programs per SM and operands in registers, as `cuda_mla_decode.TILES` has them.
+# Warps that score and that gather, tokens of a tile, stages, programs per SM and operands in registers, as
+# `cuda_mla_decode.TILES` has them.
 SWEEP = {
-    "8": [(4, 64, 2, 2, 4), (8, 64, 2, 2, 0), (8, 64, 3, 1, 0), (8, 64, 4, 1, 16), (8, 128, 2, 1, 0), (4, 32, 3, 2, 0)],
+    "8": [(4, 4, 64, 5, 1, 36), (4, 4, 64, 5, 1, 8), (8, 4, 64, 5, 1, 0), (4, 4, 32, 3, 2, 0)],
     "4": [
-        (4, 64, 3, 2, 8),
-        (4, 64, 2, 2, 0),
-        (4, 32, 3, 3, 0),
-        (8, 64, 3, 2, 0),
-        (8, 128, 3, 1, 0),
-        (8, 128, 4, 1, 16),
+        (4, 4, 64, 6, 1, 36),
+        (4, 4, 64, 6, 1, 12),
+        (8, 4, 128, 4, 1, 16),
+        (8, 4, 128, 4, 1, 0),
+        (4, 4, 64, 3, 2, 0),
+        (8, 8, 128, 4, 1, 0),
     ],
-    "2": [
-        (4, 64, 3, 2, 8),
-        (4, 64, 4, 2, 0),
-        (4, 128, 2, 2, 0),
-        (8, 64, 3, 2, 0),
-        (8, 128, 3, 1, 0),
-        (8, 128, 4, 1, 16),
-    ],
+    "2": [(4, 4, 64, 8, 1, 36), (4, 4, 64, 8, 1, 12), (8, 4, 128, 6, 1, 16), (8, 4, 128, 6, 1, 0), (4, 4, 64, 4, 2, 0)],
 }
 Attend = Callable[[int, slice], Tensor]  # of a layer's index, and some of the sequences
 

@@ -51,14 +51,17 @@ struct Barrier {
     unsigned generation = 0;
     void wait(int count) {
         unsigned mine = generation;
-        if (++arrived == count) arrived = 0, generation++;
+        arrive(count);
         while (generation == mine) swapcontext(&fibers[current].context, &home);
     }
+    void arrive(int count) {
+        if (++arrived == count) arrived = 0, generation++;
+    }
 };
-static Barrier warps[MAX_THREADS / 32], program;
+static Barrier warps[MAX_THREADS / 32], program[16];
 
 static void __syncwarp() { warps[current / 32].wait(32); }
-static void __syncthreads() { program.wait(num_threads); }
+static void __syncthreads() { program[0].wait(num_threads); }
 static void __threadfence() {}
 static int atomicAdd(int* to, int x) { return std::exchange(*to, *to + x); }
 static u32 lane_id() { return threadIdx.x % 32; }
@@ -138,6 +141,19 @@ static u32 transpose(u32 x) {
     return d;
 }
 
+template <int N> static void read_transposed(u32 (&to)[N], const void* row) {
+    if ((uintptr_t)row % 16) fputs("a row is not aligned\n", stderr), abort();
+    Lanes<2> all = exchange({(u32)(uintptr_t)row, (u32)((uintptr_t)row >> 32)});
+    int g = lane_id() / 4, t = lane_id() % 4;
+    for (int i = 0; i < N; i++) {
+        to[i] = 0;
+        for (int e = 0; e < 2; e++) {
+            const u32* from = all.x[8 * i + 2 * t + e];
+            to[i] |= (u32)((const u16*)((u64)from[1] << 32 | from[0]))[g] << 16 * e;
+        }
+    }
+}
+
 static int shuffle(int x, int lane) { return exchange({(u32)x}).x[lane & 31][0]; }
 static float shuffle(float x, int lane) { return bits<float>(exchange({bits<u32>(x)}).x[lane & 31][0]); }
 static float shuffle_xor(float x, int mask) { return shuffle(x, lane_id() ^ mask); }
@@ -147,13 +163,18 @@ static bool any_lane(bool x) {
     return std::any_of(all.x, all.x + 32, [](auto& lane) { return lane[0]; });
 }
 
-static bool any_thread(bool x) {
-    static bool given[MAX_THREADS];
-    given[current] = x;
-    __syncthreads();
-    bool any = std::any_of(given, given + num_threads, [](bool one) { return one; });
-    __syncthreads();
-    return any;
+static void meet(int barrier, int threads) { program[barrier].wait(threads); }
+static void arrive(int barrier, int threads) { program[barrier].arrive(threads); }
+
+static bool any_member(int barrier, int threads, bool x) {
+    static bool any[16];
+    any[barrier] = false;
+    meet(barrier, threads);
+    any[barrier] |= x;
+    meet(barrier, threads);
+    x = any[barrier];
+    meet(barrier, threads);
+    return x;
 }
 
 static void copy_async(void* to, const void* from) {

@@ -21,15 +21,15 @@ HEADS = 16  # of a program: the rows of a product
 ROPE_KEYS = (("16", "token"), ("8", "channel"))
 LATENTS = (("8", "token"), ("4", "token"), ("2", "token"))
 
-# Warps, tokens of a tile, pipeline stages, programs per SM and operands of queries that stay in registers, by (KiB of
-# shared memory of an SM, bits of latents). Of 228 KiB, those of 8 and 4 bits were timed on an H200; no other was timed.
-TILES: dict[tuple[int, str], tuple[int, int, int, int, int]] = {
-    (100, "8"): (4, 32, 3, 1, 0),
-    (100, "4"): (4, 64, 3, 1, 0),
-    (100, "2"): (4, 64, 3, 1, 0),
-    (228, "8"): (4, 64, 2, 2, 0),
-    (228, "4"): (4, 64, 2, 2, 0),
-    (228, "2"): (4, 64, 3, 2, 0),
+# Warps that score, warps that gather, tokens of a tile, pipeline stages, programs per SM and operands of queries that
+# stay in registers, by (KiB of shared memory of an SM, bits of latents). None was timed yet.
+TILES: dict[tuple[int, str], tuple[int, int, int, int, int, int]] = {
+    (100, "8"): (4, 4, 32, 3, 1, 24),
+    (100, "4"): (4, 4, 64, 3, 1, 24),
+    (100, "2"): (4, 4, 64, 4, 1, 24),
+    (228, "8"): (4, 4, 64, 4, 1, 16),
+    (228, "4"): (4, 4, 64, 6, 1, 24),
+    (228, "2"): (4, 4, 64, 8, 1, 24),
 }
 
 SOURCE = source("decode.cuh", "mla_decode.cu")
@@ -88,13 +88,15 @@ def latent_decode(
 
 def constants(key: PackedStream, value: PackedStream, block_table: Tensor, device: torch.device) -> dict[str, object]:
     """Macros that the kernel is compiled with."""
-    warps, tokens, stages, per_sm, resident = TILES[shared_kib(device), value.bits]
+    scorers, gatherers, tokens, stages, per_sm, resident = TILES[shared_kib(device), value.bits]
     return {
         "BITS": value.bits,
         "ROPE_BITS": key.bits,
         "BLOCK": key.codes.shape[2],
         "TOKENS": tokens,
-        "WARPS": warps,
+        "SCORERS": scorers,
+        "GATHERERS": gatherers,
+        "WARPS": scorers + gatherers,
         "STAGES": stages,
         "PER_SM": per_sm,
         "RESIDENT": resident,

@@ -391,18 +391,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) paged_decode(
         }
     }
 
-    for (int k = 0; begin + warp + k * WARPS < end; k++) {
-        await_groups<STAGES - 1>();
-        w.add_tile(stages + k % STAGES * STAGE, first - (begin + warp + k * WARPS) * TOKENS);
-        __syncwarp();
-        fetch_tile(k + STAGES);
-    }
-
+    // The tail comes first, while tiles are on their way.
     if (tail_tokens && split == shares - 1) {
         u64 tail = (u64)slots[seq] * slot_units * 16 + (u64)head * tail_tokens * D * 2;
         for (int row = warp * 16; row < tail_tokens; row += WARPS * 16)
             w.add_tail(query, (const u16*)(key.tail + tail), (const u16*)(value.tail + tail), row, position,
                        max(near, first), tail_tokens, group_heads, scale);
+    }
+
+    for (int k = 0; begin + warp + k * WARPS < end; k++) {
+        await_groups<STAGES - 1>();
+        w.add_tile(stages + k % STAGES * STAGE, first - (begin + warp + k * WARPS) * TOKENS);
+        __syncwarp();
+        fetch_tile(k + STAGES);
     }
 
     // Warps meet.

@@ -1,74 +1,79 @@
 // Decode attention over latents of integer codes (MLA, absorbed): a latent is key and value at once.
 // `cuda_mla_decode.py` says what is computed.
 //
-// A program has 16 query heads, the rows of both products, and walks over tiles of tokens. To the first product each of
-// its warps brings a run of tokens, with all of their channels, and leaves their weights in shared memory; to the second
-// it brings a span of channels, of all tokens. A latent comes to shared memory once, as it lies in a block, and goes from
-// there to either product without a conversion: the bits of a code, alone in an fp16, are the subnormal number
-// code · 2^-24, exactly (times 2^(BITS · part) for higher parts of a byte).
+// A program has 16 query heads, the rows of both products, and walks over tiles of tokens. Some of its warps score: each
+// has a run of tokens of a tile, with all of their channels, and leaves their weights in shared memory. The others
+// gather: each has a span of channels, of all tokens of the tile before. So queries stay in the registers of the ones,
+// outputs in those of the others, and either has something to do where the other waits. A latent
+// comes to shared memory once, as it lies in a block, and goes from there to either product without a conversion: the
+// bits of a code, alone in an fp16, are the subnormal number code · 2^-24, exactly (times 2^(BITS · part) for higher
+// parts of a byte).
 //
 //   scores   [16 heads, 8 tokens]    += queries [16 heads, 16 channels] · latents [16 channels, 8 tokens], ∘scale by group
 //   outputs  [16 heads, 8 channels]  += (p∘scale) [16 heads, 16 tokens] · latents [16 tokens, 8 channels]
 //
 // A lane is 4g + t. A product takes the order of what it sums from whoever loads it: channels are dealt to the t of the
-// first so that words are split without being rearranged, and tokens to the t of the second so that the t read rows that
-// lie in different banks: column c of 8 is token c / 2 + c % 2 · 4.
+// first so that words are split without being rearranged; to the second, pairs of tokens come transposed.
 
-constexpr int L = 512, R = 64;       // channels of a latent and of a rope key
-constexpr int GROUPS = L / 64;       // of a latent's channels that share a scale
-constexpr int PARTS = 8 / BITS;      // codes in a byte
-constexpr int ROW = L / PARTS;       // bytes of a latent
+constexpr int L = 512, R = 64;         // channels of a latent and of a rope key
+constexpr int GROUPS = L / 64;         // of a latent's channels that share a scale
+constexpr int PARTS = 8 / BITS;        // codes in a byte
+constexpr int ROW = L / PARTS;         // bytes of a latent
 constexpr int ROPE_ROW = R * ROPE_BITS / 8;
-constexpr int CHUNKS = ROW / 64;     // of a latent's bytes, each of which has a group of every part
+constexpr int CHUNKS = ROW / 64;       // of a latent's bytes, each of which has a group of every part
 constexpr int HEADS = 16;
-constexpr int RUN = TOKENS / WARPS;  // tokens that a warp brings to the first product
+constexpr int RUN = TOKENS / SCORERS;  // tokens of a warp that scores
 constexpr int OCTETS = RUN / 8;
-constexpr int STEPS = TOKENS / 16;   // of the second product
-constexpr int SPAN = ROW / WARPS;    // bytes of a latent that a warp brings to the second product
-constexpr int PIECE = SPAN < 64 ? SPAN : 64, PIECES = SPAN / PIECE;
-constexpr int WIDTH = PIECE / 8;     // bytes of a lane, of each piece of a token
+constexpr int STEPS = TOKENS / 16;     // of the second product
+constexpr int SPAN = ROW / GATHERERS;  // bytes of a latent of a warp that gathers
+constexpr int DRAWN = TOKENS / GATHERERS;  // tokens that it brings to shared memory
 constexpr int QUERY_STEPS = (L + R) / 16;
+constexpr int CHAINS = PARTS < 2 ? 2 : PARTS;  // sums of a chunk: a product waits long for the one that it adds to
 
 // A stage of the ring, and what else is in shared memory.
 constexpr int ROPE = TOKENS * ROW;
 constexpr int SCALE = ROPE + TOKENS * ROPE_ROW;
 constexpr int ZERO = SCALE + TOKENS * 2 * GROUPS;
-constexpr int ROPE_SCALE = ZERO + TOKENS * 2 * GROUPS;  // of each warp's block: scales and zeros by channel
-constexpr int STAGE = ROPE_SCALE + (ROPE_BITS == 8 ? WARPS * 4 * R : 0);
+constexpr int ROPE_SCALE = ZERO + TOKENS * 2 * GROUPS;  // of the blocks of DRAWN tokens: scales and zeros by channel
+constexpr int STAGE = ROPE_SCALE + (ROPE_BITS == 8 ? GATHERERS * 4 * R : 0);
 constexpr int QUERY = STAGES * STAGE;                   // operands of the first product, [step][lane]
 constexpr int WEIGHTS = QUERY + QUERY_STEPS * 512;      // of the second, [2][step][lane]
 constexpr int SCALES = WEIGHTS + 2 * STEPS * 512;       // of pairs of tokens, [2][step][group][t]
-constexpr int TOPS = SCALES + 2 * STEPS * 256;          // [warp][head]
+constexpr int ALPHAS = SCALES + 2 * STEPS * 256;        // [2][head]: what outputs before are multiplied by; below 0: nothing
+constexpr int TOPS = ALPHAS + 2 * HEADS * 4;            // [warp][head]
 extern "C" __constant__ const int shared_bytes = TOPS + WARPS * HEADS * 4;
 
-static_assert(RUN % 8 == 0 && BLOCK % RUN == 0 && TOKENS % 16 == 0 && WIDTH >= 2);
-static_assert(STAGES >= 2 && RESIDENT <= L / 16 && QUERY >= WARPS * HEADS * (GROUPS + 1) * 4);
+static_assert(RUN % 8 == 0 && DRAWN % RUN == 0 && BLOCK % DRAWN == 0 && TOKENS % 16 == 0 && SPAN % 32 == 0);
+static_assert(STAGE % 128 == 0 && STAGES >= 3 && RESIDENT <= QUERY_STEPS && WARPS == SCORERS + GATHERERS);
+
+// Barriers: of those that score; and of all, at which one team only arrives: what it says of a buffer.
+constexpr int SCORING = 1, FULL = 2, READY = 4, ALL = WARPS * 32;
 
 // Queries are multiplied by this and divided by a power of 2 near their largest: they stay below 64, and with the largest
 // scale of rope keys, 2 · 65,504 / 255, within fp16.
 constexpr int QUERY_BOOST = 5;
 
-__device__ inline int token_of(int column) { return column / 2 + column % 2 * 4; }
+// Where bytes of row `row` are moved to, by an exclusive or with their place: eight rows side by side lie in different
+// banks, chunk by chunk of 16 bytes, and so do two of them by four chunks.
+__device__ inline int swizzle(int row) { return (row & 1) * 64 | (row >> 1 & 3) * 16; }
+__device__ inline int rope_swizzle(int row) { return ROPE_BITS == 16 ? (row & 1) * 64 : 0; }
 
-// Where bytes of row `row` are moved to, by an exclusive or with their place.
-__device__ inline int swizzle(int row) { return ((row ^ row >> 2) & 1) * 64 | (row >> 1 & 1) * 32; }
-__device__ inline int rope_swizzle(int row) { return (row >> 2 & 1) * 64; }
-
-// `row` is the first of a warp's run, of its block.
-__device__ inline void fetch(char* stage, Stream key, Stream value, u64 block, int row) {
-    const int warp = threadIdx.x / 32, own = warp * RUN;
-    copy<RUN * ROW>(stage + own * ROW, value.codes + block + row * ROW, [](int at, int lane) {
-        return at + lane ^ swizzle((at + lane) / ROW);
+// DRAWN tokens, the `own`-th of a tile; `row` is the first of them, of its block.
+__device__ inline void fetch(char* stage, Stream key, Stream value, u64 block, int row, int own) {
+    char* run = stage + own * DRAWN * ROW;
+    copy<DRAWN * ROW>(run, value.codes + block + row * ROW, [](int at, int lane) {
+        return at + (lane ^ swizzle(lane / ROW) ^ swizzle(at / ROW));
     });
-    copy<RUN * ROPE_ROW>(stage + ROPE + own * ROPE_ROW, key.codes + block + row * ROPE_ROW, [](int at, int lane) {
-        return at + lane ^ rope_swizzle((at + lane) / ROPE_ROW);
+    run = stage + ROPE + own * DRAWN * ROPE_ROW;
+    copy<DRAWN * ROPE_ROW>(run, key.codes + block + row * ROPE_ROW, [](int at, int lane) {
+        return at + (lane ^ rope_swizzle(lane / ROPE_ROW));
     });
     auto plain = [](int at, int lane) { return at + lane; };
-    copy<RUN * 2 * GROUPS>(stage + SCALE + own * (2 * GROUPS), value.scale + block + row * (2 * GROUPS), plain);
-    copy<RUN * 2 * GROUPS>(stage + ZERO + own * (2 * GROUPS), value.zero + block + row * (2 * GROUPS), plain);
+    copy<DRAWN * 2 * GROUPS>(stage + SCALE + own * DRAWN * 2 * GROUPS, value.scale + block + row * (2 * GROUPS), plain);
+    copy<DRAWN * 2 * GROUPS>(stage + ZERO + own * DRAWN * 2 * GROUPS, value.zero + block + row * (2 * GROUPS), plain);
     if constexpr (ROPE_BITS == 8) {
-        copy<2 * R>(stage + ROPE_SCALE + warp * (4 * R), key.scale + block, plain);
-        copy<2 * R>(stage + ROPE_SCALE + warp * (4 * R) + 2 * R, key.zero + block, plain);
+        copy<2 * R>(stage + ROPE_SCALE + own * (4 * R), key.scale + block, plain);
+        copy<2 * R>(stage + ROPE_SCALE + own * (4 * R) + 2 * R, key.zero + block, plain);
     }
 }
 
@@ -86,64 +91,79 @@ __device__ inline void halves(u32 (&to)[2], u32 word) {
 }
 __device__ inline u32 code(u32 half, int part) { return BITS == 8 ? half : half & code_mask(BITS, part); }
 
-struct Warp {
+constexpr int SUMS = GROUPS + 1;  // of a scorer and a head, where warps meet: Σ p∘zero by group, Σ p
+
+// Where a thread is.
+struct Place {
     char* shared;
-    int warp, lane, g, t;
-    u32 query[RESIDENT + 1][4];     // the first operands of the first product
-    u32 query_sums[4];              // queries summed by group of channels, twice: as fp16, and what that leaves
-    float to_log2[2];               // what a score takes to the exponent of 2, of heads g and g + 8
-    float m[2];                     // the largest so far, at least: the same in all warps
-    float acc[512 / WARPS / 8][4];  // outputs times 2^(BITS · part - 24)
-    float zeros[4], total[4];       // Σ p∘zero by group, Σ p: of this warp's tokens alone
+    int warp, lane, g, t;  // the warp is one of its team
+};
 
-    __device__ inline void read_query(u32 (&to)[4], int step) { read<16>(to, shared + QUERY + step * 512 + lane * 16); }
+// Leave `queries` [heads, L + R] in shared memory as operands, divided by powers of 2 near their largest, in `tops`.
+__device__ inline void leave_queries(Place at, float* tops, const u16* queries, int heads) {
+    // Nothing is done before all is asked for: what a program waits for here, it waits for alone.
+    constexpr int OWN = (HEADS + WARPS - 1) / WARPS;
+    const int warp = threadIdx.x / 32;
+    float largest[OWN];
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        largest[i] = 1e-20f;
+#pragma unroll
+        for (int channel = at.lane * 8; channel < L + R; channel += 256) {
+            u32 words[4];
+            read<16>(words, queries + min(warp + i * WARPS, heads - 1) * (L + R) + channel);
+            for (u32 word : words)
+                for (int e = 0; e < 2; e++) largest[i] = fmaxf(largest[i], fabsf(widen<BF16>((u16)(word >> 16 * e))));
+        }
+    }
+    for (int i = 0; i < OWN; i++) {
+        for (int mask = 1; mask < 32; mask *= 2) largest[i] = fmaxf(largest[i], shuffle_xor(largest[i], mask));
+        if (at.lane == 0 && warp + i * WARPS < HEADS) tops[warp + i * WARPS] = __uint_as_float(__float_as_uint(largest[i]) & 0x7f800000);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < QUERY_STEPS; i += WARPS) {
+        int step = i + warp;
+        if (step >= QUERY_STEPS) break;
+        const bool exact = ROPE_BITS == 16 && step >= L / 16;
+        u32 operand[4];
+        for (int h = 0; h < 2; h++) {
+            u32 words[2];
+            read<8>(words, queries + min(at.g + 8 * h, heads - 1) * (L + R) + query_channel(step, at.t));
+            float factor = power_of_2(QUERY_BOOST) * __uint_as_float(0x7f000000 - __float_as_uint(tops[at.g + 8 * h])), x[4];
+            if (step < L / 16) factor *= power_of_2(-BITS * (step % PARTS));
+            for (int e = 0; e < 4; e++) x[e] = widen<BF16>((u16)(words[e / 2] >> e % 2 * 16)) * factor;
+            for (int j = 0; j < 2; j++)
+                operand[2 * j + h] = exact ? round_pair<BF16>(x[2 * j], x[2 * j + 1]) : round_pair<false>(x[j], x[j + 2]);
+        }
+        *(Words4*)(at.shared + QUERY + step * 512 + at.lane * 16) = {operand[0], operand[1], operand[2], operand[3]};
+    }
+    __syncthreads();
+}
 
-    // Leave `queries` [heads, L + R] in shared memory as operands.
-    __device__ inline void set_queries(const u16* queries, int heads, float scale) {
-        // Nothing is done before all is asked for: what a program waits for here, it waits for alone.
-        float* tops = (float*)(shared + TOPS);
-        float largest[HEADS / WARPS];
-#pragma unroll
-        for (int i = 0; i < HEADS / WARPS; i++) {
-            largest[i] = 1e-20f;
-#pragma unroll
-            for (int channel = lane * 8; channel < L + R; channel += 256) {
-                u32 words[4];
-                read<16>(words, queries + min(warp + i * WARPS, heads - 1) * (L + R) + channel);
-                for (u32 word : words)
-                    for (int e = 0; e < 2; e++) largest[i] = fmaxf(largest[i], fabsf(widen<BF16>((u16)(word >> 16 * e))));
-            }
+// A warp that scores.
+struct Scorer : Place {
+    u32 query[RESIDENT + 1][4];  // the first operands of the first product
+    u32 query_sums[4];           // queries summed by group of channels, twice: as fp16, and what that leaves
+    float to_log2[2];            // what a score takes to the exponent of 2, of heads g and g + 8
+    float m[2];                  // the largest so far, at least: the same in all warps
+    float zeros[4], total[4];    // Σ p∘zero by group, Σ p: of this warp's tokens alone
+
+    __device__ inline Scorer(Place at, const float* tops, float scale) : Place(at) {
+        for (int h = 0; h < 2; h++) {
+            to_log2[h] = tops[g + 8 * h] * scale * power_of_2(24 - QUERY_BOOST);
+            m[h] = -1e30f;
         }
-        for (int i = 0; i < HEADS / WARPS; i++) {
-            for (int mask = 1; mask < 32; mask *= 2) largest[i] = fmaxf(largest[i], shuffle_xor(largest[i], mask));
-            if (lane == 0) tops[warp + i * WARPS] = __uint_as_float(__float_as_uint(largest[i]) & 0x7f800000);
-        }
-        __syncthreads();
+        for (int j = 0; j < 4; j++) zeros[j] = total[j] = 0;
 #pragma unroll
-        for (int i = 0; i < QUERY_STEPS; i += WARPS) {
-            int step = i + warp;
-            if (step >= QUERY_STEPS) break;
-            const bool exact = ROPE_BITS == 16 && step >= L / 16;
-            u32 operand[4];
-            for (int h = 0; h < 2; h++) {
-                u32 words[2];
-                read<8>(words, queries + min(g + 8 * h, heads - 1) * (L + R) + query_channel(step, t));
-                float factor = power_of_2(QUERY_BOOST) / tops[g + 8 * h], x[4];
-                if (step < L / 16) factor *= power_of_2(-BITS * (step % PARTS));
-                for (int e = 0; e < 4; e++) x[e] = widen<BF16>((u16)(words[e / 2] >> e % 2 * 16)) * factor;
-                for (int j = 0; j < 2; j++)
-                    operand[2 * j + h] = exact ? round_pair<BF16>(x[2 * j], x[2 * j + 1]) : round_pair<false>(x[j], x[j + 2]);
-            }
-            *(Words4*)(shared + QUERY + step * 512 + lane * 16) = {operand[0], operand[1], operand[2], operand[3]};
-        }
-        for (int h = 0; h < 2; h++) to_log2[h] = tops[g + 8 * h] * scale * power_of_2(24 - QUERY_BOOST);
-        __syncthreads();
+        for (int step = 0; step < RESIDENT; step++) read<16>(query[step], shared + QUERY + step * 512 + lane * 16);
         float sums[2][2];
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {
             const u32 ones[2] = {0x3c003c00, 0x3c003c00};
             float sum[4] = {};
             int part = group / CHUNKS;
+#pragma unroll
             for (int w = 0; w < 4; w++) {
                 u32 operand[4];
                 read_query(operand, (group % CHUNKS * 4 + w) * PARTS + part);
@@ -156,61 +176,56 @@ struct Warp {
             u32 high = query_sums[h] = round_pair<false>(sums[h][0], sums[h][1]);
             query_sums[2 + h] = round_pair<false>(sums[h][0] - widen<false>((u16)high), sums[h][1] - widen<false>(high >> 16));
         }
-        for (int step = 0; step < RESIDENT; step++) read_query(query[step], step);
+    }
+
+    __device__ inline void read_query(u32 (&to)[4], int step) {
+        if (step < RESIDENT)
+            for (int j = 0; j < 4; j++) to[j] = query[step][j];
+        else
+            read<16>(to, shared + QUERY + step * 512 + lane * 16);
     }
 
     // Scores of this warp's run: its columns 2t and 2t + 1 of heads g and g + 8.
     __device__ inline void score(const char* stage, float (&s)[OCTETS][4]) {
-        const int row = warp * RUN + token_of(g);
-        float offset[4] = {};
-        u32 rope[4][4];
+        const int row = warp * RUN + g;
+        // What is added at the end: offsets of all tokens and of each, and products with codes of rope keys.
+        float offset[4] = {}, offsets[OCTETS][4] = {}, rope[OCTETS][4] = {};
+        u32 keys[OCTETS][ROPE_ROW / 16], scales[OCTETS][2][4];
 #pragma unroll
-        for (int step = 0; step < 4; step++) {
-            read_query(rope[step], L / 16 + step);
+        for (int o = 0; o < OCTETS; o++) {
+            for (int i = 0; i < ROPE_ROW / 64; i++) {
+                const char* from = stage + ROPE + (row + 8 * o) * ROPE_ROW;
+                read<16>(keys[o] + 4 * i, from + (i * 64 + t * 16 ^ rope_swizzle(row)));
+            }
+            for (int e = 0; e < 2; e++) read<16>(scales[o][e], stage + SCALE + (warp * RUN + 8 * o + 2 * t + e) * 16);
+            for (float& x : s[o]) x = 0;
+        }
+        auto add_rope = [&](int step) {
+            u32 operand[4], pairs[2];
+            read_query(operand, L / 16 + step);
             if constexpr (ROPE_BITS == 8) {
-                const char* at = stage + ROPE_SCALE + warp * (4 * R) + 2 * (t * 16 + step * 4);
-                u32 scale[2], zero[2], pairs[2];
+                const char* at = stage + ROPE_SCALE + warp * RUN / DRAWN * (4 * R) + 2 * (t * 16 + step * 4);
+                u32 scale[2], zero[2];
                 read<8>(scale, at);
                 read<8>(zero, at + 2 * R);
                 pairs[0] = permute(zero[0], zero[1], 0x5410), pairs[1] = permute(zero[0], zero[1], 0x7632);
-                multiply_add<false>(offset, rope[step], pairs);
+                multiply_add<false>(offset, operand, pairs);
                 pairs[0] = permute(scale[0], scale[1], 0x5410), pairs[1] = permute(scale[0], scale[1], 0x7632);
-                for (int j = 0; j < 4; j++) rope[step][j] = multiply(rope[step][j], pairs[j / 2]);
+                for (int j = 0; j < 4; j++) operand[j] = multiply(operand[j], pairs[j / 2]);
             }
-        }
-        u32 scales[OCTETS][2][4];
-#pragma unroll
-        for (int o = 0; o < OCTETS; o++) {
-            u32 zero[2];
-            read<4>(zero, stage + ZERO + (row + 8 * o) * 16 + 4 * t);
-            zero[1] = zero[0];
-            for (int j = 0; j < 4; j++) s[o][j] = offset[j];
-            multiply_add<false>(s[o], query_sums, zero);
-            const char* keys = stage + ROPE;
-            const int place = (row + 8 * o) * ROPE_ROW + t * 16 ^ rope_swizzle(row);
-            u32 words[4];
-            if constexpr (ROPE_BITS == 16)
-                for (int step = 0; step < 4; step += 2) {
-                    read<16>(words, keys + (place ^ step * 32));
-                    for (int i = 0; i < 2; i++) {
-                        u32 pairs[2] = {words[2 * i], words[2 * i + 1]};
-                        multiply_add<BF16>(s[o], rope[step + i], pairs);
-                    }
+            for (int o = 0; o < OCTETS; o++)
+                if constexpr (ROPE_BITS == 8) {
+                    pairs[0] = permute(keys[o][step], 0, 0x4240), pairs[1] = permute(keys[o][step], 0, 0x4341);
+                    multiply_add<false>(rope[o], operand, pairs);
+                } else {
+                    pairs[0] = keys[o][2 * step], pairs[1] = keys[o][2 * step + 1];
+                    multiply_add<BF16>(offsets[o], operand, pairs);
                 }
-            for (int j = 0; j < 4; j++) s[o][j] *= power_of_2(-24);
-            if constexpr (ROPE_BITS == 8) {
-                read<16>(words, keys + place);
-                for (int step = 0; step < 4; step++) {
-                    u32 codes[2] = {permute(words[step], 0, 0x4240), permute(words[step], 0, 0x4341)};
-                    multiply_add<false>(s[o], rope[step], codes);
-                }
-            }
-            for (int e = 0; e < 2; e++) read<16>(scales[o][e], stage + SCALE + (warp * RUN + 8 * o + t + 4 * e) * 16);
-        }
+        };
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
             u32 words[OCTETS][4];
-            float sum[PARTS][OCTETS][4] = {};
+            float sum[CHAINS][OCTETS][4] = {};
             for (int o = 0; o < OCTETS; o++)
                 read<16>(words[o], stage + (row + 8 * o) * ROW + (chunk * 64 + t * 16 ^ swizzle(row)));
 #pragma unroll
@@ -219,26 +234,31 @@ struct Warp {
                 for (int o = 0; o < OCTETS; o++) halves(pairs[o], words[o][w]);
 #pragma unroll
                 for (int part = 0; part < PARTS; part++) {
-                    int step = (chunk * 4 + w) * PARTS + part;
                     u32 operand[4];
-                    if (step < RESIDENT)
-                        for (int j = 0; j < 4; j++) operand[j] = query[step][j];
-                    else
-                        read_query(operand, step);
+                    read_query(operand, (chunk * 4 + w) * PARTS + part);
                     for (int o = 0; o < OCTETS; o++) {
                         u32 codes[2] = {code(pairs[o][0], part), code(pairs[o][1], part)};
-                        multiply_add<false>(sum[part][o], operand, codes);
+                        multiply_add<false>(sum[PARTS < 2 ? w % 2 : part][o], operand, codes);
                     }
                 }
             }
-            for (int part = 0; part < PARTS; part++) {
-                int group = part * CHUNKS + chunk;
+#pragma unroll
+            for (int step = 4 * chunk / CHUNKS; step < 4 * (chunk + 1) / CHUNKS; step++) add_rope(step);
+            for (int chain = 0; chain < CHAINS; chain++) {
+                int group = chain % PARTS * CHUNKS + chunk;
                 for (int o = 0; o < OCTETS; o++)
                     for (int e = 0; e < 2; e++) {
                         float scale = widen<false>((u16)(scales[o][e][group / 2] >> group % 2 * 16));
-                        for (int h = 0; h < 2; h++) s[o][2 * h + e] += sum[part][o][2 * h + e] * scale;
+                        for (int h = 0; h < 2; h++) s[o][2 * h + e] += sum[chain][o][2 * h + e] * scale;
                     }
             }
+        }
+        for (int o = 0; o < OCTETS; o++) {
+            u32 zero[2];
+            read<4>(zero, stage + ZERO + (row + 8 * o) * 16 + 4 * t);
+            zero[1] = zero[0];
+            multiply_add<false>(offsets[o], query_sums, zero);
+            for (int j = 0; j < 4; j++) s[o][j] += rope[o][j] + (offset[j] + offsets[o][j]) * power_of_2(-24);
         }
     }
 
@@ -255,37 +275,36 @@ struct Warp {
         }
     }
 
-    // Make weights of the scores of all warps and let all have them; `p` are this warp's own. They stay at most 1: where
-    // a score is above the maximum, they are made a second time.
-    template <bool BFLOAT> __device__ inline void exchange(
+    // Leave weights of these scores, `p`. They stay at most 1: where one of a warp that scores is above the maximum, all
+    // make them a second time.
+    template <bool BFLOAT> __device__ inline void weigh(
         const float (&s)[OCTETS][4], const float (&unit)[2], u32 (&p)[OCTETS][2], int buffer
     ) {
-        float top[2];
+        float top[2], alpha[2] = {1, 1};
         for (int h = 0; h < 2; h++) {
             top[h] = fmaxf(s[0][2 * h], s[0][2 * h + 1]);
             for (int o = 1; o < OCTETS; o++) top[h] = fmaxf(top[h], fmaxf(s[o][2 * h], s[o][2 * h + 1]));
             top[h] *= unit[h];
         }
         leave_weights<BFLOAT>(s, unit, p, buffer);
-        if (!any_thread(top[0] > m[0] || top[1] > m[1])) return;
-        float* tops = (float*)(shared + TOPS);
-        for (int h = 0; h < 2; h++) {
-            for (int mask = 1; mask < 4; mask *= 2) top[h] = fmaxf(top[h], shuffle_xor(top[h], mask));
-            if (t == 0) tops[warp * HEADS + g + 8 * h] = top[h];
-        }
-        __syncthreads();
-        for (int h = 0; h < 2; h++) {
-            for (int i = 0; i < WARPS; i++) top[h] = fmaxf(top[h], tops[i * HEADS + g + 8 * h]);
-            float raised = top[h] > m[h] ? top[h] + HEADROOM : m[h], alpha = exp2_of(m[h] - raised);
-            m[h] = raised;
-            for (int e = 2 * h; e < 2 * h + 2; e++) {
-                for (auto& tile : acc) tile[e] *= alpha;
-                zeros[e] *= alpha;
-                total[e] *= alpha;
+        if (any_member(SCORING, SCORERS * 32, top[0] > m[0] || top[1] > m[1])) {
+            float* tops = (float*)(shared + TOPS);
+            for (int h = 0; h < 2; h++) {
+                for (int mask = 1; mask < 4; mask *= 2) top[h] = fmaxf(top[h], shuffle_xor(top[h], mask));
+                if (t == 0) tops[warp * HEADS + g + 8 * h] = top[h];
             }
+            meet(SCORING, SCORERS * 32);
+            for (int h = 0; h < 2; h++) {
+                for (int i = 0; i < SCORERS; i++) top[h] = fmaxf(top[h], tops[i * HEADS + g + 8 * h]);
+                float raised = top[h] > m[h] ? top[h] + HEADROOM : m[h];
+                alpha[h] = exp2_of(m[h] - raised);
+                m[h] = raised;
+                for (int e = 2 * h; e < 2 * h + 2; e++) zeros[e] *= alpha[h], total[e] *= alpha[h];
+            }
+            leave_weights<BFLOAT>(s, unit, p, buffer);
         }
-        leave_weights<BFLOAT>(s, unit, p, buffer);
-        __syncthreads();
+        if (warp == 0 && t == 0)
+            for (int h = 0; h < 2; h++) *(float*)(shared + ALPHAS + (buffer * HEADS + g + 8 * h) * 4) = alpha[h];
     }
 
     // `sums` [16 heads, 8] += this warp's weights · `columns` [its tokens, 8].
@@ -300,71 +319,34 @@ struct Warp {
         }
     }
 
-    // Tokens of the tile from `far` on are not seen. `refill` is called when all have left the stage before.
-    template <typename Refill> __device__ inline void add_tile(const char* stage, int far, int buffer, Refill refill) {
+    // Tokens of the tile from `far` on are not seen.
+    __device__ inline void add_tile(const char* stage, int far, int buffer) {
         float s[OCTETS][4];
         score(stage, s);
         if (warp * RUN + RUN > far)
             for (int o = 0; o < OCTETS; o++)
                 for (int e = 0; e < 2; e++)
-                    if (warp * RUN + 8 * o + t + 4 * e >= far) s[o][e] = s[o][2 + e] = __uint_as_float(0xff800000);  // -∞
-        u32 zero[OCTETS], ones[OCTETS];
+                    if (warp * RUN + 8 * o + 2 * t + e >= far) s[o][e] = s[o][2 + e] = __uint_as_float(0xff800000);  // -∞
+        u32 zero[OCTETS], ones[OCTETS], p[OCTETS][2];
         for (int o = 0; o < OCTETS; o++) {
-            int token = warp * RUN + 8 * o + token_of(g), at = warp * OCTETS + o;
-            u32 scale;
-            read<4>(&scale, stage + SCALE + token * 16 + 4 * t);
-            read<4>(&zero[o], stage + ZERO + token * 16 + 4 * t);
-            zero[o] = transpose(zero[o]), ones[o] = 0x3c003c00;
-            *(u32*)(shared + SCALES + (buffer * STEPS + at / 2) * 256 + lane * 8 + at % 2 * 4) = transpose(scale);
+            int at = warp * OCTETS + o;
+            u32 pairs[2];  // of tokens 2t and 2t + 1: scales and zeros of group g
+            read_transposed(pairs, stage + (lane & 8 ? ZERO : SCALE) + (at * 8 + lane % 8) * 16);
+            *(u32*)(shared + SCALES + (buffer * STEPS + at / 2) * 256 + lane * 8 + at % 2 * 4) = pairs[0];
+            zero[o] = pairs[1], ones[o] = 0x3c003c00;
         }
-        u32 p[OCTETS][2];
-        exchange<false>(s, to_log2, p, buffer);
-        refill();
+        weigh<false>(s, to_log2, p, buffer);
         add_own<false>(zeros, p, zero);
         add_own<false>(total, p, ones);
-        gather(stage, buffer);
     }
 
-    __device__ inline void gather(const char* stage, int buffer) {
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-            u32 p[4], weights[PIECES][PARTS][4];
-            read<16>(p, shared + WEIGHTS + (buffer * STEPS + i) * 512 + lane * 16);
-#pragma unroll
-            for (int piece = 0; piece < PIECES; piece++)
-                for (int part = 0; part < PARTS; part++) {
-                    u32 scale[2];
-                    read<8>(scale, shared + SCALES + (buffer * STEPS + i) * 256 + (group_of(piece, part) * 4 + t) * 8);
-                    for (int j = 0; j < 4; j++) weights[piece][part][j] = multiply(p[j], scale[j / 2]);
-                }
-#pragma unroll
-            for (int piece = 0; piece < PIECES; piece++) {
-                u32 words[4][(WIDTH + 3) / 4];
-                for (int j = 0; j < 4; j++) {
-                    int row = 4 * j + t, place = warp * SPAN + piece * PIECE + g * WIDTH;
-                    read<WIDTH>(words[j], stage + (16 * i + row) * ROW + (place ^ swizzle(row)));
-                }
-#pragma unroll
-                for (int b = 0; b < WIDTH; b += 2) {
-                    u32 pairs[2][2];  // bytes b and b + 1, of two tokens each
-                    for (int j = 0; j < 2; j++)
-                        halves(pairs[j], permute(words[2 * j][b / 4], words[2 * j + 1][b / 4], b % 4 ? 0x7632 : 0x5410));
-#pragma unroll
-                    for (int y = 0; y < 2; y++)
-#pragma unroll
-                        for (int part = 0; part < PARTS; part++) {
-                            u32 codes[2] = {code(pairs[0][y], part), code(pairs[1][y], part)};
-                            multiply_add<false>(acc[tile_of(piece, b + y, part)], weights[piece][part], codes);
-                        }
-                }
-            }
+    __device__ inline void leave_sums(float* to) {
+        for (int h = 0; h < 2; h++) {
+            float* own = to + (warp * HEADS + g + 8 * h) * SUMS;
+            for (int e = 0; e < 2; e++) own[2 * t + e] = zeros[2 * h + e];
+            if (t == 0) own[GROUPS] = total[2 * h];
         }
     }
-
-    // Which columns of `acc` are byte `b` of the lanes' pieces; what scales them, and their channel of lane g = 0.
-    __device__ static constexpr int tile_of(int piece, int b, int part) { return (piece * WIDTH + b) * PARTS + part; }
-    __device__ inline int group_of(int piece, int part) { return part * CHUNKS + (warp * SPAN + piece * PIECE) / 64; }
-    __device__ inline int channel_of(int piece, int part) { return part * ROW + warp * SPAN + piece * PIECE; }
 
     // TOKENS rows of the tail from `first` on, at the model's precision; what is before position `near` is not seen.
     __device__ inline void add_tail(
@@ -373,13 +355,13 @@ struct Warp {
     ) {
         float s[OCTETS][4] = {};
         const u16 *low = queries + min(g, heads - 1) * (L + R), *high = queries + min(g + 8, heads - 1) * (L + R);
-#pragma unroll 2
+#pragma unroll 6
         for (int channel = 8 * t; channel < L + R; channel += 32) {
             u32 a[2][4];
             read<16>(a[0], low + channel);
             read<16>(a[1], high + channel);
             for (int o = 0; o < OCTETS; o++) {
-                int row = min(first + warp * RUN + 8 * o + token_of(g), tail_tokens - 1);
+                int row = min(first + warp * RUN + 8 * o + g, tail_tokens - 1);
                 u32 words[4];
                 read<16>(words, channel < L ? value + row * L + channel : key + row * R + channel - L);
                 for (int i = 0; i < 4; i += 2) {
@@ -390,40 +372,126 @@ struct Warp {
         }
         for (int o = 0; o < OCTETS; o++)
             for (int e = 0; e < 2; e++) {
-                int row = first + warp * RUN + 8 * o + t + 4 * e;
+                int row = first + warp * RUN + 8 * o + 2 * t + e;
                 int at = position - (position - row + tail_tokens) % tail_tokens;  // the newest that it can hold
                 if (row >= tail_tokens || at < near) s[o][e] = s[o][2 + e] = __uint_as_float(0xff800000);  // -∞
             }
-        u32 p[OCTETS][2];
+        u32 p[OCTETS][2], ones[OCTETS];
         const float unit[2] = {scale, scale};
-        exchange<BF16>(s, unit, p, buffer);
-        u32 ones[OCTETS];
+        weigh<BF16>(s, unit, p, buffer);
         for (auto& column : ones) column = BF16 ? 0x3f803f80 : 0x3c003c00;
         add_own<BF16>(total, p, ones);
-#pragma unroll 1
+    }
+};
+
+// A warp that gathers.
+struct Gatherer : Place {
+    static constexpr int PIECES = SPAN < 64 ? 1 : SPAN / 64;  // of a span, by scale
+    float acc[L / GATHERERS / 8][4];                               // outputs times 2^(BITS · part - 24)
+
+    __device__ inline Gatherer(Place at) : Place(at) {
+        for (auto& tile : acc)
+            for (float& x : tile) x = 0;
+    }
+
+    // Which columns of `acc` are of 16 bytes `chunk` of the span: those of byte y of the g-th two of them.
+    __device__ static constexpr int tile_of(int chunk, int y, int part) { return (chunk * 2 + y) * PARTS + part; }
+    __device__ inline int channel_of(int chunk, int part) { return part * ROW + warp * SPAN + chunk * 16; }
+    __device__ inline int group_of(int chunk, int part) { return channel_of(chunk, part) / 64; }
+
+    __device__ inline void rescale(int buffer) {
+        float alpha[2];
+        for (int h = 0; h < 2; h++) alpha[h] = *(float*)(shared + ALPHAS + (buffer * HEADS + g + 8 * h) * 4);
+        if (!any_lane(alpha[0] != 1 || alpha[1] != 1)) return;
+        for (auto& tile : acc)
+            for (int j = 0; j < 4; j++) tile[j] *= alpha[j / 2];
+    }
+
+    __device__ inline void add_tile(const char* stage, int buffer) {
+        const int row = lane % 16;
+        const char* from[SPAN / 32];
+        for (int i = 0; i < SPAN / 32; i++)
+            from[i] = stage + row * ROW + (warp * SPAN + i * 32 + lane / 16 * 16 ^ swizzle(row));
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            u32 p[4], weights[PIECES][PARTS][4];
+            read<16>(p, shared + WEIGHTS + (buffer * STEPS + i) * 512 + lane * 16);
+#pragma unroll
+            for (int piece = 0; piece < PIECES; piece++)
+                for (int part = 0; part < PARTS; part++) {
+                    u32 scale[2];
+                    read<8>(scale, shared + SCALES + (buffer * STEPS + i) * 256 + (group_of(piece * 4, part) * 4 + t) * 8);
+                    for (int j = 0; j < 4; j++) weights[piece][part][j] = multiply(p[j], scale[j / 2]);
+                }
+#pragma unroll
+            for (int pair = 0; pair < SPAN / 32; pair++) {
+                u32 words[4];  // of two chunks: two bytes of tokens 2t and 2t + 1, and of the two that are 8 behind
+                read_transposed(words, from[pair] + 16 * i * ROW);
+#pragma unroll
+                for (int chunk = 2 * pair; chunk < 2 * pair + 2; chunk++) {
+                    u32 bytes[2][2];
+                    for (int j = 0; j < 2; j++) halves(bytes[j], words[chunk % 2 * 2 + j]);
+#pragma unroll
+                    for (int y = 0; y < 2; y++)
+#pragma unroll
+                        for (int part = 0; part < PARTS; part++) {
+                            u32 codes[2] = {code(bytes[0][y], part), code(bytes[1][y], part)};
+                            multiply_add<false>(acc[tile_of(chunk, y, part)], weights[chunk / 4][part], codes);
+                        }
+                }
+            }
+        }
+    }
+
+    __device__ inline void add_tail(const u16* value, int first, int tail_tokens, int buffer) {
+#pragma unroll 2
         for (int i = 0; i < STEPS; i++) {
             u32 weights[4];
             read<16>(weights, shared + WEIGHTS + (buffer * STEPS + i) * 512 + lane * 16);
+            const u16* rows[4];
+            for (int j = 0; j < 4; j++)
+                rows[j] = value + min(first + 16 * i + 2 * t + j % 2 + j / 2 * 8, tail_tokens - 1) * L + 2 * g;
 #pragma unroll
-            for (int piece = 0; piece < PIECES; piece++)
+            for (int chunk = 0; chunk < SPAN / 16; chunk++)
 #pragma unroll
                 for (int part = 0; part < PARTS; part++) {
-                    u32 words[4][WIDTH / 2];
-                    for (int j = 0; j < 4; j++) {
-                        int row = min(first + 16 * i + 4 * j + t, tail_tokens - 1);
-                        read<2 * WIDTH>(words[j], value + row * L + channel_of(piece, part) + g * WIDTH);
-                    }
+                    u32 x[4];
+                    for (int j = 0; j < 4; j++) read<4>(x + j, rows[j] + channel_of(chunk, part));
 #pragma unroll
-                    for (int b = 0; b < WIDTH; b++) {
+                    for (int y = 0; y < 2; y++) {
                         u32 columns[2];
-                        for (int j = 0; j < 2; j++)
-                            columns[j] = permute(words[2 * j][b / 2], words[2 * j + 1][b / 2], b % 2 ? 0x7632 : 0x5410);
+                        for (int j = 0; j < 2; j++) columns[j] = permute(x[2 * j], x[2 * j + 1], y ? 0x7632 : 0x5410);
                         float sum[4] = {};
                         multiply_add<BF16>(sum, weights, columns);
-                        for (int j = 0; j < 4; j++) acc[tile_of(piece, b, part)][j] += sum[j] * power_of_2(BITS * part - 24);
+                        for (int j = 0; j < 4; j++) acc[tile_of(chunk, y, part)][j] += sum[j] * power_of_2(BITS * part - 24);
                     }
                 }
         }
+    }
+
+    // Outputs of head g + 8h by four channels side by side, out of all that scorers have left in `sums`.
+    template <typename Store> __device__ inline void finish(const float* sums, int h, Store store) {
+        auto sum_of = [&](int column) {
+            float sum = 0;
+            for (int i = 0; i < SCORERS; i++) sum += sums[(i * HEADS + g + 8 * h) * SUMS + column];
+            return sum;
+        };
+        const float inverse = 1 / fmaxf(sum_of(GROUPS), 1e-37f);
+#pragma unroll
+        for (int part = 0; part < PARTS; part++)
+#pragma unroll
+            for (int piece = 0; piece < PIECES; piece++) {
+                const float zero = sum_of(group_of(piece * 4, part));
+#pragma unroll
+                for (int chunk = piece * 4; chunk < piece * 4 + SPAN / PIECES / 16; chunk++) {
+                    Floats4 x;
+                    for (int i = 0; i < 4; i++) {
+                        float sum = acc[tile_of(chunk, i % 2, part)][2 * h + i / 2];
+                        x.x[i] = (sum * power_of_2(24 - BITS * part) + zero) * inverse;
+                    }
+                    store(channel_of(chunk, part) + 4 * t, x);
+                }
+            }
     }
 };
 
@@ -450,6 +518,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) latent_decode(
     char* shared = (char*)dynamic;
     const int rows = (num_heads + HEADS - 1) / HEADS, seq = blockIdx.x / rows, head = blockIdx.x % rows * HEADS;
     const int heads = min(HEADS, num_heads - head), split = blockIdx.y, splits = gridDim.y;
+    const int lane = lane_id();
+    const bool scores = threadIdx.x < SCORERS * 32;
+    const int warp = threadIdx.x / 32 - (scores ? 0 : SCORERS);
+    const Place at = {shared, warp, lane, lane / 4, lane % 4};
     if (CHAINED) await_inputs();
     const int position = positions[seq], near = visible[seq], far = min(near, position + 1);
     // As in decode.cu: what starts soon fetches weights to L2, and a long read would drive them out again.
@@ -462,88 +534,85 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) latent_decode(
     const int units = max(1, tiles + tail_units), share = (units + splits - 1) / splits;
     const int shares = (units + share - 1) / share;
     if (arrivals && split >= shares) return;
-    const int begin = min(tiles, split * share), end = min(tiles, (split + 1) * share);
+    const int begin = min(tiles, split * share), count = min(tiles, (split + 1) * share) - begin;
+    const int tail_count = split == shares - 1 ? (tail_tokens + TOKENS - 1) / TOKENS : 0;
+    const u64 tail = tail_count ? (u64)slots[seq] * slot_units * 16 : 0;
+    const u16 *tail_keys = (const u16*)(key.tail + tail), *tail_values = (const u16*)(value.tail + tail);
+    queries += row * (L + R);
 
-    Warp w;
-    w.shared = shared, w.warp = threadIdx.x / 32, w.lane = lane_id(), w.g = w.lane / 4, w.t = w.lane % 4;
-    // Tile k is begin + k; each lane looks up the block of this warp's run in one of the next 32. What would begin behind
-    // the last token is fetched from where that is.
+    // Tile k is begin + k; each lane of a gatherer looks up the block of what its warp brings of one of the next 32. What would
+    // begin behind the last token is fetched from where that is.
     table += (u64)seq * table_stride;
-    const int last = (far - 1) / RUN * RUN;
+    const int last = (far - 1) / DRAWN * DRAWN;
     int blocks = 0;
-    auto run_of = [&](int tile) { return min(tile * TOKENS + w.warp * RUN, last); };
+    auto first_of = [&](int k) { return min((begin + k) * TOKENS + warp * DRAWN, last); };
     auto fetch_tile = [&](int k) {
-        if (k % 32 == 0 && begin + k + w.lane < end) blocks = table[run_of(begin + k + w.lane) / BLOCK];
+        if (k % 32 == 0 && k + lane < count) blocks = table[first_of(k + lane) / BLOCK];
         u64 block = (u64)shuffle(blocks, k % 32) * block_units * 16;
-        if (begin + k < end) fetch(shared + k % STAGES * STAGE, key, value, block, run_of(begin + k) % BLOCK);
+        if (k < count) fetch(shared + k % STAGES * STAGE, key, value, block, first_of(k) % BLOCK, warp);
         end_group();
     };
-    for (int k = 0; k < STAGES - 1; k++) fetch_tile(k);
+    if (!scores)
+        for (int k = 0; k < STAGES - 1; k++) fetch_tile(k);
 
-    queries += row * (L + R);
-    w.set_queries(queries, heads, scale);
-    for (int h = 0; h < 2; h++) w.m[h] = -1e30f;
-    for (int j = 0; j < 4; j++) {
-        w.zeros[j] = w.total[j] = 0;
-        for (auto& tile : w.acc) tile[j] = 0;
-    }
-
-    int k = 0;
-    for (; begin + k < end; k++) {
-        await_groups<STAGES - 2>();
-        w.add_tile(shared + k % STAGES * STAGE, far - (begin + k) * TOKENS, k % 2, [&] { fetch_tile(k + STAGES - 1); });
-    }
-    if (tail_tokens && split == shares - 1) {
-        u64 tail = (u64)slots[seq] * slot_units * 16;
-        for (int first = 0; first < tail_tokens; first += TOKENS, k++)
-            w.add_tail(queries, heads, (const u16*)(key.tail + tail), (const u16*)(value.tail + tail), first, position, near,
-                       tail_tokens, scale, k % 2);
-    }
-
-    // Warps meet: each has the sums of its own tokens.
-    await_groups<0>();
-    __syncthreads();
-    float* sums = (float*)shared;  // [warp][head][groups, and p]
-    constexpr int SUMS = GROUPS + 1;
-    for (int h = 0; h < 2; h++) {
-        float* own = sums + (w.warp * HEADS + w.g + 8 * h) * SUMS;
-        for (int e = 0; e < 2; e++) own[2 * w.t + e] = w.zeros[2 * h + e];
-        if (w.t == 0) own[GROUPS] = w.total[2 * h];
-    }
-    __syncthreads();
+    // Weights go from scorers to gatherers in one of two buffers, FULL of them. That it is READY means that it is empty
+    // again, and that the tile after next is there. The tail comes first, while tiles are on their way.
+    float *tops = (float*)(shared + TOPS), *sums = (float*)shared;  // sums [scorer][head][SUMS], when the ring is read
     const bool alone = splits == 1 || arrivals && shares == 1;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const int own = w.g + 8 * h;
-        auto sum_of = [&](int column) {
-            float sum = 0;
-            for (int i = 0; i < WARPS; i++) sum += sums[(i * HEADS + own) * SUMS + column];
-            return sum;
+    leave_queries(at, tops, queries, heads);
+    if (scores) {
+        Scorer w(at, tops, scale);
+        for (int k = 0; k < tail_count + count; k++) {
+            meet(READY + k % 2, ALL);
+            const int tile = k - tail_count;
+            if (tile < 0)
+                w.add_tail(queries, heads, tail_keys, tail_values, k * TOKENS, position, near, tail_tokens, scale, k % 2);
+            else
+                w.add_tile(shared + tile % STAGES * STAGE, far - (begin + tile) * TOKENS, k % 2);
+            arrive(FULL + k % 2, ALL);
+        }
+        __syncthreads();
+        w.leave_sums(sums);
+        __syncthreads();
+        if (!alone && w.warp == 0 && w.t == 0)
+            for (int h = 0; h < 2; h++) {
+                const int own = w.g + 8 * h;
+                float total = 0;
+                for (int i = 0; i < SCORERS; i++) total += sums[(i * HEADS + own) * SUMS + GROUPS];
+                if (own < heads) lse[(row + own) * splits + split] = w.m[h] + log2_of(fmaxf(total, 1e-37f));
+            }
+    } else {
+        Gatherer w(at);
+        auto say_ready = [&](int k) {
+            if (k >= tail_count) await_groups<STAGES - 3>();
+            if (k < tail_count + count) arrive(READY + k % 2, ALL);
         };
-        const float total = fmaxf(sum_of(GROUPS), 1e-37f), inverse = 1 / total;
+        for (int k = 0; k < 2; k++) say_ready(k);
+        for (int k = 0; k < tail_count + count; k++) {
+            meet(FULL + k % 2, ALL);
+            const int tile = k - tail_count;
+            if (tile >= 0) fetch_tile(tile - 1 + STAGES);  // to where all have left the tile before
+            w.rescale(k % 2);
+            if (tile < 0) w.add_tail(tail_values, k * TOKENS, tail_tokens, k % 2);
+            else w.add_tile(shared + tile % STAGES * STAGE, k % 2);
+            say_ready(k + 2);
+        }
+        await_groups<0>();
+        __syncthreads();
+        __syncthreads();
 #pragma unroll
-        for (int piece = 0; piece < PIECES; piece++)
-#pragma unroll
-            for (int part = 0; part < PARTS; part++) {
-                const float zero = sum_of(w.group_of(piece, part));
-                const int channel = w.channel_of(piece, part) + 2 * w.t * WIDTH;
-#pragma unroll
-                for (int at = 0; at < 2 * WIDTH; at += 4) {
-                    Floats4 x;
-                    for (int i = 0; i < 4; i++) {
-                        float sum = w.acc[w.tile_of(piece, (at + i) % WIDTH, part)][2 * h + (at + i) / WIDTH];
-                        x.x[i] = (sum * power_of_2(24 - BITS * part) + zero) * inverse;
-                    }
-                    if (own >= heads) continue;
+        for (int h = 0; h < 2; h++) {
+            const int own = w.g + 8 * h;
+            if (own < heads)
+                w.finish(sums, h, [&](int channel, const Floats4& x) {
                     if (alone)
-                        *(Words2*)(out + (row + own) * L + channel + at) = {
+                        *(Words2*)(out + (row + own) * L + channel) = {
                             round_pair<BF16>(x.x[0], x.x[1]), round_pair<BF16>(x.x[2], x.x[3])
                         };
                     else
-                        *(Floats4*)(partial + ((row + own) * splits + split) * L + channel + at) = x;
-                }
-            }
-        if (!alone && own < heads && w.warp == 0 && w.t == 0) lse[(row + own) * splits + split] = w.m[h] + log2_of(total);
+                        *(Floats4*)(partial + ((row + own) * splits + split) * L + channel) = x;
+                });
+        }
     }
     if (alone || !arrivals) return;
     __syncthreads();  // sums are read

@@ -65,11 +65,37 @@ __device__ inline u32 transpose(u32 x) {
     return d;
 }
 
+// 8 × 8 matrices of 16 bits, transposed, as a product wants them: lane 8i + j says where row j of matrix i is, and lane
+// 4g + t gets of each matrix column g of rows 2t and 2t + 1.
+__device__ inline void read_transposed(u32 (&to)[2], const void* row) {
+    u32 from = (u32)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+        : "=r"(to[0]), "=r"(to[1]) : "r"(from) : "memory");
+}
+__device__ inline void read_transposed(u32 (&to)[4], const void* row) {
+    u32 from = (u32)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
+}
+
 __device__ inline float shuffle(float x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
 __device__ inline int shuffle(int x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
 __device__ inline float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
 __device__ inline bool any_lane(bool x) { return __any_sync(0xffffffff, x); }
-__device__ inline bool any_thread(bool x) { return __syncthreads_or(x); }  // of the program, when all are there
+
+// Barriers of some warps of a program, by number, 0 being that of all: `threads` come, and those that meet wait for all.
+__device__ inline void meet(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ inline void arrive(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ inline bool any_member(int barrier, int threads, bool x) {  // of those that meet
+    int any;
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %3, 0; bar.red.or.pred p, %1, %2, p; selp.s32 %0, 1, 0, p; }"
+        : "=r"(any) : "r"(barrier), "r"(threads), "r"((int)x) : "memory");
+    return any;
+}
 
 // 16 bytes from global to shared memory, on their way until their group is awaited.
 __device__ inline void copy_async(void* to, const void* from) {
