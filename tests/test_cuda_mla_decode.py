@@ -20,7 +20,7 @@ import emulator
 from compiled import ON_GPU, usage
 from test_mla_kernels import Decoding
 
-from kvtool.kernels import cuda_mla_decode, mla_decode, nvrtc
+from kvtool.kernels import cuda_decode, cuda_mla_decode, mla_decode, nvrtc
 
 OPTIONS = [
     KVOptions(nbits="8"),
@@ -33,12 +33,12 @@ OPTIONS = [
 DIMS = (cuda_mla_decode.LATENT_DIM, cuda_mla_decode.ROPE_DIM)
 # Options, dtype and how tiles are cut: all that the kernel is compiled for.
 VARIANTS = [
-    (OPTIONS[0], torch.bfloat16, (4, 4, 32, 3, 1, 0)),
-    (OPTIONS[1], torch.bfloat16, (4, 4, 64, 3, 1, 36)),
+    (OPTIONS[0], torch.bfloat16, (2, 4, 32, 3, 1, 0)),
+    (OPTIONS[1], torch.bfloat16, (4, 4, 128, 4, 1, 8)),
     (OPTIONS[3], torch.float16, (8, 4, 128, 3, 1, 0)),
     (OPTIONS[2], torch.bfloat16, (4, 2, 64, 4, 1, 6)),
-    (OPTIONS[4], torch.float16, (4, 4, 64, 3, 1, 34)),
-    (OPTIONS[5], torch.bfloat16, (8, 4, 64, 3, 1, 0)),
+    (OPTIONS[4], torch.float16, (4, 4, 64, 3, 1, 36)),
+    (OPTIONS[5], torch.bfloat16, (2, 4, 64, 3, 1, 0)),
 ]
 on_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 
@@ -66,7 +66,8 @@ def emulated(case: Decoding, splits: int, merges: bool, seed: int) -> torch.Tens
     out = torch.full((n, num_heads, DIMS[0]), float("nan"), dtype=q.dtype)
     partial, lse = torch.full((*shape, DIMS[0]), float("nan")), torch.full(shape, 7.0)
     arrivals = torch.zeros(rows, dtype=torch.int32) if merges else None
-    values = cuda_mla_decode.arguments(q, [out, partial, lse, arrivals], tables, key, value, scale=case.layer.scale)
+    outputs, sizes = [out, partial, lse, arrivals], cuda_mla_decode.sizes_of(q, key)
+    values = cuda_decode.arguments(q, outputs, tables, key, value, sizes, scale=case.layer.scale)
     library = emulator.build("mla_decode.cu", "latent_decode", tuple(macros_of(case).items()))
     emulator.launch(library, (rows, splits), values, seed)
     if arrivals is not None:
@@ -139,7 +140,7 @@ def test_refusals_say_why(options, dims, reason):
 def test_decode_equals_its_definition(options, num_heads, lengths, dtype, within, seed):
     case = case_of(options, num_heads, lengths, dtype, seed, "cuda")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_mla_decode, "MERGED_WITHIN", within)
+        patch.setattr(cuda_decode, "MERGED_WITHIN", within)
         assert error(decoded(case), case) < 5e-3
 
 
@@ -176,4 +177,5 @@ def test_programs_that_run_at_once_are_as_many_as_the_table_says():
     for options in OPTIONS:
         case = case_of(options, device="cuda")
         macros = macros_of(case)
-        assert cuda_mla_decode._kernel(case.q.device, tuple(macros.items())).programs_per_sm >= macros["PER_SM"]
+        kernel = cuda_decode.compiled(cuda_mla_decode.SOURCE, "latent_decode", case.q.device, macros)
+        assert kernel.programs_per_sm >= macros["PER_SM"]

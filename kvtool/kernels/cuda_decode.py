@@ -77,21 +77,11 @@ def paged_decode(
         arrivals: int32, as many zeros as sequences times KV heads of which two programs can run at once; zeros
             afterwards. Kernels of one stream can share them.
     """
-    n, num_heads, head_dim = q.shape
-    kv_heads = key.codes.shape[1]
-    kernel = _kernel(q.device, tuple(constants(key, value, block_table, num_heads, q.device).items()))
-    programs = kernel.programs_per_sm * num_sms(q.device)
-    splits = num_splits(n * kv_heads, block_table.shape[1], key.tail.shape[2] > 0, programs)
-    assert splits == 1 or n * kv_heads <= len(arrivals)
-    partial = torch.empty(n, num_heads, splits, head_dim, dtype=torch.float32, device=q.device) if splits > 1 else None
-    lse = torch.empty(n, num_heads, splits, dtype=torch.float32, device=q.device) if splits > 1 else None
-    merged_apart = splits > MERGED_WITHIN
-    outputs = [out, partial, lse, None if merged_apart else arrivals]
     tables = [block_table, positions, visible, tail_slots]
-    values = arguments(q.contiguous(), outputs, tables, key, value, scale=scale, sliding_window=sliding_window)
-    kernel((n * kv_heads, splits), values, chained=capability(q.device) >= 9)
-    if merged_apart:
-        merge(partial, lse, out)
+    macros = constants(key, value, block_table, q.shape[1], q.device)
+    kernel = compiled(SOURCE, "paged_decode", q.device, macros)
+    sizes = sizes_of(q, key, sliding_window)
+    launch(kernel, q.shape[0] * key.codes.shape[1], q, key, value, tables, sizes, arrivals, scale=scale, out=out)
 
 
 def constants(
@@ -117,17 +107,67 @@ def constants(
     }
 
 
+def sizes_of(q: Tensor, key: PackedStream, sliding_window: int | None) -> tuple[int, ...]:
+    """What the kernel takes last."""
+    kv_heads = key.codes.shape[1]
+    return kv_heads, q.shape[1] // kv_heads, key.tail.shape[2], sliding_window or 1 << 30
+
+
+def _tile(bits: str, columns: int, shared_kib: int) -> tuple[int, int, int, int]:
+    return TILES[shared_kib, bits] if columns == 1 else WIDE_TILES[shared_kib]
+
+
+def launch(
+    kernel: Kernel,
+    rows: int,
+    q: Tensor,
+    key: PackedStream,
+    value: PackedStream,
+    tables: list[Tensor],
+    sizes: tuple[int, ...],
+    arrivals: Tensor,
+    *,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Run a decode kernel with as many programs for each of `rows`, sequences by heads, as run at once, and merge.
+
+    Args:
+        tables, sizes: as `arguments` takes them.
+        arrivals: as `paged_decode` takes them, for each row.
+    """
+    programs = kernel.programs_per_sm * num_sms(q.device)
+    splits = num_splits(rows, tables[0].shape[1], key.tail.shape[2] > 0, programs)
+    partial, lse, merged_apart = None, None, splits > MERGED_WITHIN
+    if splits > 1:
+        assert rows <= len(arrivals)
+        shape = (*q.shape[:2], splits)
+        partial = torch.empty(*shape, out.shape[-1], dtype=torch.float32, device=q.device)
+        lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    outputs = [out, partial, lse, None if merged_apart else arrivals]
+    values = arguments(q.contiguous(), outputs, tables, key, value, sizes, scale=scale)
+    kernel((rows, splits), values, chained=capability(q.device) >= 9)
+    if merged_apart:
+        merge(partial, lse, out)
+
+
 def arguments(
     q: Tensor,
     outputs: list[Tensor | None],
     tables: list[Tensor],
     key: PackedStream,
     value: PackedStream,
+    sizes: tuple[int, ...],
     *,
     scale: float,
-    sliding_window: int | None,
 ) -> list[object]:
-    """What the kernel takes, in its order."""
+    """What a decode kernel takes, in its order.
+
+    Args:
+        outputs: of the step [n, Hq, D], of programs [n, Hq, splits, D] and their weights [n, Hq, splits], and arrivals.
+        tables: blocks, positions, visible positions and tail slots of sequences.
+        sizes: what differs between kernels.
+    """
     assert len({table.dtype for table in tables}) == 1
     return [
         q,
@@ -137,12 +177,9 @@ def arguments(
         StreamPointers.of(value),
         ctypes.c_float(scale * 1.4426950408889634),  # exp2 is what the hardware has
         ctypes.c_int(tables[0].stride(0)),
-        ctypes.c_int(key.codes.stride(0) // 16),
+        ctypes.c_int(key.codes.stride(0) * key.codes.itemsize // 16),
         ctypes.c_int(key.tail.stride(0) * key.tail.itemsize // 16),
-        ctypes.c_int(key.codes.shape[1]),
-        ctypes.c_int(q.shape[1] // key.codes.shape[1]),
-        ctypes.c_int(key.tail.shape[2]),
-        ctypes.c_int(sliding_window or 1 << 30),
+        *map(ctypes.c_int, sizes),
     ]
 
 
@@ -154,13 +191,14 @@ class StreamPointers(ctypes.Structure):
         return cls(*(x if x is None else x.data_ptr() for x in (stream.codes, stream.scale, stream.zero, stream.tail)))
 
 
-def _tile(bits: str, columns: int, shared_kib: int) -> tuple[int, int, int, int]:
-    return TILES[shared_kib, bits] if columns == 1 else WIDE_TILES[shared_kib]
+def compiled(source: str, name: str, device: torch.device, macros: dict[str, object]) -> Kernel:
+    """The kernel `name` of `source`, compiled when it is first asked for with these macros."""
+    return _compiled(source, name, device, tuple(macros.items()))
 
 
 @cache
-def _kernel(device: torch.device, macros: tuple[tuple[str, object], ...]) -> Kernel:
+def _compiled(source: str, name: str, device: torch.device, macros: tuple[tuple[str, object], ...]) -> Kernel:
     architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    cubin = compile_cubin(SOURCE, architecture, dict(macros))
+    cubin = compile_cubin(source, architecture, dict(macros))
     with torch.cuda.device(device):
-        return Kernel(cubin, "paged_decode", 32 * int(dict(macros)["WARPS"]))
+        return Kernel(cubin, name, 32 * int(dict(macros)["WARPS"]))

@@ -4,16 +4,13 @@ It computes what `mla_decode.latent_decode` computes, under the same definition,
 the kernel, `mla_decode.cu`, is compiled when it is first called for a format.
 """
 
-import ctypes
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from kvtool.kernels.cuda_decode import MERGED_WITHIN, StreamPointers
-from kvtool.kernels.decode import PackedStream, merge
-from kvtool.kernels.launch import capability, num_sms, num_splits, shared_kib
-from kvtool.kernels.nvrtc import Kernel, compile_cubin, source
+from kvtool.kernels.cuda_decode import compiled, launch
+from kvtool.kernels.decode import PackedStream
+from kvtool.kernels.launch import capability, shared_kib
+from kvtool.kernels.nvrtc import source
 
 LATENT_DIM, ROPE_DIM, GROUP = 512, 64, 64
 HEADS = 16  # of a program: the rows of a product
@@ -24,12 +21,12 @@ LATENTS = (("8", "token"), ("4", "token"), ("2", "token"))
 # Warps that score, warps that gather, tokens of a tile, pipeline stages, programs per SM and operands of queries that
 # stay in registers, by (KiB of shared memory of an SM, bits of latents). None was timed yet.
 TILES: dict[tuple[int, str], tuple[int, int, int, int, int, int]] = {
-    (100, "8"): (4, 4, 32, 3, 1, 24),
+    (100, "8"): (2, 4, 32, 3, 1, 16),
     (100, "4"): (4, 4, 64, 3, 1, 24),
     (100, "2"): (4, 4, 64, 4, 1, 24),
     (228, "8"): (4, 4, 64, 4, 1, 16),
-    (228, "4"): (4, 4, 64, 6, 1, 24),
-    (228, "2"): (4, 4, 64, 8, 1, 24),
+    (228, "4"): (4, 4, 128, 4, 1, 8),
+    (228, "2"): (4, 4, 128, 4, 1, 8),
 }
 
 SOURCE = source("decode.cuh", "mla_decode.cu")
@@ -69,21 +66,10 @@ def latent_decode(
     Args:
         arrivals: as `cuda_decode.paged_decode` takes them, for each sequence and 16 heads.
     """
-    n, num_heads, _ = q.shape
-    rows = n * -(-num_heads // HEADS)
-    kernel = _kernel(q.device, tuple(constants(key, value, block_table, q.device).items()))
-    programs = kernel.programs_per_sm * num_sms(q.device)
-    splits = num_splits(rows, block_table.shape[1], key.tail.shape[2] > 0, programs)
-    assert splits == 1 or rows <= len(arrivals)
-    shape = (n, num_heads, splits)
-    partial = torch.empty(*shape, LATENT_DIM, dtype=torch.float32, device=q.device) if splits > 1 else None
-    lse = torch.empty(shape, dtype=torch.float32, device=q.device) if splits > 1 else None
-    merged_apart = splits > MERGED_WITHIN
-    outputs = [out, partial, lse, None if merged_apart else arrivals]
-    values = arguments(q.contiguous(), outputs, [block_table, positions, visible, tail_slots], key, value, scale=scale)
-    kernel((rows, splits), values, chained=capability(q.device) >= 9)
-    if merged_apart:
-        merge(partial, lse, out)
+    tables = [block_table, positions, visible, tail_slots]
+    rows, macros = q.shape[0] * -(-q.shape[1] // HEADS), constants(key, value, block_table, q.device)
+    kernel = compiled(SOURCE, "latent_decode", q.device, macros)
+    launch(kernel, rows, q, key, value, tables, sizes_of(q, key), arrivals, scale=scale, out=out)
 
 
 def constants(key: PackedStream, value: PackedStream, block_table: Tensor, device: torch.device) -> dict[str, object]:
@@ -106,35 +92,6 @@ def constants(key: PackedStream, value: PackedStream, block_table: Tensor, devic
     }
 
 
-def arguments(
-    q: Tensor,
-    outputs: list[Tensor | None],
-    tables: list[Tensor],
-    key: PackedStream,
-    value: PackedStream,
-    *,
-    scale: float,
-) -> list[object]:
-    """What the kernel takes, in its order."""
-    assert len({table.dtype for table in tables}) == 1
-    return [
-        q,
-        *outputs,
-        *tables,
-        StreamPointers.of(key),
-        StreamPointers.of(value),
-        ctypes.c_float(scale * 1.4426950408889634),  # exp2 is what the hardware has
-        ctypes.c_int(tables[0].stride(0)),
-        ctypes.c_int(value.codes.stride(0) // 16),
-        ctypes.c_int(key.tail.stride(0) * key.tail.itemsize // 16),
-        ctypes.c_int(q.shape[1]),
-        ctypes.c_int(key.tail.shape[2]),
-    ]
-
-
-@cache
-def _kernel(device: torch.device, macros: tuple[tuple[str, object], ...]) -> Kernel:
-    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    cubin = compile_cubin(SOURCE, architecture, dict(macros))
-    with torch.cuda.device(device):
-        return Kernel(cubin, "latent_decode", 32 * int(dict(macros)["WARPS"]))
+def sizes_of(q: Tensor, key: PackedStream) -> tuple[int, ...]:
+    """What the kernel takes last."""
+    return q.shape[1], key.tail.shape[2]

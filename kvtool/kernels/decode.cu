@@ -406,7 +406,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) paged_decode(
         fetch_tile(k + STAGES);
     }
 
-    // Warps meet.
+    // Warps meet. All that is long is read: the next kernel may take the place of programs that end.
+    if (CHAINED) start_next();
     await_groups<0>();
     __syncthreads();
     float* meeting = (float*)shared;

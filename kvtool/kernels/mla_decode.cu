@@ -43,7 +43,8 @@ constexpr int ALPHAS = SCALES + 2 * STEPS * 256;        // [2][head]: what outpu
 constexpr int TOPS = ALPHAS + 2 * HEADS * 4;            // [warp][head]
 extern "C" __constant__ const int shared_bytes = TOPS + WARPS * HEADS * 4;
 
-static_assert(RUN % 8 == 0 && DRAWN % RUN == 0 && BLOCK % DRAWN == 0 && TOKENS % 16 == 0 && SPAN % 32 == 0);
+static_assert(RUN % 16 == 0 && BLOCK % RUN == 0 && BLOCK % DRAWN == 0 && SPAN % 32 == 0);
+static_assert(RUN % DRAWN == 0 || DRAWN % RUN == 0);
 static_assert(STAGE % 128 == 0 && STAGES >= 3 && RESIDENT <= QUERY_STEPS && WARPS == SCORERS + GATHERERS);
 
 // Barriers: of those that score; and of all, at which one team only arrives: what it says of a buffer.
@@ -91,7 +92,7 @@ __device__ inline void halves(u32 (&to)[2], u32 word) {
 }
 __device__ inline u32 code(u32 half, int part) { return BITS == 8 ? half : half & code_mask(BITS, part); }
 
-constexpr int SUMS = GROUPS + 1;  // of a scorer and a head, where warps meet: Σ p∘zero by group, Σ p
+constexpr int SUMS = GROUPS + 1;  // of a gatherer and a head, where warps meet: Σ p∘zero by group, Σ p
 
 // Where a thread is.
 struct Place {
@@ -147,14 +148,12 @@ struct Scorer : Place {
     u32 query_sums[4];           // queries summed by group of channels, twice: as fp16, and what that leaves
     float to_log2[2];            // what a score takes to the exponent of 2, of heads g and g + 8
     float m[2];                  // the largest so far, at least: the same in all warps
-    float zeros[4], total[4];    // Σ p∘zero by group, Σ p: of this warp's tokens alone
 
     __device__ inline Scorer(Place at, const float* tops, float scale) : Place(at) {
         for (int h = 0; h < 2; h++) {
             to_log2[h] = tops[g + 8 * h] * scale * power_of_2(24 - QUERY_BOOST);
             m[h] = -1e30f;
         }
-        for (int j = 0; j < 4; j++) zeros[j] = total[j] = 0;
 #pragma unroll
         for (int step = 0; step < RESIDENT; step++) read<16>(query[step], shared + QUERY + step * 512 + lane * 16);
         float sums[2][2];
@@ -188,6 +187,8 @@ struct Scorer : Place {
     // Scores of this warp's run: its columns 2t and 2t + 1 of heads g and g + 8.
     __device__ inline void score(const char* stage, float (&s)[OCTETS][4]) {
         const int row = warp * RUN + g;
+        const char* codes[2];  // of chunks with an even number, and an odd one
+        for (int i = 0; i < 2; i++) codes[i] = stage + row * ROW + (i * 64 + t * 16 ^ swizzle(row));
         // What is added at the end: offsets of all tokens and of each, and products with codes of rope keys.
         float offset[4] = {}, offsets[OCTETS][4] = {}, rope[OCTETS][4] = {};
         u32 keys[OCTETS][ROPE_ROW / 16], scales[OCTETS][2][4];
@@ -227,7 +228,7 @@ struct Scorer : Place {
             u32 words[OCTETS][4];
             float sum[CHAINS][OCTETS][4] = {};
             for (int o = 0; o < OCTETS; o++)
-                read<16>(words[o], stage + (row + 8 * o) * ROW + (chunk * 64 + t * 16 ^ swizzle(row)));
+                read<16>(words[o], codes[chunk % 2] + chunk / 2 * 128 + 8 * o * ROW);
 #pragma unroll
             for (int w = 0; w < 4; w++) {
                 u32 pairs[OCTETS][2];
@@ -237,8 +238,8 @@ struct Scorer : Place {
                     u32 operand[4];
                     read_query(operand, (chunk * 4 + w) * PARTS + part);
                     for (int o = 0; o < OCTETS; o++) {
-                        u32 codes[2] = {code(pairs[o][0], part), code(pairs[o][1], part)};
-                        multiply_add<false>(sum[PARTS < 2 ? w % 2 : part][o], operand, codes);
+                        u32 columns[2] = {code(pairs[o][0], part), code(pairs[o][1], part)};
+                        multiply_add<false>(sum[PARTS < 2 ? w % 2 : part][o], operand, columns);
                     }
                 }
             }
@@ -263,22 +264,23 @@ struct Scorer : Place {
     }
 
     template <bool BFLOAT> __device__ inline void leave_weights(
-        const float (&s)[OCTETS][4], const float (&unit)[2], u32 (&p)[OCTETS][2], int buffer
+        const float (&s)[OCTETS][4], const float (&unit)[2], int buffer
     ) {
-        for (int o = 0; o < OCTETS; o++) {
-            for (int h = 0; h < 2; h++) {
-                float shift = boost(BITS) - m[h];
-                p[o][h] = round_pair<BFLOAT>(exp2_of(s[o][2 * h] * unit[h] + shift), exp2_of(s[o][2 * h + 1] * unit[h] + shift));
+        for (int o = 0; o < OCTETS; o += 2) {
+            u32 p[4];
+            for (int j = 0; j < 4; j++) {
+                const float *two = s[o + j / 2] + j % 2 * 2, shift = boost(BITS) - m[j % 2];
+                p[j] = round_pair<BFLOAT>(exp2_of(two[0] * unit[j % 2] + shift), exp2_of(two[1] * unit[j % 2] + shift));
             }
-            int at = warp * OCTETS + o;
-            *(Words2*)(shared + WEIGHTS + (buffer * STEPS + at / 2) * 512 + lane * 16 + at % 2 * 8) = {p[o][0], p[o][1]};
+            const int step = buffer * STEPS + (warp * OCTETS + o) / 2;
+            *(Words4*)(shared + WEIGHTS + step * 512 + lane * 16) = {p[0], p[1], p[2], p[3]};
         }
     }
 
-    // Leave weights of these scores, `p`. They stay at most 1: where one of a warp that scores is above the maximum, all
+    // Leave weights of these scores. They stay at most 1: where one of a warp that scores is above the maximum, all
     // make them a second time.
     template <bool BFLOAT> __device__ inline void weigh(
-        const float (&s)[OCTETS][4], const float (&unit)[2], u32 (&p)[OCTETS][2], int buffer
+        const float (&s)[OCTETS][4], const float (&unit)[2], int buffer
     ) {
         float top[2], alpha[2] = {1, 1};
         for (int h = 0; h < 2; h++) {
@@ -286,7 +288,7 @@ struct Scorer : Place {
             for (int o = 1; o < OCTETS; o++) top[h] = fmaxf(top[h], fmaxf(s[o][2 * h], s[o][2 * h + 1]));
             top[h] *= unit[h];
         }
-        leave_weights<BFLOAT>(s, unit, p, buffer);
+        leave_weights<BFLOAT>(s, unit, buffer);
         if (any_member(SCORING, SCORERS * 32, top[0] > m[0] || top[1] > m[1])) {
             float* tops = (float*)(shared + TOPS);
             for (int h = 0; h < 2; h++) {
@@ -299,24 +301,11 @@ struct Scorer : Place {
                 float raised = top[h] > m[h] ? top[h] + HEADROOM : m[h];
                 alpha[h] = exp2_of(m[h] - raised);
                 m[h] = raised;
-                for (int e = 2 * h; e < 2 * h + 2; e++) zeros[e] *= alpha[h], total[e] *= alpha[h];
             }
-            leave_weights<BFLOAT>(s, unit, p, buffer);
+            leave_weights<BFLOAT>(s, unit, buffer);
         }
         if (warp == 0 && t == 0)
             for (int h = 0; h < 2; h++) *(float*)(shared + ALPHAS + (buffer * HEADS + g + 8 * h) * 4) = alpha[h];
-    }
-
-    // `sums` [16 heads, 8] += this warp's weights · `columns` [its tokens, 8].
-    template <bool BFLOAT> __device__ inline void add_own(
-        float (&sums)[4], const u32 (&p)[OCTETS][2], const u32 (&columns)[OCTETS]
-    ) {
-        for (int o = 0; o < OCTETS; o += 2) {
-            bool two = o + 1 < OCTETS;
-            u32 weights[4] = {p[o][0], p[o][1], two ? p[o + two][0] : 0, two ? p[o + two][1] : 0};
-            u32 pairs[2] = {columns[o], two ? columns[o + two] : 0};
-            multiply_add<BFLOAT>(sums, weights, pairs);
-        }
     }
 
     // Tokens of the tile from `far` on are not seen.
@@ -327,25 +316,12 @@ struct Scorer : Place {
             for (int o = 0; o < OCTETS; o++)
                 for (int e = 0; e < 2; e++)
                     if (warp * RUN + 8 * o + 2 * t + e >= far) s[o][e] = s[o][2 + e] = __uint_as_float(0xff800000);  // -∞
-        u32 zero[OCTETS], ones[OCTETS], p[OCTETS][2];
-        for (int o = 0; o < OCTETS; o++) {
-            int at = warp * OCTETS + o;
-            u32 pairs[2];  // of tokens 2t and 2t + 1: scales and zeros of group g
-            read_transposed(pairs, stage + (lane & 8 ? ZERO : SCALE) + (at * 8 + lane % 8) * 16);
-            *(u32*)(shared + SCALES + (buffer * STEPS + at / 2) * 256 + lane * 8 + at % 2 * 4) = pairs[0];
-            zero[o] = pairs[1], ones[o] = 0x3c003c00;
+        for (int i = warp * RUN / 16; i < (warp + 1) * RUN / 16; i++) {
+            u32 pairs[2];  // of tokens 2t and 2t + 1, and of the two that are 8 behind: scales of group g
+            read_transposed(pairs, stage + SCALE + (16 * i + lane % 16) * 16);
+            *(Words2*)(shared + SCALES + (buffer * STEPS + i) * 256 + lane * 8) = {pairs[0], pairs[1]};
         }
-        weigh<false>(s, to_log2, p, buffer);
-        add_own<false>(zeros, p, zero);
-        add_own<false>(total, p, ones);
-    }
-
-    __device__ inline void leave_sums(float* to) {
-        for (int h = 0; h < 2; h++) {
-            float* own = to + (warp * HEADS + g + 8 * h) * SUMS;
-            for (int e = 0; e < 2; e++) own[2 * t + e] = zeros[2 * h + e];
-            if (t == 0) own[GROUPS] = total[2 * h];
-        }
+        weigh<false>(s, to_log2, buffer);
     }
 
     // TOKENS rows of the tail from `first` on, at the model's precision; what is before position `near` is not seen.
@@ -376,20 +352,19 @@ struct Scorer : Place {
                 int at = position - (position - row + tail_tokens) % tail_tokens;  // the newest that it can hold
                 if (row >= tail_tokens || at < near) s[o][e] = s[o][2 + e] = __uint_as_float(0xff800000);  // -∞
             }
-        u32 p[OCTETS][2], ones[OCTETS];
         const float unit[2] = {scale, scale};
-        weigh<BF16>(s, unit, p, buffer);
-        for (auto& column : ones) column = BF16 ? 0x3f803f80 : 0x3c003c00;
-        add_own<BF16>(total, p, ones);
+        weigh<BF16>(s, unit, buffer);
     }
 };
 
 // A warp that gathers.
 struct Gatherer : Place {
     static constexpr int PIECES = SPAN < 64 ? 1 : SPAN / 64;  // of a span, by scale
-    float acc[L / GATHERERS / 8][4];                               // outputs times 2^(BITS · part - 24)
+    float acc[L / GATHERERS / 8][4];                          // outputs times 2^(BITS · part - 24)
+    float zeros[4], total[4];                                 // Σ p∘zero by group, Σ p: of this warp's steps alone
 
     __device__ inline Gatherer(Place at) : Place(at) {
+        for (int j = 0; j < 4; j++) zeros[j] = total[j] = 0;
         for (auto& tile : acc)
             for (float& x : tile) x = 0;
     }
@@ -403,13 +378,29 @@ struct Gatherer : Place {
         float alpha[2];
         for (int h = 0; h < 2; h++) alpha[h] = *(float*)(shared + ALPHAS + (buffer * HEADS + g + 8 * h) * 4);
         if (!any_lane(alpha[0] != 1 || alpha[1] != 1)) return;
-        for (auto& tile : acc)
-            for (int j = 0; j < 4; j++) tile[j] *= alpha[j / 2];
+        for (int j = 0; j < 4; j++) {
+            for (auto& tile : acc) tile[j] *= alpha[j / 2];
+            zeros[j] *= alpha[j / 2], total[j] *= alpha[j / 2];
+        }
+    }
+
+    // What outputs of 16 tokens are divided by at last.
+    template <bool BFLOAT> __device__ inline void add_total(const u32 (&p)[4]) {
+        constexpr u32 one = BFLOAT ? 0x3f803f80 : 0x3c003c00;
+        const u32 ones[2] = {one, one};
+        multiply_add<BFLOAT>(total, p, ones);
     }
 
     __device__ inline void add_tile(const char* stage, int buffer) {
         const int row = lane % 16;
         const char* from[SPAN / 32];
+        for (int i = warp; i < STEPS; i += GATHERERS) {
+            u32 p[4], zero[2];
+            read<16>(p, shared + WEIGHTS + (buffer * STEPS + i) * 512 + lane * 16);
+            read_transposed(zero, stage + ZERO + (16 * i + row) * 16);
+            multiply_add<false>(zeros, p, zero);
+            add_total<false>(p);
+        }
         for (int i = 0; i < SPAN / 32; i++)
             from[i] = stage + row * ROW + (warp * SPAN + i * 32 + lane / 16 * 16 ^ swizzle(row));
 #pragma unroll
@@ -448,6 +439,7 @@ struct Gatherer : Place {
         for (int i = 0; i < STEPS; i++) {
             u32 weights[4];
             read<16>(weights, shared + WEIGHTS + (buffer * STEPS + i) * 512 + lane * 16);
+            if (i % GATHERERS == warp) add_total<BF16>(weights);
             const u16* rows[4];
             for (int j = 0; j < 4; j++)
                 rows[j] = value + min(first + 16 * i + 2 * t + j % 2 + j / 2 * 8, tail_tokens - 1) * L + 2 * g;
@@ -469,11 +461,19 @@ struct Gatherer : Place {
         }
     }
 
-    // Outputs of head g + 8h by four channels side by side, out of all that scorers have left in `sums`.
+    __device__ inline void leave_sums(float* to) {
+        for (int h = 0; h < 2; h++) {
+            float* own = to + (warp * HEADS + g + 8 * h) * SUMS;
+            for (int e = 0; e < 2; e++) own[2 * t + e] = zeros[2 * h + e];
+            if (t == 0) own[GROUPS] = total[2 * h];
+        }
+    }
+
+    // Outputs of head g + 8h by four channels side by side, with the `sums` of all gatherers.
     template <typename Store> __device__ inline void finish(const float* sums, int h, Store store) {
         auto sum_of = [&](int column) {
             float sum = 0;
-            for (int i = 0; i < SCORERS; i++) sum += sums[(i * HEADS + g + 8 * h) * SUMS + column];
+            for (int i = 0; i < GATHERERS; i++) sum += sums[(i * HEADS + g + 8 * h) * SUMS + column];
             return sum;
         };
         const float inverse = 1 / fmaxf(sum_of(GROUPS), 1e-37f);
@@ -543,21 +543,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) latent_decode(
     // Tile k is begin + k; each lane of a gatherer looks up the block of what its warp brings of one of the next 32. What would
     // begin behind the last token is fetched from where that is.
     table += (u64)seq * table_stride;
-    const int last = (far - 1) / DRAWN * DRAWN;
+    const u32 last = max(0, far - 1) / DRAWN * DRAWN;
     int blocks = 0;
-    auto first_of = [&](int k) { return min((begin + k) * TOKENS + warp * DRAWN, last); };
-    auto fetch_tile = [&](int k) {
+    auto first_of = [&](u32 k) { return min((begin + k) * TOKENS + warp * DRAWN, last); };
+    auto fetch_tile = [&](u32 k) {
         if (k % 32 == 0 && k + lane < count) blocks = table[first_of(k + lane) / BLOCK];
-        u64 block = (u64)shuffle(blocks, k % 32) * block_units * 16;
+        u64 block = (u64)(u32)shuffle(blocks, k % 32) * (u32)block_units * 16;
         if (k < count) fetch(shared + k % STAGES * STAGE, key, value, block, first_of(k) % BLOCK, warp);
         end_group();
     };
-    if (!scores)
+    if (!scores) {
+#pragma unroll 1
         for (int k = 0; k < STAGES - 1; k++) fetch_tile(k);
+    }
 
     // Weights go from scorers to gatherers in one of two buffers, FULL of them. That it is READY means that it is empty
     // again, and that the tile after next is there. The tail comes first, while tiles are on their way.
-    float *tops = (float*)(shared + TOPS), *sums = (float*)shared;  // sums [scorer][head][SUMS], when the ring is read
+    float *tops = (float*)(shared + TOPS), *sums = (float*)shared;  // sums [gatherer][head][SUMS], when the ring is read
     const bool alone = splits == 1 || arrivals && shares == 1;
     leave_queries(at, tops, queries, heads);
     if (scores) {
@@ -571,14 +573,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) latent_decode(
                 w.add_tile(shared + tile % STAGES * STAGE, far - (begin + tile) * TOKENS, k % 2);
             arrive(FULL + k % 2, ALL);
         }
+        if (CHAINED) start_next();  // all that is long is read
         __syncthreads();
-        w.leave_sums(sums);
         __syncthreads();
         if (!alone && w.warp == 0 && w.t == 0)
             for (int h = 0; h < 2; h++) {
                 const int own = w.g + 8 * h;
                 float total = 0;
-                for (int i = 0; i < SCORERS; i++) total += sums[(i * HEADS + own) * SUMS + GROUPS];
+                for (int i = 0; i < GATHERERS; i++) total += sums[(i * HEADS + own) * SUMS + GROUPS];
                 if (own < heads) lse[(row + own) * splits + split] = w.m[h] + log2_of(fmaxf(total, 1e-37f));
             }
     } else {
@@ -598,7 +600,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) latent_decode(
             say_ready(k + 2);
         }
         await_groups<0>();
-        __syncthreads();
+        __syncthreads();  // the ring is read
+        w.leave_sums(sums);
         __syncthreads();
 #pragma unroll
         for (int h = 0; h < 2; h++) {
