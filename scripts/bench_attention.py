@@ -34,7 +34,7 @@ WORKLOADS = ((16, 32_000), (64, 4_096), (256, 1_024), (1, 131_072))  # sequences
 PROMPTS = (128, 256, 512, 1_024, 2_048, 4_096, 8_192)  # tokens
 PROMPT_LAYERS = 8
 PAGE = 256  # tokens, the least that flash-attn takes
-SWEEP = ((4, 2, 2, 64), (4, 3, 2, 64), (4, 2, 3, 32), (8, 2, 1, 64))  # as `cuda_decode.TILES` has them
+SWEEP = ((4, 3, 2, 32), (4, 2, 3, 32), (4, 2, 2, 64))  # as `cuda_decode.TILES` has them
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def sweep_table(layer: AttentionLayer, formats: list[str]) -> None:
         run, layers, nbytes = decode_step(layer, nbits, num_seqs, length, "cuda")
         for tile in dict.fromkeys([tiles[228, nbits], *SWEEP]):
             tiles[228, nbits] = tile
-            for splits in (1, 2, 3, 4):
+            for splits in (1, 3):
                 with mock.patch.object(cuda_decode, "num_splits", return_value=splits):
                     seconds = graph_seconds(run, layers)
                 show(" ".join(map(str, tile)), f"{nbits}, {splits}", seconds, nbytes, bandwidth, peer)

@@ -41,7 +41,7 @@ constexpr int WEIGHTS = QUERY + QUERY_STEPS * 512;      // of the second, [2][st
 constexpr int SCALES = WEIGHTS + 2 * STEPS * 512;       // of pairs of tokens, [2][step][group][t]
 constexpr int ALPHAS = SCALES + 2 * STEPS * 256;        // [2][head]: what outputs before are multiplied by; below 0: nothing
 constexpr int TOPS = ALPHAS + 2 * HEADS * 4;            // [warp][head]
-extern "C" __constant__ const int shared_bytes = TOPS + WARPS * HEADS * 4;
+extern "C" __constant__ const int shared_bytes = TOPS + SCORERS * HEADS * 4;
 
 static_assert(RUN % 16 == 0 && BLOCK % RUN == 0 && BLOCK % DRAWN == 0 && SPAN % 32 == 0);
 static_assert(RUN % DRAWN == 0 || DRAWN % RUN == 0);
@@ -103,43 +103,47 @@ struct Place {
 // Leave `queries` [heads, L + R] in shared memory as operands, divided by powers of 2 near their largest, in `tops`.
 __device__ inline void leave_queries(Place at, float* tops, const u16* queries, int heads) {
     // Nothing is done before all is asked for: what a program waits for here, it waits for alone.
-    constexpr int OWN = (HEADS + WARPS - 1) / WARPS;
-    const int warp = threadIdx.x / 32;
+    constexpr int OWN = (HEADS + SCORERS - 1) / SCORERS, OWN_STEPS = (QUERY_STEPS + SCORERS - 1) / SCORERS;
+    auto row_of = [&](int head) { return queries + min(head, heads - 1) * (L + R); };
     float largest[OWN];
+    u32 words[OWN_STEPS][2][2];
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
         largest[i] = 1e-20f;
 #pragma unroll
         for (int channel = at.lane * 8; channel < L + R; channel += 256) {
-            u32 words[4];
-            read<16>(words, queries + min(warp + i * WARPS, heads - 1) * (L + R) + channel);
-            for (u32 word : words)
-                for (int e = 0; e < 2; e++) largest[i] = fmaxf(largest[i], fabsf(widen<BF16>((u16)(word >> 16 * e))));
+            u32 pairs[4];
+            read<16>(pairs, row_of(at.warp + i * SCORERS) + channel);
+            for (u32 pair : pairs)
+                for (int e = 0; e < 2; e++) largest[i] = fmaxf(largest[i], fabsf(widen<BF16>((u16)(pair >> 16 * e))));
         }
     }
+#pragma unroll
+    for (int i = 0; i < OWN_STEPS; i++)
+        for (int h = 0; h < 2; h++)
+            read<8>(words[i][h], row_of(at.g + 8 * h) + query_channel(min(i * SCORERS + at.warp, QUERY_STEPS - 1), at.t));
     for (int i = 0; i < OWN; i++) {
         for (int mask = 1; mask < 32; mask *= 2) largest[i] = fmaxf(largest[i], shuffle_xor(largest[i], mask));
-        if (at.lane == 0 && warp + i * WARPS < HEADS) tops[warp + i * WARPS] = __uint_as_float(__float_as_uint(largest[i]) & 0x7f800000);
+        if (at.lane == 0 && at.warp + i * SCORERS < HEADS)
+            tops[at.warp + i * SCORERS] = __uint_as_float(__float_as_uint(largest[i]) & 0x7f800000);
     }
-    __syncthreads();
+    meet(SCORING, SCORERS * 32);
 #pragma unroll
-    for (int i = 0; i < QUERY_STEPS; i += WARPS) {
-        int step = i + warp;
+    for (int i = 0; i < OWN_STEPS; i++) {
+        const int step = i * SCORERS + at.warp;
         if (step >= QUERY_STEPS) break;
         const bool exact = ROPE_BITS == 16 && step >= L / 16;
         u32 operand[4];
         for (int h = 0; h < 2; h++) {
-            u32 words[2];
-            read<8>(words, queries + min(at.g + 8 * h, heads - 1) * (L + R) + query_channel(step, at.t));
             float factor = power_of_2(QUERY_BOOST) * __uint_as_float(0x7f000000 - __float_as_uint(tops[at.g + 8 * h])), x[4];
             if (step < L / 16) factor *= power_of_2(-BITS * (step % PARTS));
-            for (int e = 0; e < 4; e++) x[e] = widen<BF16>((u16)(words[e / 2] >> e % 2 * 16)) * factor;
+            for (int e = 0; e < 4; e++) x[e] = widen<BF16>((u16)(words[i][h][e / 2] >> e % 2 * 16)) * factor;
             for (int j = 0; j < 2; j++)
                 operand[2 * j + h] = exact ? round_pair<BF16>(x[2 * j], x[2 * j + 1]) : round_pair<false>(x[j], x[j + 2]);
         }
         *(Words4*)(at.shared + QUERY + step * 512 + at.lane * 16) = {operand[0], operand[1], operand[2], operand[3]};
     }
-    __syncthreads();
+    meet(SCORING, SCORERS * 32);
 }
 
 // A warp that scores.
@@ -561,8 +565,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) latent_decode(
     // again, and that the tile after next is there. The tail comes first, while tiles are on their way.
     float *tops = (float*)(shared + TOPS), *sums = (float*)shared;  // sums [gatherer][head][SUMS], when the ring is read
     const bool alone = splits == 1 || arrivals && shares == 1;
-    leave_queries(at, tops, queries, heads);
     if (scores) {
+        leave_queries(at, tops, queries, heads);
         Scorer w(at, tops, scale);
         for (int k = 0; k < tail_count + count; k++) {
             meet(READY + k % 2, ALL);
