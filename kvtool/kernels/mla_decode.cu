@@ -3,11 +3,11 @@
 //
 // A program has 16 query heads, the rows of both products, and walks over tiles of tokens. Some of its warps score: each
 // has a run of tokens of a tile, with all of their channels, and leaves their weights in shared memory. The others
-// gather: each has a span of channels, of all tokens of the tile before. So queries stay in the registers of the ones,
-// outputs in those of the others, and either has something to do where the other waits. A latent
-// comes to shared memory once, as it lies in a block, and goes from there to either product without a conversion: the
-// bits of a code, alone in an fp16, are the subnormal number code · 2^-24, exactly (times 2^(BITS · part) for higher
-// parts of a byte).
+// gather: each has a span of channels, of all tokens of the tile. So queries stay in registers of the ones and outputs in
+// those of the others, and a warp has a neighbour of the other kind, which is a tile ahead or behind. A latent comes to
+// shared memory once, as it lies in a block, and goes from there to either product without a conversion: the bits of a
+// code, alone in an fp16, are the subnormal number code · 2^-24, exactly (times 2^(BITS · part) for higher parts of a
+// byte).
 //
 //   scores   [16 heads, 8 tokens]    += queries [16 heads, 16 channels] · latents [16 channels, 8 tokens], ∘scale by group
 //   outputs  [16 heads, 8 channels]  += (p∘scale) [16 heads, 16 tokens] · latents [16 tokens, 8 channels]
@@ -15,20 +15,20 @@
 // A lane is 4g + t. A product takes the order of what it sums from whoever loads it: channels are dealt to the t of the
 // first so that words are split without being rearranged; to the second, pairs of tokens come transposed.
 
-constexpr int L = 512, R = 64;         // channels of a latent and of a rope key
-constexpr int GROUPS = L / 64;         // of a latent's channels that share a scale
-constexpr int PARTS = 8 / BITS;        // codes in a byte
-constexpr int ROW = L / PARTS;         // bytes of a latent
+constexpr int L = 512, R = 64;             // channels of a latent and of a rope key
+constexpr int GROUPS = L / 64;             // of a latent's channels that share a scale
+constexpr int PARTS = 8 / BITS;            // codes in a byte
+constexpr int ROW = L / PARTS;             // bytes of a latent
 constexpr int ROPE_ROW = R * ROPE_BITS / 8;
-constexpr int CHUNKS = ROW / 64;       // of a latent's bytes, each of which has a group of every part
+constexpr int CHUNKS = ROW / 64;           // of a latent's bytes, each of which has a group of every part
 constexpr int HEADS = 16;
-constexpr int RUN = TOKENS / SCORERS;  // tokens of a warp that scores
+constexpr int RUN = TOKENS / SCORERS;      // tokens of a warp that scores
 constexpr int OCTETS = RUN / 8;
-constexpr int STEPS = TOKENS / 16;     // of the second product
-constexpr int SPAN = ROW / GATHERERS;  // bytes of a latent of a warp that gathers
+constexpr int STEPS = TOKENS / 16;         // of the second product
+constexpr int SPAN = ROW / GATHERERS;      // bytes of a latent of a warp that gathers
 constexpr int DRAWN = TOKENS / GATHERERS;  // tokens that it brings to shared memory
 constexpr int QUERY_STEPS = (L + R) / 16;
-constexpr int CHAINS = PARTS < 2 ? 2 : PARTS;  // sums of a chunk: a product waits long for the one that it adds to
+constexpr int CHAINS = PARTS < 2 ? 2 : PARTS;  // sums of a chunk: a product waits long for what it adds to
 
 // A stage of the ring, and what else is in shared memory.
 constexpr int ROPE = TOKENS * ROW;
@@ -39,8 +39,9 @@ constexpr int STAGE = ROPE_SCALE + (ROPE_BITS == 8 ? GATHERERS * 4 * R : 0);
 constexpr int QUERY = STAGES * STAGE;                   // operands of the first product, [step][lane]
 constexpr int WEIGHTS = QUERY + QUERY_STEPS * 512;      // of the second, [2][step][lane]
 constexpr int SCALES = WEIGHTS + 2 * STEPS * 512;       // of pairs of tokens, [2][step][group][t]
-constexpr int ALPHAS = SCALES + 2 * STEPS * 256;        // [2][head]: what outputs before are multiplied by; below 0: nothing
+constexpr int ALPHAS = SCALES + 2 * STEPS * 256;        // [2][head]: what outputs so far are multiplied by
 constexpr int TOPS = ALPHAS + 2 * HEADS * 4;            // [warp][head]
+constexpr int SUMS = GROUPS + 1;                        // where gatherers meet, [gatherer][head]: Σ p∘zero by group, Σ p
 extern "C" __constant__ const int shared_bytes = TOPS + SCORERS * HEADS * 4;
 
 static_assert(RUN % 16 == 0 && BLOCK % RUN == 0 && BLOCK % DRAWN == 0 && SPAN % 32 == 0);
@@ -91,8 +92,6 @@ __device__ inline void halves(u32 (&to)[2], u32 word) {
     else to[0] = word, to[1] = word >> 8;
 }
 __device__ inline u32 code(u32 half, int part) { return BITS == 8 ? half : half & code_mask(BITS, part); }
-
-constexpr int SUMS = GROUPS + 1;  // of a gatherer and a head, where warps meet: Σ p∘zero by group, Σ p
 
 // Where a thread is.
 struct Place {
@@ -544,8 +543,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) latent_decode(
     const u16 *tail_keys = (const u16*)(key.tail + tail), *tail_values = (const u16*)(value.tail + tail);
     queries += row * (L + R);
 
-    // Tile k is begin + k; each lane of a gatherer looks up the block of what its warp brings of one of the next 32. What would
-    // begin behind the last token is fetched from where that is.
+    // Tile k is begin + k; each lane of a gatherer looks up the block of what its warp brings of one of the next 32. What
+    // would begin behind the last token is fetched from where that is.
     table += (u64)seq * table_stride;
     const u32 last = max(0, far - 1) / DRAWN * DRAWN;
     int blocks = 0;
@@ -563,7 +562,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) latent_decode(
 
     // Weights go from scorers to gatherers in one of two buffers, FULL of them. That it is READY means that it is empty
     // again, and that the tile after next is there. The tail comes first, while tiles are on their way.
-    float *tops = (float*)(shared + TOPS), *sums = (float*)shared;  // sums [gatherer][head][SUMS], when the ring is read
+    float *tops = (float*)(shared + TOPS), *sums = (float*)shared;  // these when the ring is read
     const bool alone = splits == 1 || arrivals && shares == 1;
     if (scores) {
         leave_queries(at, tops, queries, heads);
