@@ -134,7 +134,7 @@ def test_programs_share_tiles(case: Case, variant: Variant, programs: int, seed:
     partial = torch.full((programs, 2, tile.outputs * tile.rows), float("nan"))
     arrivals = torch.zeros(programs, dtype=torch.int32)
     values = w4a16_stream.arguments(*arguments, out, partial, arrivals, share)
-    library = emulator.build("w4a16.cu", "w4a16", tuple(macros.items()))
+    library = emulator.build("w4a16_stream.cu", "w4a16", tuple(macros.items()))
     emulator.launch(library, (programs, 1), values, seed)
     assert error(out, arguments) < 5e-3
     assert not arrivals.any()

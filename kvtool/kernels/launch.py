@@ -37,7 +37,7 @@ def num_splits(rows: int, num_blocks: int, has_tail: bool, programs: int) -> int
 
 
 def power_of_2(number: int) -> int:
-    """The smallest that is not below `number`. On the host triton's own takes as long as a part of a launch."""
+    """The smallest that is not below `number`, 1 or more. Triton's own takes the host as long as a part of a launch."""
     return 1 << (number - 1).bit_length()
 
 

@@ -1,6 +1,6 @@
 """What `kvtool.kernels.w4a16` defines, in CUDA C++ for more rows than `w4a16_gemv` takes.
 
-The kernel, `w4a16.cu`, is compiled when it is first called for a shape of its work. A product is cut into tiles,
+The kernel, `w4a16_stream.cu`, is compiled when it is first called for a shape of its work. A product is cut into tiles,
 and a tile into steps of columns. Each program takes as many steps as the others, one tile's after the other's, whatever
 the shape ("stream-K", arXiv 2301.03598): no multiprocessor waits for others with their last tile.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from kvtool.kernels.launch import capability, num_sms
 from kvtool.kernels.nvrtc import Kernel, compile_cubin, source
 
-SOURCE = source("w4a16.cuh", "w4a16.cu")
+SOURCE = source("w4a16.cuh", "w4a16_stream.cu")
 BLOCK = 128  # columns of a step that one warp multiplies
 
 
