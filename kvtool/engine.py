@@ -291,8 +291,9 @@ class Engine:
         """
         assert self.has_work, "a step needs requests: submit one first"
         has_launched = len(self._under_way) < self._most_under_way() and self._launch()
+        awaited = self.scheduler.awaits_tokens
         news = [] if has_launched and len(self._under_way) < self._most_under_way() else self._collect()
-        if self._runs_ahead and not self._under_way:  # what awaited those tokens runs while they are told
+        if self._runs_ahead and awaited and not self._under_way:  # what awaited those tokens runs while they are told
             self._launch()
         if self.runner.profiler and not self.has_work:
             self.runner.profiler.rest(self.runner.held)
