@@ -84,7 +84,8 @@ def compiling(threads: int) -> Iterator[None]:
     Raises:
         RuntimeError: a kernel does not compile. The rest is not waited for, nor is it when the caller is interrupted.
     """
-    run, compilers, names = JITFunction.run, Compilers(threads), dict[triton.FutureKernel, str]()
+    run, compilers = JITFunction.run, Compilers(threads)
+    names: dict[triton.FutureKernel, str] = {}
     mode = triton.AsyncCompileMode(compilers)
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
