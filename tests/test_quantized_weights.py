@@ -593,7 +593,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         "--calibration is for --quantization gptq, awq and fp8",
     ),
     "no text": ({"quantization": "gptq", "calibration": "nowhere.txt"}, "--calibration nowhere.txt: cannot be read"),
-    "ranks": ({"quantization": "awq", "tp": 2}, "several ranks cannot look at a text together"),
+    "ranks": ({"quantization": "awq", "tp": 2, "device": "cpu"}, "several ranks cannot look at a text together"),
     "nothing to see": ({"quantization": "gptq", "load_format": "dummy"}, "a text shows nothing about random weights"),
 }
 

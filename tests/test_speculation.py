@@ -71,7 +71,7 @@ def make(model: str) -> Callable[..., Engine]:
     def make(speculation: SpeculationConfig | None, kv: KVOptions = FORMATS["16"], **overrides: object) -> Engine:
         if speculation is OWN:
             speculation = replace(OWN, draft_model=model)
-        settings = {"dtype": "float64", "kv_cache_memory": 16 * MIB, "max_num_seqs": 8} | overrides
+        settings = {"dtype": "float64", "device": "cpu", "kv_cache_memory": 16 * MIB, "max_num_seqs": 8} | overrides
         made = Engine(EngineConfig(model=model, kv=kv, speculation=speculation, **settings))  # type: ignore[arg-type]
         if made.scheduler.pace:
             made.scheduler.pace.observe = lambda *step: None  # type: ignore[method-assign]  # whatever it costs here
