@@ -19,9 +19,9 @@ from kvtool.kv.layout import KVLayout
 from kvtool.kv.store import KVStore
 from kvtool.memory import DeviceMemory, cache_memory, capacity
 from kvtool.models import Decoder, Quantization, load_config, load_model, weight_bytes
+from kvtool.models.kv import kv_spec
 from kvtool.models.resolve import EMBEDDED
 from kvtool.parallel import Group, Parallel, Stage
-from kvtool.runner import kv_spec
 from kvtool.sizing.fit import WEIGHTS, Fit, WeightFormat, fit
 
 GIB = 1 << 30

@@ -74,8 +74,7 @@ def make(model: str) -> Callable[..., Engine]:
             speculation = replace(OWN, draft_model=model)
         settings = {"dtype": "float64", "device": "cpu", "kv_cache_memory": 16 * MIB, "max_num_seqs": 8} | overrides
         made = Engine(EngineConfig(model=model, kv=kv, speculation=speculation, **settings))  # type: ignore[arg-type]
-        if made.scheduler.pace:
-            made.scheduler.pace.observe = lambda *step: None  # type: ignore[method-assign]  # whatever it costs here
+        made.scheduler.drafting.pace.observe = lambda *step: None  # type: ignore[method-assign]  # whatever it costs here
         return made
 
     return make
@@ -150,7 +149,7 @@ def test_graphs_draft_and_verify(nbits, cuda_graph):
     plain = Engine(config)
     expected = [completion.token_ids for completion in plain.generate(asked, params)]
     drafting = Engine(replace(config, speculation=SpeculationConfig("draft", draft_model="tiny")))
-    drafting.scheduler.pace.observe = lambda *step: None
+    drafting.scheduler.drafting.pace.observe = lambda *step: None
     got = [completion.token_ids for completion in drafting.generate(asked, params)]
     stats = drafting.stats()
     assert stats.accepted_total > 0.9 * stats.drafted_total > 0
@@ -556,7 +555,7 @@ def test_a_large_batch_turns_it_off_and_a_small_one_on():
 def test_metrics_say_what_is_drafted_and_why_not(make):
     tested = make(NGRAM)
     answers(tested, prompts(2), SamplingParams(temperature=0, max_tokens=150, ignore_eos=True))
-    tested.scheduler.pace.num_tokens, tested.scheduler.pace.off = 0, "batch"
+    tested.scheduler.drafting.pace.num_tokens, tested.scheduler.drafting.pace.off = 0, "batch"
     stats = tested.stats()
     client = SimpleNamespace(info=tested.info, stats=stats, expert_tokens={})
     families = {family.name: family for family in EngineCollector(client, "m").collect()}  # type: ignore[arg-type]

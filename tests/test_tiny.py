@@ -93,7 +93,7 @@ def test_the_draft_is_small_has_the_same_tokens_and_is_mostly_right():
     assert sum(file.stat().st_size for file in DRAFT.iterdir()) <= 4_000_000
     assert (DRAFT / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
     engine = Engine(EngineConfig(speculation=SpeculationConfig("draft"), kv_cache_memory=32 << 20))
-    engine.scheduler.pace.observe = lambda *step: None  # whatever it costs here
+    engine.scheduler.drafting.pace.observe = lambda *step: None  # whatever it costs here
     text = (TINY / "sample.txt").read_text()
     prompts = [text[start : start + 800] for start in range(0, 64_000, 16_000)]
     engine.generate(prompts, SamplingParams(temperature=0, max_tokens=96))

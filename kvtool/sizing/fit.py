@@ -20,10 +20,11 @@ from kvtool.layers.linear import Linear
 from kvtool.layers.moe import Experts, Gate, MoEShape
 from kvtool.memory import DeviceMemory, MemoryParts
 from kvtool.models import Decoder, ModelConfig, parse_config
+from kvtool.models.kv import kv_spec
 from kvtool.models.resolve import resolve_config
 from kvtool.parallel import Group, Parallel, Stage
 from kvtool.ranks.topology import check_model
-from kvtool.runner import SCORED_ROWS, kv_spec
+from kvtool.token_scores import SCORED_ROWS
 
 DTYPE = torch.bfloat16
 RESERVE = 768 << 20  # of CUDA itself, the kernels' code and what the driver keeps of graphs
