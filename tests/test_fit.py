@@ -88,7 +88,7 @@ def test_weights_in_fewer_bits() -> None:
 
 
 def test_experts_in_fewer_bits(tmp_path: Path) -> None:
-    """As they are loaded; each step makes 16-bit ones of a layer's."""
+    """As they are loaded, and multiplied with as they are."""
     sizes = {"moe_intermediate_size": 64, "intermediate_size": 128}
     folder = write_config(tmp_path, {"model_type": "qwen3_moe", **QWEN_MOE, **sizes})
     quantization, context = Quantization("w4a16"), 100
@@ -103,7 +103,7 @@ def test_experts_in_fewer_bits(tmp_path: Path) -> None:
     )
     plain, packed = (fit(folder, engine(context), "H200", None, bits).parts for bits in ("16", "4"))
     assert packed.weights == weight_bytes(model)
-    assert packed.workspace > plain.workspace
+    assert packed.workspace == plain.workspace
 
 
 @given(
