@@ -1,11 +1,11 @@
-"""A real server, as a process, shared by all tests that only ask it things."""
+"""Processes under test: a real server, shared by all tests that only ask it things, and commands."""
 
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,22 @@ os.environ.pop("COLUMNS", None)  # of whoever runs the tests: what is printed to
 REPOSITORY = Path(__file__).parents[1]
 CACHE = TemporaryDirectory(prefix="kvtool-tests-")  # what is found out about models, by all servers under test
 START_SECONDS = 120  # generous: CI machines may run other things beside
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """`kvtool` in this process, where torch is loaded already: exit status, stdout, stderr."""
+    import commands
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["kvtool", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            commands.main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return run
 
 
 def kvtool(*arguments: str, **settings: object) -> "subprocess.Popen[str]":
