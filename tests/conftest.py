@@ -1,5 +1,6 @@
 """Processes under test: a real server, shared by all tests that only ask it things, and commands."""
 
+import importlib
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -80,6 +82,13 @@ def beginning_with(folder: Path) -> dict[str, str]:
     """An environment whose Python processes all begin with the sitecustomize.py in `folder`."""
     paths = [str(folder), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def script(name: str) -> ModuleType:
+    """`scripts/NAME.py` as a module; it may import its neighbours."""
+    if (folder := str(REPOSITORY / "scripts")) not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)
 
 
 def children(pid: int) -> list[int]:

@@ -1,12 +1,12 @@
 """Weights in fewer bits: as checkpoints store them, against transformers; as they are rounded; saved; shared out."""
 
-from importlib import util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import DenseAttend, make_checkpoint, run
+from conftest import script
 from quantized_checkpoints import (
     MIXTURES,
     RECIPES,
@@ -115,7 +115,7 @@ def test_experts_are_rounded_to_four_bits_and_saved(model_type: str, tmp_path: P
     engine = EngineConfig(
         model=str(tmp_path / "from"), dtype="float32", device="cpu", quantization="w4a16", keep_layers=keep
     )
-    load_script("quantize_weights").save(engine, tmp_path / "to")
+    script("quantize_weights").save(engine, tmp_path / "to")
     plain = load(tmp_path / "from", torch.float32)
     computed = load(tmp_path / "from", torch.float32, quantization=Quantization("w4a16", keep=keep))
     assert torch.equal(logits(load(tmp_path / "to", torch.float32)), logits(computed))
@@ -281,7 +281,7 @@ def test_a_text_is_read_in_pieces_that_the_model_can_take(tmp_path: Path) -> Non
 def test_saved_weights_are_those_that_were_computed(method: Any, model_type: str, tmp_path: Path) -> None:
     make_checkpoint(model_type, tmp_path / "from", **SHAPE)
     text = short_text(tmp_path)
-    script = load_script("quantize_weights")
+    quantize_weights = script("quantize_weights")
     engine = EngineConfig(
         model=str(tmp_path / "from"),
         dtype="float32",
@@ -290,7 +290,7 @@ def test_saved_weights_are_those_that_were_computed(method: Any, model_type: str
         keep_layers=("layers.1.mlp.*",),
         calibration=text if method in ("gptq", "awq", "fp8") else None,
     )
-    script.save(engine, tmp_path / "to")
+    quantize_weights.save(engine, tmp_path / "to")
     saved, config = load(tmp_path / "to", torch.float32), load_config(tmp_path / "from")
     quantization = choose_quantization(engine, config, tmp_path / "from", CPU)
     computed = load(tmp_path / "from", torch.float32, quantization=quantization)
@@ -313,7 +313,7 @@ def test_transformers_opens_what_was_saved(method: Any, tolerance: float, tmp_pa
         quantization=method,
         calibration=short_text(tmp_path) if method == "fp8" else None,
     )
-    load_script("quantize_weights").save(engine, tmp_path / "to")
+    script("quantize_weights").save(engine, tmp_path / "to")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "to", dtype=torch.float32)
     with torch.inference_mode():
         expected = theirs(torch.tensor([IDS])).logits[0]
@@ -333,7 +333,7 @@ def test_gptqmodel_multiplies_by_what_was_saved(method: Any, tmp_path: Path) -> 
     engine = EngineConfig(
         model=str(tmp_path / "from"), dtype="float32", device="cpu", quantization=method, calibration=calibration
     )
-    load_script("quantize_weights").save(engine, tmp_path / "to")
+    script("quantize_weights").save(engine, tmp_path / "to")
     ours = load(tmp_path / "to", torch.float32).linears(1)["layers.1.mlp.down_proj"]
     shape = {"in_features": 256, "out_features": 128, "bias": False, "register_buffers": True}
     form = {"bits": 4, "group_size": 128, "sym": False, "desc_act": False, "pack_dtype": torch.int32}
@@ -354,14 +354,6 @@ def short_text(folder: Path) -> str:
     add_tokenizer(folder / "from")
     (folder / "text.txt").write_text((resolve_model("tiny") / "sample.txt").read_text()[:3000])
     return str(folder / "text.txt")
-
-
-def load_script(name: str) -> Any:
-    spec = util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
-    assert spec and spec.loader
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def add_tokenizer(folder: Path) -> None:
