@@ -10,9 +10,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kvtool.kernels.decode import PackedStream, merge
 from kvtool.kernels.launch import capability, num_sms, num_splits, shared_kib
 from kvtool.kernels.nvrtc import Kernel, compile_cubin, source
+from kvtool.kernels.splits import merge
+from kvtool.kernels.streams import PackedStream
 
 HEAD_DIMS = (64, 128)
 MAX_GROUP_HEADS = 16

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kvtool.kernels.cuda_decode import MERGED_WITHIN, StreamPointers
-from kvtool.kernels.decode import PackedStream, merge
 from kvtool.kernels.launch import capability, num_sms, num_splits, shared_kib
 from kvtool.kernels.nvrtc import Kernel, compile_cubin, source
+from kvtool.kernels.splits import merge
+from kvtool.kernels.streams import PackedStream
 
 LATENT_DIM, ROPE_DIM, GROUP = 512, 64, 64
 HEADS = 16  # of a program: the rows of a product

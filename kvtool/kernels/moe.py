@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvtool.kernels.grouped import LEAST_ROWS, MOST_ROWS, Groups, Weights, grouped_product
-from kvtool.kernels.launch import await_inputs, chained
+from kvtool.kernels.launch import await_inputs, chained, power_of_2
 
 COMPARED = 4096  # pairs: up to so many are ranked by comparing each with each, which one launch does
 SPAN = 256  # pairs that are counted together where there are more
@@ -61,7 +61,7 @@ def mix_groups(
 
 def rows_for(num_pairs: int, num_experts: int) -> int:
     """Rows of a tile: enough for most experts' pairs where all are chosen alike."""
-    return min(MOST_ROWS, max(LEAST_ROWS, triton.next_power_of_2(-(-3 * num_pairs // (2 * num_experts)))))
+    return min(MOST_ROWS, max(LEAST_ROWS, power_of_2(-(-3 * num_pairs // (2 * num_experts)))))
 
 
 class Routing(Protocol):
@@ -96,7 +96,7 @@ def route(
     if ids is None:
         ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
-    width = triton.next_power_of_2(num_experts)
+    width = power_of_2(num_experts)
     _route_kernel[(tokens,)](
         logits,
         logits if bias is None else bias,
@@ -107,12 +107,12 @@ def route(
         EXPERTS=num_experts,
         WIDTH=width,
         TOP_K=top_k,
-        TOP_WIDTH=triton.next_power_of_2(top_k),
+        TOP_WIDTH=power_of_2(top_k),
         SIGMOID=routing.scores == "sigmoid",
         BIAS=bias is not None,
         NORMALIZE=routing.normalize,
         GROUPS=routing.num_groups,
-        GROUP_WIDTH=triton.next_power_of_2(routing.num_groups),
+        GROUP_WIDTH=power_of_2(routing.num_groups),
         TOP_GROUPS=routing.top_groups,
         num_warps=max(1, min(4, width // 128)),
         **chained(logits.device),
@@ -131,14 +131,14 @@ def group(ids: Tensor, num_experts: int, rows: int) -> Groups:
     if num_pairs > COMPARED:
         _count_and_place(ids, groups, num_experts)
         return groups
-    _group_kernel[(triton.cdiv(num_pairs, 32) + 1,)](
+    _group_kernel[(-(-num_pairs // 32) + 1,)](
         ids,
         pairs,
         tiles,
         num_tiles,
         num_pairs,
         num_experts,
-        EXPERTS=triton.next_power_of_2(num_experts),
+        EXPERTS=power_of_2(num_experts),
         ROWS=rows,
         BLOCK=32,
         STEP=128,
@@ -150,8 +150,8 @@ def group(ids: Tensor, num_experts: int, rows: int) -> Groups:
 
 def _count_and_place(ids: Tensor, groups: Groups, num_experts: int) -> None:
     """Fill `groups` by counting: pairs of each expert in each span, where each span's first one goes, then all."""
-    num_pairs, width = ids.numel(), triton.next_power_of_2(num_experts + 2)
-    spans = triton.cdiv(num_pairs, SPAN)
+    num_pairs, width = ids.numel(), power_of_2(num_experts + 2)
+    spans = -(-num_pairs // SPAN)
     counts = torch.empty(spans + 1, width, dtype=torch.int32, device=ids.device)  # a span's; last the experts' firsts
     sizes = {"EXPERTS": width, "num_warps": 8, **chained(ids.device)}
     _count_kernel[(spans,)](ids, counts, num_pairs, num_experts, SPAN=SPAN, STEP=32, **sizes)
@@ -187,7 +187,7 @@ def combine(rows: Tensor, ids: Tensor, weights: Tensor, num_experts: int, shared
     (tokens, top_k), size = ids.shape, rows.shape[1]
     assert ids.is_contiguous() and weights.is_contiguous() and (shared is None or shared.is_contiguous())
     out = torch.empty(tokens, size, dtype=rows.dtype, device=rows.device)
-    _combine_kernel[(tokens, triton.cdiv(size, MIXED))](
+    _combine_kernel[(tokens, -(-size // MIXED))](
         rows,
         ids,
         weights,

@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kvtool.kernels import WORKSPACE
-from kvtool.kernels.decode import HEAD_DIMS, PackedStream, _or
+from kvtool.kernels.decode import HEAD_DIMS
 from kvtool.kernels.launch import capability, next_power_of_2, num_sms, power_of_2
+from kvtool.kernels.streams import PackedStream
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,8 @@ def unpack(
     ]
     if len(blocks):
         _unpack_kernel[(len(blocks), heads, 2)](
-            *(key.codes, _or(key.scale, key.codes), _or(key.zero, key.codes), outs[0]),
-            *(value.codes, _or(value.scale, value.codes), _or(value.zero, value.codes), outs[1]),
+            *(*key.arrays[:3], outs[0]),
+            *(*value.arrays[:3], outs[1]),
             blocks,
             key.codes.stride(0) * key.codes.itemsize // 16,
             first_head,
