@@ -5,13 +5,13 @@ kernel, `decode.cu`, is compiled when it is first called for a format and a shap
 """
 
 import ctypes
-from functools import cache
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kvtool.kernels.launch import capability, num_sms, num_splits, shared_kib
-from kvtool.kernels.nvrtc import Kernel, compile_cubin, source
+from kvtool.kernels.nvrtc import load, source
 from kvtool.kernels.splits import merge
 from kvtool.kernels.streams import PackedStream
 
@@ -37,6 +37,7 @@ TILES: dict[tuple[int, str], tuple[int, int, int, int]] = {
 WIDE_TILES: dict[int, tuple[int, int, int, int]] = {100: (2, 2, 2, 32), 228: (4, 2, 2, 32)}
 
 SOURCE = source("decode.cuh", "decode.cu")
+_kernel = partial(load, SOURCE, "paged_decode")
 
 
 def refuses(key: PackedStream, value: PackedStream, num_heads: int) -> str | None:
@@ -157,11 +158,3 @@ class StreamPointers(ctypes.Structure):
 
 def _tile(bits: str, columns: int, shared_kib: int) -> tuple[int, int, int, int]:
     return TILES[shared_kib, bits] if columns == 1 else WIDE_TILES[shared_kib]
-
-
-@cache
-def _kernel(device: torch.device, macros: tuple[tuple[str, object], ...]) -> Kernel:
-    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    cubin = compile_cubin(SOURCE, architecture, dict(macros))
-    with torch.cuda.device(device):
-        return Kernel(cubin, "paged_decode", 32 * int(dict(macros)["WARPS"]))

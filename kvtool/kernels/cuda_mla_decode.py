@@ -5,14 +5,14 @@ the kernel, `mla_decode.cu`, is compiled when it is first called for a format.
 """
 
 import ctypes
-from functools import cache
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kvtool.kernels.cuda_decode import MERGED_WITHIN, StreamPointers
 from kvtool.kernels.launch import capability, num_sms, num_splits, shared_kib
-from kvtool.kernels.nvrtc import Kernel, compile_cubin, source
+from kvtool.kernels.nvrtc import load, source
 from kvtool.kernels.splits import merge
 from kvtool.kernels.streams import PackedStream
 
@@ -34,6 +34,7 @@ TILES: dict[tuple[int, str], tuple[int, int, int, int, int, int]] = {
 }
 
 SOURCE = source("decode.cuh", "mla_decode.cu")
+_kernel = partial(load, SOURCE, "latent_decode")
 
 
 def refuses(key: PackedStream, value: PackedStream) -> str | None:
@@ -131,11 +132,3 @@ def arguments(
         ctypes.c_int(q.shape[1]),
         ctypes.c_int(key.tail.shape[2]),
     ]
-
-
-@cache
-def _kernel(device: torch.device, macros: tuple[tuple[str, object], ...]) -> Kernel:
-    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    cubin = compile_cubin(SOURCE, architecture, dict(macros))
-    with torch.cuda.device(device):
-        return Kernel(cubin, "latent_decode", 32 * int(dict(macros)["WARPS"]))
