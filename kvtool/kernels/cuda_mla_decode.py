@@ -14,7 +14,7 @@ from kvtool.kernels.cuda_decode import MERGED_WITHIN, StreamPointers
 from kvtool.kernels.launch import capability, num_sms, num_splits, shared_kib
 from kvtool.kernels.nvrtc import load, source
 from kvtool.kernels.splits import merge
-from kvtool.kernels.streams import PackedStream
+from kvtool.kernels.streams import PackedStream, refuses_dtype
 
 LATENT_DIM, ROPE_DIM, GROUP = 512, 64, 64
 HEADS = 16  # of a program: the rows of a product
@@ -39,8 +39,8 @@ _kernel = partial(load, SOURCE, "latent_decode")
 
 def refuses(key: PackedStream, value: PackedStream) -> str | None:
     """Why `latent_decode` cannot read these streams, or None if it can."""
-    if key.tail.dtype not in (torch.bfloat16, torch.float16):
-        return f"it runs in bfloat16 or float16, not {str(key.tail.dtype).removeprefix('torch.')}"
+    if reason := refuses_dtype(key):
+        return reason
     if (value.tail.shape[-1], key.tail.shape[-1]) != (LATENT_DIM, ROPE_DIM):
         return f"a latent must have {LATENT_DIM} elements, its rope key {ROPE_DIM}"
     for name, stream, known in (("rope keys", key, ROPE_KEYS), ("latents", value, LATENTS)):
