@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from commands import app
-from kvtool.bench.bundle import repeat_script, repeatable
+from kvtool.bench.bundle import repeat_script, repeatable, repeatable_variables
 from kvtool.bench.events import RequestRecord
 from kvtool.bench.timeline import Timeline
 from kvtool.errors import ConfigError
@@ -70,6 +70,13 @@ def test_a_regression_exits_1_and_an_improvement_0(server: ServerProcess, bundle
         assert word in done.stdout
 
 
+def test_what_is_forced_says_what_differs(server: ServerProcess, bundle: Path) -> None:
+    done = throughput(server, "--compare", str(bundle / "result.json"), "--prompt-tokens", "21", "--force")
+    assert done.returncode == 0, done.stderr
+    assert "though not measured alike: workload.0.prompt: 20, now 21" in done.stdout
+    assert "prompt 21" in done.stdout[done.stdout.index("Compared with") :]
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
@@ -94,9 +101,21 @@ def test_what_cannot_work_is_refused_before_anything_is_measured(bundle: Path, o
         app(["bench-throughput", "--url", "http://127.0.0.1:9", *LOAD, *words], standalone_mode=False)
 
 
+def test_a_base_of_another_command_is_refused_even_by_force(bundle: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no rows of bench-ttft; its schema is kvtool\.bench-throughput/1"):
+        app(["bench-ttft", "--compare", str(bundle / "result.json"), "--force"], standalone_mode=False)
+
+
 def test_a_command_is_repeated_without_what_belongs_to_one_run() -> None:
     words = ["bench-ttft", "--api-key=k", "--output", "x.json", "--json", "--requests", "3", "--kv-plan", "p.yaml"]
     assert repeatable(words) == ["bench-ttft", "--requests", "3", "--kv-plan", str(Path("p.yaml").resolve())]
+    words = ["bench-ttft", "--model", ".", "--draft-model=tiny", "--kv-plan=p.yaml", "--profile", "traces"]
+    whole = ["--model", str(Path.cwd()), "--draft-model=tiny", f"--kv-plan={Path('p.yaml').resolve()}"]
+    assert repeatable(words) == ["bench-ttft", *whole]
+    secrets = {"KVTOOL_KV_SECRET": "k", "KVTOOL_API_KEY": "k"}
+    once = {"KVTOOL_OUTPUT": "x.json", "KVTOOL_BUNDLE": "b", "PATH": "/bin"}
+    kept = {"KVTOOL_NBITS": "4", "KVTOOL_KV_PLAN": "p.yaml"}
+    assert repeatable_variables(secrets | once | kept) == kept | {"KVTOOL_KV_PLAN": str(Path("p.yaml").resolve())}
     script = repeat_script(["bench-ttft", "--slo", "a b"], {"KVTOOL_NBITS": "4; echo"})
     assert "export KVTOOL_NBITS='4; echo'\n" in script
     assert "kvtool bench-ttft --slo 'a b' --compare" in script
