@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from commands import app
+from commands.bench_charts import throughput_charts
 from kvtool.bench.bundle import repeat_script, repeatable, repeatable_variables
 from kvtool.bench.events import RequestRecord
 from kvtool.bench.timeline import Timeline
@@ -157,6 +158,29 @@ def test_results_are_drawn_over_each_other(bundle: Path, tmp_path: Path) -> None
     assert text.count("<svg") >= 3
     assert "src=" not in text
     assert "Longest gap between tokens" in text
+
+
+def test_a_line_goes_through_points_of_one_load() -> None:
+    """Not from the last concurrency of one length of prompts to the first of the next."""
+
+    def row(prompt: int, concurrency: int) -> dict[str, Any]:
+        point = f"prompt {prompt}, output 16, concurrency {concurrency}"
+        speed = float(prompt * concurrency)
+        return {"point": point, "output_tok_s": speed, "ttft_ms": {"p50": speed}, "tpot_ms": {"p50": speed}}
+
+    rows = [row(prompt, concurrency) for prompt in (64, 128) for concurrency in (1, 4)]
+    curves, pareto, *_ = throughput_charts([("", rows)])
+    assert {line.label: list(line.x) for line in curves.series} == {
+        "prompt 64 TTFT p50": [64, 256],
+        "prompt 64 TPOT p50": [64, 256],
+        "prompt 128 TTFT p50": [128, 512],
+        "prompt 128 TPOT p50": [128, 512],
+    }
+    assert [line.label for line in pareto.series] == ["prompt 64", "prompt 128"]
+    curves, *_ = throughput_charts([("a", rows[:2]), ("b", rows[:2])])
+    assert [line.label for line in curves.series] == ["a TTFT p50", "a TPOT p50", "b TTFT p50", "b TPOT p50"]
+    curves, *_ = throughput_charts([("", rows[:2])])
+    assert [line.label for line in curves.series] == ["TTFT p50", "TPOT p50"]
 
 
 def test_the_highest_rate_is_one_that_was_kept(server: ServerProcess) -> None:
