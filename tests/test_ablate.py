@@ -8,6 +8,7 @@ from conftest import kvtool
 from hypothesis import given
 from hypothesis import strategies as st
 
+from commands import app
 from kvtool.bench import ablate
 from kvtool.bench.ablate import FORMATS, KNOBS, _against, format_scores, kv_allocation, stack
 from kvtool.bench.events import WorkItem
@@ -38,6 +39,17 @@ def test_allocation_is_counted_step_by_step(lengths: list[tuple[int, int]], bloc
     assert {row["stored"] for row in rows.values()} == {stored}
     reserved = {name: row["reserved"] for name, row in rows.items()}
     assert reserved == {"contiguous": contiguous, "growing": growing, "paged": paged}
+
+
+def test_allocation_is_counted_of_lengths_that_vary(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where all requests are alike, a contiguous cache wastes nothing."""
+    options = ["--ablate", "kv-allocation", "--max-model-len", "600", "--json"]
+    app(["bench-throughput", *options], standalone_mode=False)
+    document = json.loads(capsys.readouterr().out)
+    contiguous, growing, paged = (row["utilization"] for row in document["rows"])
+    assert contiguous < growing < paged < 1
+    assert document["rows"][0]["requests"] == 1000
+    assert document["config"]["workload"][0]["prompt"].startswith("lognormal")
 
 
 def test_allocation_of_nothing_is_refused() -> None:

@@ -214,6 +214,7 @@ def _memory(row: Row, target: Mapping[str, Any]) -> Row:
     """What the cache takes, by the engine's own word, and what the process took."""
     engine = target["engine"]
     return {
+        "kv_format": engine["kv_format"],
         "kv_bytes_per_token": engine["block_bytes"] / engine["block_size"],
         "kv_tokens": engine["kv_tokens"],
         "weight_bytes": engine["weight_bytes"],
@@ -317,5 +318,6 @@ def kv_allocation(items: Iterable[WorkItem], block_size: int, context: int | Non
             held = np.arange(start, end + 1, dtype=np.int64)
             stored += int(held.sum())
             reserved += int(reserve(held).sum())
-        rows.append({"variant": name, "stored": stored, "reserved": reserved, "utilization": stored / reserved})
+        counts = {"requests": len(spans), "stored": stored, "reserved": reserved}
+        rows.append({"variant": name, **counts, "utilization": stored / reserved})
     return rows
