@@ -107,12 +107,15 @@ def test_a_base_of_another_command_is_refused_even_by_force(bundle: Path) -> Non
         app(["bench-ttft", "--compare", str(bundle / "result.json"), "--force"], standalone_mode=False)
 
 
-def test_a_command_is_repeated_without_what_belongs_to_one_run() -> None:
+def test_a_command_is_repeated_without_what_belongs_to_one_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     words = ["bench-ttft", "--api-key=k", "--output", "x.json", "--json", "--requests", "3", "--kv-plan", "p.yaml"]
     assert repeatable(words) == ["bench-ttft", "--requests", "3", "--kv-plan", str(Path("p.yaml").resolve())]
-    words = ["bench-ttft", "--model", ".", "--draft-model=tiny", "--kv-plan=p.yaml", "--profile", "traces"]
-    whole = ["--model", str(Path.cwd()), "--draft-model=tiny", f"--kv-plan={Path('p.yaml').resolve()}"]
+    words = ["bench-ttft", "--model", "tests", "--draft-model=tiny", "--kv-plan=p.yaml", "--profile", "traces"]
+    whole = ["--model", str(Path("tests").resolve()), "--draft-model=tiny", f"--kv-plan={Path('p.yaml').resolve()}"]
     assert repeatable(words) == ["bench-ttft", *whole]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert repeatable(["--model", "tiny"]) == ["--model", "tiny"]  # the embedded one
     secrets = {"KVTOOL_KV_SECRET": "k", "KVTOOL_API_KEY": "k"}
     once = {"KVTOOL_OUTPUT": "x.json", "KVTOOL_BUNDLE": "b", "PATH": "/bin"}
     kept = {"KVTOOL_NBITS": "4", "KVTOOL_KV_PLAN": "p.yaml"}

@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 
 from kvtool.errors import ConfigError
-from kvtool.models.resolve import EMBEDDED
 
 RESULT, EVENTS, MANIFEST, SCRIPT = "result.json", "events.jsonl", "manifest.json", "repeat.sh"
 ONCE = {"--bundle", "--save-events", "--output", "--compare", "--fail-on", "--profile"}  # where this run's results went
@@ -17,6 +16,7 @@ SECRET = {"--api-key", "--kv-secret"}
 FILES = {"--config", "--dataset-path", "--floor-config", "--kv-plan", "--calibration"}
 MODELS = {"--model", "--model-path", "--draft-model", "--speculative-draft-model-path"}
 VARIABLE = "KVTOOL_"
+ASSETS = Path(__file__).parent.parent / "assets"  # the names of embedded models go before those of folders
 
 
 def create_bundle(folder: Path) -> None:
@@ -79,7 +79,7 @@ def repeatable_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _whole(option: str, value: str) -> str:
     """The value of an option, found from any folder if it is a path."""
-    is_path = option in FILES or (option in MODELS and value not in EMBEDDED and Path(value).is_dir())
+    is_path = option in FILES or (option in MODELS and Path(value).is_dir() and not (ASSETS / value).is_dir())
     return str(Path(value).resolve()) if is_path else value
 
 
