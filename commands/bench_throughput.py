@@ -277,10 +277,11 @@ def tables(rows: Rows) -> list[Table]:
         load = {column.path: row.get(column.path) for column in LOAD}
         floor = {name: row.get(name) for name in ("floor_ms", "floor_share")}
         latencies += [
-            {"latency": name.upper()} | load | (row.get(f"{name}_ms") or {}) | (floor if name == "tpot" else {})
+            {"latency": name.upper()} | load | row[f"{name}_ms"] | (floor if name == "tpot" else {})
             for name in ("ttft", "tpot", "itl", "e2e")
+            if row.get(f"{name}_ms")
         ]
-    return [Table("Latency, ms", LATENCIES, latencies)]
+    return [Table("Latency, ms", LATENCIES, latencies)] if latencies else []
 
 
 FORM = Form("bench-throughput", COLUMNS, tables, throughput_charts)

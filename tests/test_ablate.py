@@ -79,6 +79,15 @@ def test_weights_are_scored_against_those_in_16_bits(monkeypatch: pytest.MonkeyP
     assert 0 < scores["16 bits"]["kld_mean"] < 1e-4 < scores["fp8"]["kld_mean"] < scores["w4a16"]["kld_mean"]
 
 
+def test_a_cpu_runs_nothing_twice() -> None:
+    """Rows of equal engines would differ all the same, as if something had been gained."""
+    load = ("--prompt-tokens", "20", "--output-tokens", "2", "--requests", "2", "--trials", "1", "--concurrency", "1")
+    process = kvtool("bench-throughput", "--ablate", "cuda-graph", *load, "--device", "cpu")
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "left out: off: on a CPU the same as on" in stdout
+
+
 def test_each_step_of_the_stack_changes_one_thing() -> None:
     steps = list(stack(EngineConfig(max_num_batched_tokens=512)).values())
     for before, after in pairwise(steps):

@@ -118,7 +118,6 @@ KNOBS: dict[str, Callable[[EngineConfig], Variants]] = {
     "speculation": _speculation,
     "quantization": _quantization,
 }
-ON_GPUS = ("+ fused attention", "+ CUDA graphs")
 FORMATS = ("nbits", "axis", "symmetry", "residual", "group", "block-size")
 SCORED = (*FORMATS, "quantization")  # these change what the model says
 
@@ -177,8 +176,9 @@ async def measure_variants(
     refused: list[str] = []
     stopped = None
     for name, engine in variants.items():
-        if name in ON_GPUS and target and target["engine"]["device"] == "cpu":
-            refused.append(f"{name}: on a GPU only")
+        same = next(first for first, other in variants.items() if _on_a_cpu(other) == _on_a_cpu(engine))
+        if same != name and target and target["engine"]["device"] == "cpu":
+            refused.append(f"{name}: on a CPU the same as {same}")
             continue
         plan = _one_point(name, workload, concurrency, how)
         try:
@@ -199,6 +199,12 @@ async def measure_variants(
         except asyncio.CancelledError:
             stopped = "interrupted"
     return Measured(list(map(_against(rows[0]), rows)) if rows else [], target | {"refused": refused}, stopped)
+
+
+def _on_a_cpu(engine: EngineConfig) -> EngineConfig:
+    """What it comes to there: no graphs, and the one backend that runs."""
+    backend = "torch" if engine.attention_backend == "auto" else engine.attention_backend
+    return replace(engine, cuda_graph=False, attention_backend=backend)
 
 
 def _one_point(name: str, workload: Workload, concurrency: int, how: How) -> Plan:
