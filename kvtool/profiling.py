@@ -29,7 +29,7 @@ CLASSES: dict[str, str] = {
     "norm, rope, write": r"^_(add_rms_norm|norm_rotate|rotate_and_norm|silu_mul|read_near|write_tokens)$"
     r"|^kvtool::(rope|write)$|^aten::(rms_norm|silu|mul_|add_)$",
     "routing of experts": r"^_(route|group|count|offsets|place|combine)_kernel$",
-    "GEMM": r"^_(multiply|dot|grouped|product|finish|quantize|encode|dequantize)_kernel$|^w4a16(_gemv)?$"
+    "GEMM": r"^_(multiply|dot|grouped|product|finish|quantize|encode)_kernel$|^w4a16(_gemv|_decode)?$"
     r"|gemm|gemv|cutlass|nvjet|xmma|cublas|split_?k|^aten::(linear|addmm|mm|bmm|matmul|einsum)$",
 }
 OTHER, GAPS = "other", "host gaps"

@@ -86,7 +86,7 @@ def arguments(
     x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, out: Tensor
 ) -> list[object]:
     """What the kernel takes, in its order."""
-    assert all(tensor.is_contiguous() for tensor in (x, weight, scales, zeros))
+    assert all(tensor.is_contiguous() for tensor in (x, weight, scales.t(), zeros.t()))
     return [x, weight, scales, zeros, bias, out, *map(ctypes.c_int, (len(x), len(weight), x.shape[1]))]
 
 

@@ -66,11 +66,70 @@ template <bool BFLOAT> __device__ inline void multiply_add(float (&d)[4], const 
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// What four warps multiply at once, with x of 8 WIDE columns in shared memory (sm_90a): each its own `a`, as above, with
+// the same `b`, a `shared_matrix`. It is under way until it is awaited; until then nobody else may use `d` and `a`, nor
+// change `b`.
+#define ASYNC_PRODUCT(SHAPE, TYPE, SUMS, A, B)                                                                         \
+    "{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned." SHAPE "k16.f32." TYPE "." TYPE " " SUMS ", "  \
+    A ", " B ", p, 1, 1, 0; }"
+#define FOUR_SUMS(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
+#define ASYNC_PRODUCT_32(TYPE)                                                                                         \
+    asm volatile(ASYNC_PRODUCT("m64n32", TYPE, "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "     \
+        "%15}", "{%16, %17, %18, %19}", "%20")                                                                         \
+        : FOUR_SUMS(d[0]), FOUR_SUMS(d[1]), FOUR_SUMS(d[2]), FOUR_SUMS(d[3])                                           \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define ASYNC_PRODUCT_64(TYPE)                                                                                         \
+    asm volatile(ASYNC_PRODUCT("m64n64", TYPE, "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "     \
+        "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}", "{%32, %33, %34, "     \
+        "%35}", "%36")                                                                                                 \
+        : FOUR_SUMS(d[0]), FOUR_SUMS(d[1]), FOUR_SUMS(d[2]), FOUR_SUMS(d[3]), FOUR_SUMS(d[4]), FOUR_SUMS(d[5]),        \
+          FOUR_SUMS(d[6]), FOUR_SUMS(d[7])                                                                             \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+template <bool BFLOAT, int WIDE>
+__device__ inline void multiply_add_async(float (*d)[4], const u32 (&a)[4], u64 b) {
+    static_assert(WIDE == 4 || WIDE == 8);
+    if constexpr (WIDE == 4 && BFLOAT) ASYNC_PRODUCT_32("bf16");
+    else if constexpr (WIDE == 4) ASYNC_PRODUCT_32("f16");
+    else if constexpr (BFLOAT) ASYNC_PRODUCT_64("bf16");
+    else ASYNC_PRODUCT_64("f16");
+}
+
+// A second operand in shared memory, 16 deep: column n's 32 bytes are 128 n from the first one's, and of each multiple of
+// 1,024 bytes those 16 numbered p of the 128 numbered q lie where p ^ q would.
+__device__ inline u64 shared_matrix(const void* from) {
+    u64 address = (u32)__cvta_generic_to_shared(from) >> 4 & 0x3fff;
+    return address | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+// Registers that products under way have used, or will, are what they are by now.
+__device__ inline void settle(float (&d)[4]) { asm volatile("" : FOUR_SUMS(d) : : "memory"); }
+template <int N> __device__ inline void start_products(u32 (&a)[N][4]) {
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3]) : : "memory");
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ inline void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> __device__ inline void await_products() {  // all but the newest N groups
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// Let such products see what this thread has written to shared memory.
+__device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Lane 4g + t gives elements 2t and 2t + 1 of row g of an 8 × 8 matrix, and gets those of its transpose.
 __device__ inline u32 transpose(u32 x) {
     u32 d;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(x));
     return d;
+}
+
+// 8 × 8 matrices of 16 bits: lane 8i + j says where row j of matrix i is, and lane 4g + t gets of each elements 2t and
+// 2t + 1 of row g.
+__device__ inline void read_matrices(u32 (&to)[4], const void* row) {
+    u32 from = (u32)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
 }
 
 // 8 × 8 matrices of 16 bits, transposed, as a product wants them: lane 8i + j says where row j of matrix i is, and lane
