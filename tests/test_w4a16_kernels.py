@@ -17,7 +17,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import emulator
-from compiled import ON_GPU, usage
+from compiled import ON_GPU, STACK, usage
 
 from kvtool.kernels import nvrtc, w4a16, w4a16_gemv, w4a16_kernels, w4a16_stream
 
@@ -235,4 +235,4 @@ def test_programs_fit_a_multiprocessor_without_spills(major: int, shared: int) -
         bound = f"static_assert((shared_bytes + 1024) * PER_SM <= {shared << 10});"
         used = usage(nvrtc.compile_cubin(source + bound, architecture, macros))
         assert used["REG"] * 32 * int(str(macros["WARPS"])) * int(str(macros["PER_SM"])) <= 65536
-        assert used["STACK"] == used["LOCAL"] == 0, macros
+        assert used["STACK"] <= STACK and used["LOCAL"] == 0, macros

@@ -40,20 +40,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) w4a16_gemv(
     if (CHAINED && threadIdx.x == 0)
         prefetch(weight + (u64)first * (depth / 2), (u32)min(outputs - first, OUTPUTS) * (depth / 2));
 
+    auto line = [&](int i, int h) { return (u32)min(first + i * 16 + h * 8 + g, outputs - 1); };
     const char* codes_of[TILES][2];
-    u32 lines[TILES][2];
     for (int i = 0; i < TILES; i++)
-        for (int h = 0; h < 2; h++) {
-            u32 line = min(first + i * 16 + h * 8 + g, outputs - 1);
-            codes_of[i][h] = weight + (u64)line * (depth / 2) + t * READ;
-            lines[i][h] = line;
-        }
+        for (int h = 0; h < 2; h++) codes_of[i][h] = weight + (u64)line(i, h) * (depth / 2) + t * READ;
     auto fetch = [&](Chunk& chunk, int index) {
         if (index >= chunks) return;
         for (int i = 0; i < TILES; i++)
             for (int h = 0; h < 2; h++) {
                 read_once<READ>(chunk.codes[i][h], codes_of[i][h] + index * (4 * READ));
-                u64 at = (u64)(index / (GROUP / CHUNK)) * outputs + lines[i][h];
+                u32 at = index / (GROUP / CHUNK) * outputs + line(i, h);
                 chunk.scale[i][h] = scales[at];
                 chunk.zero[i][h] = zeros[at];
             }
@@ -67,18 +63,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) w4a16_gemv(
     for (int n = 0; n < COLUMNS; n++) rows_of_x[n] = x + (u64)min(n * 8 + g, rows - 1) * depth + column;
     float total[TILES][COLUMNS][4] = {};
     auto add = [&](const Chunk& chunk, int index) {
-        u32 pairs[COLUMNS][2][2][WORDS];  // of x
-        for (int n = 0; n < COLUMNS; n++)
-            for (int s = 0; s < 2; s++)
-                for (int j = 0; j < 2; j++) read<READ>(pairs[n][s][j], rows_of_x[n] + index * CHUNK + s * 16 + j * 8);
         float sums[TILES][COLUMNS][4] = {}, ones[COLUMNS][4] = {};
 #pragma unroll
-        for (int s = 0; s < 2; s++)
+        for (int s = 0; s < 2; s++) {
+            u32 pairs[COLUMNS][2][WORDS];  // of x
+            for (int n = 0; n < COLUMNS; n++)
+                for (int j = 0; j < 2; j++) read<READ>(pairs[n][j], rows_of_x[n] + index * CHUNK + s * 16 + j * 8);
 #pragma unroll
             for (int word = 0; word < WORDS; word++) {
                 u32 b[COLUMNS][2];
                 for (int n = 0; n < COLUMNS; n++) {
-                    for (int j = 0; j < 2; j++) b[n][j] = pairs[n][s][j][word];
+                    for (int j = 0; j < 2; j++) b[n][j] = pairs[n][j][word];
                     const u32 rows_of_ones[4] = {ONES<BF16>, ONES<BF16>, ONES<BF16>, ONES<BF16>};
                     multiply_add<BF16>(ones[n], rows_of_ones, b[n]);
                 }
@@ -90,6 +85,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) w4a16_gemv(
                     for (int n = 0; n < COLUMNS; n++) multiply_add<BF16>(sums[i][n], a, b[n]);
                 }
             }
+        }
         for (int i = 0; i < TILES; i++)
             for (int h = 0; h < 2; h++) {
                 float scale = widen<BF16>(chunk.scale[i][h]), zero = OFFSET<BF16> + widen<BF16>(chunk.zero[i][h]);
