@@ -2,8 +2,8 @@
 // SOURCE.
 //
 // Each thread of a program is a fiber. What needs a warp or a program waits until all of its threads are there, and what
-// is copied to shared memory comes as late as it may (or at once: `eager`), so that a missing wait shows. Products are
-// summed in float64 and rounded once.
+// is copied to shared memory comes as late as it may (or at once: `eager`), so that a missing wait shows; so do products
+// that four warps have under way (or not: `prompt`). Products are summed in float64 and rounded once.
 
 #include <ucontext.h>
 
@@ -35,7 +35,7 @@ constexpr int MAX_THREADS = 512, STACK = 1 << 18;
 alignas(1024) Words4 dynamic[1 << 14];  // shared memory
 static Index3 threadIdx, blockIdx, gridDim;
 static int current, num_threads;
-static bool eager;
+static bool eager, prompt;
 
 struct Copy { void* to; const void* from; };
 struct Product { void (*multiply)(const Product&); float (*d)[4]; u32 a[4]; u64 b; };
@@ -173,7 +173,7 @@ static void end_products() { fibers[current].products.emplace_back(); }
 
 template <int N> static void await_products() {
     auto& products = fibers[current].products;
-    while (products.size() - 1 > (eager ? 0 : N)) {
+    while (products.size() - 1 > (prompt ? 0 : N)) {
         for (auto& product : products[0]) product.multiply(product);
         products.erase(products.begin());
     }
@@ -282,9 +282,9 @@ static void thread() {
     fibers[current].done = true;
 }
 
-// All programs of a grid, in an order drawn by `seed`, which also says whether copies are eager.
+// All programs of a grid, in an order drawn by `seed`, which also says whether copies are eager and products prompt.
 extern "C" void run(int x, int y, const void* const* given, int seed) {
-    arguments = given, eager = seed % 2, num_threads = WARPS * 32, gridDim = {(unsigned)x, (unsigned)y, 1};
+    arguments = given, eager = seed % 2, prompt = seed / 2 % 2, num_threads = WARPS * 32, gridDim = {(unsigned)x, (unsigned)y, 1};
     std::vector<unsigned> order(x * y);
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), std::mt19937(seed));
