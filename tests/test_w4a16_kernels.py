@@ -195,14 +195,15 @@ def test_linear(case: Case) -> None:
         (128, True, "product"),
         (129, True, "decoded_product"),
         (0, True, "decoded_product"),
-        (1, False, "decoded_product"),
+        (1, False, "w4a16_reference"),
     ],
 )
 def test_linear_chooses_by_rows(rows: int, has_nvrtc: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     monkeypatch.setattr(w4a16, "takes", lambda x: True)
-    monkeypatch.setattr(w4a16_kernels, "_compiles", lambda: has_nvrtc)
-    for module, name in ((w4a16_gemv, "gemv"), (w4a16_stream, "product"), (w4a16_kernels, "decoded_product")):
+    monkeypatch.setattr(w4a16_kernels, "compiles", lambda: has_nvrtc)
+    kernels = [(w4a16_gemv, "gemv"), (w4a16_stream, "product"), (w4a16_kernels, "decoded_product")]
+    for module, name in [*kernels, (w4a16, "w4a16_reference")]:
         monkeypatch.setattr(module, name, lambda *arguments, name=name: called.append(name))
     w4a16.w4a16_linear(*Case(rows, SHAPES[0], torch.float16, True, True, 0).arguments())
     assert called == [chosen]

@@ -95,5 +95,6 @@ def w4a16_linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias:
     if takes(x) and x.dtype.itemsize == 2 and 2 * weight.shape[1] // scales.shape[1] % RUN == 0:
         from kvtool.kernels import w4a16_kernels
 
-        return w4a16_kernels.linear(x, weight, scales, zeros, bias)
+        if w4a16_kernels.compiles():
+            return w4a16_kernels.linear(x, weight, scales, zeros, bias)
     return w4a16_reference(x, weight, scales, zeros, bias)

@@ -14,7 +14,6 @@ from torch import Tensor
 from kvtool.kernels import w4a16_gemv, w4a16_stream
 from kvtool.kernels.launch import capability
 from kvtool.kernels.nvrtc import Kernel, compile_cubin, refuses_to_compile, source
-from kvtool.kernels.w4a16 import dequantize_w4
 
 DECODED = 32 << 20  # bytes of a piece that is decoded to memory: it is still in the L2 cache when it is multiplied
 SOURCE = source("w4a16.cuh", "w4a16_decode.cu")
@@ -26,7 +25,7 @@ MOST_ROWS = {False: 128, True: 256}
 
 def linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:
     """`w4a16.w4a16_linear` by the kernel for so many rows. x is of 16 bits, groups are multiples of 32."""
-    if not 0 < len(x) <= MOST_ROWS[w4a16_stream.multiplies_together(x.device)] or not _compiles():
+    if not 0 < len(x) <= MOST_ROWS[w4a16_stream.multiplies_together(x.device)]:
         return decoded_product(x, weight, scales, zeros, bias)
     if len(x) <= w4a16_gemv.MAX_ROWS:
         return w4a16_gemv.gemv(x, weight, scales, zeros, bias, w4a16_gemv.tile_for(x, weight))
@@ -52,8 +51,6 @@ def decoded_product(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bi
 
 def decode(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """`w4a16.dequantize_w4` in the dtype of the scales, of 16 bits. Groups are multiples of 32; rows may be a part."""
-    if not _compiles():
-        return dequantize_w4(weight, scales, zeros, scales.dtype)
     out = torch.empty(len(weight), 2 * weight.shape[1], dtype=scales.dtype, device=weight.device)
     kernel = _kernel(out.device, tuple(constants(out, scales, capability(out.device) >= 9).items()))
     kernel(grid(out), arguments(weight, scales, zeros, out), chained=capability(out.device) >= 9)
@@ -84,7 +81,8 @@ def arguments(weight: Tensor, scales: Tensor, zeros: Tensor, out: Tensor) -> lis
 
 
 @cache
-def _compiles() -> bool:
+def compiles() -> bool:
+    """Whether there is what compiles these kernels."""
     return refuses_to_compile() is None
 
 

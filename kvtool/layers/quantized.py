@@ -98,13 +98,17 @@ class Int4Matrix(Matrix):
         return w4a16_linear(x, self.weight, self.scales, self.zeros, bias)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        if takes(self.scales) and dtype == self.scales.dtype and dtype.itemsize == 2 and self.group_size % RUN == 0:
-            from kvtool.kernels.w4a16_kernels import decode
-
-            matrix = decode(self.weight, self.scales, self.zeros)
-        else:
-            matrix = dequantize_w4(self.weight, self.scales, self.zeros, dtype)
+        matrix = self._decoded(dtype)
         return matrix if self.order is None else torch.empty_like(matrix).index_copy_(1, self.order, matrix)
+
+    def _decoded(self, dtype: torch.dtype) -> Tensor:
+        """`dense`, of columns in the order of codes."""
+        if takes(self.scales) and dtype == self.scales.dtype and dtype.itemsize == 2 and self.group_size % RUN == 0:
+            from kvtool.kernels import w4a16_kernels
+
+            if w4a16_kernels.compiles():
+                return w4a16_kernels.decode(self.weight, self.scales, self.zeros)
+        return dequantize_w4(self.weight, self.scales, self.zeros, dtype)
 
     def cuts(self, columns: Shard) -> bool:
         whole = columns.size == columns.total
