@@ -11,7 +11,6 @@ from functools import cache
 from math import gcd
 
 import torch
-import triton
 from torch import Tensor
 
 from kvtool.kernels.launch import capability, num_sms, shared_kib
@@ -105,13 +104,13 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tens
 
 def grid(x: Tensor, weight: Tensor, tile: Tile, most: int) -> tuple[int, int]:
     """Programs, of which at most so many run at once, and steps of each."""
-    of_tile = triton.cdiv(x.shape[1], STEP)
-    steps = triton.cdiv(len(weight), tile.outputs) * triton.cdiv(len(x), tile.rows) * of_tile
-    share = triton.cdiv(steps, most)
-    whole = triton.cdiv(share, of_tile) * of_tile
+    of_tile = -(-x.shape[1] // STEP)
+    steps = -(-len(weight) // tile.outputs) * -(-len(x) // tile.rows) * of_tile
+    share = -(-steps // most)
+    whole = -(-share // of_tile) * of_tile
     if whole <= WHOLE * share:
         share = whole
-    return triton.cdiv(steps, share), share
+    return -(-steps // share), share
 
 
 def constants(x: Tensor, scales: Tensor, tile: Tile, together: bool, chain: bool) -> dict[str, object]:
