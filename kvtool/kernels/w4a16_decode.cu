@@ -22,8 +22,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) w4a16_decode(
     if (column >= depth) return;
 #pragma unroll
     for (int i = 0; i < LINES; i += THREADS / ACROSS) {
-        const int output = blockIdx.x * LINES + threadIdx.x / ACROSS + i;
-        if (output >= outputs) break;
+        const int at = blockIdx.x * LINES + threadIdx.x / ACROSS + i, output = min(at, outputs - 1);
         u32 words[4], weights[4];
         read_once<16>(words, weight + ((u64)output * depth + column / 32 * 32) / 2);
         const u64 group = (u64)(column / GROUP) * stride + output;
@@ -32,6 +31,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) w4a16_decode(
             u32 code = fused<BF16>(code_pair<BF16>(words[t], s, j), ONES<BF16>, OFFSETS<BF16> ^ SIGNS);
             weights[t] = fused<BF16>(fused<BF16>(zero, ONES<BF16> ^ SIGNS, code), scale, SIGNS);
         }
-        *(Words4*)(out + (u64)output * depth + column) = {weights[0], weights[1], weights[2], weights[3]};
+        if (at < outputs)
+            *(Words4*)(out + (u64)at * depth + column) = {weights[0], weights[1], weights[2], weights[3]};
     }
 }
