@@ -187,20 +187,25 @@ def test_linear(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "has_nvrtc", "chosen"),
+    ("rows", "has_nvrtc", "together", "chosen"),
     [
-        (1, True, "gemv"),
-        (16, True, "gemv"),
-        (17, True, "product"),
-        (128, True, "product"),
-        (129, True, "decoded_product"),
-        (0, True, "decoded_product"),
-        (1, False, "w4a16_reference"),
+        (1, True, False, "gemv"),
+        (16, True, False, "gemv"),
+        (17, True, False, "product"),
+        (128, True, False, "product"),
+        (129, True, False, "decoded_product"),
+        (129, True, True, "product"),
+        (513, True, True, "decoded_product"),
+        (0, True, True, "decoded_product"),
+        (1, False, False, "w4a16_reference"),
     ],
 )
-def test_linear_chooses_by_rows(rows: int, has_nvrtc: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_chooses_by_rows(
+    rows: int, has_nvrtc: bool, together: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     called = []
     monkeypatch.setattr(w4a16, "takes", lambda x: True)
+    monkeypatch.setattr(w4a16_stream, "multiplies_together", lambda device: together)
     monkeypatch.setattr(w4a16_kernels, "compiles", lambda: has_nvrtc)
     kernels = [(w4a16_gemv, "gemv"), (w4a16_stream, "product"), (w4a16_kernels, "decoded_product")]
     for module, name in [*kernels, (w4a16, "w4a16_reference")]:

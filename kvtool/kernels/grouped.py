@@ -179,10 +179,10 @@ def _grouped_kernel(
         up_sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
         if GROUP:
             byte = tl.arange(0, DEPTH // 2)
-            low = byte // 8 * 16 + byte % 8  # the columns of low nibbles, in order
+            low = byte // 16 * 32 + byte % 16  # the columns of low nibbles, in order
             for start in range(0, depth, DEPTH):
                 here = columns + (start + low)[:, None]
-                lows, highs = tl.load(here), tl.load(here + 8)
+                lows, highs = tl.load(here), tl.load(here + 16)
                 now, group = start // 2 + byte, start // GROUP * all_lines
                 sums = _add_coded(weight, scales, zeros, line, depth, now, group, lows, highs, sums)
                 if GATED:
@@ -217,7 +217,7 @@ def _add_coded(weight, scales, zeros, line, depth, byte, group, lows, highs, sum
     lows, highs: [bytes, ROWS], the columns of x that low and high nibbles meet.
     """
     codes = tl.load(weight + line[:, None] * (depth // 2) + byte[None, :])
-    runs = tl.reshape(codes, (codes.shape[0], codes.shape[1] // 16, 4, 2, 2))  # of `pack_w4`: [OUTPUTS, runs, t, e, s]
+    runs = tl.reshape(codes, (codes.shape[0], codes.shape[1] // 16, 4, 2, 2))  # of `pack_w4`: [OUTPUTS, runs, t, e, j]
     codes = tl.reshape(tl.permute(runs, (0, 1, 4, 2, 3)), codes.shape)
     scale, zero = tl.load(scales + group + line)[:, None], tl.load(zeros + group + line)[:, None]
     sums = tl.dot(((codes & 15).to(scale.dtype) - zero) * scale, lows, sums)

@@ -44,13 +44,13 @@ def pack_w4(codes: Tensor) -> Tensor:
     """Codes uint8 [N, K] of 0..15 as the kernels read them: uint8 [N, K / 2]. K is even.
 
     A lane t of four holds columns 2t + e + 8j + 16s of each run of 32 where tensor cores multiply them 16 at a time
-    (e, j and s are 0 or 1): word t of its 16 bytes, of which byte 2e + s has j = 0 in its low nibble and j = 1 in its
+    (e, j and s are 0 or 1): word t of its 16 bytes, of which byte 2e + j has s = 0 in its low nibble and s = 1 in its
     high one. Where K is no multiple of 32, neighbours share a byte.
     """
     if codes.shape[1] % RUN:
         low, high = codes.unflatten(1, (-1, 2)).unbind(2)
         return low | high << 4
-    low, high = codes.unflatten(1, (-1, 2, 2, 4, 2)).unbind(3)  # [N, runs, s, t, e]
+    low, high = codes.unflatten(1, (-1, 2, 2, 4, 2)).unbind(2)  # [N, runs, j, t, e]
     return (low | high << 4).permute(0, 1, 3, 4, 2).flatten(1)
 
 
@@ -59,7 +59,7 @@ def unpack_w4(weight: Tensor) -> Tensor:
     if weight.shape[1] % (RUN // 2):
         return torch.stack((weight & 15, weight >> 4), dim=2).flatten(1)
     packed = weight.unflatten(1, (-1, 4, 2, 2)).permute(0, 1, 4, 2, 3)
-    return torch.stack((packed & 15, packed >> 4), dim=3).flatten(1)
+    return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)
 
 
 def by_group(grid: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ SOURCE = source("w4a16.cuh", "w4a16_decode.cu")
 LINES, COLUMNS, WARPS = 16, 512, 4  # outputs and columns of a program that decodes, and its warps
 
 # Rows up to which codes are decoded in registers, by whether four warps multiply together there (`w4a16_stream`).
-MOST_ROWS = {False: 128, True: 256}
+MOST_ROWS = {False: 128, True: 512}
 
 
 def linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:

@@ -18,7 +18,8 @@ constexpr int GRIDS = GROUP % STEP == 0 ? 1 : GROUP % HALF == 0 ? 2 : 4;        
 constexpr int HALF_BYTES = ROWS * HALF * 2, CODES_BYTES = OUTPUTS * STEP / 2, GRID_PIECES = GRIDS * OUTPUTS / 4;
 constexpr int STAGE_BYTES = (2 * HALF_BYTES + CODES_BYTES + GRID_PIECES * 16 + 1023) / 1024 * 1024;
 constexpr int AHEAD = TOGETHER ? STAGES - 2 : STAGES - 1;  // steps under way: products may still read the one before
-constexpr int WIDE = COLUMNS < 8 ? COLUMNS : 8, FRAGMENTS = TILES * COLUMNS;
+constexpr int FRAGMENTS = TILES * COLUMNS, REGISTERS = 65536 / (THREADS * PER_SM) < 255 ? 65536 / (THREADS * PER_SM) : 255;
+constexpr int AT_ONCE = (REGISTERS - 50) / (4 * FRAGMENTS) - 1;  // programs whose sums there is room for beside a tile's own
 extern "C" __constant__ const int shared_bytes = STAGES * STAGE_BYTES;
 
 struct Place {  // of a step: its first ones, and where this thread reads the first of what it fetches
@@ -143,10 +144,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
                     const char* pairs = stage + run / 2 * HALF_BYTES + (run % 2 * 2 + s) * 32;
                     start_products(a[s]);
 #pragma unroll
-                    for (int n = 0; n < COLUMNS; n += WIDE)
-#pragma unroll
-                        for (int i = 0; i < TILES; i++)
-                            multiply_add_async<BF16, WIDE>(&total[i][n], a[s][i], shared_matrix(pairs + n * 1024));
+                    for (int i = 0; i < TILES; i++)
+                        multiply_add_async<BF16, COLUMNS>(total[i], a[s][i], shared_matrix(pairs));
                     end_products();
                     await_products<1>();  // what comes next is decoded into the registers of the one before
                 }
@@ -188,6 +187,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
         __threadfence();
         if (threadIdx.x == 0) arrivals[first] = 0;  // for the next kernel
         each(total, [&](float(&sums)[4], int) { sums[0] = sums[1] = sums[2] = sums[3] = 0; });
+#pragma unroll(AT_ONCE < 1 ? 1 : AT_ONCE < 4 ? AT_ONCE : 4)
         for (int program = first; program <= last; program++) {
             const float* from = slot(program);
             each(total, [&](float(&sums)[4], int fragment) {

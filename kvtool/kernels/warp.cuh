@@ -66,32 +66,31 @@ template <bool BFLOAT> __device__ inline void multiply_add(float (&d)[4], const 
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// What four warps multiply at once, with x of 8 WIDE columns in shared memory (sm_90a): each its own `a`, as above, with
-// the same `b`, a `shared_matrix`. It is under way until it is awaited; until then nobody else may use `d` and `a`, nor
-// change `b`.
-#define ASYNC_PRODUCT(SHAPE, TYPE, SUMS, A, B)                                                                         \
-    "{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned." SHAPE "k16.f32." TYPE "." TYPE " " SUMS ", "  \
-    A ", " B ", p, 1, 1, 0; }"
-#define FOUR_SUMS(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
-#define ASYNC_PRODUCT_32(TYPE)                                                                                         \
-    asm volatile(ASYNC_PRODUCT("m64n32", TYPE, "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "     \
-        "%15}", "{%16, %17, %18, %19}", "%20")                                                                         \
-        : FOUR_SUMS(d[0]), FOUR_SUMS(d[1]), FOUR_SUMS(d[2]), FOUR_SUMS(d[3])                                           \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-#define ASYNC_PRODUCT_64(TYPE)                                                                                         \
-    asm volatile(ASYNC_PRODUCT("m64n64", TYPE, "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, "     \
-        "%15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}", "{%32, %33, %34, "     \
-        "%35}", "%36")                                                                                                 \
-        : FOUR_SUMS(d[0]), FOUR_SUMS(d[1]), FOUR_SUMS(d[2]), FOUR_SUMS(d[3]), FOUR_SUMS(d[4]), FOUR_SUMS(d[5]),        \
-          FOUR_SUMS(d[6]), FOUR_SUMS(d[7])                                                                             \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+// What four warps multiply at once (sm_90a): d += a · b, each warp's own `a`, as above, with the same `b` of 8 WIDE columns,
+// a `shared_matrix`. It is under way until it is awaited; until then nobody else may use `d` and `a`, nor change `b`.
+#define FOUR(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
+#define SIXTEEN(d) FOUR((d)[0]), FOUR((d)[1]), FOUR((d)[2]), FOUR((d)[3])
+#define SUMS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define SUMS_32 SUMS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SUMS_64                                                                                                        \
+    SUMS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "    \
+            "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define MULTIPLY_ASYNC(COLUMNS, TYPE, SUMS, A, B, ...)                                                                 \
+    asm volatile("{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE "."   \
+        TYPE " {" SUMS "}, {" A "}, " B ", p, 1, 1, 0; }"                                                              \
+        : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define MULTIPLY_ASYNC_WIDE(TYPE)                                                                                      \
+    if constexpr (WIDE == 4) MULTIPLY_ASYNC("32", TYPE, SUMS_16, "%16, %17, %18, %19", "%20", SIXTEEN(d));             \
+    else if constexpr (WIDE == 8)                                                                                      \
+        MULTIPLY_ASYNC("64", TYPE, SUMS_32, "%32, %33, %34, %35", "%36", SIXTEEN(d), SIXTEEN(d + 4));                  \
+    else                                                                                                               \
+        MULTIPLY_ASYNC("128", TYPE, SUMS_64, "%64, %65, %66, %67", "%68", SIXTEEN(d), SIXTEEN(d + 4), SIXTEEN(d + 8),  \
+                       SIXTEEN(d + 12))
 template <bool BFLOAT, int WIDE>
 __device__ inline void multiply_add_async(float (*d)[4], const u32 (&a)[4], u64 b) {
-    static_assert(WIDE == 4 || WIDE == 8);
-    if constexpr (WIDE == 4 && BFLOAT) ASYNC_PRODUCT_32("bf16");
-    else if constexpr (WIDE == 4) ASYNC_PRODUCT_32("f16");
-    else if constexpr (BFLOAT) ASYNC_PRODUCT_64("bf16");
-    else ASYNC_PRODUCT_64("f16");
+    static_assert(WIDE == 4 || WIDE == 8 || WIDE == 16);
+    if constexpr (BFLOAT) { MULTIPLY_ASYNC_WIDE("bf16"); }
+    else { MULTIPLY_ASYNC_WIDE("f16"); }
 }
 
 // A second operand in shared memory, 16 deep: column n's 32 bytes are 128 n from the first one's, and of each multiple of
@@ -102,7 +101,7 @@ __device__ inline u64 shared_matrix(const void* from) {
 }
 
 // Registers that products under way have used, or will, are what they are by now.
-__device__ inline void settle(float (&d)[4]) { asm volatile("" : FOUR_SUMS(d) : : "memory"); }
+__device__ inline void settle(float (&d)[4]) { asm volatile("" : FOUR(d) : : "memory"); }
 template <int N> __device__ inline void start_products(u32 (&a)[N][4]) {
 #pragma unroll
     for (int i = 0; i < N; i++)
@@ -200,6 +199,11 @@ __device__ inline void prefetch(const void* from, u32 bytes) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 #endif
+}
+
+// Ask for the 32 bytes around here, too.
+__device__ inline void prefetch_sector(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
 }
 
 // What another program has written, past this multiprocessor's own cache.
