@@ -5,7 +5,7 @@ memory, a piece at a time, and the vendor's product multiplies.
 """
 
 import ctypes
-from functools import cache
+from functools import cache, partial
 
 import torch
 import triton
@@ -13,10 +13,12 @@ from torch import Tensor
 
 from kvtool.kernels import w4a16_gemv, w4a16_stream
 from kvtool.kernels.launch import capability
-from kvtool.kernels.nvrtc import Kernel, compile_cubin, refuses_to_compile, source
+from kvtool.kernels.nvrtc import load, refuses_to_compile, source
 
 DECODED = 32 << 20  # bytes of a piece that is decoded to memory: it is still in the L2 cache when it is multiplied
 SOURCE = source("w4a16.cuh", "w4a16_decode.cu")
+_kernel = partial(load, SOURCE, "w4a16_decode", carveout=-1)
+
 LINES, COLUMNS, WARPS = 16, 512, 4  # outputs and columns of a program that decodes, and its warps
 
 # Rows up to which codes are decoded in registers, by whether four warps multiply together there (`w4a16_stream`).
@@ -84,11 +86,3 @@ def arguments(weight: Tensor, scales: Tensor, zeros: Tensor, out: Tensor) -> lis
 def compiles() -> bool:
     """Whether there is what compiles these kernels."""
     return refuses_to_compile() is None
-
-
-@cache
-def _kernel(device: torch.device, macros: tuple[tuple[str, object], ...]) -> Kernel:
-    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    cubin = compile_cubin(SOURCE, architecture, dict(macros))
-    with torch.cuda.device(device):
-        return Kernel(cubin, "w4a16_decode", 32 * WARPS, carveout=-1)

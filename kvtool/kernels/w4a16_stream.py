@@ -7,16 +7,18 @@ the shape ("stream-K", arXiv 2301.03598): no multiprocessor waits for others wit
 
 import ctypes
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from math import gcd
 
 import torch
 from torch import Tensor
 
 from kvtool.kernels.launch import capability, num_sms, shared_kib
-from kvtool.kernels.nvrtc import Kernel, compile_cubin, source
+from kvtool.kernels.nvrtc import load, source
 
 SOURCE = source("w4a16.cuh", "w4a16_stream.cu")
+_kernel = partial(load, SOURCE, "w4a16", carveout=-1)
+
 STEP = 128  # columns
 OUTPUTS = 8  # of which it takes multiples
 WHOLE = 9 / 8  # of an even share, up to which it rather is of whole tiles, which nobody need add up
@@ -94,7 +96,9 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tens
     """
     out, chain = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device), capability(x.device) >= 9
     tile = tile.fitted(x.shape[1] // scales.shape[1], shared_kib(x.device))
-    kernel = _kernel(x.device, tuple(constants(x, scales, tile, multiplies_together(x.device), chain).items()))
+    together = multiplies_together(x.device)
+    macros = constants(x, scales, tile, together, chain)
+    kernel = _kernel(x.device, tuple(macros.items()), features="a" * together)
     programs, share = grid(x, weight, tile, tile.per_sm * num_sms(x.device))
     partial = torch.empty(programs, 2, tile.outputs * tile.rows, dtype=torch.float32, device=x.device)
     values = arguments(x, weight, scales, zeros, bias, out, partial, _arrivals(x.device), share)
@@ -149,11 +153,3 @@ def arguments(
 def _arrivals(device: torch.device) -> Tensor:
     """Zeros between kernels, which must run one at a time: programs that share a tile count here who is done."""
     return torch.zeros(16 * num_sms(device), dtype=torch.int32, device=device)
-
-
-@cache
-def _kernel(device: torch.device, macros: tuple[tuple[str, object], ...]) -> Kernel:
-    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device)) + "a" * int(dict(macros)["TOGETHER"])
-    cubin = compile_cubin(SOURCE, architecture, dict(macros))
-    with torch.cuda.device(device):
-        return Kernel(cubin, "w4a16", 32 * int(dict(macros)["WARPS"]), carveout=-1)
