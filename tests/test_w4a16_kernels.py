@@ -43,8 +43,8 @@ GEMV_VARIANTS = [
 ]
 # A shape, a dtype, a tile, and whether four warps multiply together.
 VARIANTS = [
-    (SHAPES[0], torch.float16, w4a16_stream.Tile(1, 1, 2, 2, 1), False),
-    ((32, 192, 64), torch.bfloat16, w4a16_stream.Tile(2, 2, 1, 3, 1), False),
+    (SHAPES[0], torch.float16, w4a16_stream.Tile(1, 1, 4, 2, 1), False),
+    ((32, 192, 64), torch.bfloat16, w4a16_stream.Tile(2, 2, 4, 3, 1), False),
     (SHAPES[4], torch.bfloat16, w4a16_stream.Tile(1, 4, 4, 3, 1), True),
     (SHAPES[5], torch.float16, w4a16_stream.Tile(1, 8, 4, 4, 1), True),
     ((136, 384, 384), torch.bfloat16, w4a16_stream.Tile(2, 16, 4, 4, 1), True),

@@ -144,6 +144,7 @@ template <bool BFLOAT> static void multiply_add(float (&d)[4], const u32 (&a)[4]
 }
 
 static u64 shared_matrix(const void* from) { return (uintptr_t)from; }
+static u64 behind(u64 matrix, int bytes) { return matrix + bytes; }
 
 template <bool BFLOAT, int WIDE> static void multiply_now(const Product& product) {
     Lanes<4> all = exchange(product.a);

@@ -12,6 +12,7 @@
 // TOGETHER, four warps multiply what each holds of weights with x as it lies in shared memory, while they decode what
 // comes next; else each warp reads x by itself.
 
+static_assert(WARPS % 4 == 0);
 constexpr int THREADS = 32 * WARPS, OUTPUTS = 16 * TILES * WARPS, ROWS = 8 * COLUMNS;
 constexpr int RUN = 32, STEP = 4 * RUN, HALF = STEP / 2;                              // columns
 constexpr int GRIDS = GROUP % STEP == 0 ? 1 : GROUP % HALF == 0 ? 2 : 4;              // of a step, with a scale each
@@ -60,20 +61,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
         const char* codes = weight + ((u64)(output + threadIdx.x / 4) * depth + column) / 2 + t * 16;
         return Place{output, row, column, codes, x + (u64)(row + threadIdx.x / 16) * depth + column + threadIdx.x % 16 * 8};
     };
-    auto behind = [&](Place at) {
+    auto after = [&](Place at) {
         at.column += STEP, at.codes += STEP / 2, at.x += STEP;
         if (at.column < depth) return at;
         return at.row + ROWS < rows ? place_of(at.output, at.row + ROWS, 0) : place_of(at.output + OUTPUTS, 0, 0);
     };
 
     // 16 bytes of codes, and of x, lie where eight lanes that read below one another find them in all banks.
+    const int codes_to = 2 * HALF_BYTES + threadIdx.x / 4 * (STEP / 2) + (t ^ threadIdx.x / 8 % 4) * 16;
+    const int x_to = threadIdx.x / 8 % 2 * HALF_BYTES + threadIdx.x / 16 * 128 + (threadIdx.x ^ threadIdx.x / 16) % 8 * 16;
     auto fetch_codes = [&](const Place& at, char* to) {
-        const int output = threadIdx.x / 4, left = at.column + t * RUN < depth ? outputs - at.output - output : 0;
+        const int left = at.column + t * RUN < depth ? outputs - at.output - (int)threadIdx.x / 4 : 0;
         const char* from = at.codes;
-        char* codes = to + 2 * HALF_BYTES + output * (STEP / 2) + (t ^ output / 2 % 4) * 16;
 #pragma unroll
         for (int i = 0; i < OUTPUTS; i += 8 * WARPS, from += (u64)(8 * WARPS) * (depth / 2))
-            copy_async_if(i < left, codes + i * (STEP / 2), from);
+            copy_async_if(i < left, to + codes_to + i * (STEP / 2), from);
 #pragma unroll
         for (int i = 0; i < GRID_PIECES; i += THREADS) {
             const int piece = i + threadIdx.x, of = piece / (OUTPUTS / 8), first = at.output + piece % (OUTPUTS / 8) * 8;
@@ -84,21 +86,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
         }
     };
     auto fetch_x = [&](const Place& at, char* to) {
-        const int piece = threadIdx.x % 16, left = at.column + piece * 8 < depth ? rows - at.row : 0;
+        const int left = at.column + (int)threadIdx.x % 16 * 8 < depth ? rows - at.row - (int)threadIdx.x / 16 : 0;
         const u16* from = at.x;
 #pragma unroll
-        for (int i = 0; i < ROWS; i += 2 * WARPS, from += (u64)(2 * WARPS) * depth) {
-            const int row = i + threadIdx.x / 16;
-            char* pairs = to + piece / 8 * HALF_BYTES + row * 128 + (piece % 8 ^ row % 8) * 16;
-            if (ROWS % (2 * WARPS) == 0 || row < ROWS) copy_async_if(row < left, pairs, from);
-        }
+        for (int i = 0; i < ROWS; i += 2 * WARPS, from += (u64)(2 * WARPS) * depth)
+            if (ROWS % (2 * WARPS) == 0 || i + threadIdx.x / 16 < ROWS) copy_async_if(i < left, to + x_to + i * 128, from);
     };
 
     auto stage_of = [&](int index) { return (char*)dynamic + index % STAGES * STAGE_BYTES; };
     const Place start = place_of(begin / steps / row_tiles * OUTPUTS, begin / steps % row_tiles * ROWS, begin % steps * STEP);
     Place ahead = start;
     auto fetch = [&](int index) {  // the step `ahead`
-        if (index < count) fetch_codes(ahead, stage_of(index)), fetch_x(ahead, stage_of(index)), ahead = behind(ahead);
+        if (index < count) fetch_codes(ahead, stage_of(index)), fetch_x(ahead, stage_of(index)), ahead = after(ahead);
         end_group();
     };
 
@@ -107,6 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
         const char* stage = stage_of(index);
         const char* codes_of = stage + 2 * HALF_BYTES + (warp * (16 * TILES) + lane % 16) * (STEP / 2);
         const u16* grid = (const u16*)(stage + 2 * HALF_BYTES + CODES_BYTES) + warp * (16 * TILES) + g;
+        const u64 columns = TOGETHER ? shared_matrix(stage) : 0;
         u32 codes[2][TILES][4], offset[TILES][2], scale[TILES][2], rest[TILES][2], a[HELD][4];
 #pragma unroll
         for (int half = 0; half < 2; half++)
@@ -144,8 +144,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
                         }
                     if constexpr (TOGETHER) {
                         start_products(held);
-                        const char* pairs = stage + run / 2 * HALF_BYTES + (run % 2 * 2 + s) * 32;
-                        multiply_add_async<BF16, COLUMNS>(total[i], held, shared_matrix(pairs));
+                        const u64 pairs = behind(columns, run / 2 * HALF_BYTES + (run % 2 * 2 + s) * 32);
+                        multiply_add_async<BF16, COLUMNS>(total[i], held, pairs);
                         end_products();
                         await_products<HELD - 1>();  // what is decoded next replaces the oldest
                     }
@@ -211,14 +211,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
         });
     };
 
-    for (int index = 0; index < min(AHEAD, count); index++, ahead = behind(ahead)) fetch_codes(ahead, stage_of(index));
+    for (int index = 0; index < min(AHEAD, count); index++, ahead = after(ahead)) fetch_codes(ahead, stage_of(index));
     if (CHAINED) {
         start_next();
         await_inputs();
     }
     ahead = start;
     for (int index = 0; index < AHEAD; index++) {
-        if (index < count) fetch_x(ahead, stage_of(index)), ahead = behind(ahead);
+        if (index < count) fetch_x(ahead, stage_of(index)), ahead = after(ahead);
         end_group();
     }
     for (int index = 0; index < count;) {

@@ -99,6 +99,8 @@ __device__ inline u64 shared_matrix(const void* from) {
     u64 address = (u32)__cvta_generic_to_shared(from) >> 4 & 0x3fff;
     return address | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
+// That which lies so many bytes behind another.
+__device__ inline u64 behind(u64 matrix, int bytes) { return matrix >> 32 << 32 | ((u32)matrix + bytes / 16); }
 
 // Registers that products under way have used, or will, are what they are by now.
 __device__ inline void settle(float (&d)[4]) { asm volatile("" : FOUR(d) : : "memory"); }
