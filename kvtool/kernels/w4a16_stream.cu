@@ -19,6 +19,7 @@ constexpr int GRIDS = GROUP % STEP == 0 ? 1 : GROUP % HALF == 0 ? 2 : 4;        
 constexpr int HALF_BYTES = ROWS * HALF * 2, CODES_BYTES = OUTPUTS * STEP / 2, GRID_PIECES = GRIDS * OUTPUTS / 4;
 constexpr int STAGE_BYTES = (2 * HALF_BYTES + CODES_BYTES + GRID_PIECES * 16 + 1023) / 1024 * 1024;
 constexpr int AHEAD = TOGETHER ? STAGES - 2 : STAGES - 1;  // steps under way: products may still read the one before
+constexpr int PREFETCHED = 16;  // steps whose codes come to the L2 cache while an earlier kernel runs, at most
 constexpr int HELD = TILES < 2 ? 4 : 2 * TILES;  // operands of 16 weights each way, all but one of them in products under way
 constexpr int FRAGMENTS = TILES * COLUMNS, REGISTERS = 65536 / (THREADS * PER_SM) < 255 ? 65536 / (THREADS * PER_SM) : 255;
 constexpr int AT_ONCE = (REGISTERS - 50) / (4 * FRAGMENTS) - 1;  // programs whose sums there is room for beside a tile's own
@@ -213,6 +214,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
 
     for (int index = 0; index < min(AHEAD, count); index++, ahead = after(ahead)) fetch_codes(ahead, stage_of(index));
     if (CHAINED) {
+        const int bytes = min(depth - start.column, min(count, PREFETCHED) * STEP) / 2;  // of the first tile
+        for (int i = threadIdx.x; i < min(OUTPUTS, outputs - start.output); i += THREADS)
+            prefetch(weight + ((u64)(start.output + i) * depth + start.column) / 2, bytes);
         start_next();
         await_inputs();
     }
