@@ -92,8 +92,8 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tens
     On sm_90 the matrix is read while earlier kernels of the stream still run: none of them may be writing it.
 
     Args:
-        x: [M, K] of 16 bits; the rest as there, of a multiple of `OUTPUTS`, in groups of multiples of 32 columns. Scales
-            of fp16 are below 128.
+        x: [M, K] of 16 bits; the rest as there, of a multiple of `OUTPUTS`, in groups of multiples of 32 columns.
+            Scales of fp16 are below 128.
     """
     out, chain = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device), capability(x.device) >= 9
     tile = tile.fitted(x.shape[1] // scales.shape[1], shared_kib(x.device))
