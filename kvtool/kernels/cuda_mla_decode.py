@@ -25,12 +25,12 @@ LATENTS = (("8", "token"), ("4", "token"), ("2", "token"))
 # Warps that score, warps that gather, tokens of a tile, pipeline stages, programs per SM and operands of queries that
 # stay in registers, by (KiB of shared memory of an SM, bits of latents). None was timed yet.
 TILES: dict[tuple[int, str], tuple[int, int, int, int, int, int]] = {
-    (100, "8"): (4, 4, 32, 3, 1, 24),
+    (100, "8"): (2, 4, 32, 3, 1, 16),
     (100, "4"): (4, 4, 64, 3, 1, 24),
     (100, "2"): (4, 4, 64, 4, 1, 24),
-    (228, "8"): (4, 4, 64, 4, 1, 16),
-    (228, "4"): (4, 4, 64, 6, 1, 24),
-    (228, "2"): (4, 4, 64, 8, 1, 24),
+    (228, "8"): (4, 4, 64, 4, 1, 8),
+    (228, "4"): (4, 4, 128, 4, 1, 6),
+    (228, "2"): (4, 4, 128, 4, 1, 4),
 }
 
 SOURCE = source("decode.cuh", "mla_decode.cu")

@@ -3,11 +3,11 @@
 //
 // A program has 16 query heads, the rows of both products, and walks over tiles of tokens. Some of its warps score: each
 // has a run of tokens of a tile, with all of their channels, and leaves their weights in shared memory. The others
-// gather: each has a span of channels, of all tokens of the tile before. So queries stay in the registers of the ones,
-// outputs in those of the others, and either has something to do where the other waits. A latent
-// comes to shared memory once, as it lies in a block, and goes from there to either product without a conversion: the
-// bits of a code, alone in an fp16, are the subnormal number code · 2^-24, exactly (times 2^(BITS · part) for higher
-// parts of a byte).
+// gather: each has a span of channels, of all tokens of the tile. So queries stay in registers of the ones and outputs in
+// those of the others, and a warp has a neighbour of the other kind, which is a tile ahead or behind. A latent comes to
+// shared memory once, as it lies in a block, and goes from there to either product without a conversion: the bits of a
+// code, alone in an fp16, are the subnormal number code · 2^-24, exactly (times 2^(BITS · part) for higher parts of a
+// byte).
 //
 //   scores   [16 heads, 8 tokens]    += queries [16 heads, 16 channels] · latents [16 channels, 8 tokens], ∘scale by group
 //   outputs  [16 heads, 8 channels]  += (p∘scale) [16 heads, 16 tokens] · latents [16 tokens, 8 channels]
@@ -15,20 +15,20 @@
 // A lane is 4g + t. A product takes the order of what it sums from whoever loads it: channels are dealt to the t of the
 // first so that words are split without being rearranged; to the second, pairs of tokens come transposed.
 
-constexpr int L = 512, R = 64;         // channels of a latent and of a rope key
-constexpr int GROUPS = L / 64;         // of a latent's channels that share a scale
-constexpr int PARTS = 8 / BITS;        // codes in a byte
-constexpr int ROW = L / PARTS;         // bytes of a latent
+constexpr int L = 512, R = 64;             // channels of a latent and of a rope key
+constexpr int GROUPS = L / 64;             // of a latent's channels that share a scale
+constexpr int PARTS = 8 / BITS;            // codes in a byte
+constexpr int ROW = L / PARTS;             // bytes of a latent
 constexpr int ROPE_ROW = R * ROPE_BITS / 8;
-constexpr int CHUNKS = ROW / 64;       // of a latent's bytes, each of which has a group of every part
+constexpr int CHUNKS = ROW / 64;           // of a latent's bytes, each of which has a group of every part
 constexpr int HEADS = 16;
-constexpr int RUN = TOKENS / SCORERS;  // tokens of a warp that scores
+constexpr int RUN = TOKENS / SCORERS;      // tokens of a warp that scores
 constexpr int OCTETS = RUN / 8;
-constexpr int STEPS = TOKENS / 16;     // of the second product
-constexpr int SPAN = ROW / GATHERERS;  // bytes of a latent of a warp that gathers
+constexpr int STEPS = TOKENS / 16;         // of the second product
+constexpr int SPAN = ROW / GATHERERS;      // bytes of a latent of a warp that gathers
 constexpr int DRAWN = TOKENS / GATHERERS;  // tokens that it brings to shared memory
 constexpr int QUERY_STEPS = (L + R) / 16;
-constexpr int CHAINS = PARTS < 2 ? 2 : PARTS;  // sums of a chunk: a product waits long for the one that it adds to
+constexpr int CHAINS = PARTS < 2 ? 2 : PARTS;  // sums of a chunk: a product waits long for what it adds to
 
 // A stage of the ring, and what else is in shared memory.
 constexpr int ROPE = TOKENS * ROW;
@@ -39,11 +39,13 @@ constexpr int STAGE = ROPE_SCALE + (ROPE_BITS == 8 ? GATHERERS * 4 * R : 0);
 constexpr int QUERY = STAGES * STAGE;                   // operands of the first product, [step][lane]
 constexpr int WEIGHTS = QUERY + QUERY_STEPS * 512;      // of the second, [2][step][lane]
 constexpr int SCALES = WEIGHTS + 2 * STEPS * 512;       // of pairs of tokens, [2][step][group][t]
-constexpr int ALPHAS = SCALES + 2 * STEPS * 256;        // [2][head]: what outputs before are multiplied by; below 0: nothing
+constexpr int ALPHAS = SCALES + 2 * STEPS * 256;        // [2][head]: what outputs so far are multiplied by
 constexpr int TOPS = ALPHAS + 2 * HEADS * 4;            // [warp][head]
-extern "C" __constant__ const int shared_bytes = TOPS + WARPS * HEADS * 4;
+constexpr int SUMS = GROUPS + 1;                        // where gatherers meet, [gatherer][head]: Σ p∘zero by group, Σ p
+extern "C" __constant__ const int shared_bytes = TOPS + SCORERS * HEADS * 4;
 
-static_assert(RUN % 8 == 0 && DRAWN % RUN == 0 && BLOCK % DRAWN == 0 && TOKENS % 16 == 0 && SPAN % 32 == 0);
+static_assert(RUN % 16 == 0 && BLOCK % RUN == 0 && BLOCK % DRAWN == 0 && SPAN % 32 == 0);
+static_assert(RUN % DRAWN == 0 || DRAWN % RUN == 0);
 static_assert(STAGE % 128 == 0 && STAGES >= 3 && RESIDENT <= QUERY_STEPS && WARPS == SCORERS + GATHERERS);
 
 // Barriers: of those that score; and of all, at which one team only arrives: what it says of a buffer.
@@ -91,8 +93,6 @@ __device__ inline void halves(u32 (&to)[2], u32 word) {
 }
 __device__ inline u32 code(u32 half, int part) { return BITS == 8 ? half : half & code_mask(BITS, part); }
 
-constexpr int SUMS = GROUPS + 1;  // of a scorer and a head, where warps meet: Σ p∘zero by group, Σ p
-
 // Where a thread is.
 struct Place {
     char* shared;
@@ -102,43 +102,47 @@ struct Place {
 // Leave `queries` [heads, L + R] in shared memory as operands, divided by powers of 2 near their largest, in `tops`.
 __device__ inline void leave_queries(Place at, float* tops, const u16* queries, int heads) {
     // Nothing is done before all is asked for: what a program waits for here, it waits for alone.
-    constexpr int OWN = (HEADS + WARPS - 1) / WARPS;
-    const int warp = threadIdx.x / 32;
+    constexpr int OWN = (HEADS + SCORERS - 1) / SCORERS, OWN_STEPS = (QUERY_STEPS + SCORERS - 1) / SCORERS;
+    auto row_of = [&](int head) { return queries + min(head, heads - 1) * (L + R); };
     float largest[OWN];
+    u32 words[OWN_STEPS][2][2];
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
         largest[i] = 1e-20f;
 #pragma unroll
         for (int channel = at.lane * 8; channel < L + R; channel += 256) {
-            u32 words[4];
-            read<16>(words, queries + min(warp + i * WARPS, heads - 1) * (L + R) + channel);
-            for (u32 word : words)
-                for (int e = 0; e < 2; e++) largest[i] = fmaxf(largest[i], fabsf(widen<BF16>((u16)(word >> 16 * e))));
+            u32 pairs[4];
+            read<16>(pairs, row_of(at.warp + i * SCORERS) + channel);
+            for (u32 pair : pairs)
+                for (int e = 0; e < 2; e++) largest[i] = fmaxf(largest[i], fabsf(widen<BF16>((u16)(pair >> 16 * e))));
         }
     }
+#pragma unroll
+    for (int i = 0; i < OWN_STEPS; i++)
+        for (int h = 0; h < 2; h++)
+            read<8>(words[i][h], row_of(at.g + 8 * h) + query_channel(min(i * SCORERS + at.warp, QUERY_STEPS - 1), at.t));
     for (int i = 0; i < OWN; i++) {
         for (int mask = 1; mask < 32; mask *= 2) largest[i] = fmaxf(largest[i], shuffle_xor(largest[i], mask));
-        if (at.lane == 0 && warp + i * WARPS < HEADS) tops[warp + i * WARPS] = __uint_as_float(__float_as_uint(largest[i]) & 0x7f800000);
+        if (at.lane == 0 && at.warp + i * SCORERS < HEADS)
+            tops[at.warp + i * SCORERS] = __uint_as_float(__float_as_uint(largest[i]) & 0x7f800000);
     }
-    __syncthreads();
+    meet(SCORING, SCORERS * 32);
 #pragma unroll
-    for (int i = 0; i < QUERY_STEPS; i += WARPS) {
-        int step = i + warp;
+    for (int i = 0; i < OWN_STEPS; i++) {
+        const int step = i * SCORERS + at.warp;
         if (step >= QUERY_STEPS) break;
         const bool exact = ROPE_BITS == 16 && step >= L / 16;
         u32 operand[4];
         for (int h = 0; h < 2; h++) {
-            u32 words[2];
-            read<8>(words, queries + min(at.g + 8 * h, heads - 1) * (L + R) + query_channel(step, at.t));
             float factor = power_of_2(QUERY_BOOST) * __uint_as_float(0x7f000000 - __float_as_uint(tops[at.g + 8 * h])), x[4];
             if (step < L / 16) factor *= power_of_2(-BITS * (step % PARTS));
-            for (int e = 0; e < 4; e++) x[e] = widen<BF16>((u16)(words[e / 2] >> e % 2 * 16)) * factor;
+            for (int e = 0; e < 4; e++) x[e] = widen<BF16>((u16)(words[i][h][e / 2] >> e % 2 * 16)) * factor;
             for (int j = 0; j < 2; j++)
                 operand[2 * j + h] = exact ? round_pair<BF16>(x[2 * j], x[2 * j + 1]) : round_pair<false>(x[j], x[j + 2]);
         }
         *(Words4*)(at.shared + QUERY + step * 512 + at.lane * 16) = {operand[0], operand[1], operand[2], operand[3]};
     }
-    __syncthreads();
+    meet(SCORING, SCORERS * 32);
 }
 
 // A warp that scores.
@@ -147,14 +151,12 @@ struct Scorer : Place {
     u32 query_sums[4];           // queries summed by group of channels, twice: as fp16, and what that leaves
     float to_log2[2];            // what a score takes to the exponent of 2, of heads g and g + 8
     float m[2];                  // the largest so far, at least: the same in all warps
-    float zeros[4], total[4];    // Σ p∘zero by group, Σ p: of this warp's tokens alone
 
     __device__ inline Scorer(Place at, const float* tops, float scale) : Place(at) {
         for (int h = 0; h < 2; h++) {
             to_log2[h] = tops[g + 8 * h] * scale * power_of_2(24 - QUERY_BOOST);
             m[h] = -1e30f;
         }
-        for (int j = 0; j < 4; j++) zeros[j] = total[j] = 0;
 #pragma unroll
         for (int step = 0; step < RESIDENT; step++) read<16>(query[step], shared + QUERY + step * 512 + lane * 16);
         float sums[2][2];
@@ -188,6 +190,8 @@ struct Scorer : Place {
     // Scores of this warp's run: its columns 2t and 2t + 1 of heads g and g + 8.
     __device__ inline void score(const char* stage, float (&s)[OCTETS][4]) {
         const int row = warp * RUN + g;
+        const char* codes[2];  // of chunks with an even number, and an odd one
+        for (int i = 0; i < 2; i++) codes[i] = stage + row * ROW + (i * 64 + t * 16 ^ swizzle(row));
         // What is added at the end: offsets of all tokens and of each, and products with codes of rope keys.
         float offset[4] = {}, offsets[OCTETS][4] = {}, rope[OCTETS][4] = {};
         u32 keys[OCTETS][ROPE_ROW / 16], scales[OCTETS][2][4];
@@ -227,7 +231,7 @@ struct Scorer : Place {
             u32 words[OCTETS][4];
             float sum[CHAINS][OCTETS][4] = {};
             for (int o = 0; o < OCTETS; o++)
-                read<16>(words[o], stage + (row + 8 * o) * ROW + (chunk * 64 + t * 16 ^ swizzle(row)));
+                read<16>(words[o], codes[chunk % 2] + chunk / 2 * 128 + 8 * o * ROW);
 #pragma unroll
             for (int w = 0; w < 4; w++) {
                 u32 pairs[OCTETS][2];
@@ -237,8 +241,8 @@ struct Scorer : Place {
                     u32 operand[4];
                     read_query(operand, (chunk * 4 + w) * PARTS + part);
                     for (int o = 0; o < OCTETS; o++) {
-                        u32 codes[2] = {code(pairs[o][0], part), code(pairs[o][1], part)};
-                        multiply_add<false>(sum[PARTS < 2 ? w % 2 : part][o], operand, codes);
+                        u32 columns[2] = {code(pairs[o][0], part), code(pairs[o][1], part)};
+                        multiply_add<false>(sum[PARTS < 2 ? w % 2 : part][o], operand, columns);
                     }
                 }
             }
@@ -263,22 +267,23 @@ struct Scorer : Place {
     }
 
     template <bool BFLOAT> __device__ inline void leave_weights(
-        const float (&s)[OCTETS][4], const float (&unit)[2], u32 (&p)[OCTETS][2], int buffer
+        const float (&s)[OCTETS][4], const float (&unit)[2], int buffer
     ) {
-        for (int o = 0; o < OCTETS; o++) {
-            for (int h = 0; h < 2; h++) {
-                float shift = boost(BITS) - m[h];
-                p[o][h] = round_pair<BFLOAT>(exp2_of(s[o][2 * h] * unit[h] + shift), exp2_of(s[o][2 * h + 1] * unit[h] + shift));
+        for (int o = 0; o < OCTETS; o += 2) {
+            u32 p[4];
+            for (int j = 0; j < 4; j++) {
+                const float *two = s[o + j / 2] + j % 2 * 2, shift = boost(BITS) - m[j % 2];
+                p[j] = round_pair<BFLOAT>(exp2_of(two[0] * unit[j % 2] + shift), exp2_of(two[1] * unit[j % 2] + shift));
             }
-            int at = warp * OCTETS + o;
-            *(Words2*)(shared + WEIGHTS + (buffer * STEPS + at / 2) * 512 + lane * 16 + at % 2 * 8) = {p[o][0], p[o][1]};
+            const int step = buffer * STEPS + (warp * OCTETS + o) / 2;
+            *(Words4*)(shared + WEIGHTS + step * 512 + lane * 16) = {p[0], p[1], p[2], p[3]};
         }
     }
 
-    // Leave weights of these scores, `p`. They stay at most 1: where one of a warp that scores is above the maximum, all
+    // Leave weights of these scores. They stay at most 1: where one of a warp that scores is above the maximum, all
     // make them a second time.
     template <bool BFLOAT> __device__ inline void weigh(
-        const float (&s)[OCTETS][4], const float (&unit)[2], u32 (&p)[OCTETS][2], int buffer
+        const float (&s)[OCTETS][4], const float (&unit)[2], int buffer
     ) {
         float top[2], alpha[2] = {1, 1};
         for (int h = 0; h < 2; h++) {
@@ -286,7 +291,7 @@ struct Scorer : Place {
             for (int o = 1; o < OCTETS; o++) top[h] = fmaxf(top[h], fmaxf(s[o][2 * h], s[o][2 * h + 1]));
             top[h] *= unit[h];
         }
-        leave_weights<BFLOAT>(s, unit, p, buffer);
+        leave_weights<BFLOAT>(s, unit, buffer);
         if (any_member(SCORING, SCORERS * 32, top[0] > m[0] || top[1] > m[1])) {
             float* tops = (float*)(shared + TOPS);
             for (int h = 0; h < 2; h++) {
@@ -299,24 +304,11 @@ struct Scorer : Place {
                 float raised = top[h] > m[h] ? top[h] + HEADROOM : m[h];
                 alpha[h] = exp2_of(m[h] - raised);
                 m[h] = raised;
-                for (int e = 2 * h; e < 2 * h + 2; e++) zeros[e] *= alpha[h], total[e] *= alpha[h];
             }
-            leave_weights<BFLOAT>(s, unit, p, buffer);
+            leave_weights<BFLOAT>(s, unit, buffer);
         }
         if (warp == 0 && t == 0)
             for (int h = 0; h < 2; h++) *(float*)(shared + ALPHAS + (buffer * HEADS + g + 8 * h) * 4) = alpha[h];
-    }
-
-    // `sums` [16 heads, 8] += this warp's weights · `columns` [its tokens, 8].
-    template <bool BFLOAT> __device__ inline void add_own(
-        float (&sums)[4], const u32 (&p)[OCTETS][2], const u32 (&columns)[OCTETS]
-    ) {
-        for (int o = 0; o < OCTETS; o += 2) {
-            bool two = o + 1 < OCTETS;
-            u32 weights[4] = {p[o][0], p[o][1], two ? p[o + two][0] : 0, two ? p[o + two][1] : 0};
-            u32 pairs[2] = {columns[o], two ? columns[o + two] : 0};
-            multiply_add<BFLOAT>(sums, weights, pairs);
-        }
     }
 
     // Tokens of the tile from `far` on are not seen.
@@ -327,25 +319,12 @@ struct Scorer : Place {
             for (int o = 0; o < OCTETS; o++)
                 for (int e = 0; e < 2; e++)
                     if (warp * RUN + 8 * o + 2 * t + e >= far) s[o][e] = s[o][2 + e] = __uint_as_float(0xff800000);  // -∞
-        u32 zero[OCTETS], ones[OCTETS], p[OCTETS][2];
-        for (int o = 0; o < OCTETS; o++) {
-            int at = warp * OCTETS + o;
-            u32 pairs[2];  // of tokens 2t and 2t + 1: scales and zeros of group g
-            read_transposed(pairs, stage + (lane & 8 ? ZERO : SCALE) + (at * 8 + lane % 8) * 16);
-            *(u32*)(shared + SCALES + (buffer * STEPS + at / 2) * 256 + lane * 8 + at % 2 * 4) = pairs[0];
-            zero[o] = pairs[1], ones[o] = 0x3c003c00;
+        for (int i = warp * RUN / 16; i < (warp + 1) * RUN / 16; i++) {
+            u32 pairs[2];  // of tokens 2t and 2t + 1, and of the two that are 8 behind: scales of group g
+            read_transposed(pairs, stage + SCALE + (16 * i + lane % 16) * 16);
+            *(Words2*)(shared + SCALES + (buffer * STEPS + i) * 256 + lane * 8) = {pairs[0], pairs[1]};
         }
-        weigh<false>(s, to_log2, p, buffer);
-        add_own<false>(zeros, p, zero);
-        add_own<false>(total, p, ones);
-    }
-
-    __device__ inline void leave_sums(float* to) {
-        for (int h = 0; h < 2; h++) {
-            float* own = to + (warp * HEADS + g + 8 * h) * SUMS;
-            for (int e = 0; e < 2; e++) own[2 * t + e] = zeros[2 * h + e];
-            if (t == 0) own[GROUPS] = total[2 * h];
-        }
+        weigh<false>(s, to_log2, buffer);
     }
 
     // TOKENS rows of the tail from `first` on, at the model's precision; what is before position `near` is not seen.
@@ -376,20 +355,19 @@ struct Scorer : Place {
                 int at = position - (position - row + tail_tokens) % tail_tokens;  // the newest that it can hold
                 if (row >= tail_tokens || at < near) s[o][e] = s[o][2 + e] = __uint_as_float(0xff800000);  // -∞
             }
-        u32 p[OCTETS][2], ones[OCTETS];
         const float unit[2] = {scale, scale};
-        weigh<BF16>(s, unit, p, buffer);
-        for (auto& column : ones) column = BF16 ? 0x3f803f80 : 0x3c003c00;
-        add_own<BF16>(total, p, ones);
+        weigh<BF16>(s, unit, buffer);
     }
 };
 
 // A warp that gathers.
 struct Gatherer : Place {
     static constexpr int PIECES = SPAN < 64 ? 1 : SPAN / 64;  // of a span, by scale
-    float acc[L / GATHERERS / 8][4];                               // outputs times 2^(BITS · part - 24)
+    float acc[L / GATHERERS / 8][4];                          // outputs times 2^(BITS · part - 24)
+    float zeros[4], total[4];                                 // Σ p∘zero by group, Σ p: of this warp's steps alone
 
     __device__ inline Gatherer(Place at) : Place(at) {
+        for (int j = 0; j < 4; j++) zeros[j] = total[j] = 0;
         for (auto& tile : acc)
             for (float& x : tile) x = 0;
     }
@@ -403,13 +381,29 @@ struct Gatherer : Place {
         float alpha[2];
         for (int h = 0; h < 2; h++) alpha[h] = *(float*)(shared + ALPHAS + (buffer * HEADS + g + 8 * h) * 4);
         if (!any_lane(alpha[0] != 1 || alpha[1] != 1)) return;
-        for (auto& tile : acc)
-            for (int j = 0; j < 4; j++) tile[j] *= alpha[j / 2];
+        for (int j = 0; j < 4; j++) {
+            for (auto& tile : acc) tile[j] *= alpha[j / 2];
+            zeros[j] *= alpha[j / 2], total[j] *= alpha[j / 2];
+        }
+    }
+
+    // What outputs of 16 tokens are divided by at last.
+    template <bool BFLOAT> __device__ inline void add_total(const u32 (&p)[4]) {
+        constexpr u32 one = BFLOAT ? 0x3f803f80 : 0x3c003c00;
+        const u32 ones[2] = {one, one};
+        multiply_add<BFLOAT>(total, p, ones);
     }
 
     __device__ inline void add_tile(const char* stage, int buffer) {
         const int row = lane % 16;
         const char* from[SPAN / 32];
+        for (int i = warp; i < STEPS; i += GATHERERS) {
+            u32 p[4], zero[2];
+            read<16>(p, shared + WEIGHTS + (buffer * STEPS + i) * 512 + lane * 16);
+            read_transposed(zero, stage + ZERO + (16 * i + row) * 16);
+            multiply_add<false>(zeros, p, zero);
+            add_total<false>(p);
+        }
         for (int i = 0; i < SPAN / 32; i++)
             from[i] = stage + row * ROW + (warp * SPAN + i * 32 + lane / 16 * 16 ^ swizzle(row));
 #pragma unroll
@@ -448,6 +442,7 @@ struct Gatherer : Place {
         for (int i = 0; i < STEPS; i++) {
             u32 weights[4];
             read<16>(weights, shared + WEIGHTS + (buffer * STEPS + i) * 512 + lane * 16);
+            if (i % GATHERERS == warp) add_total<BF16>(weights);
             const u16* rows[4];
             for (int j = 0; j < 4; j++)
                 rows[j] = value + min(first + 16 * i + 2 * t + j % 2 + j / 2 * 8, tail_tokens - 1) * L + 2 * g;
@@ -469,11 +464,19 @@ struct Gatherer : Place {
         }
     }
 
-    // Outputs of head g + 8h by four channels side by side, out of all that scorers have left in `sums`.
+    __device__ inline void leave_sums(float* to) {
+        for (int h = 0; h < 2; h++) {
+            float* own = to + (warp * HEADS + g + 8 * h) * SUMS;
+            for (int e = 0; e < 2; e++) own[2 * t + e] = zeros[2 * h + e];
+            if (t == 0) own[GROUPS] = total[2 * h];
+        }
+    }
+
+    // Outputs of head g + 8h by four channels side by side, with the `sums` of all gatherers.
     template <typename Store> __device__ inline void finish(const float* sums, int h, Store store) {
         auto sum_of = [&](int column) {
             float sum = 0;
-            for (int i = 0; i < SCORERS; i++) sum += sums[(i * HEADS + g + 8 * h) * SUMS + column];
+            for (int i = 0; i < GATHERERS; i++) sum += sums[(i * HEADS + g + 8 * h) * SUMS + column];
             return sum;
         };
         const float inverse = 1 / fmaxf(sum_of(GROUPS), 1e-37f);
@@ -540,27 +543,29 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) latent_decode(
     const u16 *tail_keys = (const u16*)(key.tail + tail), *tail_values = (const u16*)(value.tail + tail);
     queries += row * (L + R);
 
-    // Tile k is begin + k; each lane of a gatherer looks up the block of what its warp brings of one of the next 32. What would
-    // begin behind the last token is fetched from where that is.
+    // Tile k is begin + k; each lane of a gatherer looks up the block of what its warp brings of one of the next 32. What
+    // would begin behind the last token is fetched from where that is.
     table += (u64)seq * table_stride;
-    const int last = (far - 1) / DRAWN * DRAWN;
+    const u32 last = max(0, far - 1) / DRAWN * DRAWN;
     int blocks = 0;
-    auto first_of = [&](int k) { return min((begin + k) * TOKENS + warp * DRAWN, last); };
-    auto fetch_tile = [&](int k) {
+    auto first_of = [&](u32 k) { return min((begin + k) * TOKENS + warp * DRAWN, last); };
+    auto fetch_tile = [&](u32 k) {
         if (k % 32 == 0 && k + lane < count) blocks = table[first_of(k + lane) / BLOCK];
-        u64 block = (u64)shuffle(blocks, k % 32) * block_units * 16;
+        u64 block = (u64)(u32)shuffle(blocks, k % 32) * (u32)block_units * 16;
         if (k < count) fetch(shared + k % STAGES * STAGE, key, value, block, first_of(k) % BLOCK, warp);
         end_group();
     };
-    if (!scores)
+    if (!scores) {
+#pragma unroll 1
         for (int k = 0; k < STAGES - 1; k++) fetch_tile(k);
+    }
 
     // Weights go from scorers to gatherers in one of two buffers, FULL of them. That it is READY means that it is empty
     // again, and that the tile after next is there. The tail comes first, while tiles are on their way.
-    float *tops = (float*)(shared + TOPS), *sums = (float*)shared;  // sums [scorer][head][SUMS], when the ring is read
+    float *tops = (float*)(shared + TOPS), *sums = (float*)shared;  // these when the ring is read
     const bool alone = splits == 1 || arrivals && shares == 1;
-    leave_queries(at, tops, queries, heads);
     if (scores) {
+        leave_queries(at, tops, queries, heads);
         Scorer w(at, tops, scale);
         for (int k = 0; k < tail_count + count; k++) {
             meet(READY + k % 2, ALL);
@@ -571,14 +576,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) latent_decode(
                 w.add_tile(shared + tile % STAGES * STAGE, far - (begin + tile) * TOKENS, k % 2);
             arrive(FULL + k % 2, ALL);
         }
+        if (CHAINED) start_next();  // all that is long is read
         __syncthreads();
-        w.leave_sums(sums);
         __syncthreads();
         if (!alone && w.warp == 0 && w.t == 0)
             for (int h = 0; h < 2; h++) {
                 const int own = w.g + 8 * h;
                 float total = 0;
-                for (int i = 0; i < SCORERS; i++) total += sums[(i * HEADS + own) * SUMS + GROUPS];
+                for (int i = 0; i < GATHERERS; i++) total += sums[(i * HEADS + own) * SUMS + GROUPS];
                 if (own < heads) lse[(row + own) * splits + split] = w.m[h] + log2_of(fmaxf(total, 1e-37f));
             }
     } else {
@@ -598,7 +603,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) latent_decode(
             say_ready(k + 2);
         }
         await_groups<0>();
-        __syncthreads();
+        __syncthreads();  // the ring is read
+        w.leave_sums(sums);
         __syncthreads();
 #pragma unroll
         for (int h = 0; h < 2; h++) {
