@@ -35,7 +35,7 @@ DIMS = (cuda_mla_decode.LATENT_DIM, cuda_mla_decode.ROPE_DIM)
 VARIANTS = [
     (OPTIONS[0], torch.bfloat16, (2, 4, 32, 3, 1, 0)),
     (OPTIONS[1], torch.bfloat16, (4, 4, 128, 4, 1, 6)),
-    (OPTIONS[3], torch.float16, (8, 4, 128, 3, 1, 0)),
+    (OPTIONS[3], torch.float16, (8, 4, 128, 4, 1, 0)),
     (OPTIONS[2], torch.bfloat16, (4, 2, 64, 4, 1, 6)),
     (OPTIONS[4], torch.float16, (4, 4, 64, 3, 1, 36)),
     (OPTIONS[5], torch.bfloat16, (2, 4, 64, 3, 1, 0)),

@@ -28,6 +28,7 @@ constexpr int STEPS = TOKENS / 16;         // of the second product
 constexpr int SPAN = ROW / GATHERERS;      // bytes of a latent of a warp that gathers
 constexpr int DRAWN = TOKENS / GATHERERS;  // tokens that it brings to shared memory
 constexpr int QUERY_STEPS = (L + R) / 16;
+constexpr bool AHEAD = STAGES > 3;         // a tile is scored while weights of the one before are made
 constexpr int CHAINS = PARTS < 2 ? 2 : PARTS;  // sums of a chunk: a product waits long for what it adds to
 
 // A stage of the ring, and what else is in shared memory.
@@ -48,8 +49,8 @@ static_assert(RUN % 16 == 0 && BLOCK % RUN == 0 && BLOCK % DRAWN == 0 && SPAN % 
 static_assert(RUN % DRAWN == 0 || DRAWN % RUN == 0);
 static_assert(STAGE % 128 == 0 && STAGES >= 3 && RESIDENT <= QUERY_STEPS && WARPS == SCORERS + GATHERERS);
 
-// Barriers: of those that score; and of all, at which one team only arrives: what it says of a buffer.
-constexpr int SCORING = 1, FULL = 2, READY = 4, ALL = WARPS * 32;
+// Barriers: of those that score; and of all, at which one team only arrives: what it says of a buffer, or of tile 0.
+constexpr int SCORING = 1, FULL = 2, READY = 4, BEGUN = 6, ALL = WARPS * 32;
 
 // Queries are multiplied by this and divided by a power of 2 near their largest: they stay below 64, and with the largest
 // scale of rope keys, 2 · 65,504 / 255, within fp16.
@@ -92,6 +93,16 @@ __device__ inline void halves(u32 (&to)[2], u32 word) {
     else to[0] = word, to[1] = word >> 8;
 }
 __device__ inline u32 code(u32 half, int part) { return BITS == 8 ? half : half & code_mask(BITS, part); }
+
+// Ask for rows of the tail, those of positions from `near` to `end`.
+__device__ inline void prefetch_tail(const u16* key, const u16* value, int near, int end, int tail_tokens) {
+    while (near < end) {
+        const int row = near % tail_tokens, rows = min(end - near, tail_tokens - row);
+        prefetch(key + row * R, rows * R * 2);
+        prefetch(value + row * L, rows * L * 2);
+        near += rows;
+    }
+}
 
 // Where a thread is.
 struct Place {
@@ -151,6 +162,7 @@ struct Scorer : Place {
     u32 query_sums[4];           // queries summed by group of channels, twice: as fp16, and what that leaves
     float to_log2[2];            // what a score takes to the exponent of 2, of heads g and g + 8
     float m[2];                  // the largest so far, at least: the same in all warps
+    float s[OCTETS][4];          // scores of this warp's run: columns 2t and 2t + 1 of heads g and g + 8
 
     __device__ inline Scorer(Place at, const float* tops, float scale) : Place(at) {
         for (int h = 0; h < 2; h++) {
@@ -187,13 +199,13 @@ struct Scorer : Place {
             read<16>(to, shared + QUERY + step * 512 + lane * 16);
     }
 
-    // Scores of this warp's run: its columns 2t and 2t + 1 of heads g and g + 8.
-    __device__ inline void score(const char* stage, float (&s)[OCTETS][4]) {
+    // Score a tile. `between` is what is done between its first products and the others, with the scores before.
+    template <typename Between> __device__ inline void score(const char* stage, Between between) {
         const int row = warp * RUN + g;
         const char* codes[2];  // of chunks with an even number, and an odd one
         for (int i = 0; i < 2; i++) codes[i] = stage + row * ROW + (i * 64 + t * 16 ^ swizzle(row));
         // What is added at the end: offsets of all tokens and of each, and products with codes of rope keys.
-        float offset[4] = {}, offsets[OCTETS][4] = {}, rope[OCTETS][4] = {};
+        float offset[4] = {}, offsets[OCTETS][4] = {}, rope[OCTETS][4] = {}, next[OCTETS][4] = {};
         u32 keys[OCTETS][ROPE_ROW / 16], scales[OCTETS][2][4];
 #pragma unroll
         for (int o = 0; o < OCTETS; o++) {
@@ -202,7 +214,6 @@ struct Scorer : Place {
                 read<16>(keys[o] + 4 * i, from + (i * 64 + t * 16 ^ rope_swizzle(row)));
             }
             for (int e = 0; e < 2; e++) read<16>(scales[o][e], stage + SCALE + (warp * RUN + 8 * o + 2 * t + e) * 16);
-            for (float& x : s[o]) x = 0;
         }
         auto add_rope = [&](int step) {
             u32 operand[4], pairs[2];
@@ -253,22 +264,21 @@ struct Scorer : Place {
                 for (int o = 0; o < OCTETS; o++)
                     for (int e = 0; e < 2; e++) {
                         float scale = widen<false>((u16)(scales[o][e][group / 2] >> group % 2 * 16));
-                        for (int h = 0; h < 2; h++) s[o][2 * h + e] += sum[chain][o][2 * h + e] * scale;
+                        for (int h = 0; h < 2; h++) next[o][2 * h + e] += sum[chain][o][2 * h + e] * scale;
                     }
             }
+            if (chunk == 0) between();
         }
         for (int o = 0; o < OCTETS; o++) {
             u32 zero[2];
             read<4>(zero, stage + ZERO + (row + 8 * o) * 16 + 4 * t);
             zero[1] = zero[0];
             multiply_add<false>(offsets[o], query_sums, zero);
-            for (int j = 0; j < 4; j++) s[o][j] += rope[o][j] + (offset[j] + offsets[o][j]) * power_of_2(-24);
+            for (int j = 0; j < 4; j++) s[o][j] = next[o][j] + rope[o][j] + (offset[j] + offsets[o][j]) * power_of_2(-24);
         }
     }
 
-    template <bool BFLOAT> __device__ inline void leave_weights(
-        const float (&s)[OCTETS][4], const float (&unit)[2], int buffer
-    ) {
+    template <bool BFLOAT> __device__ inline void leave_weights(const float (&unit)[2], int buffer) {
         for (int o = 0; o < OCTETS; o += 2) {
             u32 p[4];
             for (int j = 0; j < 4; j++) {
@@ -282,16 +292,14 @@ struct Scorer : Place {
 
     // Leave weights of these scores. They stay at most 1: where one of a warp that scores is above the maximum, all
     // make them a second time.
-    template <bool BFLOAT> __device__ inline void weigh(
-        const float (&s)[OCTETS][4], const float (&unit)[2], int buffer
-    ) {
+    template <bool BFLOAT> __device__ inline void weigh(const float (&unit)[2], int buffer) {
         float top[2], alpha[2] = {1, 1};
         for (int h = 0; h < 2; h++) {
             top[h] = fmaxf(s[0][2 * h], s[0][2 * h + 1]);
             for (int o = 1; o < OCTETS; o++) top[h] = fmaxf(top[h], fmaxf(s[o][2 * h], s[o][2 * h + 1]));
             top[h] *= unit[h];
         }
-        leave_weights<BFLOAT>(s, unit, buffer);
+        leave_weights<BFLOAT>(unit, buffer);
         if (any_member(SCORING, SCORERS * 32, top[0] > m[0] || top[1] > m[1])) {
             float* tops = (float*)(shared + TOPS);
             for (int h = 0; h < 2; h++) {
@@ -305,26 +313,29 @@ struct Scorer : Place {
                 alpha[h] = exp2_of(m[h] - raised);
                 m[h] = raised;
             }
-            leave_weights<BFLOAT>(s, unit, buffer);
+            leave_weights<BFLOAT>(unit, buffer);
         }
         if (warp == 0 && t == 0)
             for (int h = 0; h < 2; h++) *(float*)(shared + ALPHAS + (buffer * HEADS + g + 8 * h) * 4) = alpha[h];
     }
 
     // Tokens of the tile from `far` on are not seen.
-    __device__ inline void add_tile(const char* stage, int far, int buffer) {
-        float s[OCTETS][4];
-        score(stage, s);
+    template <typename Between> __device__ inline void add_tile(const char* stage, int far, Between between) {
+        score(stage, between);
         if (warp * RUN + RUN > far)
             for (int o = 0; o < OCTETS; o++)
                 for (int e = 0; e < 2; e++)
                     if (warp * RUN + 8 * o + 2 * t + e >= far) s[o][e] = s[o][2 + e] = __uint_as_float(0xff800000);  // -∞
+    }
+
+    // Leave what gatherers need of the tile that was scored last.
+    __device__ inline void leave_tile(const char* stage, int buffer) {
         for (int i = warp * RUN / 16; i < (warp + 1) * RUN / 16; i++) {
             u32 pairs[2];  // of tokens 2t and 2t + 1, and of the two that are 8 behind: scales of group g
             read_transposed(pairs, stage + SCALE + (16 * i + lane % 16) * 16);
             *(Words2*)(shared + SCALES + (buffer * STEPS + i) * 256 + lane * 8) = {pairs[0], pairs[1]};
         }
-        weigh<false>(s, to_log2, buffer);
+        weigh<false>(to_log2, buffer);
     }
 
     // TOKENS rows of the tail from `first` on, at the model's precision; what is before position `near` is not seen.
@@ -332,10 +343,15 @@ struct Scorer : Place {
         const u16* queries, int heads, const u16* key, const u16* value, int first, int position, int near,
         int tail_tokens, float scale, int buffer
     ) {
-        float s[OCTETS][4] = {};
         const u16 *low = queries + min(g, heads - 1) * (L + R), *high = queries + min(g + 8, heads - 1) * (L + R);
+        auto seen = [&](int row) {  // the newest position that it can hold is
+            return row < tail_tokens && position - (position - row + tail_tokens) % tail_tokens >= near;
+        };
+        for (auto& octet : s)
+            for (float& x : octet) x = 0;
+        const int end = any_lane(seen(first + warp * RUN + lane % RUN)) ? L + R : 0;
 #pragma unroll 6
-        for (int channel = 8 * t; channel < L + R; channel += 32) {
+        for (int channel = 8 * t; channel < end; channel += 32) {
             u32 a[2][4];
             read<16>(a[0], low + channel);
             read<16>(a[1], high + channel);
@@ -351,12 +367,11 @@ struct Scorer : Place {
         }
         for (int o = 0; o < OCTETS; o++)
             for (int e = 0; e < 2; e++) {
-                int row = first + warp * RUN + 8 * o + 2 * t + e;
-                int at = position - (position - row + tail_tokens) % tail_tokens;  // the newest that it can hold
-                if (row >= tail_tokens || at < near) s[o][e] = s[o][2 + e] = __uint_as_float(0xff800000);  // -∞
+                bool visible = seen(first + warp * RUN + 8 * o + 2 * t + e);
+                if (!visible) s[o][e] = s[o][2 + e] = __uint_as_float(0xff800000);  // -∞
             }
         const float unit[2] = {scale, scale};
-        weigh<BF16>(s, unit, buffer);
+        weigh<BF16>(unit, buffer);
     }
 };
 
@@ -438,8 +453,9 @@ struct Gatherer : Place {
     }
 
     __device__ inline void add_tail(const u16* value, int first, int tail_tokens, int buffer) {
+        const int steps = min(STEPS, (tail_tokens - first + 15) / 16);
 #pragma unroll 2
-        for (int i = 0; i < STEPS; i++) {
+        for (int i = 0; i < steps; i++) {
             u32 weights[4];
             read<16>(weights, shared + WEIGHTS + (buffer * STEPS + i) * 512 + lane * 16);
             if (i % GATHERERS == warp) add_total<BF16>(weights);
@@ -526,13 +542,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) latent_decode(
     const int warp = threadIdx.x / 32 - (scores ? 0 : SCORERS);
     const Place at = {shared, warp, lane, lane / 4, lane % 4};
     if (CHAINED) await_inputs();
+    const u64 row = (u64)seq * num_heads + head;
     const int position = positions[seq], near = visible[seq], far = min(near, position + 1);
+    float *tops = (float*)(shared + TOPS), *sums = (float*)shared;  // these when the ring is read
+    queries += row * (L + R);
+    if (scores) leave_queries(at, tops, queries, heads);  // while positions are on their way
     // As in decode.cu: what starts soon fetches weights to L2, and a long read would drive them out again.
-    if (CHAINED && (int)gridDim.x / rows * position < 8192) start_next();
+    if (CHAINED && !scores && (int)gridDim.x / rows * position < 8192) start_next();
 
     // Programs share the tiles, as many as there are shares. The last has the tail too, whose bytes are three to nine
     // times as many for each token.
-    const u64 row = (u64)seq * num_heads + head;
     const int tiles = (far + TOKENS - 1) / TOKENS, tail_units = (tail_tokens * 4 + TOKENS - 1) / TOKENS;
     const int units = max(1, tiles + tail_units), share = (units + splits - 1) / splits;
     const int shares = (units + share - 1) / share;
@@ -541,7 +560,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) latent_decode(
     const int tail_count = split == shares - 1 ? (tail_tokens + TOKENS - 1) / TOKENS : 0;
     const u64 tail = tail_count ? (u64)slots[seq] * slot_units * 16 : 0;
     const u16 *tail_keys = (const u16*)(key.tail + tail), *tail_values = (const u16*)(value.tail + tail);
-    queries += row * (L + R);
+    if (tail_count && threadIdx.x == SCORERS * 32) prefetch_tail(tail_keys, tail_values, near, position + 1, tail_tokens);
 
     // Tile k is begin + k; each lane of a gatherer looks up the block of what its warp brings of one of the next 32. What
     // would begin behind the last token is fetched from where that is.
@@ -561,20 +580,34 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) latent_decode(
     }
 
     // Weights go from scorers to gatherers in one of two buffers, FULL of them. That it is READY means that it is empty
-    // again, and that the tile after next is there. The tail comes first, while tiles are on their way.
-    float *tops = (float*)(shared + TOPS), *sums = (float*)shared;  // these when the ring is read
+    // again, and that the tile is there which is scored meanwhile. The tail comes first, while tiles are on their way.
+    const int all = tail_count + count;
     const bool alone = splits == 1 || arrivals && shares == 1;
+    auto stage_of = [&](int tile) { return shared + tile % STAGES * STAGE; };
     if (scores) {
-        leave_queries(at, tops, queries, heads);
         Scorer w(at, tops, scale);
-        for (int k = 0; k < tail_count + count; k++) {
+        auto far_of = [&](int tile) { return far - (begin + tile) * TOKENS; };
+        for (int k = 0; k < tail_count; k++) {
             meet(READY + k % 2, ALL);
-            const int tile = k - tail_count;
-            if (tile < 0)
-                w.add_tail(queries, heads, tail_keys, tail_values, k * TOKENS, position, near, tail_tokens, scale, k % 2);
-            else
-                w.add_tile(shared + tile % STAGES * STAGE, far - (begin + tile) * TOKENS, k % 2);
+            w.add_tail(queries, heads, tail_keys, tail_values, k * TOKENS, position, near, tail_tokens, scale, k % 2);
             arrive(FULL + k % 2, ALL);
+        }
+        meet(BEGUN, ALL);
+        if (AHEAD && count > 0) w.add_tile(stage_of(0), far_of(0), [] {});
+#pragma unroll 1
+        for (int k = tail_count; k < all; k++) {
+            const int tile = k - tail_count;
+            meet(READY + k % 2, ALL);
+            auto leave = [&] {
+                w.leave_tile(stage_of(tile), k % 2);
+                arrive(FULL + k % 2, ALL);
+            };
+            if (AHEAD && tile + 1 < count) {
+                w.add_tile(stage_of(tile + 1), far_of(tile + 1), leave);
+            } else {
+                if (!AHEAD) w.add_tile(stage_of(tile), far_of(tile), [] {});
+                leave();
+            }
         }
         if (CHAINED) start_next();  // all that is long is read
         __syncthreads();
@@ -589,17 +622,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) latent_decode(
     } else {
         Gatherer w(at);
         auto say_ready = [&](int k) {
-            if (k >= tail_count) await_groups<STAGES - 3>();
-            if (k < tail_count + count) arrive(READY + k % 2, ALL);
+            if (k < all) arrive(READY + k % 2, ALL);
         };
-        for (int k = 0; k < 2; k++) say_ready(k);
-        for (int k = 0; k < tail_count + count; k++) {
+        await_groups<STAGES - 2>();
+        arrive(BEGUN, ALL);
+        await_groups<STAGES - 2 - AHEAD>();
+        say_ready(0);
+        await_groups<STAGES - 3 - AHEAD>();
+        say_ready(1);
+        for (int k = 0; k < all; k++) {
             meet(FULL + k % 2, ALL);
             const int tile = k - tail_count;
             if (tile >= 0) fetch_tile(tile - 1 + STAGES);  // to where all have left the tile before
             w.rescale(k % 2);
             if (tile < 0) w.add_tail(tail_values, k * TOKENS, tail_tokens, k % 2);
-            else w.add_tile(shared + tile % STAGES * STAGE, k % 2);
+            else w.add_tile(stage_of(tile), k % 2);
+            await_groups<STAGES - 3 - AHEAD>();
             say_ready(k + 2);
         }
         await_groups<0>();
