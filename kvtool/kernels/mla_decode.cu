@@ -204,8 +204,7 @@ struct Scorer : Place {
         const int row = warp * RUN + g;
         const char* codes[2];  // of chunks with an even number, and an odd one
         for (int i = 0; i < 2; i++) codes[i] = stage + row * ROW + (i * 64 + t * 16 ^ swizzle(row));
-        // What is added at the end: offsets of all tokens and of each, and products with codes of rope keys.
-        float offset[4] = {}, offsets[OCTETS][4] = {}, rope[OCTETS][4] = {}, next[OCTETS][4] = {};
+        float offset[4] = {}, offsets[OCTETS][4] = {}, next[OCTETS][4] = {};  // what is added to all tokens, and to each
         u32 keys[OCTETS][ROPE_ROW / 16], scales[OCTETS][2][4];
 #pragma unroll
         for (int o = 0; o < OCTETS; o++) {
@@ -231,7 +230,7 @@ struct Scorer : Place {
             for (int o = 0; o < OCTETS; o++)
                 if constexpr (ROPE_BITS == 8) {
                     pairs[0] = permute(keys[o][step], 0, 0x4240), pairs[1] = permute(keys[o][step], 0, 0x4341);
-                    multiply_add<false>(rope[o], operand, pairs);
+                    multiply_add<false>(next[o], operand, pairs);
                 } else {
                     pairs[0] = keys[o][2 * step], pairs[1] = keys[o][2 * step + 1];
                     multiply_add<BF16>(offsets[o], operand, pairs);
@@ -274,7 +273,7 @@ struct Scorer : Place {
             read<4>(zero, stage + ZERO + (row + 8 * o) * 16 + 4 * t);
             zero[1] = zero[0];
             multiply_add<false>(offsets[o], query_sums, zero);
-            for (int j = 0; j < 4; j++) s[o][j] = next[o][j] + rope[o][j] + (offset[j] + offsets[o][j]) * power_of_2(-24);
+            for (int j = 0; j < 4; j++) s[o][j] = next[o][j] + (offset[j] + offsets[o][j]) * power_of_2(-24);
         }
     }
 
@@ -283,7 +282,7 @@ struct Scorer : Place {
             u32 p[4];
             for (int j = 0; j < 4; j++) {
                 const float *two = s[o + j / 2] + j % 2 * 2, shift = boost(BITS) - m[j % 2];
-                p[j] = round_pair<BFLOAT>(exp2_of(two[0] * unit[j % 2] + shift), exp2_of(two[1] * unit[j % 2] + shift));
+                p[j] = round_pair<BFLOAT>(exp2_of(fmaf(two[0], unit[j % 2], shift)), exp2_of(fmaf(two[1], unit[j % 2], shift)));
             }
             const int step = buffer * STEPS + (warp * OCTETS + o) / 2;
             *(Words4*)(shared + WEIGHTS + step * 512 + lane * 16) = {p[0], p[1], p[2], p[3]};
@@ -330,10 +329,11 @@ struct Scorer : Place {
 
     // Leave what gatherers need of the tile that was scored last.
     __device__ inline void leave_tile(const char* stage, int buffer) {
-        for (int i = warp * RUN / 16; i < (warp + 1) * RUN / 16; i++) {
+        for (int i = 0; i < RUN / 16; i++) {
             u32 pairs[2];  // of tokens 2t and 2t + 1, and of the two that are 8 behind: scales of group g
-            read_transposed(pairs, stage + SCALE + (16 * i + lane % 16) * 16);
-            *(Words2*)(shared + SCALES + (buffer * STEPS + i) * 256 + lane * 8) = {pairs[0], pairs[1]};
+            const int step = warp * RUN / 16 + i;
+            read_transposed(pairs, stage + SCALE + (16 * step + lane % 16) * 16);
+            *(Words2*)(shared + SCALES + (buffer * STEPS + step) * 256 + lane * 8) = {pairs[0], pairs[1]};
         }
         weigh<false>(to_log2, buffer);
     }
