@@ -109,11 +109,6 @@ __device__ inline void prefetch_tail(const u16* key, const u16* value, int near,
     }
 }
 
-// The first row of the tail of a step of 16 of an item: warps that score have steps in turn, and all a part of a short tail.
-__device__ inline int tail_row(int first, int step) {
-    return first + (step % (OCTETS / 2) * SCORERS + step / (OCTETS / 2)) * 16;
-}
-
 // Where a thread is.
 struct Place {
     char* shared;
@@ -358,7 +353,8 @@ struct Scorer : Place {
                     if (warp * RUN + 8 * o + 2 * t + e >= far) s[o][e] = s[o][2 + e] = __uint_as_float(0xff800000);  // -∞
     }
 
-    // TOKENS rows of the tail from `first` on, at the model's precision; what is before position `near` is not seen.
+    // TOKENS rows of the tail from `first` on, at the model's precision; what is before position `near` is not seen. Warps
+    // have 16 of them in turn, so that all have some of a short tail.
     __device__ inline void add_tail(
         const u16* queries, int heads, const u16* key, const u16* value, int first, int position, int near,
         int tail_tokens
@@ -369,7 +365,7 @@ struct Scorer : Place {
         };
 #pragma unroll
         for (int o = 0; o < OCTETS; o += 2) {
-            const int from = tail_row(first, (warp * OCTETS + o) / 2);
+            const int from = first + (o / 2 * SCORERS + warp) * 16;
             float sum[2][4] = {};
             if (from < tail_tokens)
 #pragma unroll 6
@@ -472,11 +468,12 @@ struct Gatherer : Place {
     }
 
     __device__ inline void add_tail(const u16* value, int first, int tail_tokens, int buffer) {
-        for (int i = 0; i < STEPS; i++) {
-            const int from = tail_row(first, i);
-            if (from >= tail_tokens) continue;
+        const int steps = min(STEPS, (tail_tokens - first + 15) / 16);
+#pragma unroll 1
+        for (int i = 0; i < steps; i++) {
+            const int from = first + i * 16, step = i % SCORERS * (OCTETS / 2) + i / SCORERS;  // as scorers have them
             u32 weights[4];
-            read<16>(weights, shared + WEIGHTS + (buffer * STEPS + i) * 512 + lane * 16);
+            read<16>(weights, shared + WEIGHTS + (buffer * STEPS + step) * 512 + lane * 16);
             if (i % GATHERERS == warp) add_total<BF16>(weights);
             const u16* rows[4];
             for (int j = 0; j < 4; j++)
