@@ -28,7 +28,7 @@ constexpr int STEPS = TOKENS / 16;         // of the second product
 constexpr int SPAN = ROW / GATHERERS;      // bytes of a latent of a warp that gathers
 constexpr int DRAWN = TOKENS / GATHERERS;  // tokens that it brings to shared memory
 constexpr int QUERY_STEPS = (L + R) / 16;
-constexpr int AHEAD = STAGES > 3 ? 3 : 2;  // tiles that are there, or on their way, before the one that is gathered
+constexpr int AHEAD = STAGES > 3 ? 3 : 2;  // from a tile that has been gathered to one that must have come by then
 constexpr int CHAINS = PARTS < 2 ? 2 : PARTS;  // sums of a chunk: a product waits long for what it adds to
 constexpr int CHUNKS_AT_ONCE = 1, STEPS_AT_ONCE = 2;  // of loops that are unrolled so far
 constexpr int PREFETCH = 0;
@@ -170,13 +170,12 @@ __device__ inline void leave_queries(Place at, float* units, const u16* queries,
 // A warp that scores.
 struct Scorer : Place {
     int team;
-    u32 query_sums[4];           // queries summed by group of channels, twice: as fp16, and what that leaves
-    float to_log2[2];            // what a score takes to the exponent of 2, of heads g and g + 8
-    float s[OCTETS][4];          // scores of this warp's run: columns 2t and 2t + 1 of heads g and g + 8
+    u32 query_sums[4];   // queries summed by group of channels, twice: as fp16, and what that leaves
+    float to_log2[2];    // what a score takes to the exponent of 2, of heads g and g + 8
+    float s[OCTETS][4];  // scores of this warp's run: columns 2t and 2t + 1 of heads g and g + 8
 
     __device__ inline Scorer(Place at, int team, float scale) : Place(at), team(team) {
-        for (int h = 0; h < 2; h++)
-            to_log2[h] = *head_of(UNITS, h) * scale * power_of_2(24 - QUERY_BOOST);
+        for (int h = 0; h < 2; h++) to_log2[h] = *head_of(UNITS, h) * scale * power_of_2(24 - QUERY_BOOST);
         float sums[2][2];
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {
@@ -198,6 +197,7 @@ struct Scorer : Place {
         }
     }
 
+    // What an array of shared memory has of head g + 8h.
     __device__ inline float* head_of(int array, int h) { return (float*)(shared + array) + g + 8 * h; }
 
     __device__ inline void read_query(u32 (&to)[4], int step) {
@@ -360,14 +360,15 @@ struct Scorer : Place {
         int tail_tokens
     ) {
         const u16 *low = queries + min(g, heads - 1) * (L + R), *high = queries + min(g + 8, heads - 1) * (L + R);
-        auto seen = [&](int row) {  // the newest position that it can hold is
-            return row < tail_tokens && position - (position - row + tail_tokens) % tail_tokens >= near;
+        const int newest = position % tail_tokens;  // position p lies in row p mod tail_tokens
+        auto seen = [&](int row) {
+            return row < tail_tokens && newest - row + (row > newest ? tail_tokens : 0) <= position - near;
         };
 #pragma unroll
         for (int o = 0; o < OCTETS; o += 2) {
             const int from = first + (o / 2 * SCORERS + warp) * 16;
             float sum[2][4] = {};
-            if (from < tail_tokens)
+            if (any_lane(seen(from + lane % 16)))
 #pragma unroll 6
                 for (int channel = 8 * t; channel < L + R; channel += 32) {
                     u32 a[2][4];
@@ -474,6 +475,7 @@ struct Gatherer : Place {
             const int from = first + i * 16, step = i % SCORERS * (OCTETS / 2) + i / SCORERS;  // as scorers have them
             u32 weights[4];
             read<16>(weights, shared + WEIGHTS + (buffer * STEPS + step) * 512 + lane * 16);
+            if (!any_lane(weights[0] | weights[1] | weights[2] | weights[3])) continue;
             if (i % GATHERERS == warp) add_total<BF16>(weights);
             const u16* rows[4];
             for (int j = 0; j < 4; j++)
