@@ -117,6 +117,9 @@ struct Warp {
         u32 qs[COLUMNS][D / 16][2];
         {
             float offset[COLUMNS][K_PARTS][4] = {};
+            // What rounding takes from q∘scale is given back as if all codes were the middle one: so most of it does not
+            // move the scores of one block against another's.
+            constexpr u32 middle = (14 + K_BITS << 10) * 0x10001u, middles[4] = {middle, middle, middle, middle};
 #pragma unroll
             for (int w = 0; w < K_WORDS; w++)
 #pragma unroll
@@ -127,8 +130,13 @@ struct Warp {
                     read<8>(zero, stage + K_ZERO + at);
                     u32 rows[4] = {zero[0], zero[0], zero[1], zero[1]};
                     for (int n = 0; n < COLUMNS; n++) {
+                        u32 lost[2];
+                        for (int j = 0; j < 2; j++) {
+                            qs[n][step][j] = multiply(q[n][step][j], scale[j]);
+                            lost[j] = fused<false>(q[n][step][j], scale[j], negative(qs[n][step][j]));
+                        }
                         multiply_add<false>(offset[n][part], rows, q[n][step]);
-                        for (int j = 0; j < 2; j++) qs[n][step][j] = multiply(q[n][step][j], scale[j]);
+                        multiply_add<false>(offset[n][part], middles, lost);
                     }
                 }
             for (int n = 0; n < COLUMNS; n++)
@@ -377,6 +385,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) paged_decode(
                 }
             }
         for (int mask = 1; mask < 4; mask *= 2) top = fmaxf(top, shuffle_xor(top, mask));
+        top = __uint_as_float((__float_as_uint(top) & 0x7f800000) + 0x800000);  // the next power of 2: no digit is lost
         for (int step = 0; step < D / 16; step++) {
             float factor = power_of_2(boost(K_BITS) - K_BITS * (step % K_PARTS)) / top;
             for (int j = 0; j < 2; j++) w.q[n][step][j] = round_pair<false>(x[step][2 * j] * factor, x[step][2 * j + 1] * factor);
