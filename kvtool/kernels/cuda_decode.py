@@ -69,7 +69,7 @@ def paged_decode(
     sliding_window: int | None = None,
     out: Tensor,
 ) -> None:
-    """`decode.paged_decode`, into `out`.
+    """`decode.paged_decode`, into `out`. As the tables, so the blocks below `visible` are read ahead.
 
     Args:
         arrivals: int32, as many zeros as sequences times KV heads of which two programs can run at once; zeros
