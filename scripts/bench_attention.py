@@ -9,7 +9,7 @@ no cache helps. Its bytes are those that must be read: sealed blocks below v(t) 
 v(t) to t. Prefill is one prompt from its first token on, beside torch written out ("naive") and its
 scaled_dot_product_attention; workspace is what a call allocates besides its result. --sweep: by how kernels cut the
 work: warps, stages, programs per SM and tokens of a tile (in Triton, which reads 16 bits, registers instead); and the
-programs that share a sequence and KV head, as many as one to four to an SM make.
+programs that share a sequence and KV head: one, and as many as one to four to an SM make.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def sweep_table(layer: AttentionLayer, formats: list[str], workloads: Workloads)
     print(f"{'workload':>12} {'KV':>10} {'µs':>8} {'GB/s':>7} {'share':>6} {'× flash-attn':>12}  tile, splits")
     for num_seqs, length in workloads:
         peer = flash_attention_seconds(layer, num_seqs, length)
-        filling = {max(1, programs * sms // (num_seqs * layer.num_kv_heads)): None for programs in (1, 2, 3, 4)}
+        filling = {max(1, programs * sms // (num_seqs * layer.num_kv_heads)) for programs in range(5)}
         for nbits in formats:
             run, layers, nbytes = decode_step(layer, nbits, num_seqs, length, "triton" if nbits == "16" else "cuda")
             kernel, tiles, key, sweep = (
@@ -92,7 +92,7 @@ def sweep_table(layer: AttentionLayer, formats: list[str], workloads: Workloads)
                 else (cuda_decode, cuda_decode.TILES, (228, nbits), SWEEP)
             )
             for tile in dict.fromkeys([tiles[key], *sweep]):
-                for splits in filling:
+                for splits in sorted(filling):
                     with (
                         mock.patch.dict(tiles, {key: tile}),
                         mock.patch.object(kernel, "num_splits", return_value=splits),
