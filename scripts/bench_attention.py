@@ -8,7 +8,7 @@ Each figure is the mean of a CUDA graph that runs layers one behind the other: f
 no cache helps. Its bytes are those that must be read: sealed blocks below v(t) with their scales, and the tail from
 v(t) to t. Prefill is one prompt from its first token on, beside torch written out ("naive") and its
 scaled_dot_product_attention; workspace is what a call allocates besides its result. --sweep: by how kernels cut the
-work: warps, stages, programs per SM and tokens of a tile (in Triton, which reads 16 bits, registers instead); and the
+work: warps, stages, programs per SM and tokens of a tile (in Triton, which reads 16 bits and fp8, registers); and the
 programs that share a sequence and KV head: one, and as many as one to four to an SM make.
 """
 
@@ -38,7 +38,7 @@ PROMPTS = (128, 256, 512, 1_024, 2_048, 4_096, 8_192)  # tokens
 PROMPT_LAYERS = 8
 PAGE = 256  # tokens, the least that flash-attn takes
 SWEEP = ((6, 2, 2, 64), (6, 2, 2, 32), (6, 3, 2, 32), (8, 2, 2, 32))  # as `cuda_decode.TILES` has them
-SWEEP_16 = ((4, 5, 2, None), (4, 2, 3, None), (8, 3, 3, None), (8, 5, 2, None))  # as `decode.TILES` has them
+SWEEP_TRITON = ((4, 5, 2, None), (4, 2, 3, None), (8, 3, 3, None), (8, 5, 2, None))  # as `decode.TILES` has them
 
 
 def main() -> None:
@@ -85,12 +85,10 @@ def sweep_table(layer: AttentionLayer, formats: list[str], workloads: Workloads)
         peer = flash_attention_seconds(layer, num_seqs, length)
         filling = {max(1, programs * sms // (num_seqs * layer.num_kv_heads)) for programs in range(5)}
         for nbits in formats:
-            run, layers, nbytes = decode_step(layer, nbits, num_seqs, length, "triton" if nbits == "16" else "cuda")
-            kernel, tiles, key, sweep = (
-                (decode, decode.TILES, (9, nbits), SWEEP_16)
-                if nbits == "16"
-                else (cuda_decode, cuda_decode.TILES, (228, nbits), SWEEP)
-            )
+            in_triton = nbits in ("16", "fp8")
+            run, layers, nbytes = decode_step(layer, nbits, num_seqs, length, "triton" if in_triton else "cuda")
+            kernel, sweep = (decode, SWEEP_TRITON) if in_triton else (cuda_decode, SWEEP)
+            tiles, key = kernel.TILES, (9 if in_triton else 228, nbits)
             for tile in dict.fromkeys([tiles[key], *sweep]):
                 for splits in sorted(filling):
                     with (
