@@ -70,7 +70,7 @@ def emulated(case: Decoding, splits: int, merges: bool, seed: int) -> torch.Tens
     arrivals = torch.zeros(n * key.codes.shape[1], dtype=torch.int32) if merges else None
     options = {"scale": case.layer.scale, "sliding_window": case.layer.sliding_window}
     values = cuda_decode.arguments(q, [out, partial, lse, arrivals], tables, key, value, **options)
-    library = emulator.build("decode.cu", "paged_decode", tuple(macros_of(case).items()))
+    library = emulator.build("decode.cu", "paged_decode", tuple((macros_of(case) | {"CHAINED": 1}).items()))
     emulator.launch(library, (n * key.codes.shape[1], splits), values, seed)
     if arrivals is not None:
         assert not arrivals.any()
