@@ -37,8 +37,8 @@ WORKLOADS = ((16, 32_000), (64, 4_096), (256, 1_024), (1, 131_072))
 PROMPTS = (128, 256, 512, 1_024, 2_048, 4_096, 8_192)  # tokens
 PROMPT_LAYERS = 8
 PAGE = 256  # tokens, the least that flash-attn takes
-SWEEP = ((6, 2, 2, 64), (6, 2, 2, 32), (6, 3, 2, 32), (8, 2, 2, 32))  # as `cuda_decode.TILES` has them
-SWEEP_TRITON = ((4, 5, 2, None), (4, 2, 3, None), (8, 3, 3, None), (8, 5, 2, None))  # as `decode.TILES` has them
+SWEEP = ((4, 2, 3, 32), (4, 2, 3, 64), (6, 2, 2, 32), (6, 2, 2, 64), (8, 2, 2, 32))  # as `cuda_decode.TILES` has them
+SWEEP_TRITON = ((4, 3, 3, None), (4, 5, 2, None), (8, 5, 3, None))  # as `decode.TILES` has them
 
 
 def main() -> None:

@@ -33,18 +33,21 @@ KEYS += (("8", "token"), ("4", "token"))
 VALUES = (("16", "token"), ("fp8", "token"), ("8", "token"), ("4", "token"), ("2", "token"))
 SHORT_READ = tl.constexpr(8192)  # tokens of a step
 AHEAD = tl.constexpr(2)  # blocks that a program asks for before its inputs are there
+LARGE_BLOCK = 64 * 128  # elements: of larger ones fewer are on their way at once
 MIN_PIECE = 16  # channels: the shortest inner dimension of a tensor-core product
 
 # Warps, pipeline stages, programs per SM and most registers by (compute capability, bits of the wider stream), for
 # head_dim 128 and up to 8 query heads to a KV head. Few warps share a tile of packed codes on sm_90, where instructions
-# bound it before memory; sm_89 was never timed: its rows are those that compile without spills.
+# bound it before memory. At 16 bits so many blocks are on their way that two programs fill an SM: were there room for a
+# third, 256 programs would not be dealt out evenly. More share the work of few sequences, which evens out their ends.
+# sm_89 was never timed: its rows are those that compile without spills.
 TILES: dict[tuple[int, str], tuple[int, int, int, int | None]] = {
     (8, "16"): (4, 2, 2, None),
     (8, "fp8"): (4, 2, 3, None),
     (8, "8"): (4, 2, 3, None),
     (8, "4"): (4, 2, 3, None),
     (8, "2"): (4, 2, 3, None),
-    (9, "16"): (4, 3, 3, None),
+    (9, "16"): (4, 5, 3, None),
     (9, "fp8"): (4, 3, 4, None),
     (9, "8"): (1, 3, 8, None),
     (9, "4"): (1, 3, 8, None),
@@ -105,6 +108,8 @@ def paged_decode(
     columns = max(8, power_of_2(group_heads))
     compute = capability(q.device)
     num_warps, num_stages, per_sm, registers = TILES[compute, bits]
+    if head_dim * block_size > LARGE_BLOCK:
+        num_stages = min(num_stages, 3)
     elements = power_of_2(head_dim) * columns  # of the accumulator
     num_warps = _fitting_warps(num_warps, elements, columns, compute)
     splits = num_splits(n * kv_heads, block_table.shape[1], bool(tail_tokens), per_sm * num_sms(q.device))
