@@ -2,18 +2,19 @@
 
     python scripts/bench_attention.py --num-q-heads 28 --num-kv-heads 4
     python scripts/bench_attention.py --phase prefill --num-q-heads 28 --num-kv-heads 4
-    python scripts/bench_attention.py --sweep --num-q-heads 28 --num-kv-heads 4 --nbits 8,4
+    python scripts/bench_attention.py --sweep --num-q-heads 28 --num-kv-heads 4 --nbits 8,4 --workloads 64x4096
 
 Each figure is the mean of a CUDA graph that runs layers one behind the other: for decode as many as fill 4 GiB, so that
 no cache helps. Its bytes are those that must be read: sealed blocks below v(t) with their scales, and the tail from
 v(t) to t. Prefill is one prompt from its first token on, beside torch written out ("naive") and its
-scaled_dot_product_attention; workspace is what a call allocates besides its result. --sweep: the second workload by how
-the kernel in CUDA C++ cuts it: by warps, stages, programs per SM and tokens of a tile; and by programs of a sequence.
+scaled_dot_product_attention; workspace is what a call allocates besides its result. --sweep: by how kernels cut the
+work: warps, stages, programs per SM and tokens of a tile (in Triton, which reads 16 bits and fp8, registers); and the
+programs that share a sequence and KV head: one, and as many as one to four to an SM make.
 """
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from unittest import mock
 
 import torch
@@ -22,7 +23,8 @@ from kvtool.attention import select
 from kvtool.attention.layer import AttentionLayer
 from kvtool.attention.triton_backend import TritonPrefill
 from kvtool.config import KVOptions
-from kvtool.kernels import cuda_decode
+from kvtool.kernels import cuda_decode, decode
+from kvtool.kernels.launch import num_sms
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
@@ -30,11 +32,13 @@ from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.store import KVStore
 from kvtool.quantize.decode_speed import FOOTPRINT, fill, graph_seconds, read_bandwidth
 
-WORKLOADS = ((16, 32_000), (64, 4_096), (256, 1_024), (1, 131_072))  # sequences, tokens of each
+Workloads = Sequence[tuple[int, int]]  # sequences, tokens of each
+WORKLOADS = ((16, 32_000), (64, 4_096), (256, 1_024), (1, 131_072))
 PROMPTS = (128, 256, 512, 1_024, 2_048, 4_096, 8_192)  # tokens
 PROMPT_LAYERS = 8
 PAGE = 256  # tokens, the least that flash-attn takes
-SWEEP = ((4, 2, 2, 64), (4, 3, 2, 64), (4, 2, 3, 32), (8, 2, 1, 64))  # as `cuda_decode.TILES` has them
+SWEEP = ((4, 2, 3, 32), (4, 2, 3, 64), (6, 2, 2, 32), (6, 2, 2, 64), (8, 2, 2, 32))  # as `cuda_decode.TILES` has them
+SWEEP_TRITON = ((4, 3, 3, None), (4, 5, 2, None), (8, 5, 3, None))  # as `decode.TILES` has them
 
 
 def main() -> None:
@@ -45,22 +49,24 @@ def main() -> None:
     parser.add_argument("--nbits", default="16,8,4,2", help="of the default recipes, or fp8")
     parser.add_argument("--attention-backend", default="auto", help="for decode")
     parser.add_argument("--phase", choices=("decode", "prefill"), default="decode")
-    parser.add_argument("--sweep", action="store_true", help="time tiles and splits, and nothing else")
+    parser.add_argument("--workloads", help="of decode: sequences × tokens as in 64x4096,1x131072")
+    parser.add_argument("--sweep", action="store_true", help="time decode by tiles and splits, and nothing else")
     args = parser.parse_args()
+    asked = [tuple(map(int, one.split("x"))) for one in args.workloads.split(",")] if args.workloads else WORKLOADS
     layer = AttentionLayer(args.num_q_heads, args.num_kv_heads, args.head_dim, args.head_dim**-0.5)
     if args.sweep:
-        sweep_table(layer, args.nbits.split(","))
+        sweep_table(layer, args.nbits.split(","), asked)
     elif args.phase == "decode":
-        decode_table(layer, args.nbits.split(","), args.attention_backend)
+        decode_table(layer, args.nbits.split(","), asked, args.attention_backend)
     else:
         prefill_table(layer, args.nbits.split(","))
 
 
-def decode_table(layer: AttentionLayer, formats: list[str], asked: str) -> None:
+def decode_table(layer: AttentionLayer, formats: list[str], workloads: Workloads, asked: str) -> None:
     bandwidth = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}, {layer.describe()}, read {bandwidth / 1e12:.2f} TB/s")
     print(f"{'workload':>12} {'KV':>10} {'µs':>8} {'GB/s':>7} {'share':>6} {'× flash-attn':>12}")
-    for num_seqs, length in WORKLOADS:
+    for num_seqs, length in workloads:
         peer = flash_attention_seconds(layer, num_seqs, length)
         if peer is not None:
             nbytes = num_seqs * length * 4 * layer.num_kv_heads * layer.head_dim
@@ -71,19 +77,27 @@ def decode_table(layer: AttentionLayer, formats: list[str], asked: str) -> None:
             show(f"{num_seqs}×{length}", nbits, seconds, nbytes, bandwidth, peer)
 
 
-def sweep_table(layer: AttentionLayer, formats: list[str]) -> None:
-    bandwidth, (num_seqs, length) = read_bandwidth(), WORKLOADS[1]
-    peer, tiles = flash_attention_seconds(layer, num_seqs, length), cuda_decode.TILES
-    print(f"{torch.cuda.get_device_name()}, {layer.describe()}, {num_seqs}×{length}, read {bandwidth / 1e12:.2f} TB/s")
-    print(f"{'tile':>12} {'KV, splits':>10} {'µs':>8} {'GB/s':>7} {'share':>6} {'× flash-attn':>12}")
-    for nbits in formats:
-        run, layers, nbytes = decode_step(layer, nbits, num_seqs, length, "cuda")
-        for tile in dict.fromkeys([tiles[228, nbits], *SWEEP]):
-            tiles[228, nbits] = tile
-            for splits in (1, 2, 3, 4):
-                with mock.patch.object(cuda_decode, "num_splits", return_value=splits):
-                    seconds = graph_seconds(run, layers)
-                show(" ".join(map(str, tile)), f"{nbits}, {splits}", seconds, nbytes, bandwidth, peer)
+def sweep_table(layer: AttentionLayer, formats: list[str], workloads: Workloads) -> None:
+    bandwidth, sms = read_bandwidth(), num_sms(torch.device("cuda"))
+    print(f"{torch.cuda.get_device_name()}, {layer.describe()}, read {bandwidth / 1e12:.2f} TB/s")
+    print(f"{'workload':>12} {'KV':>10} {'µs':>8} {'GB/s':>7} {'share':>6} {'× flash-attn':>12}  tile, splits")
+    for num_seqs, length in workloads:
+        peer = flash_attention_seconds(layer, num_seqs, length)
+        filling = {max(1, programs * sms // (num_seqs * layer.num_kv_heads)) for programs in range(5)}
+        for nbits in formats:
+            in_triton = nbits in ("16", "fp8")
+            run, layers, nbytes = decode_step(layer, nbits, num_seqs, length, "triton" if in_triton else "cuda")
+            kernel, sweep = (decode, SWEEP_TRITON) if in_triton else (cuda_decode, SWEEP)
+            tiles, key = kernel.TILES, (9 if in_triton else 228, nbits)
+            for tile in dict.fromkeys([tiles[key], *sweep]):
+                for splits in sorted(filling):
+                    with (
+                        mock.patch.dict(tiles, {key: tile}),
+                        mock.patch.object(kernel, "num_splits", return_value=splits),
+                    ):
+                        seconds = graph_seconds(run, layers)
+                    cut = f"{' '.join(map(str, tile))}, {splits}"
+                    show(f"{num_seqs}×{length}", nbits, seconds, nbytes, bandwidth, peer, cut)
 
 
 def prefill_table(layer: AttentionLayer, formats: list[str]) -> None:
@@ -162,13 +176,13 @@ def workspace_bytes(call: Callable[[int], object], result: int) -> int:
     return torch.cuda.max_memory_allocated() - before - result
 
 
-def show(workload: str, name: str, seconds: float, nbytes: int, bandwidth: float, peer: float | None) -> None:
+def show(
+    workload: str, name: str, seconds: float, nbytes: int, bandwidth: float, peer: float | None, cut: str = ""
+) -> None:
     rate = nbytes / seconds
     ratio = "" if peer is None else f"{peer / seconds:.2f}"
-    print(
-        f"{workload:>12} {name:>10} {seconds * 1e6:8.1f} {rate / 1e9:7.0f} {rate / bandwidth:6.0%} {ratio:>12}",
-        flush=True,
-    )
+    figures = f"{seconds * 1e6:8.1f} {rate / 1e9:7.0f} {rate / bandwidth:6.0%} {ratio:>12}"
+    print(f"{workload:>12} {name:>10} {figures}  {cut}".rstrip(), flush=True)
 
 
 def decode_step(

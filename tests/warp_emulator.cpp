@@ -119,6 +119,8 @@ static u32 multiply(u32 a, u32 b) {
     return round_pair<false>(widen<false>(a) * widen<false>(b), widen<false>(a >> 16) * widen<false>(b >> 16));
 }
 
+static u32 negative(u32 x) { return x ^ 0x80008000; }
+
 template <bool BFLOAT> static u32 fused(u32 a, u32 b, u32 c) {
     float d[2];
     for (int e = 0; e < 2; e++)

@@ -28,6 +28,12 @@ __device__ inline u32 multiply(u32 a, u32 b) {
     return d;
 }
 
+__device__ inline u32 negative(u32 x) {
+    u32 d;
+    asm("neg.f16x2 %0, %1;" : "=r"(d) : "r"(x));
+    return d;
+}
+
 // Two of a · b + c, each rounded once.
 template <bool BFLOAT> __device__ inline u32 fused(u32 a, u32 b, u32 c) {
     u32 d;
