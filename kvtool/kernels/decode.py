@@ -85,7 +85,8 @@ def paged_decode(
 
     Args:
         q: [n, Hq, D] bf16 or fp16; keys and values of 16 bits and tails have its dtype.
-        block_table: [n, N] integers; positions, visible, tail_slots: [n] integers, as in `KVBatch`.
+        block_table: [n, N] integers; positions, visible, tail_slots: [n] integers, as in `KVBatch`. Positions and
+            `visible` are read while earlier kernels of the stream still run, on sm_90: none may be writing them.
         scale: multiplies q·k before the softmax.
         sliding_window: a query sees this many newest positions, itself included; None sees all.
         out: [n, Hq, D], where the result goes.
@@ -227,13 +228,13 @@ def _decode_kernel(
     SPLIT: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    await_inputs(CHAINED, START_NEXT=False)
     seq, head, split = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     position = tl.load(positions_ptr + seq).to(tl.int32)
+    near = tl.load(visible_ptr + seq).to(tl.int32)
     # A product that comes soon fetches its weights to L2 as it starts: a long read would drive them out again.
     if tl.num_programs(0) // kv_heads * position < SHORT_READ:
         start_next(CHAINED)
-    near = tl.load(visible_ptr + seq).to(tl.int32)
+    await_inputs(CHAINED, START_NEXT=False)
     far = tl.minimum(near, position + 1)
     first = tl.maximum(0, position + 1 - window)
     q_ptr += (seq.to(tl.int64) * kv_heads + head) * group_heads * D

@@ -35,7 +35,7 @@ class Tile:
     dot: bool = False
 
 
-PREFETCHED = 32 << 20  # bytes of a matrix that is fetched to L2 while the kernels before still run
+PREFETCHED = 32 << 20  # bytes of a matrix, at most, that are fetched to L2 while the kernels before still run
 
 # By compute capability and rows, rounded up to a power of 2: the first entry of which a matrix has at least so many
 # outputs and columns. Timed on an H200; sm_89 was never timed.
@@ -143,6 +143,7 @@ def _launch(
     outputs = len(weight) // 2 if gated else len(weight)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     columns = power_of_2(rows)
+    ahead = min(depth, PREFETCHED // (len(weight) * weight.itemsize) // 8 * 8)
     options = {
         "ROWS": max(8, columns) if tile.dot else columns,
         "OUTPUTS": tile.outputs,
@@ -150,13 +151,13 @@ def _launch(
         "EVEN": depth % tile.depth == 0 and outputs % tile.outputs == 0,
         "BIAS": bias is not None,
         "GATED": gated,
-        "PREFETCH": weight.nbytes <= PREFETCHED and depth % 8 == 0,
+        "PREFETCH": depth % 8 == 0 and ahead > tile.depth * tile.stages,  # which a program asks for at once
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         **chained(x.device),
     }
     grid = (-(-outputs // tile.outputs),)
-    given = (x, weight, weight if bias is None else bias, out, rows, outputs, depth)
+    given = (x, weight, weight if bias is None else bias, out, rows, outputs, depth, ahead)
     if tile.dot:
         _dot_kernel[grid](*given, **options)
     else:
@@ -174,7 +175,7 @@ def _launch(
     return out
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "ahead"])
 def _multiply_kernel(
     x,
     weight,
@@ -183,6 +184,7 @@ def _multiply_kernel(
     rows,
     outputs,
     depth,
+    ahead,
     residual,
     stream,
     gain,
@@ -203,7 +205,7 @@ def _multiply_kernel(
     lines = weight + tl.minimum(output, outputs - 1).to(tl.int64)[:, None] * depth
     up_lines = lines + outputs.to(tl.int64) * depth
     if CHAINED and PREFETCH:
-        _prefetch_rows(weight, outputs, depth, OUTPUTS, GATED)
+        _prefetch_rows(weight, outputs, depth, ahead, OUTPUTS, GATED)
     w = _piece(lines, at, depth, EVEN)
     up = _piece(up_lines, at, depth, EVEN) if GATED else w
     await_inputs(CHAINED)
@@ -269,13 +271,13 @@ def _stream_piece(x, residual, row, at, rows, depth, ADD: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_rows(weight, outputs, depth, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
-    """Ask for all that this program reads of the matrix."""
-    first = tl.program_id(0) * OUTPUTS
-    nbytes = tl.minimum(outputs - first, OUTPUTS) * depth * 2
-    prefetch(weight + first.to(tl.int64) * depth, nbytes)
-    if GATED:
-        prefetch(weight + (outputs + first).to(tl.int64) * depth, nbytes)
+def _prefetch_rows(weight, outputs, depth, ahead, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
+    """Ask for the first columns of all that this program reads of the matrix."""
+    for index in tl.static_range(OUTPUTS):
+        line = tl.minimum(tl.program_id(0) * OUTPUTS + index, outputs - 1).to(tl.int64)
+        prefetch(weight + line * depth, ahead * 2)
+        if GATED:
+            prefetch(weight + (outputs + line) * depth, ahead * 2)
 
 
 @triton.jit
@@ -286,7 +288,7 @@ def _piece(lines, at, depth, EVEN: tl.constexpr):
     return tl.load(lines + at[None, :], mask=(at < depth)[None, :], other=0, eviction_policy="evict_first")
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "ahead"])
 def _dot_kernel(
     x,
     weight,
@@ -295,6 +297,7 @@ def _dot_kernel(
     rows,
     outputs,
     depth,
+    ahead,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -311,7 +314,7 @@ def _dot_kernel(
     up_lines = lines + outputs.to(tl.int64) * depth
     columns = x + tl.minimum(row, rows - 1) * depth
     if CHAINED and PREFETCH:
-        _prefetch_rows(weight, outputs, depth, OUTPUTS, GATED)
+        _prefetch_rows(weight, outputs, depth, ahead, OUTPUTS, GATED)
     await_inputs(CHAINED)
     sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
     up_sums = tl.zeros([OUTPUTS, ROWS], tl.float32)

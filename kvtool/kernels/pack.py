@@ -83,6 +83,8 @@ class Packing:
 class LayerWriter:
     """Writes the keys and values of one layer on the device, without a word from the host.
 
+    Where tokens go is read while earlier kernels of the stream still run, on sm_90: none of them may be writing that.
+
     Attributes:
         blocks: [num_blocks, bytes] uint8, the layer's part of all blocks.
         tails: [slots, n], the layer's part of all tails, at the model's precision.
@@ -263,13 +265,13 @@ def _write_tokens(
     CHAINED: tl.constexpr,
 ):
     """Program (token, stream)."""
-    await_inputs(CHAINED)
     index = tl.program_id(0).to(tl.int64)
     owner = tl.load(owners + index).to(tl.int64)
-    if owner < 0:  # nobody's
-        return
     token = index if tokens is None else tl.load(tokens + index).to(tl.int64)
     row = tl.load(rows + index)
+    await_inputs(CHAINED)
+    if owner < 0:  # nobody's
+        return
     block = memory + owner * owner_bytes
     if tl.program_id(1) == 0:
         _write_token(key + token * key_token_stride, key_head_stride, block, row, faults, KEY)
