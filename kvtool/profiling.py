@@ -26,7 +26,7 @@ CLASSES: dict[str, str] = {
     "seal": r"^_(seal|write_blocks)$|^kvtool::seal$",
     "attention": r"^_(decode|merge|prefill|latent_prefill|unpack|latent|expanded)_kernel$|^(paged|latent)_decode$"
     r"|flash|fmha|^kvtool::attention$",
-    "norm, rope, write": r"^_(add_rms_norm|norm_rotate|rotate_and_norm|silu_mul|read_near|write_tokens)$"
+    "norm, rope, write": r"^_(add_rms_norm|norm_rotate|rotate_and_(norm|write)|silu_mul|read_near|write_tokens)$"
     r"|^kvtool::(rope|write)$|^aten::(rms_norm|silu|mul_|add_)$",
     "routing of experts": r"^_(route|group|count|offsets|place|combine)_kernel$",
     "GEMM": r"^_(multiply|dot|grouped|product|finish|quantize|encode|dequantize)_kernel$|^w4a16(_gemv)?$"

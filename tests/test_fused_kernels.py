@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvtool.attention.heads import RotaryHeads
 from kvtool.layers.linear import gated_linear
 from kvtool.layers.norm import QKNorm, RMSNorm
-from kvtool.layers.rotary import Rope, Rotary, queries_and_keys
+from kvtool.layers.rotary import Rope, Rotary
 
 pytest.importorskip("triton")
 
@@ -103,7 +104,7 @@ def test_norm_and_rotation(
     x = drawn(tokens, num_heads + 2 * num_kv_heads, dim, dtype=dtype)
     rotary = Rotary(Rope(rotated, 1e4), 1000, dtype=dtype, device=DEVICE)
     cos, sin = rotary(torch.randint(1000, (tokens,)).to(DEVICE))
-    exact = queries_and_keys(x.cpu().double(), num_heads, cos.cpu().double(), sin.cpu().double(), layer)
+    exact = RotaryHeads(x.cpu().double(), num_heads, cos.cpu().double(), sin.cpu().double(), layer).rotated()
     for out, expected in zip(norm_rotate(x, num_heads, cos, sin, weight if norm else None, 1e-6), exact, strict=True):
         assert error(out, expected) < 5e-3
 
