@@ -143,7 +143,6 @@ def _launch(
     outputs = len(weight) // 2 if gated else len(weight)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     columns = power_of_2(rows)
-    ahead = min(depth, PREFETCHED // (len(weight) * weight.itemsize) // 8 * 8)
     options = {
         "ROWS": max(8, columns) if tile.dot else columns,
         "OUTPUTS": tile.outputs,
@@ -151,13 +150,13 @@ def _launch(
         "EVEN": depth % tile.depth == 0 and outputs % tile.outputs == 0,
         "BIAS": bias is not None,
         "GATED": gated,
-        "PREFETCH": depth % 8 == 0 and ahead > tile.depth * tile.stages,  # which a program asks for at once
+        "PREFETCH": PREFETCHED if depth % 8 == 0 else 0,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         **chained(x.device),
     }
     grid = (-(-outputs // tile.outputs),)
-    given = (x, weight, weight if bias is None else bias, out, rows, outputs, depth, ahead)
+    given = (x, weight, weight if bias is None else bias, out, rows, outputs, depth)
     if tile.dot:
         _dot_kernel[grid](*given, **options)
     else:
@@ -175,7 +174,7 @@ def _launch(
     return out
 
 
-@triton.jit(do_not_specialize=["rows", "ahead"])
+@triton.jit(do_not_specialize=["rows"])
 def _multiply_kernel(
     x,
     weight,
@@ -184,7 +183,6 @@ def _multiply_kernel(
     rows,
     outputs,
     depth,
-    ahead,
     residual,
     stream,
     gain,
@@ -205,7 +203,7 @@ def _multiply_kernel(
     lines = weight + tl.minimum(output, outputs - 1).to(tl.int64)[:, None] * depth
     up_lines = lines + outputs.to(tl.int64) * depth
     if CHAINED and PREFETCH:
-        _prefetch_rows(weight, outputs, depth, ahead, OUTPUTS, GATED)
+        _prefetch_rows(weight, outputs, depth, OUTPUTS, GATED, PREFETCH)
     w = _piece(lines, at, depth, EVEN)
     up = _piece(up_lines, at, depth, EVEN) if GATED else w
     await_inputs(CHAINED)
@@ -271,13 +269,14 @@ def _stream_piece(x, residual, row, at, rows, depth, ADD: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_rows(weight, outputs, depth, ahead, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
-    """Ask for the first columns of all that this program reads of the matrix."""
-    for index in tl.static_range(OUTPUTS):
-        line = tl.minimum(tl.program_id(0) * OUTPUTS + index, outputs - 1).to(tl.int64)
-        prefetch(weight + line * depth, ahead * 2)
+def _prefetch_rows(weight, outputs, depth, OUTPUTS: tl.constexpr, GATED: tl.constexpr, MOST: tl.constexpr):
+    """Ask for all that this program reads of the matrix, if it is among the first, who read `MOST` bytes together."""
+    first = tl.program_id(0) * OUTPUTS
+    nbytes = tl.minimum(outputs - first, OUTPUTS) * depth * 2
+    if first * (1 + GATED) < MOST // 2 // depth:
+        prefetch(weight + first.to(tl.int64) * depth, nbytes)
         if GATED:
-            prefetch(weight + (outputs + line) * depth, ahead * 2)
+            prefetch(weight + (outputs + first).to(tl.int64) * depth, nbytes)
 
 
 @triton.jit
@@ -288,7 +287,7 @@ def _piece(lines, at, depth, EVEN: tl.constexpr):
     return tl.load(lines + at[None, :], mask=(at < depth)[None, :], other=0, eviction_policy="evict_first")
 
 
-@triton.jit(do_not_specialize=["rows", "ahead"])
+@triton.jit(do_not_specialize=["rows"])
 def _dot_kernel(
     x,
     weight,
@@ -297,7 +296,6 @@ def _dot_kernel(
     rows,
     outputs,
     depth,
-    ahead,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -314,7 +312,7 @@ def _dot_kernel(
     up_lines = lines + outputs.to(tl.int64) * depth
     columns = x + tl.minimum(row, rows - 1) * depth
     if CHAINED and PREFETCH:
-        _prefetch_rows(weight, outputs, depth, ahead, OUTPUTS, GATED)
+        _prefetch_rows(weight, outputs, depth, OUTPUTS, GATED, PREFETCH)
     await_inputs(CHAINED)
     sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
     up_sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
