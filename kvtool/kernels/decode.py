@@ -19,6 +19,7 @@ from kvtool.kernels.launch import (
     num_sms,
     num_splits,
     power_of_2,
+    prefetch,
     start_next,
 )
 from kvtool.kernels.splits import merge
@@ -85,8 +86,8 @@ def paged_decode(
 
     Args:
         q: [n, Hq, D] bf16 or fp16; keys and values of 16 bits and tails have its dtype.
-        block_table: [n, N] integers; positions, visible, tail_slots: [n] integers, as in `KVBatch`. Positions and
-            `visible` are read while earlier kernels of the stream still run, on sm_90: none may be writing them.
+        block_table: [n, N] integers; positions, visible, tail_slots: [n] integers, as in `KVBatch`. On sm_90 they are
+            read while earlier kernels of the stream still run: none of those may be writing them.
         scale: multiplies q·k before the softmax.
         sliding_window: a query sees this many newest positions, itself included; None sees all.
         out: [n, Hq, D], where the result goes.
@@ -234,9 +235,22 @@ def _decode_kernel(
     # A product that comes soon fetches its weights to L2 as it starts: a long read would drive them out again.
     if tl.num_programs(0) // kv_heads * position < SHORT_READ:
         start_next(CHAINED)
-    await_inputs(CHAINED, START_NEXT=False)
     far = tl.minimum(near, position + 1)
     first = tl.maximum(0, position + 1 - window)
+    # Programs share the blocks, as many as there are shares. The last has the tail too, which weighs as much as a block
+    # for each 16 tokens.
+    splits = tl.num_programs(1)
+    begin = first // BLOCK
+    end = tl.cdiv(far, BLOCK)
+    units = tl.maximum(tl.maximum(end - begin, 0) + tail_tokens // 16, 1)
+    share = tl.cdiv(units, splits)
+    begin += split * share
+    end = tl.minimum(begin + share, end)
+    table_ptr += seq * table_stride
+    if CHAINED:
+        _prefetch_block(k_codes, table_ptr, begin, end, block_stride, head, BLOCK * (D // K_PARTS), K_BITS)
+        _prefetch_block(v_codes, table_ptr, begin, end, block_stride, head, BLOCK * (D // V_PARTS), V_BITS)
+    await_inputs(CHAINED, START_NEXT=False)
     q_ptr += (seq.to(tl.int64) * kv_heads + head) * group_heads * D
 
     K_SEGMENTS: tl.constexpr = D // K_PARTS // K_PIECE
@@ -268,17 +282,7 @@ def _decode_kernel(
     for _ in tl.static_range(V_SEGMENTS * V_PARTS):
         accs += (tl.zeros([V_PAD, N], tl.float32),)
 
-    # Programs share the blocks, as many as there are shares. The last has the tail too, which weighs as much as a block
-    # for each 16 tokens.
-    splits = tl.num_programs(1)
-    begin = first // BLOCK
-    end = tl.cdiv(far, BLOCK)
-    units = tl.maximum(tl.maximum(end - begin, 0) + tail_tokens // 16, 1)
-    share = tl.cdiv(units, splits)
-    begin += split * share
-    end = tl.minimum(begin + share, end)
     rows = tl.arange(0, BLOCK)
-    table_ptr += seq * table_stride
     # Values' scales are too narrow for the compiler to fetch ahead.
     scale_rows = head * BLOCK + rows
     v_scales = _value_scales(v_scale, table_ptr, begin, end, block_stride, scale_rows, V_BITS, D // V_GROUP)
@@ -408,6 +412,19 @@ def _columns_by_rows(ptr, rows, STRIDE: tl.constexpr, START: tl.constexpr, PIECE
     if PAD == PIECE:
         return tl.load(ptr + rows[None, :] * STRIDE + START + columns)
     return tl.load(ptr + rows[None, :] * STRIDE + START + columns, mask=columns < PIECE, other=0)
+
+
+@triton.jit
+def _prefetch_block(
+    codes, table_ptr, index, end, block_stride, head, HEAD: tl.constexpr, BITS: tl.constexpr
+):  # fmt: skip
+    """Ask for a head's `HEAD` codes in the block at `index` of the table, if it is before `end`."""
+    if index < end:
+        block = tl.load(table_ptr + index).to(tl.int64) * block_stride
+        if BITS == "16":
+            prefetch(codes + block * 8 + head * HEAD, HEAD * 2)
+        else:
+            prefetch(codes + block * 16 + head * HEAD, HEAD)
 
 
 @triton.jit
