@@ -22,7 +22,7 @@ from kvtool.memory import MemoryParts, size
 OURS = "kvtool::"
 CLASSES: dict[str, str] = {
     "communication": r"nccl|all_reduce|all_gather|^kvtool::communication$",
-    "sampling": r"^_(survey|choose|largest|first_largest|verify)$|^kvtool::sampling$",
+    "sampling": r"^_(survey|choose|largest|first_largest|verify|known)$|^kvtool::sampling$",
     "seal": r"^_(seal|write_blocks)$|^kvtool::seal$",
     "attention": r"^_(decode|merge|prefill|latent_prefill|unpack|latent|expanded)_kernel$|^(paged|latent)_decode$"
     r"|flash|fmha|^kvtool::attention$",
