@@ -4,6 +4,7 @@ Where there is a GPU they run on it; elsewhere Triton interprets them on small s
 needs no GPU.
 """
 
+import os
 from collections.abc import Callable
 from itertools import product
 
@@ -31,13 +32,19 @@ from kvtool.kernels.rope import norm_rotate
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float16]  # the interpreter multiplies no bf16
-TILES = [Tile(1, 512, 2), Tile(4, 128, 2), Tile(16, 64, 1, 2, dot=True), Tile(32, 128, 2, 3, dot=True)]
+TILES = [
+    Tile(1, 512, 2),
+    Tile(4, 128, 2),
+    Tile(2, 128, 1, 3),
+    Tile(16, 64, 1, 2, dot=True),
+    Tile(32, 128, 2, 3, dot=True),
+]
 TABLED = sorted({tile for entries in products.TILES.values() for *_, tile in entries}, key=repr)
 TILES += TABLED if ON_GPU else []
 SHAPES = [(8, 64), (40, 200), (12, 1024)]  # outputs and columns of a product
 SHAPES += [(4608, 3584), (1536, 8960), (1000, 1032), (130, 4864), (50000, 896)] if ON_GPU else []
 
-examples = settings(deadline=None, max_examples=200 if ON_GPU else 6)
+examples = settings(deadline=None, max_examples=int(os.environ.get("KVTOOL_TEST_EXAMPLES", 200 if ON_GPU else 6)))
 seeds = st.integers(0, 2**31)
 tokens = st.integers(1, 300 if ON_GPU else 4)
 sizes = st.sampled_from([64, 200, 896, 3584, 5120] if ON_GPU else [64, 200])
