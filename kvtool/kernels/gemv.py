@@ -216,7 +216,7 @@ def _multiply_kernel(
     sums = ()
     up_sums = ()
     squares = ()
-    for row in tl.static_range(ROWS):
+    for _ in tl.static_range(ROWS):
         sums += (tl.zeros([OUTPUTS, DEPTH], tl.float32),)
         up_sums += (tl.zeros([OUTPUTS, DEPTH], tl.float32) if GATED else 0,)
         squares += (tl.zeros([DEPTH], tl.float32) if NORM else 0,)
