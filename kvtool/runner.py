@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtool.attention import PagedAttention, block_size
-from kvtool.attention.heads import Queries
+from kvtool.attention.queries import Queries
 from kvtool.calibration import choose_quantization
 from kvtool.config import EngineConfig
 from kvtool.cuda_graph import StepGraphs, as_kv_span, known, most_rows, place, prompt_rooms, worthwhile_tokens

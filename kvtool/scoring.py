@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvtool.attention import PagedAttention, block_size
-from kvtool.attention.heads import Queries, prepared
+from kvtool.attention.queries import Queries, prepared
 from kvtool.calibration import choose_quantization
 from kvtool.config import Bits, EngineConfig, KVOptions
 from kvtool.device import choose_device, choose_dtype

@@ -21,9 +21,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from kvtool.attention.heads import rotate
 from kvtool.attention.layer import AttentionLayer
 from kvtool.config import EngineConfig, KVOptions
+from kvtool.kernels.rotary_heads import rotate
 from kvtool.kv.format import StreamFormat, resolve
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.layers.rotary import Rope, Rotary

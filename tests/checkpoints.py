@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from kvtool.attention.heads import prepared
+from kvtool.attention.queries import prepared
 from kvtool.models import Decoder, ModelConfig
 
 SHAPE: dict[str, Any] = {

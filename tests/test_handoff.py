@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_engine import FORMATS, MIB, engine, prompts
 
-from kvtool.attention.heads import prepared
+from kvtool.attention.queries import prepared
 from kvtool.config import EngineConfig, HandoffConfig, KVOptions
 from kvtool.engine import Engine
 from kvtool.errors import KVToolError, RequestError

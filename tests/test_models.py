@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding
 
-from kvtool.attention.heads import prepared
+from kvtool.attention.queries import prepared
 from kvtool.layers import moe
 from kvtool.layers.rotary import Rotary
 from kvtool.models import Decoder, load_config, load_model

@@ -16,8 +16,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from kvtool.attention.heads import RotaryHeads
 from kvtool.errors import UnsupportedError
+from kvtool.kernels.rotary_heads import RotaryHeads
 from kvtool.kv import store as store_module
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.codecs import check_fits
@@ -193,8 +193,8 @@ def test_keys_are_turned_on_their_way_into_the_store(drawn, whole, seed):
         made = RotaryHeads(pair.draw((3, 5 * heads, dim)), 3 * heads, cos, sin, None)
         q, key = made.rotated()
         expected.write(key, made.value, batch)
-        given = made.made.to(DEVICE), made.num_heads, cos.to(DEVICE), sin.to(DEVICE), None, 0.0
-        assert same(q, layer.rotate_and_write(*given, device_batch))
+        on_device = RotaryHeads(made.made.to(DEVICE), 3 * heads, cos.to(DEVICE), sin.to(DEVICE), None)
+        assert same(q, layer.rotate_and_write(on_device, device_batch))
     pair.check()
 
 
@@ -205,14 +205,16 @@ def test_keys_are_normalised_on_their_way_into_the_store(dim, num_heads, kv_head
     stream = StreamSpec(kv_heads, dim)
     layout = KVLayout(KVSpec(1, stream, stream, 2), KVFormat((LayerFormat(StreamFormat(), StreamFormat()),), 64, 0))
     pair, norm = Pair(layout, torch.float16), QKNorm(num_heads, kv_heads, dim, 1e-6, dtype=torch.float64, device=CPU)
-    gain = pair.draw((2, dim))
-    norm.weight.copy_(gain)
+    gains = pair.draw((2, dim))
+    norm.weight.copy_(gains)
+    rounded = QKNorm(num_heads, kv_heads, dim, 1e-6, dtype=pair.dtype, device=torch.device(DEVICE))
+    rounded.weight.copy_(gains)
     cos, sin = Rotary(Rope(dim, 1e4), 100, dtype=pair.dtype, device=CPU)(torch.tensor([7, 70]))
     made = pair.draw((2, num_heads + 2 * kv_heads, dim))
     exact_q, exact_key = RotaryHeads(made.double(), num_heads, cos.double(), sin.double(), norm).rotated()
     batch = KVBatch.build(layout.format, [Span(7, 8, [3], 0), Span(70, 71, [1, 5], 1)], DEVICE)
-    given = made.to(DEVICE), num_heads, cos.to(DEVICE), sin.to(DEVICE), gain.to(DEVICE), 1e-6
-    q = pair.kernels.layers[0].rotate_and_write(*given, batch).cpu().double()
+    heads = RotaryHeads(made.to(DEVICE), num_heads, cos.to(DEVICE), sin.to(DEVICE), rounded)
+    q = pair.kernels.layers[0].rotate_and_write(heads, batch).cpu().double()
     codes = pair.kernels.layers[0].key.arrays["codes"].cpu().double()
     key = torch.stack([codes[3, :, 7], codes[5, :, 6]])
     assert (q - exact_q).norm() / exact_q.norm() < 5e-3
@@ -313,7 +315,7 @@ from triton.compiler import ASTSource, compile
 from kvtool.kernels import pack
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-ELEMENTS = {"key", "value", "tails", "near_key", "near_value", "heads", "q", "cos", "sin", "gain"}
+ELEMENTS = {"key", "value", "tails", "near_key", "near_value", "made", "q", "cos", "sin", "gain"}
 POINTERS = {"memory": "*u8", "faults": "*i32"} | dict.fromkeys(
     ("tokens", "sources", "owners", "rows", "blocks", "positions", "tail_slots", "block_table", "starts"), "*i64")
 POINTERS["eps"] = "fp32"

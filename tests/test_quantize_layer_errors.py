@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtool.attention import PagedAttention
-from kvtool.attention.heads import prepared
 from kvtool.attention.layer import AttentionLayer
+from kvtool.attention.queries import prepared
 from kvtool.attention.reference import attention_reference
 from kvtool.config import KVOptions
 from kvtool.errors import UnsupportedError

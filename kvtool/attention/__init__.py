@@ -9,12 +9,13 @@ from torch import Tensor
 
 from kvtool.attention.cuda_backend import CudaDecode
 from kvtool.attention.flash_backend import PAGE, FlashAttention
-from kvtool.attention.heads import Queries, RotaryHeads
 from kvtool.attention.latents import LatentQueries
 from kvtool.attention.layer import AttentionLayer
+from kvtool.attention.queries import Queries, rotated
 from kvtool.attention.torch_backend import TorchAttention
 from kvtool.attention.triton_backend import TritonDecode, TritonPrefill
 from kvtool.errors import UnsupportedError
+from kvtool.kernels.rotary_heads import RotaryHeads
 from kvtool.kv.batch import KVBatch
 from kvtool.kv.format import BLOCK_SIZE
 from kvtool.kv.hadamard import hadamard
@@ -175,9 +176,8 @@ class PagedAttention:
         """Queries that are ready, and what `kv.write` returns."""
         if isinstance(q, RotaryHeads):
             if kv.writer and not (batch.prompts or kv.key.format.rotate or kv.value.format.rotate):
-                gain, eps = (q.norm.weight, q.norm.eps) if q.norm else (None, 0.0)
-                return kv.rotate_and_write(q.made, q.num_heads, q.cos, q.sin, gain, eps, batch), None
-            q, key = q.rotated()
+                return kv.rotate_and_write(q, batch), None
+            q, key = rotated(q)
         if kv.key.format.rotate:
             key = hadamard(key)
         if kv.value.format.rotate:

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kvtool.kernels.launch import await_inputs, chained, power_of_2
-from kvtool.kernels.rope import HEADS, rotated
+from kvtool.kernels.rope import HEADS, constants, rotated, rotation
+from kvtool.kernels.rotary_heads import RotaryHeads
 
 ELEMENTS_PER_WARP = 4096  # as few warps as registers allow: reductions across warps cost most
 
@@ -117,40 +118,21 @@ class LayerWriter:
         """
         self._write(key, value, self.tails.view(torch.uint8), tokens, slots, rows, self.tail_key, self.tail_value)
 
-    def rotate_and_write(
-        self,
-        heads: Tensor,
-        num_heads: int,
-        cos: Tensor,
-        sin: Tensor,
-        weight: Tensor | None,
-        eps: float,
-        owners: Tensor,
-        rows: Tensor,
-        *,
-        to_tails: bool,
-    ) -> Tensor:
-        """What `norm_rotate` makes of queries [T, Hq, D]; its keys, and the values, go into the store at once.
+    def rotate_and_write(self, heads: RotaryHeads, owners: Tensor, rows: Tensor, *, to_tails: bool) -> Tensor:
+        """The queries of `heads`, ready [T, Hq, D]; keys, as ready, and values go into the store in the same kernel.
 
         Args:
-            heads, num_heads, cos, sin, weight, eps: as it takes them.
-            owners, rows: [T], the tail slot of each token or, unless `to_tails`, its block, and its row there; -1 as of
-                `write_tokens` and `write_tails`.
+            owners, rows: [T], the tail slot of each token or, unless `to_tails`, its block, -1 being nobody's; and its
+                row there.
         """
-        assert heads.is_contiguous() and all(x[0].is_contiguous() for x in (cos, sin))
         memory = self.tails.view(torch.uint8) if to_tails else self.blocks
         key, value = (self.tail_key, self.tail_value) if to_tails else (self.key, self.value)
-        q = heads.new_empty(len(heads), num_heads, heads.shape[2])
-        _rotate_and_write[(len(heads), 2 - (-num_heads // HEADS))](
-            heads,
+        q = heads.empty()
+        _rotate_and_write[(len(q), 2 + -(-heads.num_heads // HEADS))](
+            heads.made,
+            *rotation(heads),
+            heads.num_heads,
             q,
-            cos,
-            sin,
-            cos.stride(0),
-            sin.stride(0),
-            heads if weight is None else weight,
-            eps,
-            num_heads,
             owners,
             rows,
             memory,
@@ -158,11 +140,10 @@ class LayerWriter:
             self.faults,
             KEY=key,
             VALUE=value,
-            ROTATED=2 * cos.shape[-1],
-            NORM=weight is not None,
             HEADS=HEADS,
             num_warps=max(2, *(p.warps(p.head_rows) for p in (key, value))),
-            **chained(heads.device),
+            **constants(heads),
+            **chained(q.device),
         )
         return q
 
@@ -343,8 +324,7 @@ def _write_token(x, head_stride, block, row, faults, packing: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_heads"])
 def _rotate_and_write(
-    heads,
-    q,
+    made,
     cos,
     sin,
     cos_stride,
@@ -352,6 +332,7 @@ def _rotate_and_write(
     gain,
     eps,
     num_heads,
+    q,
     owners,
     rows,
     memory,
@@ -359,9 +340,9 @@ def _rotate_and_write(
     faults,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
+    HEADS: tl.constexpr,
     ROTATED: tl.constexpr,
     NORM: tl.constexpr,
-    HEADS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """Program (token, part): its keys, its values, or some of its queries."""
@@ -370,7 +351,7 @@ def _rotate_and_write(
     row = tl.load(rows + token)
     await_inputs(CHAINED)
     D: tl.constexpr = KEY.dim
-    heads += token * (num_heads + KEY.heads + VALUE.heads) * D
+    made += token * (num_heads + KEY.heads + VALUE.heads) * D
     cos += token * cos_stride
     sin += token * sin_stride
     block = memory + owner * owner_bytes
@@ -378,18 +359,18 @@ def _rotate_and_write(
         head = (tl.program_id(1) - 2) * HEADS + tl.arange(0, HEADS)[:, None, None]
         channel = tl.arange(0, KEY.token_width)[None, None, :]
         inside = (head < num_heads) & (channel < D)
-        ready = rotated(heads + head * D, channel, inside, cos, sin, gain, eps, D, ROTATED, NORM)
+        ready = rotated(made + head * D, channel, inside, cos, sin, gain, eps, D, ROTATED, NORM)
         tl.store(q + (token * num_heads + head) * D + channel, ready, mask=inside)
     elif owner >= 0:  # not nobody's
         if tl.program_id(1) == 0:
             head = tl.arange(0, KEY.head_rows)[:, None, None]
             channel = _channels(KEY)
             inside = (head < KEY.heads) & _in_head(KEY)
-            x = heads + (num_heads + head) * D
+            x = made + (num_heads + head) * D
             ready = rotated(x, channel, inside, cos, sin, gain + D, eps, D, ROTATED, NORM)
             _encode_tile(ready, head < KEY.heads, block, head * KEY.tokens + row, 0, faults, KEY)
         else:
-            _write_token(heads + (num_heads + KEY.heads) * D, D, block, row, faults, VALUE)
+            _write_token(made + (num_heads + KEY.heads) * D, D, block, row, faults, VALUE)
 
 
 @triton.jit

@@ -1,64 +1,52 @@
 """Queries and keys of a step: their normalisation and rotation in one pass."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kvtool.kernels.launch import await_inputs, chained, power_of_2
+from kvtool.kernels.rotary_heads import RotaryHeads
 
 HEADS = 8  # of one token that a program rotates
 
 
-def norm_rotate(
-    heads: Tensor, num_heads: int, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """What `kvtool.attention.heads.rotate` makes of queries and keys, normalised before that where there is a `weight`.
-
-    Computed in fp32.
-
-    Args:
-        heads: [T, Hq + 2 · Hkv, D]: queries, keys and values; values are not looked at.
-        num_heads: Hq.
-        cos, sin: [T, 1, 2, dim / 2] as `kvtool.attention.heads.RotaryHeads` has them.
-        weight: [2, D], of the RMSNorm of queries and of keys (`kvtool.layers.norm.QKNorm`).
-
-    Returns:
-        Queries [T, Hq, D] and keys [T, Hkv, D].
-    """
-    tokens, count, dim = heads.shape
-    num_kv_heads = (count - num_heads) // 2
-    assert heads.is_contiguous() and all(x[0].is_contiguous() for x in (cos, sin))
-    q = torch.empty(tokens, num_heads, dim, dtype=heads.dtype, device=heads.device)
-    k = torch.empty(tokens, num_kv_heads, dim, dtype=heads.dtype, device=heads.device)
+def norm_rotate(heads: RotaryHeads) -> tuple[Tensor, Tensor]:
+    """What `RotaryHeads.rotated` defines, computed in fp32."""
+    made, num_heads, num_kv_heads = heads.made, heads.num_heads, heads.num_kv_heads
+    tokens, _, dim = made.shape
+    q, k = (made.new_empty(tokens, count, dim) for count in (num_heads, num_kv_heads))
     _norm_rotate[(tokens, -(-(num_heads + num_kv_heads) // HEADS))](
-        heads,
+        made,
+        *rotation(heads),
+        num_heads,
         q,
         k,
-        cos,
-        sin,
-        cos.stride(0),
-        sin.stride(0),
-        heads if weight is None else weight,
-        eps,
-        num_heads,
         num_kv_heads,
         D=dim,
-        ROTATED=2 * cos.shape[-1],
         WIDTH=power_of_2(dim),
         HEADS=HEADS,
-        NORM=weight is not None,
         num_warps=2,
-        **chained(heads.device),
+        **constants(heads),
+        **chained(made.device),
     )
     return q, k
 
 
+def rotation(heads: RotaryHeads) -> tuple[Tensor, Tensor, int, int, Tensor, float]:
+    """What kernels take to normalise and rotate: cos, sin, their strides, and the weights and epsilon of the norm."""
+    cos, sin, norm = heads.cos, heads.sin, heads.norm
+    assert heads.made.is_contiguous() and cos.stride()[2:] == sin.stride()[2:] == (cos.shape[-1], 1)
+    return cos, sin, cos.stride(0), sin.stride(0), norm.weight if norm else heads.made, norm.eps if norm else 0.0
+
+
+def constants(heads: RotaryHeads) -> dict[str, int]:
+    """What such kernels are compiled for."""
+    return {"ROTATED": 2 * heads.cos.shape[-1], "NORM": heads.norm is not None}
+
+
 @triton.jit
 def _norm_rotate(
-    heads,
-    q,
-    k,
+    made,
     cos,
     sin,
     cos_stride,
@@ -66,11 +54,13 @@ def _norm_rotate(
     weight,
     eps,
     num_heads,
+    q,
+    k,
     num_kv_heads,
     D: tl.constexpr,
-    ROTATED: tl.constexpr,
     WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
+    ROTATED: tl.constexpr,
     NORM: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
@@ -80,7 +70,7 @@ def _norm_rotate(
     channel = tl.arange(0, WIDTH)[None, None, :]
     inside = (head < num_heads + num_kv_heads) & (channel < D)
     await_inputs(CHAINED)
-    x = heads + (token * (num_heads + 2 * num_kv_heads) + head) * D
+    x = made + (token * (num_heads + 2 * num_kv_heads) + head) * D
     gain = weight + (head >= num_heads) * D
     cos += token * cos_stride
     sin += token * sin_stride

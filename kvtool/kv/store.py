@@ -17,6 +17,7 @@ from kvtool.ranges import Range
 
 if TYPE_CHECKING:
     from kvtool.kernels.pack import LayerWriter, Packing, Sealer
+    from kvtool.kernels.rotary_heads import RotaryHeads
     from kvtool.kernels.streams import PackedStream
 
 ARRIVALS = 4096  # more results than have two programs that run at once, on any GPU
@@ -290,26 +291,12 @@ class LayerKV:
         self._write_tails(key, value, prompts.kept_tokens, prompts.kept_slots, prompts.kept_rows)
         return near
 
-    def rotate_and_write(
-        self,
-        heads: Tensor,
-        num_heads: int,
-        cos: Tensor,
-        sin: Tensor,
-        weight: Tensor | None,
-        eps: float,
-        batch: KVBatch,
-    ) -> Tensor:
-        """Queries [T, Hq, D] of a step without prompts, ready; its keys and values are stored in the same kernel.
-
-        Args:
-            heads, num_heads, cos, sin, weight, eps: as `kvtool.kernels.rope.norm_rotate` takes them.
-        """
+    def rotate_and_write(self, heads: "RotaryHeads", batch: KVBatch) -> Tensor:
+        """`write` of keys and values of a step without prompts, and its queries [T, Hq, D], ready, in one kernel."""
         assert self.writer and not batch.prompts
         to_tails = not self.format.packs_on_write
         owners = batch.tail_slots if to_tails else batch.token_blocks
-        given = heads, num_heads, cos, sin, weight, eps, owners, batch.rows
-        return self.writer.rotate_and_write(*given, to_tails=to_tails)
+        return self.writer.rotate_and_write(heads, owners, batch.rows, to_tails=to_tails)
 
     def _read_near(self, key: Tensor, value: Tensor, batch: KVBatch) -> Near:
         prompts = batch.prompts

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvtool.attention.heads import rotate
 from kvtool.attention.latents import LatentQueries
 from kvtool.kernels import takes
+from kvtool.kernels.rotary_heads import rotate
 from kvtool.layers.linear import MergedLinear, RowLinear, Slot, empty_parameter
 from kvtool.layers.norm import RMSNorm
 from kvtool.parallel import Group, Shard

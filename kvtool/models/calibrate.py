@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtool.attention.heads import prepared
+from kvtool.attention.queries import prepared
 from kvtool.errors import UnsupportedError
 from kvtool.kernels.quantized_rows import FP8, LARGEST, quantize_rows
 from kvtool.layers.linear import Linear

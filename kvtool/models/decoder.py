@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvtool.attention.heads import Queries, RotaryHeads
+from kvtool.attention.queries import Queries
+from kvtool.kernels.rotary_heads import RotaryHeads
 from kvtool.layers.embedding import Embedding
 from kvtool.layers.linear import GatedLinear, Linear, MergedLinear, RowLinear, Slot
 from kvtool.layers.mla import MLA, LatentProducts
@@ -22,7 +23,7 @@ from kvtool.parallel import ONE_RANK, Group, Parallel
 # (layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) → [T, Hq, D]. q and k are yet to be normalised and rotated, k and
 # v are strided views; scale, mask, sliding window and the KV store are the callee's. Latent attention
 # (`kvtool.layers.mla`) gives the rope key as k, rotated, and the latent as v, and gets values of all heads.
-# `kvtool.attention.heads.prepared` makes one of a function of plain tensors.
+# `kvtool.attention.queries.prepared` makes one of a function of plain tensors.
 Attend = Callable[[int, Queries, Tensor, Tensor], Tensor]
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtool.attention.heads import prepared
 from kvtool.attention.layer import AttentionLayer, operands
+from kvtool.attention.queries import prepared
 from kvtool.errors import UnsupportedError
 from kvtool.kv.codecs import CODECS
 from kvtool.kv.format import KVFormat, StreamFormat

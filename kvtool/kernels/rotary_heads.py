@@ -1,14 +1,14 @@
-"""What a decoder layer gives attention: queries, keys and values, ready to meet each other or yet to be made so."""
+"""Heads that are yet to be normalised and rotated, and how that is done.
 
-from collections.abc import Callable
+This is the definition; on a GPU it is one kernel (`rope`), or happens on the way into the store (`pack`).
+"""
+
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kvtool.attention.latents import LatentQueries
-from kvtool.kernels import takes
 from kvtool.ranges import Range
 
 
@@ -54,11 +54,6 @@ class RotaryHeads:
 
     def rotated(self) -> tuple[Tensor, Tensor]:
         """Queries [T, Hq, D] and keys [T, Hkv, D], ready."""
-        if takes(self.made):
-            from kvtool.kernels.rope import norm_rotate
-
-            gain, eps = (self.norm.weight, self.norm.eps) if self.norm else (None, 0.0)
-            return norm_rotate(self.made, self.num_heads, self.cos, self.sin, gain, eps)
         x = self.made[:, : -self.num_kv_heads]
         with Range("kvtool::rope"):
             x = rotate(self.norm(x) if self.norm else x, self.cos, self.sin)
@@ -79,21 +74,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return torch.cat((rotate(x[..., :dim], cos, sin), x[..., dim:]), dim=-1)
     halves = x.view(*x.shape[:-1], 2, -1)
     return torch.addcmul(halves * cos, halves.flip(-2), sin).flatten(-2)
-
-
-Queries: TypeAlias = Tensor | RotaryHeads | LatentQueries
-
-
-def prepared(
-    attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
-) -> Callable[[int, Queries, Tensor, Tensor], Tensor]:
-    """`attend`, which knows queries that are ready, those over latents as absorbed ones, for any."""
-
-    def with_any(index: int, q: Queries, key: Tensor, value: Tensor) -> Tensor:
-        if isinstance(q, LatentQueries):
-            return q.values(attend(index, q.absorbed(), key, value))
-        if isinstance(q, RotaryHeads):
-            q, key = q.rotated()
-        return attend(index, q, key, value)
-
-    return with_any
