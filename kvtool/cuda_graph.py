@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvtool.gpus import GPU, GPUS
+from kvtool.kernels import takes
 from kvtool.kv.batch import ALIGNED, Integers, KVBatch, Span, each, integers, on_device
 from kvtool.kv.fixed import Room, fixed_batch
 from kvtool.kv.format import KVFormat
@@ -263,6 +264,10 @@ def place(span: ScheduledSpan, width: int) -> int:
 
 def known(ids: Tensor, recent: Tensor) -> Tensor:
     """`ids` [n], with the tokens of `recent` in place of what stands for them."""
+    if takes(ids):
+        from kvtool.kernels import sampling
+
+        return sampling.known(ids, recent)
     return torch.where(ids < 0, recent.flatten()[(-1 - ids).clamp_(min=0)], ids)
 
 

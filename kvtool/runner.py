@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtool.attention import PagedAttention, block_size
-from kvtool.attention.latents import LatentQueries
+from kvtool.attention.queries import Queries
 from kvtool.calibration import choose_quantization
 from kvtool.config import EngineConfig
 from kvtool.cuda_graph import StepGraphs, as_kv_span, known, most_rows, place, prompt_rooms, worthwhile_tokens
@@ -330,7 +330,7 @@ class Runner:
         batch: KVBatch,
         on_layer: Callable[[int], None] | None,
         layer: int,
-        q: Tensor | LatentQueries,
+        q: Queries,
         key: Tensor,
         value: Tensor,
     ) -> Tensor:
@@ -340,7 +340,7 @@ class Runner:
         if on_layer:
             on_layer(index)
         if out is None:
-            out = q.empty() if isinstance(q, LatentQueries) else torch.empty_like(q)
+            out = torch.empty_like(q) if isinstance(q, Tensor) else q.empty()
             out.zero_()
         return out
 
