@@ -121,6 +121,13 @@ def test_experts_are_rounded_to_four_bits_and_saved(model_type: str, tmp_path: P
     assert torch.equal(logits(load(tmp_path / "to", torch.float32)), logits(computed))
     assert computed.products == plain.products
     assert computed.weight_bytes < 0.6 * plain.weight_bytes
+    for model in (plain, computed):  # what a token's own experts have, and all that is no expert's
+        experts = [m for layer in map(int, model.layers) for m in model.mixtures(layer).values()]
+        held = [sum(t.nbytes for t in (*m.experts.parameters(), *m.experts.buffers())) for m in experts]
+        shares = [m.gate.routing.top_k / m.gate.routing.num_experts for m in experts]
+        unread = sum(nbytes * (1 - share) for nbytes, share in zip(held, shares, strict=True))
+        embedding = 0 if model.lm_head is None else model.embed_tokens.weight.nbytes
+        assert model.step_bytes == pytest.approx(model.weight_bytes - embedding - unread, abs=1)
     assert 0 < error(logits(computed), logits(plain)) < 0.6
     with_experts = load(tmp_path / "from", quantization=Quantization("w4a16", keep=("*.experts.*",)))
     assert all(isinstance(m.experts, Experts) for layer in (0, 1) for m in with_experts.mixtures(layer).values())
