@@ -40,7 +40,6 @@ ALLOCATION = (
     Column("slots reserved", "reserved", ",d"),
     Column("in use", "utilization", ".1%"),
 )
-COUNTED = "Tokens stored over slots reserved, summed over all steps of all requests; nothing was run."
 Knob = Literal[
     "nbits",
     "axis",
@@ -71,12 +70,9 @@ def ablation(
     concurrency: int,
 ) -> None:
     """Measure each setting in an engine of its own, and hold it against the first."""
-    from kvtool.bench.ablate import KNOBS, SCORED, format_scores, measure_variants, stack
+    from kvtool.bench.ablate import FORMATS, KNOBS, SCORED, format_scores, measure_variants, stack
 
     config = config | {"workload": [workload.describe()], "ablate": knob}
-    if knob == "kv-allocation":
-        show(Report(command, config, allocation_rows(engine, bench, workload), ALLOCATION, notes=[COUNTED]), output)
-        return
     if knob in ("prefix-cache", "stack") and workload.dataset == "random" and not workload.shared_prefix:
         workload = workload.with_prefix_hit(0.5)  # without anything to share there is nothing to see
     variants = stack(engine) if knob == "stack" else KNOBS[knob](engine)
@@ -88,15 +84,34 @@ def ablation(
         result = replace(result, rows=[row | scores[row["variant"]] for row in result.rows])
     added = SPECULATION if knob == "speculation" else ()
     form = Form(command, (Column(knob, "variant"), *added, *ABLATION), lambda rows: (), lambda results: [])
-    notes = [f"left out: {reason}" for reason in result.target.get("refused", ())]
+    told = result.rows if knob in FORMATS else ()
+    notes = [f"{row['variant']}: {row['kv_format']}." for row in told]
+    notes += [f"left out: {reason}" for reason in result.target.get("refused", ())]
     finish(form, config, bench, results, output, result, notes)
 
 
-def allocation_rows(engine: EngineConfig, bench: BenchOptions, workload: "Workload") -> list[dict[str, Any]]:
+def show_allocation(
+    command: str,
+    engine: EngineConfig,
+    bench: BenchOptions,
+    output: OutputOptions,
+    config: dict[str, Any],
+    workload: "Workload",
+) -> None:
     """What three layouts of the cache would reserve for the workload; nothing is run."""
     from kvtool.bench.ablate import kv_allocation
     from kvtool.bench.measure import prompt_ids
 
     most = bench.how.requests or (None if workload.timed else UNTIMED)
-    items = islice(workload.items(prompt_ids(None)), most)
-    return kv_allocation(items, engine.kv.q_group_size or 64, engine.max_model_len)
+    block, context = engine.kv.q_group_size or 64, engine.max_model_len
+    items = replace(workload, max_model_len=context).items(prompt_ids(None))
+    rows = kv_allocation(islice(items, most), block, context)
+    lengths = f"prompts of {workload.prompt}, answers of {workload.output}"
+    notes = [
+        f"{rows[0]['requests']:,} requests ({lengths if workload.dataset == 'random' else workload.dataset}): "
+        "tokens stored over slots reserved, summed over all their steps. Nothing was run.",
+        f"contiguous: {f'{context:,} slots' if context else 'as many as the longest takes'} for each; "
+        f"growing: doubled when full; paged: by {block}.",
+    ]
+    config = config | {"workload": [workload.describe()], "ablate": "kv-allocation"}
+    show(Report(command, config, rows, ALLOCATION, notes=notes), output)

@@ -11,14 +11,18 @@ Results = Sequence[tuple[str, Rows]]  # with names, which one alone does not nee
 
 def ttft_charts(results: Results) -> list[Chart]:
     """TTFT against the length of the prompt, or against the share of it that was cached."""
+    figures = (("p50", "ttft_ms.p50"), ("p99", "ttft_ms.p99"), ("floor", "floor_ms"))
     lengths = [
         line
-        for name, rows in results
-        for figure in ("p50", "p99")
-        for line in _line(name, figure, rows, "prompt_tokens", f"ttft_ms.{figure}")
+        for key, figure in figures
+        for name, rows in _families(results, "prompt")
+        for line in _line(name, key, rows, "prompt_tokens", figure)
     ]
-    lengths += [line for name, rows in results for line in _line(name, "floor", rows, "prompt_tokens", "floor_ms")]
-    hits = [line for name, rows in results for line in _line(name, "p50", rows, "hit_rate", "ttft_ms.p50")]
+    hits = [
+        line
+        for name, rows in _families(results, "prefix hit")
+        for line in _line(name, "p50", rows, "hit_rate", "ttft_ms.p50")
+    ]
     if any(row.get("prefix_hit") is not None for _, rows in results for row in rows):
         return [Chart("Time to first token and prefix hits", "share of the prompt cached", "TTFT p50, ms", hits)]
     return [Chart("Time to first token", "prompt tokens", "ms", lengths, log_x=True, log_y=True)] if lengths else []
@@ -26,22 +30,36 @@ def ttft_charts(results: Results) -> list[Chart]:
 
 def throughput_charts(results: Results) -> list[Chart]:
     """Throughput against latency, what a user gets against what a GPU gives, and what happened over time."""
+    loads = _families(results, "concurrency", "rate")
     curves = [
         line
-        for name, rows in results
+        for name, rows in loads
         for key, latency in (("TTFT", "ttft_ms.p50"), ("TPOT", "tpot_ms.p50"))
         for line in _line(name, f"{key} p50", rows, "output_tok_s", latency)
     ]
-    pareto = [line for name, rows in results for line in _line(name, "", rows, _per_user, _per_gpu)]
+    pareto = [line for name, rows in loads for line in _line(name, "", rows, _per_user, _per_gpu)]
     gaps = [line for name, rows in results for row in rows for line in _over_time(name, row, "itl_timeline", "max_ms")]
-    use = [line for name, rows in results for row in rows for line in _over_time(name, row, "timeline", "kv_usage")]
+    use = [
+        line for name, rows in results for row in rows for line in _over_time(name, row, "timeline", "kv_usage", 100)
+    ]
     charts = [
         Chart("Throughput and latency", "output tokens/s", "ms", curves, log_y=True),
         Chart("What users get and what a GPU gives", "tokens/s for each user", "tokens/s from each GPU", pareto),
         Chart("Longest gap between tokens", "seconds", "ms", gaps, log_y=True),
-        Chart("KV cache in use", "seconds", "share", use),
+        Chart("KV cache in use", "seconds", "% of the blocks", use),
     ]
     return [chart for chart in charts if chart.series]
+
+
+def _families(results: Results, *along: str) -> Results:
+    """Rows whose points differ in nothing but what a line goes along, by what else tells them from others."""
+    families: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for name, rows in results:
+        for row in rows:
+            words = row.get("point", "").split(", ")
+            families.setdefault((name, *(word for word in words if not word.startswith(along))), []).append(row)
+    common = set.intersection(*map(set, families)) if len(families) > 1 else set(*families)
+    return [(" ".join(word for word in words if word not in common), rows) for words, rows in families.items()]
 
 
 Get = str | Callable[[dict[str, Any]], Any]
@@ -55,11 +73,12 @@ def _line(name: str, what: str, rows: Rows, x: Get, y: Get) -> list[Series]:
     return [Series(label, [x for x, _ in found], [y for _, y in found])] if found else []
 
 
-def _over_time(name: str, row: dict[str, Any], timeline: str, figure: str) -> list[Series]:
+def _over_time(name: str, row: dict[str, Any], timeline: str, figure: str, scale: float = 1) -> list[Series]:
     seconds, values = value_at(row, f"{timeline}.seconds"), value_at(row, f"{timeline}.{figure}")
     if not seconds or not values or all(value is None for value in values):
         return []
-    return [Series(" ".join(filter(None, (name, load_name(row)))), seconds, values)]
+    scaled = [None if value is None else scale * value for value in values]
+    return [Series(" ".join(filter(None, (name, load_name(row)))), seconds, scaled)]
 
 
 def load_name(row: dict[str, Any]) -> str:

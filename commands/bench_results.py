@@ -98,13 +98,15 @@ def check_comparable(results: ResultOptions, command: str, config: dict[str, Any
     """Refuse a base of another kind before time is spent on measuring what cannot be held against it.
 
     Raises:
-        ConfigError: it was measured otherwise, and --force was not given.
+        ConfigError: it is another command's, or empty, or was measured otherwise and --force was not given.
     """
     from kvtool.bench.compare import check_gates, differences
 
     if results.base is None:
         return
     name, base = results.base
+    if base["schema"] != f"kvtool.{command}/1" or not base["rows"]:
+        raise ConfigError(f"--compare {name}: holds no rows of {command}; its schema is {base['schema']}")
     check_gates(base, results.gates, config["how"]["trials"])
     if not results.force:
         now = {"schema": f"kvtool.{command}/1", "environment": environment(), "config": config, "rows": base["rows"]}
@@ -114,19 +116,22 @@ def check_comparable(results: ResultOptions, command: str, config: dict[str, Any
 
 def compared(report: Report, results: ResultOptions) -> tuple[Report, bool]:
     """The report with what changed since the base, and whether a gate is broken."""
-    from kvtool.bench.compare import compare
+    from kvtool.bench.compare import compare, differences
 
     if results.base is None:
         return report, False
     name, base = results.base
-    deltas = compare(base, json.loads(as_json(report)), results.gates, results.force)
+    current = json.loads(as_json(report))
+    deltas = compare(base, current, results.gates, results.force)
     rows = [
         {**row, "changes": [asdict(delta) for delta in deltas if delta.point == row["point"]]} for row in report.rows
     ]
     table = Table(f"Compared with {name}", DELTAS, list(map(_delta_row, deltas)))
     broken = [f"{delta.metric} at {delta.point}" for delta in deltas if delta.verdict == "regression"]
+    different = differences(base, current)
     notes = [
         *report.notes,
+        *([f"Compared by --force, though not measured alike: {'; '.join(different)}."] if different else []),
         f"Regression against {name}: {'; '.join(broken)}." if broken else f"No regression against {name}.",
     ]
     busy, cores = os.getloadavg()[0], environment()["cores"]

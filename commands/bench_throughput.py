@@ -22,7 +22,7 @@ from .bench import (
     measured,
     workloads,
 )
-from .bench_ablate import Knob, ablation
+from .bench_ablate import Knob, ablation, show_allocation
 from .bench_charts import throughput_charts
 from .bench_results import ResultOptions, check_comparable
 from .output import Column, OutputOptions, Table
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 PROMPTS, OUTPUTS = "128", "64"
 CONCURRENCY, BATCH_SIZES = "1,2,4,8", "1,4,8,16,32,64,128"
 LONG, ABLATED = "512", "4"  # tokens of a prompt, and requests at once, where a knob is turned
+VARYING = ("lognormal:256:0.8", "lognormal:128:0.8")  # of prompts and answers where their slots are counted
 TRIALS = 3  # the fewest that tell what is noise
 FEWEST, ROUNDS = 8, 4  # requests of a row, and of each of those that run at once
 KEEPS_UP = 0.75  # of the rate asked for; less is served by one that falls behind, or asked too short a time to tell
@@ -153,11 +154,16 @@ def bench_throughput(
     if ablate:
         if bench.where.url or request_rate:
             raise ConfigError("--ablate is about our own engine, in a closed loop; leave out --url and --request-rate")
-        workload, *grid = workloads(bench, engine.seed, LONG, OUTPUTS)
+        counted = ablate == "kv-allocation"
+        workload, *grid = workloads(bench, engine.seed, *(VARYING if counted else (LONG, OUTPUTS)))
         most, *more = int_list("--concurrency", concurrency or ABLATED)
         if grid or more:
             raise ConfigError("--ablate: its rows are the knob's settings; give one length of each and one concurrency")
-        ablation(FORM.command, ablate, engine, replace(bench, how=how(most)), results, output, config, workload, most)
+        if counted:
+            show_allocation(FORM.command, engine, bench, output, config, workload)
+        else:
+            bench = replace(bench, how=how(most))
+            ablation(FORM.command, ablate, engine, bench, results, output, config, workload, most)
         return
     if batch_sizes or baseline:
         raise ConfigError("--batch-sizes and --baseline belong to --offline; add it")
@@ -271,10 +277,11 @@ def tables(rows: Rows) -> list[Table]:
         load = {column.path: row.get(column.path) for column in LOAD}
         floor = {name: row.get(name) for name in ("floor_ms", "floor_share")}
         latencies += [
-            {"latency": name.upper()} | load | (row.get(f"{name}_ms") or {}) | (floor if name == "tpot" else {})
+            {"latency": name.upper()} | load | row[f"{name}_ms"] | (floor if name == "tpot" else {})
             for name in ("ttft", "tpot", "itl", "e2e")
+            if row.get(f"{name}_ms")
         ]
-    return [Table("Latency, ms", LATENCIES, latencies)]
+    return [Table("Latency, ms", LATENCIES, latencies)] if latencies else []
 
 
 FORM = Form("bench-throughput", COLUMNS, tables, throughput_charts)

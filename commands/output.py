@@ -22,6 +22,7 @@ from kvtool.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
@@ -453,11 +454,21 @@ def _draw(chart: Chart, figure: "Figure", ax: "Axes") -> None:
             ax.plot(series.x, y, marker="o", label=series.label)
     if chart.log_x:
         ax.set_xscale("log")
+        _plain_numbers(ax.xaxis)
     if chart.log_y:
         ax.set_yscale("log")
+        _plain_numbers(ax.yaxis)
     ax.grid(alpha=0.3)
     if not named and any(series.label for series in chart.series):
         ax.legend(fontsize="small")
+
+
+def _plain_numbers(axis: "Axis") -> None:
+    """60 beside a logarithmic axis, not 6 × 10¹."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter())
 
 
 def _draw_heat(chart: Chart, figure: "Figure", ax: "Axes") -> None:

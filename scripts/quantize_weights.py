@@ -86,14 +86,16 @@ def save(engine: EngineConfig, output: Path) -> None:
     fields["quantization_config"] = quantization_config(method, max(groups, default=0), list(engine.keep_layers))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as made:
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as private:
+            made = Path(private) / "made"  # others may read it, too
+            made.mkdir()
             for pattern in COPIED:
                 for file in folder.glob(pattern):
                     if not file.name.endswith(".safetensors.index.json"):
                         shutil.copy(file, made)
-            (Path(made) / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-            save_file(tensors, Path(made) / "model.safetensors", metadata={"format": "pt"})
-            shutil.copytree(made, output)
+            (made / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+            save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+            made.rename(output)
     except OSError as error:
         raise ConfigError(f"--output {output}: {error.strerror}") from error
     print(f"{output}: {method}, {sum(tensor.nbytes for tensor in tensors.values()):,} bytes of weights")

@@ -120,7 +120,7 @@ def serve_and_measure(name: str, args: argparse.Namespace, folder: Path) -> Meas
     found = Measured(name)
     with serving("--nbits", name, *args.engine) as url:
         for command, options in (("bench-ttft", args.ttft), ("bench-throughput", args.throughput)):
-            result = run(found, folder, command, "--url", url, *shlex.split(options))
+            result = run(found, folder, command, "--url", url, "--flush-cache", *shlex.split(options))
             rows = result.get("rows", [])
             found.engine = value_at(result, "config.target.server.engine") or found.engine
             if command == "bench-ttft":

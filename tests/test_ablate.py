@@ -8,6 +8,7 @@ from conftest import kvtool
 from hypothesis import given
 from hypothesis import strategies as st
 
+from commands import app
 from kvtool.bench import ablate
 from kvtool.bench.ablate import FORMATS, KNOBS, _against, format_scores, kv_allocation, stack
 from kvtool.bench.events import WorkItem
@@ -40,6 +41,17 @@ def test_allocation_is_counted_step_by_step(lengths: list[tuple[int, int]], bloc
     assert reserved == {"contiguous": contiguous, "growing": growing, "paged": paged}
 
 
+def test_allocation_is_counted_of_lengths_that_vary(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where all requests are alike, a contiguous cache wastes nothing."""
+    options = ["--ablate", "kv-allocation", "--max-model-len", "600", "--json"]
+    app(["bench-throughput", *options], standalone_mode=False)
+    document = json.loads(capsys.readouterr().out)
+    contiguous, growing, paged = (row["utilization"] for row in document["rows"])
+    assert contiguous < growing < paged < 1
+    assert document["rows"][0]["requests"] == 1000
+    assert document["config"]["workload"][0]["prompt"].startswith("lognormal")
+
+
 def test_allocation_of_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="no requests"):
         kv_allocation([], 64)
@@ -65,6 +77,15 @@ def test_weights_are_scored_against_those_in_16_bits(monkeypatch: pytest.MonkeyP
     variants = KNOBS["quantization"](EngineConfig(kv=KVOptions(nbits="8")))
     scores = format_scores({name: variants[name] for name in ("16 bits", "fp8", "w4a16")})
     assert 0 < scores["16 bits"]["kld_mean"] < 1e-4 < scores["fp8"]["kld_mean"] < scores["w4a16"]["kld_mean"]
+
+
+def test_a_cpu_runs_nothing_twice() -> None:
+    """Rows of equal engines would differ all the same, as if something had been gained."""
+    load = ("--prompt-tokens", "20", "--output-tokens", "2", "--requests", "2", "--trials", "1", "--concurrency", "1")
+    process = kvtool("bench-throughput", "--ablate", "cuda-graph", *load, "--device", "cpu")
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "left out: off: on a CPU the same as on" in stdout
 
 
 def test_each_step_of_the_stack_changes_one_thing() -> None:

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from commands import app
-from kvtool.bench.bundle import repeat_script, repeatable
+from commands.bench_charts import throughput_charts
+from kvtool.bench.bundle import repeat_script, repeatable, repeatable_variables
 from kvtool.bench.events import RequestRecord
 from kvtool.bench.timeline import Timeline
 from kvtool.errors import ConfigError
@@ -70,6 +71,13 @@ def test_a_regression_exits_1_and_an_improvement_0(server: ServerProcess, bundle
         assert word in done.stdout
 
 
+def test_what_is_forced_says_what_differs(server: ServerProcess, bundle: Path) -> None:
+    done = throughput(server, "--compare", str(bundle / "result.json"), "--prompt-tokens", "21", "--force")
+    assert done.returncode == 0, done.stderr
+    assert "though not measured alike: workload.0.prompt: 20, now 21" in done.stdout
+    assert "prompt 21" in done.stdout[done.stdout.index("Compared with") :]
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
@@ -94,9 +102,24 @@ def test_what_cannot_work_is_refused_before_anything_is_measured(bundle: Path, o
         app(["bench-throughput", "--url", "http://127.0.0.1:9", *LOAD, *words], standalone_mode=False)
 
 
-def test_a_command_is_repeated_without_what_belongs_to_one_run() -> None:
+def test_a_base_of_another_command_is_refused_even_by_force(bundle: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no rows of bench-ttft; its schema is kvtool\.bench-throughput/1"):
+        app(["bench-ttft", "--compare", str(bundle / "result.json"), "--force"], standalone_mode=False)
+
+
+def test_a_command_is_repeated_without_what_belongs_to_one_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     words = ["bench-ttft", "--api-key=k", "--output", "x.json", "--json", "--requests", "3", "--kv-plan", "p.yaml"]
     assert repeatable(words) == ["bench-ttft", "--requests", "3", "--kv-plan", str(Path("p.yaml").resolve())]
+    words = ["bench-ttft", "--model", "tests", "--draft-model=tiny", "--kv-plan=p.yaml", "--profile", "traces"]
+    whole = ["--model", str(Path("tests").resolve()), "--draft-model=tiny", f"--kv-plan={Path('p.yaml').resolve()}"]
+    assert repeatable(words) == ["bench-ttft", *whole]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert repeatable(["--model", "tiny"]) == ["--model", "tiny"]  # the embedded one
+    secrets = {"KVTOOL_KV_SECRET": "k", "KVTOOL_API_KEY": "k"}
+    once = {"KVTOOL_OUTPUT": "x.json", "KVTOOL_BUNDLE": "b", "PATH": "/bin"}
+    kept = {"KVTOOL_NBITS": "4", "KVTOOL_KV_PLAN": "p.yaml"}
+    assert repeatable_variables(secrets | once | kept) == kept | {"KVTOOL_KV_PLAN": str(Path("p.yaml").resolve())}
     script = repeat_script(["bench-ttft", "--slo", "a b"], {"KVTOOL_NBITS": "4; echo"})
     assert "export KVTOOL_NBITS='4; echo'\n" in script
     assert "kvtool bench-ttft --slo 'a b' --compare" in script
@@ -138,6 +161,29 @@ def test_results_are_drawn_over_each_other(bundle: Path, tmp_path: Path) -> None
     assert text.count("<svg") >= 3
     assert "src=" not in text
     assert "Longest gap between tokens" in text
+
+
+def test_a_line_goes_through_points_of_one_load() -> None:
+    """Not from the last concurrency of one length of prompts to the first of the next."""
+
+    def row(prompt: int, concurrency: int) -> dict[str, Any]:
+        point = f"prompt {prompt}, output 16, concurrency {concurrency}"
+        speed = float(prompt * concurrency)
+        return {"point": point, "output_tok_s": speed, "ttft_ms": {"p50": speed}, "tpot_ms": {"p50": speed}}
+
+    rows = [row(prompt, concurrency) for prompt in (64, 128) for concurrency in (1, 4)]
+    curves, pareto, *_ = throughput_charts([("", rows)])
+    assert {line.label: list(line.x) for line in curves.series} == {
+        "prompt 64 TTFT p50": [64, 256],
+        "prompt 64 TPOT p50": [64, 256],
+        "prompt 128 TTFT p50": [128, 512],
+        "prompt 128 TPOT p50": [128, 512],
+    }
+    assert [line.label for line in pareto.series] == ["prompt 64", "prompt 128"]
+    curves, *_ = throughput_charts([("a", rows[:2]), ("b", rows[:2])])
+    assert [line.label for line in curves.series] == ["a TTFT p50", "a TPOT p50", "b TTFT p50", "b TPOT p50"]
+    curves, *_ = throughput_charts([("", rows[:2])])
+    assert [line.label for line in curves.series] == ["TTFT p50", "TPOT p50"]
 
 
 def test_the_highest_rate_is_one_that_was_kept(server: ServerProcess) -> None:

@@ -131,8 +131,17 @@ def test_unlike_results_are_not_compared_without_force() -> None:
         assert compare(base, current, [TTFT], force=True)
     with pytest.raises(ConfigError, match="points"):
         compare(base, result(row([1, 1, 1], [1, 1, 1], concurrency=2)), [TTFT])
-    with pytest.raises(ConfigError, match="no point in common"):
-        compare(base, result(row([1, 1, 1], [1, 1, 1], concurrency=2)), [TTFT], force=True)
+
+
+def test_forced_points_of_other_names_are_paired_in_their_order() -> None:
+    base = result(row([1, 1, 1], [1, 1, 1]), row([2, 2, 2], [1, 1, 1], concurrency=2))
+    other = result(row([3, 3, 3], [1, 1, 1], concurrency=4), row([4, 4, 4], [1, 1, 1], concurrency=8))
+    first, second = (delta for delta in compare(base, other, [TTFT], force=True) if delta.metric == TTFT.metric)
+    assert (first.point, first.base, first.current) == ("concurrency 4", 1, 3)
+    assert (second.point, second.base, second.current) == ("concurrency 8", 2, 4)
+    overlapping = result(*other["rows"], base["rows"][1])
+    (only,) = (delta for delta in compare(base, overlapping, [TTFT], force=True) if delta.metric == TTFT.metric)
+    assert (only.point, only.base, only.current) == ("concurrency 2", 2, 2)
 
 
 def test_a_gate_on_what_is_not_there_is_an_error() -> None:

@@ -116,6 +116,12 @@ def test_a_seed_gives_the_same_prompts_and_a_repeat_others_of_the_same_lengths()
     assert take(Workload(prompt=workload.prompt, output=workload.output, seed=4), 50) != first
 
 
+def test_other_lengths_have_other_prompts() -> None:
+    """Or bench-throughput, after bench-ttft on one server, would find that one's longer prompts in the cache."""
+    fixed = [Workload(prompt=Lengths("fixed", n), output=Lengths("fixed", m)) for n, m in ((64, 1), (128, 1), (64, 2))]
+    assert len({tuple(take(workload, 1)[0].prompt[:8]) for workload in fixed}) == 3
+
+
 def test_prefixes_are_shared_within_a_group_and_primed() -> None:
     workload = Workload(prompt=Lengths("fixed", 20), shared_prefix=30, prefix_groups=3)
     items, primers = take(workload, 12), workload.primers(WORDS)

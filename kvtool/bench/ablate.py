@@ -118,7 +118,6 @@ KNOBS: dict[str, Callable[[EngineConfig], Variants]] = {
     "speculation": _speculation,
     "quantization": _quantization,
 }
-ON_GPUS = ("+ fused attention", "+ CUDA graphs")
 FORMATS = ("nbits", "axis", "symmetry", "residual", "group", "block-size")
 SCORED = (*FORMATS, "quantization")  # these change what the model says
 
@@ -177,8 +176,9 @@ async def measure_variants(
     refused: list[str] = []
     stopped = None
     for name, engine in variants.items():
-        if name in ON_GPUS and target and target["engine"]["device"] == "cpu":
-            refused.append(f"{name}: on a GPU only")
+        same = next(first for first, other in variants.items() if _on_a_cpu(other) == _on_a_cpu(engine))
+        if same != name and target and target["engine"]["device"] == "cpu":
+            refused.append(f"{name}: on a CPU the same as {same}")
             continue
         plan = _one_point(name, workload, concurrency, how)
         try:
@@ -201,6 +201,12 @@ async def measure_variants(
     return Measured(list(map(_against(rows[0]), rows)) if rows else [], target | {"refused": refused}, stopped)
 
 
+def _on_a_cpu(engine: EngineConfig) -> EngineConfig:
+    """What it comes to there: no graphs, and the one backend that runs."""
+    backend = "torch" if engine.attention_backend == "auto" else engine.attention_backend
+    return replace(engine, cuda_graph=False, attention_backend=backend)
+
+
 def _one_point(name: str, workload: Workload, concurrency: int, how: How) -> Plan:
     def plan(bench: Any) -> Any:
         point = point_of(bench, workload, concurrency=concurrency)
@@ -214,6 +220,7 @@ def _memory(row: Row, target: Mapping[str, Any]) -> Row:
     """What the cache takes, by the engine's own word, and what the process took."""
     engine = target["engine"]
     return {
+        "kv_format": engine["kv_format"],
         "kv_bytes_per_token": engine["block_bytes"] / engine["block_size"],
         "kv_tokens": engine["kv_tokens"],
         "weight_bytes": engine["weight_bytes"],
@@ -317,5 +324,6 @@ def kv_allocation(items: Iterable[WorkItem], block_size: int, context: int | Non
             held = np.arange(start, end + 1, dtype=np.int64)
             stored += int(held.sum())
             reserved += int(reserve(held).sum())
-        rows.append({"variant": name, "stored": stored, "reserved": reserved, "utilization": stored / reserved})
+        counts = {"requests": len(spans), "stored": stored, "reserved": reserved}
+        rows.append({"variant": name, **counts, "utilization": stored / reserved})
     return rows

@@ -10,10 +10,13 @@ import msgspec
 from kvtool.errors import ConfigError
 
 RESULT, EVENTS, MANIFEST, SCRIPT = "result.json", "events.jsonl", "manifest.json", "repeat.sh"
-ONCE = {"--bundle", "--save-events", "--output", "--compare", "--fail-on"}  # where this run's results went
+ONCE = {"--bundle", "--save-events", "--output", "--compare", "--fail-on", "--profile"}  # where this run's results went
 FLAGS = {"--json", "--markdown", "--csv", "--force"}
-SECRET = {"--api-key"}
-FILES = {"--config", "--dataset-path", "--floor-config", "--kv-plan"}
+SECRET = {"--api-key", "--kv-secret"}
+FILES = {"--config", "--dataset-path", "--floor-config", "--kv-plan", "--calibration"}
+MODELS = {"--model", "--model-path", "--draft-model", "--speculative-draft-model-path"}
+VARIABLE = "KVTOOL_"
+ASSETS = Path(__file__).parent.parent / "assets"  # the names of embedded models go before those of folders
 
 
 def create_bundle(folder: Path) -> None:
@@ -38,10 +41,7 @@ def fill_bundle(folder: Path, result: str, command: Sequence[str], environ: Mapp
         command: the words after `kvtool`.
         environ: of this run; its KVTOOL_ options are part of the command.
     """
-    words = repeatable(command)
-    variables = {
-        name: value for name, value in environ.items() if name.startswith("KVTOOL_") and name != "KVTOOL_API_KEY"
-    }
+    words, variables = repeatable(command), repeatable_variables(environ)
     manifest: dict[str, Any] = {"command": ["kvtool", *words], "environment": variables}
     (folder / RESULT).write_text(result)
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
@@ -55,16 +55,32 @@ def repeatable(command: Sequence[str]) -> list[str]:
     words, rest = [], list(command)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
-        takes_value = name in ONCE | SECRET | FILES
+        takes_value = name in ONCE | SECRET | FILES | MODELS
         if takes_value and not equals and rest:
             value = rest.pop(0)
         if name in ONCE | SECRET | FLAGS:
             continue
-        if name in FILES:
-            words += [name, str(Path(value).resolve())]
+        if not equals and name in FILES | MODELS:
+            words += [name, _whole(name, value)]
         else:
-            words.append(name + equals + value)
+            words.append(name + equals + _whole(name, value))
     return words
+
+
+def repeatable_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """The options among environment variables, likewise."""
+    options = {name: "--" + name.removeprefix(VARIABLE).lower().replace("_", "-") for name in environ}
+    return {
+        name: _whole(option, environ[name])
+        for name, option in options.items()
+        if name.startswith(VARIABLE) and option not in ONCE | SECRET | FLAGS
+    }
+
+
+def _whole(option: str, value: str) -> str:
+    """The value of an option, found from any folder if it is a path."""
+    is_path = option in FILES or (option in MODELS and Path(value).is_dir() and not (ASSETS / value).is_dir())
+    return str(Path(value).resolve()) if is_path else value
 
 
 def repeat_script(words: Sequence[str], variables: Mapping[str, str]) -> str:

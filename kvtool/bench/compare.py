@@ -151,7 +151,7 @@ def compare(base: Result, current: Result, gates: Sequence[Gate], force: bool = 
 
     Args:
         gates: metrics that may not change at will; without any, the usual ones are only shown.
-        force: compare what `differences` would keep apart.
+        force: compare what `differences` would keep apart; where no point is in both, points in their order.
 
     Raises:
         ConfigError: the results cannot be compared, or a gate's metric stands in none of them, or was measured too
@@ -160,14 +160,13 @@ def compare(base: Result, current: Result, gates: Sequence[Gate], force: bool = 
     if not force and (different := differences(base, current)):
         raise ConfigError(f"--compare: these were not measured alike ({'; '.join(different)}); --force compares anyway")
     before = {point(row): row for row in base["rows"]}
-    shared = [(name, before[name], row) for row in current["rows"] if (name := point(row)) in before]
-    if not shared:
-        raise ConfigError("--compare: the two results have no point in common")
+    shared = [(before[name], row) for row in current["rows"] if (name := point(row)) in before]
+    shared = shared or list(zip(base["rows"], current["rows"], strict=False))
     level = ALPHA / max(1, len(gates) * len(shared))
     shown = [metric for metric in SHOWN if metric not in {gate.metric for gate in gates}]
     return [
-        _delta(name, metric, old, new, gate, level)
-        for name, old, new in shared
+        _delta(point(new), metric, old, new, gate, level)
+        for old, new in shared
         for metric, gate in [*((gate.metric, gate) for gate in gates), *((metric, None) for metric in shown)]
         if gate or _value(old, metric) is not None or _value(new, metric) is not None
     ]

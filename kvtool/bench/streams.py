@@ -252,7 +252,8 @@ class StreamReader:
             RequestFailed: the answer is not.
         """
         if self.status != 200:
-            raise RequestFailed("http_status", f"status {self.status}: {_message(self._rest)}")
+            message = _message(self._rest).strip()
+            raise RequestFailed("http_status", f"status {self.status}" + (f": {message}" if message else ""))
         if not self._done and self._answer.finish_reason is None and self._answer.chunk_times:
             raise RequestFailed("mid_stream", "the stream ended before the answer did")
 

@@ -239,8 +239,9 @@ class Hashed:
 
 
 def _random(workload: Workload, vocabulary: Vocabulary, repeat: int) -> Iterator[WorkItem]:
-    """Ids drawn evenly: prompts of exact lengths that share nothing but what is asked for."""
-    lengths, ids = _lengths(workload), _Ids(vocabulary, workload.seed, 1, repeat)
+    """Ids drawn evenly: prompts of exact lengths that share nothing but what is asked for, nor with other lengths'."""
+    asked = (int(workload.prompt.first), int(workload.output.first))
+    lengths, ids = _lengths(workload), _Ids(vocabulary, workload.seed, 1, repeat, *asked)
     prefixes = _Prefixes(workload, vocabulary, repeat)
     for session in count():
         for turn in range(workload.turns):

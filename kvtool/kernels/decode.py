@@ -22,7 +22,7 @@ from kvtool.kernels.launch import (
     start_next,
 )
 from kvtool.kernels.splits import merge
-from kvtool.kernels.streams import PackedStream, part_of, rows_of
+from kvtool.kernels.streams import PackedStream, part_of, refuses_heads, rows_of
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_GROUP_HEADS = 16
@@ -52,13 +52,9 @@ TILES: dict[tuple[int, str], tuple[int, int, int, int | None]] = {
 
 def refuses(key: PackedStream, value: PackedStream, num_heads: int) -> str | None:
     """Why `paged_decode` cannot read these streams, or None if it can."""
-    head_dim, group_heads = key.tail.shape[-1], num_heads // key.tail.shape[1]
-    if key.tail.dtype not in (torch.bfloat16, torch.float16):
-        return f"it runs in bfloat16 or float16, not {str(key.tail.dtype).removeprefix('torch.')}"
-    if head_dim not in HEAD_DIMS or value.tail.shape[-1] != head_dim:
-        return f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, the same for K and V"
-    if group_heads > MAX_GROUP_HEADS:
-        return f"{group_heads} query heads share a KV head; it takes up to {MAX_GROUP_HEADS}"
+    if reason := refuses_heads(key, value, num_heads, HEAD_DIMS, MAX_GROUP_HEADS):
+        return reason
+    head_dim = key.tail.shape[-1]
     for name, stream, known in (("key", key, KEYS), ("value", value, VALUES)):
         if (stream.bits, stream.axis) not in known:
             return f"no kernel for {name}s of {stream.bits} bits per {stream.axis}"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvtool.kernels.launch import await_inputs, capability, chained, num_sms, num_splits
 from kvtool.kernels.splits import merge
-from kvtool.kernels.streams import PackedStream, part_of, rows_of
+from kvtool.kernels.streams import PackedStream, part_of, refuses_dtype, rows_of
 
 LATENT_DIMS = (64, 128, 256, 512)
 ROPE_DIMS = (16, 32, 64, 128)
@@ -37,8 +37,8 @@ TILES: dict[tuple[int, str], tuple[int, int, int, int]] = {
 
 def refuses(key: PackedStream, value: PackedStream) -> str | None:
     """Why `latent_decode` cannot read these streams, or None if it can."""
-    if key.tail.dtype not in (torch.bfloat16, torch.float16):
-        return f"it runs in bfloat16 or float16, not {str(key.tail.dtype).removeprefix('torch.')}"
+    if reason := refuses_dtype(key):
+        return reason
     if value.tail.shape[-1] not in LATENT_DIMS or key.tail.shape[-1] not in ROPE_DIMS:
         latents, ropes = (", ".join(map(str, dims)) for dims in (LATENT_DIMS, ROPE_DIMS))
         return f"a latent must have {latents} elements, its rope key {ropes}"

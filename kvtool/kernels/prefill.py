@@ -16,7 +16,7 @@ from torch import Tensor
 from kvtool.kernels import WORKSPACE
 from kvtool.kernels.decode import HEAD_DIMS
 from kvtool.kernels.launch import capability, next_power_of_2, num_sms, power_of_2
-from kvtool.kernels.streams import PackedStream
+from kvtool.kernels.streams import PackedStream, refuses_heads
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,8 @@ TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
 
 def refuses(key: PackedStream, value: PackedStream, num_heads: int) -> str | None:
     """Why `paged_prefill` cannot read these streams, or None if it can: it takes every format."""
-    head_dim, group_heads = key.tail.shape[-1], num_heads // key.tail.shape[1]
-    if key.tail.dtype not in (torch.bfloat16, torch.float16):
-        return f"it runs in bfloat16 or float16, not {str(key.tail.dtype).removeprefix('torch.')}"
-    if head_dim not in HEAD_DIMS or value.tail.shape[-1] != head_dim:
-        return f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, the same for K and V"
     most = min(tile.rows for tiles in TILES.values() for tile in tiles)
-    return f"{group_heads} query heads share a KV head; it takes up to {most}" if group_heads > most else None
+    return refuses_heads(key, value, num_heads, HEAD_DIMS, most)
 
 
 def paged_prefill(

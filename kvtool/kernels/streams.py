@@ -69,6 +69,29 @@ class PackedStream:
         return self.tail[slot][:, [position % self.tail.shape[2] for position in near]].double()
 
 
+def refuses_dtype(stream: PackedStream) -> str | None:
+    """Why kernels that compute with 16 bits cannot read a stream, or None if they can."""
+    dtype = stream.tail.dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        return None
+    return f"it runs in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+
+
+def refuses_heads(
+    key: PackedStream, value: PackedStream, num_heads: int, head_dims: tuple[int, ...], most: int
+) -> str | None:
+    """Why a kernel for heads of `head_dims`, of which `most` may share keys and values, cannot read these streams, or
+    None if it can."""
+    head_dim, group_heads = key.tail.shape[-1], num_heads // key.tail.shape[1]
+    if reason := refuses_dtype(key):
+        return reason
+    if head_dim not in head_dims or value.tail.shape[-1] != head_dim:
+        return f"head_dim must be one of {', '.join(map(str, head_dims))}, the same for K and V"
+    if group_heads > most:
+        return f"{group_heads} query heads share a KV head; it takes up to {most}"
+    return None
+
+
 @triton.jit
 def rows_of(ptr, rows, STRIDE: tl.constexpr, START: tl.constexpr, PIECE: tl.constexpr):
     """[rows, PIECE padded], with zeros in the padding."""
