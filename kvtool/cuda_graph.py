@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from math import prod
 from typing import NamedTuple, TypeVar
 
@@ -19,8 +19,9 @@ from kvtool.kv.format import KVFormat
 from kvtool.request import ScheduledBatch, ScheduledSpan
 from kvtool.sampler import greedy
 
-SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-STEP = 64  # between the largest
+# Rows of steps of decodes. Beyond 128, products take longer the more there are (on an H200 those of a 7B model about a
+# tenth for 32 more), and so does attention over packed KV, whether they are somebody's or not.
+SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 144, 160, 176, 192, 208, 224, 256, 288, 320, 384, 448, 512)
 
 # Tokens of steps with prompts. Sizes finer than a product's tile of rows would save nothing; of the larger ones an
 # eighth is left over at most. Decodes that are nobody's cost little, but the more there could be, the fewer programs
@@ -35,14 +36,16 @@ SUSTAINED = 0.7  # of a GPU's FLOP/s, in products of many rows
 # Tokens that the rows of prompts may read, each for itself; more is read faster by a prefill kernel.
 MOST_READ = 1 << 16
 
-# (ids [n], batch) → logits [n, vocab_size], or hidden states [n, hidden_size]
+# (ids [n], batch) → hidden states [n, hidden_size]
 Step = Callable[[Tensor, KVBatch], Tensor]
+# (hidden states [n, hidden_size], memory for them or None) → logits [n, vocab_size]
+Head = Callable[[Tensor, Tensor | None], Tensor]
 Outputs = TypeVar("Outputs")
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
     """Of `SIZES`, those that so many sequences need, and small ones for short prompts."""
-    return [size for size in SIZES if size <= 256 or size < max_num_seqs + STEP]
+    return [size for smaller, size in pairwise((0, *SIZES)) if size <= 256 or smaller < max_num_seqs]
 
 
 def worthwhile_tokens(products: float, gpu: GPU | None) -> int:
@@ -167,6 +170,7 @@ class DecodeGraphs:
 
     Args:
         step: the model on a batch; what it runs is captured, so it must not look at any value.
+        head: likewise, on the hidden states.
         fmt: of the KV store.
         recent: [1 + K, max_num_seqs + 1], ids that were sampled last and drafted, by slot, and of a slot that nobody
             reads.
@@ -175,8 +179,8 @@ class DecodeGraphs:
         sizes: of `SIZES`, those that so many sequences need.
     """
 
-    def __init__(self, step: Step, fmt: KVFormat, recent: Tensor, table: BlockTable) -> None:
-        self._step, self._format, self._recent, self._table = step, fmt, recent, table
+    def __init__(self, step: Step, head: Head, fmt: KVFormat, recent: Tensor, table: BlockTable) -> None:
+        self._step, self._head, self._format, self._recent, self._table = step, head, fmt, recent, table
         self._newest = newest = recent[0]
         device, shape = newest.device, len(Inputs._fields)
         self.sizes = decode_sizes(len(newest) - 1)
@@ -250,10 +254,10 @@ class DecodeGraphs:
             tail_slots=inputs.slots,
             visible=inputs.visible,
         )
-        computed = self._step(known(inputs.ids, self._recent), batch)
+        hidden = self._step(known(inputs.ids, self._recent), batch)
         if len(self._logits) < size:
-            self._logits = torch.empty_like(computed)
-        logits = self._logits[:size].copy_(computed)
+            self._logits = torch.empty_like(self._head(hidden, None))
+        logits = self._head(hidden, self._logits[:size])
         return batch, logits, greedy(logits, self._newest, inputs.targets)
 
 
@@ -457,7 +461,7 @@ class StepGraphs:
     """All graphs of an engine, which share their memory.
 
     Args:
-        hidden_states: the model on a batch; logits: of hidden states.
+        hidden_states: the model on a batch; head: on its hidden states.
         recent: [1 + K, max_num_seqs + 1], ids that were sampled last and drafted, by slot, and of a slot that nobody
             reads.
         max_blocks: of the longest sequence.
@@ -467,14 +471,14 @@ class StepGraphs:
     def __init__(
         self,
         hidden_states: Step,
-        logits: Callable[[Tensor], Tensor],
+        head: Head,
         fmt: KVFormat,
         recent: Tensor,
         max_blocks: int,
         rooms: Sequence[Room],
     ) -> None:
         self._table = BlockTable(recent.shape[1] - 1, max_blocks, recent.device)
-        self.decodes = DecodeGraphs(lambda ids, batch: logits(hidden_states(ids, batch)), fmt, recent, self._table)
+        self.decodes = DecodeGraphs(hidden_states, head, fmt, recent, self._table)
         self.prompts = PromptGraphs(hidden_states, fmt, recent, self._table, rooms)
 
     def capture(self, *, largest: bool = False) -> None:

@@ -478,7 +478,7 @@ class Runner:
         (worthwhile,) = self.parallel.least(worthwhile if captured is None else min(worthwhile, captured))
         most_decodes = len(self.recent) * config.max_num_seqs
         # Stages but the last have no logits, and nobody looks at what comes of their hidden states.
-        head = self.model.logits if self.parallel.stage.is_last else torch.Tensor.contiguous
+        head = self.model.logits if self.parallel.stage.is_last else _kept
         return StepGraphs(
             self._compute,
             head,
@@ -501,3 +501,8 @@ class Runner:
                 f"{self.device} has no memory left for CUDA graphs; "
                 "lower --gpu-memory-utilization or --kv-cache-memory, or add --no-cuda-graph"
             ) from error
+
+
+def _kept(hidden: Tensor, out: Tensor | None) -> Tensor:
+    """`hidden` as it is, in `out` if that is given."""
+    return hidden if out is None else out.copy_(hidden)

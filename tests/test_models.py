@@ -154,6 +154,16 @@ def test_sequences_laid_end_to_end_do_not_see_each_other(opened: Any) -> None:
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("rows", [3, 70])
+def test_logits_go_where_they_are_asked_for(rows: int, opened: Any) -> None:
+    model = load("llama3", opened("llama3")[1], torch.float64)
+    hidden = torch.randn(rows, model.config.hidden_size, dtype=torch.float64)
+    out = torch.full((rows, model.config.vocab_size), torch.nan, dtype=torch.float64)
+    with torch.inference_mode():
+        assert model.logits(hidden, out) is out
+        torch.testing.assert_close(out, model.logits(hidden), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_asks_for_no_value_of_any_tensor(case: str, opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The meta device has shapes and no values: what runs there can be captured as a CUDA graph."""

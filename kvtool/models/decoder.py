@@ -194,10 +194,10 @@ class Decoder(nn.Module):
         x, _ = self.norm(x, residual)
         return x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token: hidden [N, hidden_size] → [N, vocab_size], in the model's dtype."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Scores of the next token: hidden [N, hidden_size] → [N, vocab_size], in the model's dtype, or in `out`."""
         assert self.head is not None, "the last stage has one"
-        return self.head.logits(hidden)
+        return self.head.logits(hidden, out)
 
     @property
     def head(self) -> Embedding | None:
