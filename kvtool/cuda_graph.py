@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvtool.gpus import GPU, GPUS
-from kvtool.kv.batch import ALIGNED, Integers, KVBatch, Span, each, integers, on_device
+from kvtool.kv.batch import ALIGNED, Cut, Integers, KVBatch, Span, each, integers, on_device
 from kvtool.kv.fixed import Room, fixed_batch
 from kvtool.kv.format import KVFormat
 from kvtool.request import ScheduledBatch, ScheduledSpan
@@ -325,13 +325,13 @@ class CapturedRoom(NamedTuple):
     """A graph and what it reads.
 
     Attributes:
-        tile: tokens in a tile of its kernels.
+        how: its kernels cut prompts.
         inputs: by name, in memory that all rooms share.
         staged: the same on the host, flat.
     """
 
     graph: torch.cuda.CUDAGraph
-    tile: int
+    how: Cut
     inputs: dict[str, Tensor]
     staged: dict[str, Integers]
 
@@ -363,9 +363,9 @@ class PromptGraphs:
         """Capture some of `rooms`, the largest first, so that the smaller ones find its memory."""
         for room in sorted(rooms, key=lambda room: (room.tokens, room.decodes), reverse=True):
             inputs = self._cleared(room)
-            graph, tile = capturer.capture(partial(self._run, room, inputs))
+            graph, how = capturer.capture(partial(self._run, room, inputs))
             staged = {name: piece.view(-1).numpy() for name, piece in self._inputs(room, self._staged).items()}
-            self._captured[room] = CapturedRoom(graph, tile, inputs, staged)
+            self._captured[room] = CapturedRoom(graph, how, inputs, staged)
 
     def rehearse(self) -> None:
         """Launch what all graphs would hold."""
@@ -387,7 +387,7 @@ class PromptGraphs:
         spans = tuple(map(as_kv_span, batch.spans))
         n = sum(span.length == 1 for span in spans)
         self._table.send(batch.spans[:n])
-        arrays = room.lay_out(self._format, spans, captured.tile)
+        arrays = room.lay_out(self._format, spans, captured.how)
         arrays |= room_ids(batch.spans, room.decodes, self._recent.shape[1])
         self._sent.synchronize()  # what is staged has been read
         for name, piece in captured.staged.items():
@@ -435,8 +435,8 @@ class PromptGraphs:
         named = zip(shapes.items(), pieces, strict=True)
         return {name: piece[: prod(shape)].view(shape) for (name, shape), piece in named}
 
-    def _run(self, room: Room, inputs: dict[str, Tensor]) -> int:
-        """Compute the step that is in `inputs`, to `_hidden`; the tokens in a tile of the kernels."""
+    def _run(self, room: Room, inputs: dict[str, Tensor]) -> Cut:
+        """Compute the step that is in `inputs`, to `_hidden`; how its kernels cut prompts."""
         slots, columns, newest = inputs["newest"]
         if room.decodes:
             self._table.rows.index_put_((slots, columns), newest)
@@ -445,7 +445,7 @@ class PromptGraphs:
         if len(self._hidden) < len(hidden):
             self._hidden = torch.empty_like(hidden)
         self._hidden[: len(hidden)].copy_(hidden)
-        return prompts.tile
+        return prompts.how
 
 
 class StepGraphs:

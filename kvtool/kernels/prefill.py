@@ -1,8 +1,9 @@
 """Prefill attention of all spans of a step in one launch: packed blocks below v(t), full precision from there to t.
 
-Codes that many queries read are decoded once, into a workspace that the attention kernel reads like any other memory:
-blocks that a table finds. A tile's rows are queries of one KV head, the heads that share it side by side, so that a
-tile spans few positions and a key is loaded for all of them. Softmax as in FlashAttention-2 (arXiv:2307.08691).
+Codes that many queries read are decoded once, into a workspace where a span's keys lie behind each other. A tile's rows
+are queries of one KV head, the heads that share it side by side, so that a tile spans few positions and a key is loaded
+for all of them. Few queries behind a long context are few tiles: programs then share the keys of each, and what they
+found is merged. Softmax as in FlashAttention-2, split as in Flash-Decoding (arXiv:2307.08691).
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels import WORKSPACE
+from kvtool.kernels import MOST_PIECES, WORKSPACE
 from kvtool.kernels.decode import HEAD_DIMS
 from kvtool.kernels.launch import capability, next_power_of_2, num_sms, power_of_2
 from kvtool.kernels.streams import PackedStream, refuses_heads
@@ -21,12 +22,14 @@ from kvtool.kernels.streams import PackedStream, refuses_heads
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries times heads, and keys, that a program multiplies at a time; its warps and pipeline stages."""
+    """Queries times heads, and keys, that a program multiplies at a time; its warps and pipeline stages, and how many
+    programs an SM runs at once."""
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
+    per_sm: int = 1
 
 
 # By (compute capability, head_dim padded to a power of 2): for steps that fill the device, and for those that do not.
@@ -35,10 +38,11 @@ TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
     (8, 64): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
     (8, 128): (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)),
     (8, 256): (Tile(64, 16, 8, 2), Tile(64, 16, 8, 2)),
-    (9, 64): (Tile(128, 128, 8, 3), Tile(64, 64, 4, 3)),
-    (9, 128): (Tile(128, 128, 8, 2), Tile(64, 64, 4, 3)),
+    (9, 64): (Tile(128, 128, 8, 3), Tile(64, 64, 4, 3, 2)),
+    (9, 128): (Tile(128, 128, 8, 2), Tile(64, 64, 4, 3, 2)),
     (9, 256): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
 }
+MERGED = 16  # rows that one program merges
 
 
 def refuses(key: PackedStream, value: PackedStream, num_heads: int) -> str | None:
@@ -55,7 +59,7 @@ def paged_prefill(
     value: PackedStream,
     table: Tensor,
     far_blocks: Tensor | None,
-    tiles: Callable[[int], Tensor],
+    tiles: Callable[[int, int], Tensor],
     visible: Tensor,
     *,
     first_token: int,
@@ -72,7 +76,8 @@ def paged_prefill(
     Args:
         q: [T, Hq, D] bf16 or fp16, of the tokens behind the decodes.
         near_key, near_value: [n, Hkv, D] of q's dtype, as in `kvtool.kv.store.Near`.
-        table: [P, N] integers, blocks of each span: ids, or where `far_blocks` [F] is given indices into that.
+        table: [P, N] integers, blocks of each span: ids, or where `far_blocks` [F] is given indices into that, one
+            behind the other.
         tiles: `Prompts.tiles`; a tile of span -1 is nobody's.
         visible: [first_token + T] integers, v(t) of each token of the batch.
         scale: multiplies q·k before the softmax.
@@ -84,20 +89,29 @@ def paged_prefill(
     q = q if q.stride(1) == head_dim and q.stride(2) == 1 else q.contiguous()
     group_heads = num_heads // kv_heads
     tile = _choose(len(q), q.device, head_dim, group_heads, kv_heads)
-    cut = tiles(tile.rows // group_heads)
+    tokens = tile.rows // group_heads
+    at_once = min(MOST_PIECES, tile.per_sm * num_sms(q.device) // kv_heads)
+    cut = tiles(tokens, at_once)
+    # A step in a graph may have half as many tokens as it has room for.
+    split = -(-len(q) // tokens) < 2 * at_once
     heads = kv_heads if far_blocks is None else _heads_at_once(len(far_blocks) * block_size * head_dim, kv_heads)
+    partial, lse = out, out
+    if split:
+        partial = torch.empty(at_once, heads, tile.rows, head_dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(at_once, heads, tile.rows, dtype=torch.float32, device=q.device)
     for first_head in range(0, kv_heads, heads):
         heads = min(heads, kv_heads - first_head)
         if far_blocks is None:
-            far_key, far_value, far_head = key.codes, value.codes, first_head
+            far_key, far_value = key.codes[:, first_head:], value.codes[:, first_head:]
         else:
             far_key, far_value = unpack(key, value, far_blocks, first_head, heads, q.dtype)
-            far_head = 0
         nears = (q, q) if near_key is None or near_value is None else (near_key, near_value)
         assert nears[0].stride(-1) == nears[1].stride(-1) == 1
         _prefill_kernel[(len(cut) * heads,)](
             q,
             out,
+            partial,
+            lse,
             *nears,
             far_key,
             far_value,
@@ -110,16 +124,14 @@ def paged_prefill(
             out.stride(0),
             *nears[0].stride()[:2],
             *nears[1].stride()[:2],
-            far_key.stride(0),
-            far_value.stride(0),
+            *far_key.stride()[:2],
+            *far_value.stride()[:2],
             table.stride(0),
             sliding_window or 0,
             first_head,
-            far_head,
             heads,
             M=tile.rows,
             N=tile.keys,
-            FAR_N=min(tile.keys, block_size),
             D=head_dim,
             GROUP_HEADS=group_heads,
             BLOCK=block_size,
@@ -127,9 +139,26 @@ def paged_prefill(
             NEAR=near_key is not None,
             K_CODED=far_blocks is not None and key.bits != "16",
             WINDOWED=sliding_window is not None,
+            SPLIT=split,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
+        if split:
+            _merge_kernel[(min(len(cut), at_once) * heads, tile.rows // MERGED)](
+                partial,
+                lse,
+                out,
+                cut,
+                first_token,
+                out.stride(0),
+                first_head,
+                heads,
+                M=tile.rows,
+                D=head_dim,
+                GROUP_HEADS=group_heads,
+                ROWS=MERGED,
+                num_warps=4,
+            )
 
 
 def unpack(
@@ -138,14 +167,14 @@ def unpack(
     """Blocks [F] decoded, of `heads` heads from `first_head` on; of block -1 anything.
 
     Returns:
-        [F, heads, B, D] of keys and of values, in `dtype` where they are of 16 bits, else in fp16: it holds all that
-        can be packed, with three bits more than bf16.
+        [F * B, heads, D] of keys and of values, a head's behind each other in memory, in `dtype` where they are of 16
+        bits, else in fp16: it holds all that can be packed, with three bits more than bf16.
     """
     _, _, block_size, _ = key.codes.shape
     head_dim = key.tail.shape[-1]
     outs = [
         torch.empty(
-            (len(blocks), heads, block_size, head_dim),
+            (heads, len(blocks) * block_size, head_dim),
             dtype=dtype if stream.bits == "16" else torch.float16,
             device=blocks.device,
         )
@@ -158,7 +187,6 @@ def unpack(
             blocks,
             key.codes.stride(0) * key.codes.itemsize // 16,
             first_head,
-            heads,
             D=head_dim,
             BLOCK=block_size,
             K_BITS=key.bits,
@@ -170,7 +198,7 @@ def unpack(
             V_GROUP=value.group or head_dim,
             V_ZERO=value.zero is not None,
         )
-    return outs[0], outs[1]
+    return outs[0].transpose(0, 1), outs[1].transpose(0, 1)
 
 
 def _choose(num_tokens: int, device: torch.device, head_dim: int, group_heads: int, kv_heads: int) -> Tile:
@@ -186,12 +214,14 @@ def _heads_at_once(elements: int, kv_heads: int) -> int:
 
 
 @triton.jit(
-    do_not_specialize=["first_token", "table_stride", "window", "first_head", "far_head", "heads"],
+    do_not_specialize=["first_token", "table_stride", "window", "first_head", "heads"],
     do_not_specialize_on_alignment=["table_ptr", "visible_ptr"],
 )
 def _prefill_kernel(
     q_ptr,
     out_ptr,
+    partial_ptr,
+    lse_ptr,
     near_k,
     near_v,
     far_k,
@@ -208,15 +238,15 @@ def _prefill_kernel(
     near_v_stride,
     near_v_head_stride,
     far_k_stride,
+    far_k_head_stride,
     far_v_stride,
+    far_v_head_stride,
     table_stride,
     window,
     first_head,
-    far_head,
     heads,
     M: tl.constexpr,
     N: tl.constexpr,
-    FAR_N: tl.constexpr,
     D: tl.constexpr,
     GROUP_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -224,17 +254,20 @@ def _prefill_kernel(
     NEAR: tl.constexpr,
     K_CODED: tl.constexpr,
     WINDOWED: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
+    """Program (piece of a tile, head). A piece reads positions `begin` to `end`, rows of blocks or of a workspace below
+    those that are near."""
     PAD: tl.constexpr = next_power_of_2(D)
     TOKENS: tl.constexpr = M // GROUP_HEADS
     head = tl.program_id(0) % heads
-    tile = tl.program_id(0) // heads
-    span, token, t_first, t_last, near_first, near_row = _tile(tiles_ptr, tile, TOKENS)
+    piece = tl.program_id(0) // heads
+    span, token, t_first, t_last, near_first, near_row = _tile(tiles_ptr, piece, TOKENS)
     if span < 0:  # nobody's
         return
     table_ptr += span * table_stride
-    far_k += (far_head + head) * (BLOCK * D)
-    far_v += (far_head + head) * (BLOCK * D)
+    far_k += head * far_k_head_stride
+    far_v += head * far_v_head_stride
     near_k += (first_head + head) * near_k_head_stride
     near_v += (first_head + head) * near_v_head_stride
 
@@ -248,13 +281,18 @@ def _prefill_kernel(
     v_first, v_last, v = _first_near(visible_ptr, token, t_first, t_last, position, near_first, EXACT, NEAR)
     first = tl.full([M], 0, tl.int32)
     begin = 0
+    end = t_last + 1
+    if SPLIT:
+        begin = tl.load(tiles_ptr + piece * 10 + 7).to(tl.int32)
+        end = tl.load(tiles_ptr + piece * 10 + 8).to(tl.int32)
     if WINDOWED:
         first = position + 1 - window
-        begin = tl.maximum(0, t_first + 1 - window)
+        begin = tl.maximum(begin, t_first + 1 - window)
 
     m = tl.full([M], -1e30, tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, PAD], tl.float32)
+    state = (acc, m, total)
     to_log2 = tl.full([M], 1, tl.float32) * scale
     far_q = q
     far_to_log2 = to_log2
@@ -262,34 +300,97 @@ def _prefill_kernel(
         q_max = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-20)
         far_q = (q.to(tl.float32) / q_max[:, None]).to(tl.float16)
         far_to_log2 = q_max * scale
-    far_begin = begin // FAR_N * FAR_N
-    far_full = tl.maximum(far_begin, v_first // FAR_N * FAR_N)
-    state = (acc, m, total)
-    far = (far_k, far_v, far_k_stride, far_v_stride, table_ptr)
-    state = _read_far(state, far_q, far_to_log2, far, far_begin, far_full, v, first, FAR_N, D, BLOCK, WINDOWED)
-    state = _read_far(state, far_q, far_to_log2, far, far_full, v_last, v, first, FAR_N, D, BLOCK, True)
+    far_row = 0
+    if not EXACT:
+        far_row = tl.load(table_ptr) * BLOCK
+    far = (far_k, far_v, far_k_stride, far_v_stride, far_row, table_ptr)
+    far_begin = begin // N * N
+    far_end = tl.minimum(v_last, end)
+    far_full = tl.maximum(far_begin, tl.minimum(v_first, end) // N * N)
+    SIZE: tl.constexpr = BLOCK if EXACT else 0
+    state = _read(state, far_q, far_to_log2, far, far_begin, far_full, first, v, N, D, SIZE, WINDOWED)
+    state = _read(state, far_q, far_to_log2, far, far_full, far_end, first, v, N, D, SIZE, True)
     if NEAR:
-        near = (near_k, near_v, near_k_stride, near_v_stride, near_row)
+        near = (near_k, near_v, near_k_stride, near_v_stride, near_row, table_ptr)
         near_begin = tl.maximum(begin, v_first)
         near_full = near_begin
+        from_, to = tl.maximum(first, v), tl.minimum(position + 1, end)
         if EXACT:
-            near_full += tl.maximum(t_first + 1 - near_begin, 0) // N * N
-            state = _read_near(state, q, to_log2, near, near_begin, near_full, v, first, position, N, D, WINDOWED)
-        state = _read_near(state, q, to_log2, near, near_full, t_last + 1, v, first, position, N, D, True)
+            near_full += tl.maximum(tl.minimum(t_first + 1, end) - near_begin, 0) // N * N
+            state = _read(state, q, to_log2, near, near_begin, near_full, from_, to, N, D, 0, WINDOWED)
+        state = _read(state, q, to_log2, near, near_full, end, from_, to, N, D, 0, True)
     acc, m, total = state
 
-    is_query = (row < TOKENS * GROUP_HEADS) & (t_first + row // GROUP_HEADS <= t_last)
-    at = (token - first_token + position) * out_stride
-    at += ((first_head + head) * GROUP_HEADS + row % GROUP_HEADS) * D
-    result = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + at[:, None] + channel[None, :], result, mask=is_query[:, None] & (channel < D)[None, :])
+    total = tl.maximum(total, 1e-37)  # a piece may hold nothing that a row sees
+    result = acc / total[:, None]
+    pieces = 1
+    if SPLIT:
+        pieces = tl.load(tiles_ptr + piece * 10 + 9)
+        if pieces != 1:
+            line = (piece * heads + head) * M + row
+            tl.store(lse_ptr + line, m + tl.log2(total))
+            tl.store(partial_ptr + line[:, None] * D + channel[None, :], result, mask=(channel < D)[None, :])
+    if pieces == 1:
+        _store(
+            out_ptr, result, token - first_token, t_first, t_last, out_stride, first_head + head, row, GROUP_HEADS, D
+        )
+
+
+@triton.jit(do_not_specialize=["first_token", "first_head", "heads"])
+def _merge_kernel(
+    partial_ptr,
+    lse_ptr,
+    out_ptr,
+    tiles_ptr,
+    first_token,
+    out_stride,
+    first_head,
+    heads,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    GROUP_HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Program (first piece of a tile and head, rows)."""
+    head = tl.program_id(0) % heads
+    first = tl.program_id(0) // heads
+    pieces = tl.load(tiles_ptr + first * 10 + 9).to(tl.int32)
+    if pieces <= 1:  # stored already, another piece than the first, or nobody's
+        return
+    channel = tl.arange(0, next_power_of_2(D))
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    m = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, next_power_of_2(D)], tl.float32)
+    for piece in range(first, first + pieces):
+        at = (piece * heads + head) * M + row
+        lse = tl.load(lse_ptr + at)
+        x = tl.load(partial_ptr + at[:, None] * D + channel[None, :], mask=(channel < D)[None, :], other=0)
+        m_new = tl.maximum(m, lse)
+        alpha, weight = tl.exp2(m - m_new), tl.exp2(lse - m_new)
+        acc = acc * alpha[:, None] + x * weight[:, None]
+        total = total * alpha + weight
+        m = m_new
+    _, token, t_first, t_last, _, _ = _tile(tiles_ptr, first, M // GROUP_HEADS)
+    result = acc / total[:, None]
+    _store(out_ptr, result, token - first_token, t_first, t_last, out_stride, first_head + head, row, GROUP_HEADS, D)
+
+
+@triton.jit
+def _store(ptr, result, line, t_first, t_last, stride, head, row, GROUP_HEADS: tl.constexpr, D: tl.constexpr):
+    """Rows of a tile whose position 0 is at `line` of the output, without those past the last query."""
+    channel = tl.arange(0, next_power_of_2(D))
+    position = t_first + row // GROUP_HEADS
+    at = (line + position) * stride + (head * GROUP_HEADS + row % GROUP_HEADS) * D
+    mask = (position <= t_last)[:, None] & (channel < D)[None, :]
+    tl.store(ptr + at[:, None] + channel[None, :], result.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _tile(tiles_ptr, index, TOKENS: tl.constexpr):
     """A tile's span, the token of position 0, its first and last position, the first near position, and the near row of
     position 0."""
-    tile = tiles_ptr + index * 7
+    tile = tiles_ptr + index * 10
     t_first, start = tl.load(tile + 1).to(tl.int32), tl.load(tile + 3).to(tl.int32)
     t_last = tl.minimum(t_first + TOKENS, tl.load(tile + 4).to(tl.int32)) - 1
     near_first = tl.load(tile + 5).to(tl.int32)
@@ -310,61 +411,43 @@ def _first_near(visible_ptr, token, t_first, t_last, position, near_first, EXACT
 
 
 @triton.jit
-def _read_far(
+def _read(
     state,
     q,
     to_log2,
-    far,
+    memory,
     begin,
     end,
-    v,
     first,
+    past,
     N: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Positions `begin`, a multiple of N, to `end` out of blocks; MASKED: each row those from `first` to below `v`."""
+    """Positions `begin` to `end`, in blocks of BLOCK tokens that a table finds, or (0) in rows behind each other;
+    MASKED: each row of queries those from `first` to below `past`."""
     acc, m, total = state
-    k_ptr, v_ptr, k_stride, v_stride, table_ptr = far
+    k_ptr, v_ptr, k_stride, v_stride, row, table_ptr = memory
     last = tl.maximum(end - 1, 0)
-    block = tl.load(table_ptr + tl.minimum(begin, last) // BLOCK)
+    keys = tl.arange(0, N)
+    if BLOCK:
+        blocks = tl.load(table_ptr + tl.minimum(begin + keys, last) // BLOCK)
     for key in range(begin, end, N):
-        next_block = tl.load(table_ptr + tl.minimum(key + N, last) // BLOCK)  # none waits for its block's id
-        offset = key % BLOCK * D
-        keys = _keys(k_ptr + block * k_stride + offset, D, end - key, N, D, MASKED)
-        values = _keys(v_ptr + block * v_stride + offset, D, end - key, N, D, MASKED)
-        at = (key + tl.arange(0, N))[None, :]
-        keep = (at < v[:, None]) & (at >= first[:, None])
-        acc, m, total = _attend(acc, m, total, q, keys, values, to_log2, keep, MASKED)
-        block = next_block
-    return acc, m, total
-
-
-@triton.jit
-def _read_near(
-    state,
-    q,
-    to_log2,
-    near,
-    begin,
-    end,
-    v,
-    first,
-    position,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Positions `begin` to `end` at full precision; MASKED: each row those from `v` and `first` to its own."""
-    acc, m, total = state
-    k_ptr, v_ptr, k_stride, v_stride, row = near
-    for key in range(begin, end, N):
-        keys = _keys(k_ptr + (row + key) * k_stride, k_stride, end - key, N, D, MASKED)
-        values = _keys(v_ptr + (row + key) * v_stride, v_stride, end - key, N, D, MASKED)
-        at = (key + tl.arange(0, N))[None, :]
-        keep = (at >= v[:, None]) & (at >= first[:, None]) & (at <= position[:, None])
-        acc, m, total = _attend(acc, m, total, q, keys, values, to_log2, keep, MASKED)
+        if BLOCK:
+            next_blocks = tl.load(
+                table_ptr + tl.minimum(key + N + keys, last) // BLOCK
+            )  # none waits for its block's id
+            offset = (key + keys) % BLOCK * D
+            k = _keys(k_ptr + (blocks * k_stride + offset)[:, None], 0, end - key, N, D, MASKED)
+            v = _keys(v_ptr + (blocks * v_stride + offset)[:, None], 0, end - key, N, D, MASKED)
+            blocks = next_blocks
+        else:
+            k = _keys(k_ptr + (row + key) * k_stride, k_stride, end - key, N, D, MASKED)
+            v = _keys(v_ptr + (row + key) * v_stride, v_stride, end - key, N, D, MASKED)
+        at = (key + keys)[None, :]
+        keep = (at >= first[:, None]) & (at < past[:, None])
+        acc, m, total = _gather(acc, m, total, tl.dot(q, tl.trans(k)), v, to_log2, keep, MASKED)
     return acc, m, total
 
 
@@ -383,12 +466,6 @@ def _keys(ptr, stride, count, N: tl.constexpr, D: tl.constexpr, MASKED: tl.const
 
 
 @triton.jit
-def _attend(acc, m, total, q, k, v, to_log2, keep, MASKED: tl.constexpr):
-    """One step of softmax(q kᵀ) v."""
-    return _gather(acc, m, total, tl.dot(q, tl.trans(k)), v, to_log2, keep, MASKED)
-
-
-@triton.jit
 def _gather(acc, m, total, s, v, to_log2, keep, MASKED: tl.constexpr):
     """One step of softmax(s) v: maxima `m` in units of log2, sums `total`, both [M], and `acc` [M, D]."""
     if MASKED:
@@ -400,7 +477,7 @@ def _gather(acc, m, total, s, v, to_log2, keep, MASKED: tl.constexpr):
     return acc, m_new, total * alpha + tl.sum(p, 1)
 
 
-@triton.jit(do_not_specialize=["first_head", "heads"])
+@triton.jit(do_not_specialize=["first_head"])
 def _unpack_kernel(
     k_codes,
     k_scale,
@@ -413,7 +490,6 @@ def _unpack_kernel(
     blocks_ptr,
     block_stride,  # of 16 bytes: so the compiler knows how pointers are aligned
     first_head,
-    heads,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     K_BITS: tl.constexpr,
@@ -431,7 +507,7 @@ def _unpack_kernel(
     if block < 0:  # nobody's
         return
     head = first_head + tl.program_id(1)
-    to = (index * heads + tl.program_id(1)) * (BLOCK * D)
+    to = (tl.program_id(1) * tl.num_programs(0) + index) * (BLOCK * D)
     if tl.program_id(2) == 0:
         _unpack(k_codes, k_scale, k_zero, k_out + to, block, head, D, BLOCK, K_BITS, K_CHANNEL, K_GROUP, K_ZERO)
     else:
