@@ -132,7 +132,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # A layer, what it caches, and the tokens in a tile of its kernel; heads, and latents with their rope key.
 STREAMS = {
-    "heads": (AttentionLayer(4, 2, 64, 0.125), KVSpec(1, StreamSpec(2, 64), StreamSpec(2, 64), 2), 32),
+    "heads": (AttentionLayer(4, 2, 64, 0.125), KVSpec(1, StreamSpec(2, 64), StreamSpec(2, 64), 2), 64),
     "latents": (
         AttentionLayer(4, 1, 128, 0.125, latent_dim=64),
         KVSpec(1, StreamSpec(1, 64), StreamSpec(1, 64), 2, latent=True),
