@@ -122,8 +122,8 @@ def paged_prefill(
             first_token,
             q.stride(0),
             out.stride(0),
-            *nears[0].stride()[:2],
-            *nears[1].stride()[:2],
+            nears[0].stride(1),
+            nears[1].stride(1),
             *far_key.stride()[:2],
             *far_value.stride()[:2],
             table.stride(0),
@@ -132,7 +132,10 @@ def paged_prefill(
             heads,
             M=tile.rows,
             N=tile.keys,
+            FAR_N=min(tile.keys, block_size) if far_blocks is None else tile.keys,
             D=head_dim,
+            NEAR_K_STRIDE=nears[0].stride(0),  # known when compiling, so that addresses take few registers
+            NEAR_V_STRIDE=nears[1].stride(0),
             GROUP_HEADS=group_heads,
             BLOCK=block_size,
             EXACT=far_blocks is None,
@@ -233,9 +236,7 @@ def _prefill_kernel(
     first_token,
     q_stride,
     out_stride,
-    near_k_stride,
     near_k_head_stride,
-    near_v_stride,
     near_v_head_stride,
     far_k_stride,
     far_k_head_stride,
@@ -247,7 +248,10 @@ def _prefill_kernel(
     heads,
     M: tl.constexpr,
     N: tl.constexpr,
+    FAR_N: tl.constexpr,
     D: tl.constexpr,
+    NEAR_K_STRIDE: tl.constexpr,
+    NEAR_V_STRIDE: tl.constexpr,
     GROUP_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     EXACT: tl.constexpr,
@@ -303,22 +307,25 @@ def _prefill_kernel(
     far_row = 0
     if not EXACT:
         far_row = tl.load(table_ptr) * BLOCK
-    far = (far_k, far_v, far_k_stride, far_v_stride, far_row, table_ptr)
-    far_begin = begin // N * N
+    far = (far_k, far_v, far_row, table_ptr, far_k_stride, far_v_stride)
+    far_begin = begin // FAR_N * FAR_N
+    far_full = tl.maximum(far_begin, tl.minimum(v_first, end) // FAR_N * FAR_N)
     far_end = tl.minimum(v_last, end)
-    far_full = tl.maximum(far_begin, tl.minimum(v_first, end) // N * N)
     SIZE: tl.constexpr = BLOCK if EXACT else 0
-    state = _read(state, far_q, far_to_log2, far, far_begin, far_full, first, v, N, D, SIZE, WINDOWED)
-    state = _read(state, far_q, far_to_log2, far, far_full, far_end, first, v, N, D, SIZE, True)
+    EDGE: tl.constexpr = min(FAR_N, 64)  # where not all rows see all keys, fewer at a time
+    state = _read(state, far_q, far_to_log2, far, far_begin, far_full, first, v, FAR_N, D, D, D, SIZE, WINDOWED)
+    state = _read(state, far_q, far_to_log2, far, far_full, far_end, first, v, EDGE, D, D, D, SIZE, True)
     if NEAR:
-        near = (near_k, near_v, near_k_stride, near_v_stride, near_row, table_ptr)
+        K: tl.constexpr = NEAR_K_STRIDE
+        V: tl.constexpr = NEAR_V_STRIDE
+        near = (near_k, near_v, near_row, table_ptr, 0, 0)
         near_begin = tl.maximum(begin, v_first)
         near_full = near_begin
         from_, to = tl.maximum(first, v), tl.minimum(position + 1, end)
         if EXACT:
             near_full += tl.maximum(tl.minimum(t_first + 1, end) - near_begin, 0) // N * N
-            state = _read(state, q, to_log2, near, near_begin, near_full, from_, to, N, D, 0, WINDOWED)
-        state = _read(state, q, to_log2, near, near_full, end, from_, to, N, D, 0, True)
+            state = _read(state, q, to_log2, near, near_begin, near_full, from_, to, N, D, K, V, 0, WINDOWED)
+        state = _read(state, q, to_log2, near, near_full, end, from_, to, EDGE, D, K, V, 0, True)
     acc, m, total = state
 
     total = tl.maximum(total, 1e-37)  # a piece may hold nothing that a row sees
@@ -422,32 +429,32 @@ def _read(
     past,
     N: tl.constexpr,
     D: tl.constexpr,
+    K_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Positions `begin` to `end`, in blocks of BLOCK tokens that a table finds, or (0) in rows behind each other;
-    MASKED: each row of queries those from `first` to below `past`."""
+    """Positions `begin` to `end`, in blocks of BLOCK tokens that a table finds, `begin` being a multiple of N, or (0)
+    in rows behind each other; MASKED: each row of queries those from `first` to below `past`."""
     acc, m, total = state
-    k_ptr, v_ptr, k_stride, v_stride, row, table_ptr = memory
+    k_ptr, v_ptr, row, table_ptr, k_block_stride, v_block_stride = memory
     last = tl.maximum(end - 1, 0)
-    keys = tl.arange(0, N)
+    block = 0
     if BLOCK:
-        blocks = tl.load(table_ptr + tl.minimum(begin + keys, last) // BLOCK)
+        block = tl.load(table_ptr + tl.minimum(begin, last) // BLOCK)
     for key in range(begin, end, N):
+        k_row, v_row = k_ptr + (row + key) * K_STRIDE, v_ptr + (row + key) * V_STRIDE
+        next_block = block
         if BLOCK:
-            next_blocks = tl.load(
-                table_ptr + tl.minimum(key + N + keys, last) // BLOCK
-            )  # none waits for its block's id
-            offset = (key + keys) % BLOCK * D
-            k = _keys(k_ptr + (blocks * k_stride + offset)[:, None], 0, end - key, N, D, MASKED)
-            v = _keys(v_ptr + (blocks * v_stride + offset)[:, None], 0, end - key, N, D, MASKED)
-            blocks = next_blocks
-        else:
-            k = _keys(k_ptr + (row + key) * k_stride, k_stride, end - key, N, D, MASKED)
-            v = _keys(v_ptr + (row + key) * v_stride, v_stride, end - key, N, D, MASKED)
-        at = (key + keys)[None, :]
+            next_block = tl.load(table_ptr + tl.minimum(key + N, last) // BLOCK)  # none waits for its block's id
+            k_row = k_ptr + block * k_block_stride + key % BLOCK * K_STRIDE
+            v_row = v_ptr + block * v_block_stride + key % BLOCK * V_STRIDE
+        k = _keys(k_row, K_STRIDE, end - key, N, D, MASKED)
+        v = _keys(v_row, V_STRIDE, end - key, N, D, MASKED)
+        at = (key + tl.arange(0, N))[None, :]
         keep = (at >= first[:, None]) & (at < past[:, None])
         acc, m, total = _gather(acc, m, total, tl.dot(q, tl.trans(k)), v, to_log2, keep, MASKED)
+        block = next_block
     return acc, m, total
 
 
