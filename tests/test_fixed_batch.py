@@ -18,10 +18,11 @@ from kvtool.attention import BACKENDS
 from kvtool.attention.layer import AttentionLayer
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
+from kvtool.kv import batch as batch_module
 from kvtool.kv import fixed
 from kvtool.kv import store as store_module
 from kvtool.kv.batch import Cut, KVBatch, Span, cut
-from kvtool.kv.fixed import LEAST_TILE, MOST_PROMPTS, Room, fixed_batch
+from kvtool.kv.fixed import MOST_PROMPTS, Room, fixed_batch
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
@@ -130,13 +131,12 @@ KERNEL_OPTIONS = [
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# A layer, what it caches, and the tokens in a tile of its kernel; heads, and latents with their rope key.
+# A layer and what it caches: heads, and latents with their rope key.
 STREAMS = {
-    "heads": (AttentionLayer(4, 2, 64, 0.125), KVSpec(1, StreamSpec(2, 64), StreamSpec(2, 64), 2), 64),
+    "heads": (AttentionLayer(4, 2, 64, 0.125), KVSpec(1, StreamSpec(2, 64), StreamSpec(2, 64), 2)),
     "latents": (
         AttentionLayer(4, 1, 128, 0.125, latent_dim=64),
         KVSpec(1, StreamSpec(1, 64), StreamSpec(1, 64), 2, latent=True),
-        LEAST_TILE,
     ),
 }
 
@@ -144,15 +144,21 @@ STREAMS = {
 @pytest.mark.parametrize("kind", STREAMS)
 @pytest.mark.parametrize("options", KERNEL_OPTIONS, ids=lambda options: repr(options)[10:-1])
 def test_kernels_leave_alone_what_is_nobodys(options, kind, monkeypatch):
-    """The same bytes are stored and the same attention comes out, though all that is padding is NaN."""
+    """The same bytes are stored and the same attention comes out, though all that is padding is NaN; how kernels cut
+    prompts is known once they have run on nothing at all.
+    """
     pytest.importorskip("triton")
-    monkeypatch.setattr(fixed, "MOST_FAR", 6)
+    from kvtool.kernels import prefill
+
+    monkeypatch.setattr(prefill, "num_sms", lambda device: 16)
+    monkeypatch.setattr(batch_module, "SHORTEST_PIECE", 128)
+    monkeypatch.setattr(fixed, "MOST_FAR", 12)
     monkeypatch.setattr(store_module, "runs_kernels", lambda device, dtype: True)
     torch.manual_seed(0)
-    layer, spec, tile = STREAMS[kind]
+    layer, spec = STREAMS[kind]
     heads, dim = spec.key.heads, layer.head_dim
-    fmt, room = resolve(options, spec, block_size=32), Room(decodes=4, tokens=52)
-    bounds = [(40, 41), (5, 6), (30, 45), (0, 33)]
+    fmt, room = resolve(options, spec, block_size=32), Room(decodes=4, tokens=60)
+    bounds = [(40, 41), (5, 6), (30, 45), (0, 33), (200, 206)]
     ids = iter(torch.randperm(40).tolist())
     spans = [Span(a, b, [next(ids) for _ in range(fmt.num_blocks(b))], i) for i, (a, b) in enumerate(bounds)]
     backend = next(backend for backend in BACKENDS if backend.name == "triton")
@@ -178,7 +184,15 @@ def test_kernels_leave_alone_what_is_nobodys(options, kind, monkeypatch):
             wide[:, : len(q)] = tokens(spans)
             q, key, value = wide
             slots = torch.tensor([0, 1, 1, 1], device=DEVICE)
-            batch, _ = fixed_batch(fmt, room, filled(room, fmt, spans, Cut(tile), DEVICE), slots, batch.block_table[:2])
+            nothing = {name: torch.full(shape, -1, device=DEVICE) for name, shape in room.shapes(fmt).items()}
+            table = batch.block_table[:2]
+            batch, prompts = fixed_batch(fmt, room, nothing, slots, table)
+            near = kv.write(key[:, :heads, :64], value[:, :heads, :64], batch)
+            backend.forward(q, near, kv, batch, layer)
+            tensors = filled(room, fmt, spans, prompts.how, DEVICE)
+            pieces = tensors["tiles"][:, -1]
+            assert pieces.tolist()[:3] == ([2, 0, 1] if kind == "heads" else [1, 1, 1])
+            batch, _ = fixed_batch(fmt, room, tensors, slots, table)
         near = kv.write(key[:, :heads, :64], value[:, :heads, :64], batch)
         outputs.append(backend.forward(q, near, kv, batch, layer)[:length])
         bytes_.append(torch.cat([store.blocks, store.tails, store.take_fault()]))
