@@ -117,7 +117,7 @@ def test_tiles_hold_each_query_once_and_those_that_read_most_come_first(drawn, n
     assert sorted(queries) == [(i, p) for i, span in enumerate(prompts) for p in range(span.start, span.end)]
     near = near_tokens(fmt, spans)
     for i, first, token, start, end, near_first, near_row, *piece in tiles:
-        assert piece == [0, min(first + num_tokens, end), 1]
+        assert piece[:2] == [0, 1] and piece[2] >= min(first + num_tokens, end)
         assert (start, end) == (prompts[i].start, prompts[i].end)
         assert tokens_of(spans)[token] == (prompts[i], start)
         assert near[near_row] == (prompts[i].tail_slot, near_first)
@@ -137,21 +137,21 @@ def test_pieces_are_as_short_as_may_be_while_all_of_them_run_at_once(bounds, num
     ]
     prompts = KVBatch.build(fmt, spans).prompts
     whole, rows = prompts.tiles(num_tokens).tolist(), prompts.tiles(num_tokens, most).tolist()
+    length, longest = rows[0][9], max(_keys(tile, num_tokens) for tile in whole)
+    cut = [(tile, -(-_keys(tile, num_tokens) // length)) for tile in whole]
+    assert rows == [[*tile[:7], i, count, length] for tile, count in cut for i in range(count)]
     assert len(rows) <= max(most, len(whole))
-    pieces = [row[7:] for row in rows]
-    for tile in whole:
-        count = pieces[0][2]
-        own, pieces, rows = pieces[:count], pieces[count:], rows[count:] if rows[0][:7] == tile[:7] else []
-        assert [piece[2] for piece in own[1:]] == [0] * (count - 1)
-        assert [own[0][0], *(piece[0] for piece in own[1:])] == [0, *(piece[1] for piece in own[:-1])]
-        assert own[-1][1] == tile[8]
-        assert all(begin % PIECE_STEP == 0 for begin, _, _ in own)
-        lengths = [end - begin for begin, end, _ in own]
-        assert count == 1 or min(lengths[:-1]) == max(lengths) >= SHORTEST_PIECE
-    assert not rows
-    length = max(row[8] - row[7] for row in prompts.tiles(num_tokens, most).tolist())
-    if len(whole) <= most and length > SHORTEST_PIECE:
-        assert sum(-(-tile[8] // (length - PIECE_STEP)) for tile in whole) > most or length % PIECE_STEP
+    if len(whole) >= most or longest <= SHORTEST_PIECE:
+        assert length == longest
+    else:
+        assert length % PIECE_STEP == 0 and length >= SHORTEST_PIECE
+        shorter = sum(-(-_keys(tile, num_tokens) // (length - PIECE_STEP)) for tile in whole)
+        assert length == SHORTEST_PIECE or shorter > most
+
+
+def _keys(tile: list[int], num_tokens: int) -> int:
+    """That a tile's queries read."""
+    return min(tile[1] + num_tokens, tile[4])
 
 
 def test_arrays_start_where_kernels_can_read_them_whole():

@@ -179,7 +179,8 @@ def test_programs_share_the_keys_of_few_queries(options, monkeypatch):
         case = Prefilling(options, attention_layer((2, 2), 64, window), bounds, DTYPES[0], 0)
         assert case.error() < 5e-3
         (tiles,) = case.batch.prompts._tiles.values()
-        assert tiles[:, -1].tolist() == [3, 0, 0, 2, 0, 1]
+        assert tiles[:, 8].tolist() == [3, 3, 3, 2, 2, 1]
+        assert not case.kv.arrivals.any()
 
 
 @runs

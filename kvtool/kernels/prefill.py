@@ -2,8 +2,8 @@
 
 Codes that many queries read are decoded once, into a workspace where a span's keys lie behind each other. A tile's rows
 are queries of one KV head, the heads that share it side by side, so that a tile spans few positions and a key is loaded
-for all of them. Few queries behind a long context are few tiles: programs then share the keys of each, and what they
-found is merged. Softmax as in FlashAttention-2, split as in Flash-Decoding (arXiv:2307.08691).
+for all of them. Few queries behind a long context are few tiles: programs then share the keys of each, and the last one
+to be done merges what they found. Softmax as in FlashAttention-2 (arXiv:2307.08691).
 """
 
 from collections.abc import Callable
@@ -42,7 +42,6 @@ TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
     (9, 128): (Tile(128, 128, 8, 2), Tile(64, 64, 4, 3, 2)),
     (9, 256): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
 }
-MERGED = 16  # rows that one program merges
 
 
 def refuses(key: PackedStream, value: PackedStream, num_heads: int) -> str | None:
@@ -61,6 +60,7 @@ def paged_prefill(
     far_blocks: Tensor | None,
     tiles: Callable[[int, int], Tensor],
     visible: Tensor,
+    arrivals: Tensor,
     *,
     first_token: int,
     scale: float,
@@ -80,6 +80,7 @@ def paged_prefill(
             behind the other.
         tiles: `Prompts.tiles`; a tile of span -1 is nobody's.
         visible: [first_token + T] integers, v(t) of each token of the batch.
+        arrivals: [ARRIVALS] int32, as in `kvtool.kv.store.LayerKV`.
         scale: multiplies q·k before the softmax.
         sliding_window: a query sees this many newest positions, itself included; None sees all.
         out: [T, Hq, D], contiguous, where the result goes.
@@ -118,6 +119,7 @@ def paged_prefill(
             table,
             cut,
             visible,
+            arrivals,
             scale * 1.4426950408889634,  # exp2 is what the hardware has
             first_token,
             q.stride(0),
@@ -146,22 +148,6 @@ def paged_prefill(
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        if split:
-            _merge_kernel[(min(len(cut), at_once) * heads, tile.rows // MERGED)](
-                partial,
-                lse,
-                out,
-                cut,
-                first_token,
-                out.stride(0),
-                first_head,
-                heads,
-                M=tile.rows,
-                D=head_dim,
-                GROUP_HEADS=group_heads,
-                ROWS=MERGED,
-                num_warps=4,
-            )
 
 
 def unpack(
@@ -232,6 +218,7 @@ def _prefill_kernel(
     table_ptr,
     tiles_ptr,
     visible_ptr,
+    arrivals_ptr,
     scale,
     first_token,
     q_stride,
@@ -260,8 +247,7 @@ def _prefill_kernel(
     WINDOWED: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """Program (piece of a tile, head). A piece reads positions `begin` to `end`, rows of blocks or of a workspace below
-    those that are near."""
+    """Program (piece of a tile, head)."""
     PAD: tl.constexpr = next_power_of_2(D)
     TOKENS: tl.constexpr = M // GROUP_HEADS
     head = tl.program_id(0) % heads
@@ -287,8 +273,11 @@ def _prefill_kernel(
     begin = 0
     end = t_last + 1
     if SPLIT:
-        begin = tl.load(tiles_ptr + piece * 10 + 7).to(tl.int32)
-        end = tl.load(tiles_ptr + piece * 10 + 8).to(tl.int32)
+        index = tl.load(tiles_ptr + piece * 10 + 7).to(tl.int32)
+        pieces = tl.load(tiles_ptr + piece * 10 + 8).to(tl.int32)
+        length = tl.load(tiles_ptr + piece * 10 + 9).to(tl.int32)
+        begin = index * length
+        end = tl.minimum(begin + length, end)
     if WINDOWED:
         first = position + 1 - window
         begin = tl.maximum(begin, t_first + 1 - window)
@@ -319,6 +308,8 @@ def _prefill_kernel(
         K: tl.constexpr = NEAR_K_STRIDE
         V: tl.constexpr = NEAR_V_STRIDE
         near = (near_k, near_v, near_row, table_ptr, 0, 0)
+        if K_CODED:  # again: both kinds of it at once would leave no room for a second program
+            q = tl.load(q_ptr + at[:, None] + channel[None, :], mask=(channel < D)[None, :], other=0, volatile=True)
         near_begin = tl.maximum(begin, v_first)
         near_full = near_begin
         from_, to = tl.maximum(first, v), tl.minimum(position + 1, end)
@@ -330,67 +321,37 @@ def _prefill_kernel(
 
     total = tl.maximum(total, 1e-37)  # a piece may hold nothing that a row sees
     result = acc / total[:, None]
-    pieces = 1
+    is_last = True
     if SPLIT:
-        pieces = tl.load(tiles_ptr + piece * 10 + 9)
-        if pieces != 1:
+        is_last = pieces == 1
+        if pieces > 1:
+            lse = m + tl.log2(total)
             line = (piece * heads + head) * M + row
-            tl.store(lse_ptr + line, m + tl.log2(total))
+            tl.store(lse_ptr + line, lse)
             tl.store(partial_ptr + line[:, None] * D + channel[None, :], result, mask=(channel < D)[None, :])
-    if pieces == 1:
-        _store(
-            out_ptr, result, token - first_token, t_first, t_last, out_stride, first_head + head, row, GROUP_HEADS, D
-        )
-
-
-@triton.jit(do_not_specialize=["first_token", "first_head", "heads"])
-def _merge_kernel(
-    partial_ptr,
-    lse_ptr,
-    out_ptr,
-    tiles_ptr,
-    first_token,
-    out_stride,
-    first_head,
-    heads,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    GROUP_HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Program (first piece of a tile and head, rows)."""
-    head = tl.program_id(0) % heads
-    first = tl.program_id(0) // heads
-    pieces = tl.load(tiles_ptr + first * 10 + 9).to(tl.int32)
-    if pieces <= 1:  # stored already, another piece than the first, or nobody's
-        return
-    channel = tl.arange(0, next_power_of_2(D))
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    m = tl.full([ROWS], -1e30, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, next_power_of_2(D)], tl.float32)
-    for piece in range(first, first + pieces):
-        at = (piece * heads + head) * M + row
-        lse = tl.load(lse_ptr + at)
-        x = tl.load(partial_ptr + at[:, None] * D + channel[None, :], mask=(channel < D)[None, :], other=0)
-        m_new = tl.maximum(m, lse)
-        alpha, weight = tl.exp2(m - m_new), tl.exp2(lse - m_new)
-        acc = acc * alpha[:, None] + x * weight[:, None]
-        total = total * alpha + weight
-        m = m_new
-    _, token, t_first, t_last, _, _ = _tile(tiles_ptr, first, M // GROUP_HEADS)
-    result = acc / total[:, None]
-    _store(out_ptr, result, token - first_token, t_first, t_last, out_stride, first_head + head, row, GROUP_HEADS, D)
-
-
-@triton.jit
-def _store(ptr, result, line, t_first, t_last, stride, head, row, GROUP_HEADS: tl.constexpr, D: tl.constexpr):
-    """Rows of a tile whose position 0 is at `line` of the output, without those past the last query."""
-    channel = tl.arange(0, next_power_of_2(D))
-    position = t_first + row // GROUP_HEADS
-    at = (line + position) * stride + (head * GROUP_HEADS + row % GROUP_HEADS) * D
-    mask = (position <= t_last)[:, None] & (channel < D)[None, :]
-    tl.store(ptr + at[:, None] + channel[None, :], result.to(ptr.dtype.element_ty), mask=mask)
+            tl.debug_barrier()  # all threads have written
+            arrived = arrivals_ptr + (piece - index) * heads + head
+            is_last = tl.atomic_add(arrived, 1, sem="acq_rel") == pieces - 1
+            if is_last:
+                tl.store(arrived, 0)
+                total = tl.full([M], 1, tl.float32)
+                for other in range(1, pieces):
+                    line = ((piece - index + (index + other) % pieces) * heads + head) * M + row
+                    other_lse = tl.load(lse_ptr + line, cache_modifier=".cg")
+                    x = partial_ptr + line[:, None] * D + channel[None, :]
+                    x = tl.load(x, mask=(channel < D)[None, :], other=0, cache_modifier=".cg")
+                    most = tl.maximum(lse, other_lse)
+                    alpha, beta = tl.exp2(lse - most), tl.exp2(other_lse - most)
+                    result = result * alpha[:, None] + x * beta[:, None]
+                    total = total * alpha + beta
+                    lse = most
+                result /= total[:, None]
+    if is_last:
+        is_query = t_first + row // GROUP_HEADS <= t_last
+        at = (token - first_token + position) * out_stride
+        at += ((first_head + head) * GROUP_HEADS + row % GROUP_HEADS) * D
+        mask = is_query[:, None] & (channel < D)[None, :]
+        tl.store(out_ptr + at[:, None] + channel[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

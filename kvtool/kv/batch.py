@@ -94,9 +94,8 @@ class Prompts:
         """The spans cut into tiles and pieces as `Cut` says, the tiles that read most first.
 
         Returns:
-            [n, 10] int64: span, the tile's first position, then the span's row of `spans`; the first key of the piece
-            and the one behind its last; how many pieces the tile has, which lie behind each other, 0 in all but the
-            first. The same tensor each time.
+            [n, 10] int64: span, the tile's first position, then the span's row of `spans`; which piece of the tile it
+            is, of how many, which lie behind each other, and the keys of each but the last. The same tensor each time.
         """
         how = Cut(tokens, most_pieces)
         if how not in self._tiles:
@@ -298,8 +297,8 @@ def cut(spans: Integers, how: Cut) -> Integers:
     length = _piece_length(past, how.most_pieces)
     counts = -(-past // length)
     tile, index = each(np.zeros_like(counts), counts)
-    pieces = [index * length, np.minimum((index + 1) * length, past[tile]), np.where(index, 0, counts[tile])]
-    return np.concatenate([np.stack([span, first], 1)[tile], spans[span[tile]], np.stack(pieces, 1)], 1)
+    piece = np.stack([index, counts[tile], np.full_like(index, length)], 1)
+    return np.concatenate([np.stack([span, first], 1)[tile], spans[span[tile]], piece], 1)
 
 
 def _piece_length(keys: Integers, most: int) -> int:
