@@ -19,6 +19,8 @@ from kvtool.kernels.decode import HEAD_DIMS
 from kvtool.kernels.launch import capability, next_power_of_2, num_sms, power_of_2
 from kvtool.kernels.streams import PackedStream, refuses_heads
 
+FIELDS = tl.constexpr(10)  # of a row of `Prompts.tiles`
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -93,7 +95,7 @@ def paged_prefill(
     tokens = tile.rows // group_heads
     at_once = min(MOST_PIECES, tile.per_sm * num_sms(q.device) // kv_heads)
     cut = tiles(tokens, at_once)
-    # A step in a graph may have half as many tokens as it has room for.
+    # A graph may run half as many tokens as it has room for. Without SPLIT a piece is computed as a whole tile.
     split = -(-len(q) // tokens) < 2 * at_once
     heads = kv_heads if far_blocks is None else _heads_at_once(len(far_blocks) * block_size * head_dim, kv_heads)
     partial, lse = out, out
@@ -103,7 +105,7 @@ def paged_prefill(
     for first_head in range(0, kv_heads, heads):
         heads = min(heads, kv_heads - first_head)
         if far_blocks is None:
-            far_key, far_value = key.codes[:, first_head:], value.codes[:, first_head:]
+            far_key, far_value = key.codes, value.codes
         else:
             far_key, far_value = unpack(key, value, far_blocks, first_head, heads, q.dtype)
         nears = (q, q) if near_key is None or near_value is None else (near_key, near_value)
@@ -273,11 +275,7 @@ def _prefill_kernel(
     begin = 0
     end = t_last + 1
     if SPLIT:
-        index = tl.load(tiles_ptr + piece * 10 + 7).to(tl.int32)
-        pieces = tl.load(tiles_ptr + piece * 10 + 8).to(tl.int32)
-        length = tl.load(tiles_ptr + piece * 10 + 9).to(tl.int32)
-        begin = index * length
-        end = tl.minimum(begin + length, end)
+        index, pieces, begin, end = _piece(tiles_ptr, piece, end)
     if WINDOWED:
         first = position + 1 - window
         begin = tl.maximum(begin, t_first + 1 - window)
@@ -355,10 +353,18 @@ def _prefill_kernel(
 
 
 @triton.jit
+def _piece(tiles_ptr, row, end):
+    """Which piece of its tile, which reads keys to `end`, a row is, of how many, and what keys it reads."""
+    piece = tiles_ptr + row * FIELDS
+    index, length = tl.load(piece + 7).to(tl.int32), tl.load(piece + 9).to(tl.int32)
+    return index, tl.load(piece + 8).to(tl.int32), index * length, tl.minimum((index + 1) * length, end)
+
+
+@triton.jit
 def _tile(tiles_ptr, index, TOKENS: tl.constexpr):
     """A tile's span, the token of position 0, its first and last position, the first near position, and the near row of
     position 0."""
-    tile = tiles_ptr + index * 10
+    tile = tiles_ptr + index * FIELDS
     t_first, start = tl.load(tile + 1).to(tl.int32), tl.load(tile + 3).to(tl.int32)
     t_last = tl.minimum(t_first + TOKENS, tl.load(tile + 4).to(tl.int32)) - 1
     near_first = tl.load(tile + 5).to(tl.int32)
