@@ -126,8 +126,8 @@ def paged_prefill(
             first_token,
             q.stride(0),
             out.stride(0),
-            nears[0].stride(1),
-            nears[1].stride(1),
+            *nears[0].stride()[:2],
+            *nears[1].stride()[:2],
             *far_key.stride()[:2],
             *far_value.stride()[:2],
             table.stride(0),
@@ -138,8 +138,9 @@ def paged_prefill(
             N=tile.keys,
             FAR_N=min(tile.keys, block_size) if far_blocks is None else tile.keys,
             D=head_dim,
-            NEAR_K_STRIDE=nears[0].stride(0),  # known when compiling, so that addresses take few registers
-            NEAR_V_STRIDE=nears[1].stride(0),
+            # Known when compiling, so that addresses take few registers, where it is the same in all steps.
+            K_STRIDE=nears[0].stride(0) if far_blocks is None else 0,
+            V_STRIDE=nears[1].stride(0) if far_blocks is None else 0,
             GROUP_HEADS=group_heads,
             BLOCK=block_size,
             EXACT=far_blocks is None,
@@ -225,7 +226,9 @@ def _prefill_kernel(
     first_token,
     q_stride,
     out_stride,
+    near_k_stride,
     near_k_head_stride,
+    near_v_stride,
     near_v_head_stride,
     far_k_stride,
     far_k_head_stride,
@@ -239,8 +242,8 @@ def _prefill_kernel(
     N: tl.constexpr,
     FAR_N: tl.constexpr,
     D: tl.constexpr,
-    NEAR_K_STRIDE: tl.constexpr,
-    NEAR_V_STRIDE: tl.constexpr,
+    K_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
     GROUP_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     EXACT: tl.constexpr,
@@ -303,8 +306,6 @@ def _prefill_kernel(
     state = _read(state, far_q, far_to_log2, far, far_begin, far_full, first, v, FAR_N, D, D, D, SIZE, WINDOWED)
     state = _read(state, far_q, far_to_log2, far, far_full, far_end, first, v, EDGE, D, D, D, SIZE, True)
     if NEAR:
-        K: tl.constexpr = NEAR_K_STRIDE
-        V: tl.constexpr = NEAR_V_STRIDE
         near = (near_k, near_v, near_row, table_ptr, 0, 0)
         if K_CODED:  # again: both kinds of it at once would leave no room for a second program
             q = tl.load(q_ptr + at[:, None] + channel[None, :], mask=(channel < D)[None, :], other=0, volatile=True)
@@ -313,8 +314,13 @@ def _prefill_kernel(
         from_, to = tl.maximum(first, v), tl.minimum(position + 1, end)
         if EXACT:
             near_full += tl.maximum(tl.minimum(t_first + 1, end) - near_begin, 0) // N * N
+            K: tl.constexpr = K_STRIDE
+            V: tl.constexpr = V_STRIDE
             state = _read(state, q, to_log2, near, near_begin, near_full, from_, to, N, D, K, V, 0, WINDOWED)
-        state = _read(state, q, to_log2, near, near_full, end, from_, to, EDGE, D, K, V, 0, True)
+            state = _read(state, q, to_log2, near, near_full, end, from_, to, EDGE, D, K, V, 0, True)
+        else:
+            by_k, by_v = near_k_stride, near_v_stride
+            state = _read(state, q, to_log2, near, near_full, end, from_, to, EDGE, D, by_k, by_v, 0, True)
     acc, m, total = state
 
     total = tl.maximum(total, 1e-37)  # a piece may hold nothing that a row sees
@@ -323,26 +329,27 @@ def _prefill_kernel(
     if SPLIT:
         is_last = pieces == 1
         if pieces > 1:
-            lse = m + tl.log2(total)
             line = (piece * heads + head) * M + row
-            tl.store(lse_ptr + line, lse)
+            tl.store(lse_ptr + line, m + tl.log2(total))
             tl.store(partial_ptr + line[:, None] * D + channel[None, :], result, mask=(channel < D)[None, :])
             tl.debug_barrier()  # all threads have written
             arrived = arrivals_ptr + (piece - index) * heads + head
             is_last = tl.atomic_add(arrived, 1, sem="acq_rel") == pieces - 1
             if is_last:
                 tl.store(arrived, 0)
-                total = tl.full([M], 1, tl.float32)
-                for other in range(1, pieces):
-                    line = ((piece - index + (index + other) % pieces) * heads + head) * M + row
-                    other_lse = tl.load(lse_ptr + line, cache_modifier=".cg")
+                m = tl.full([M], -1e30, tl.float32)
+                total = tl.zeros([M], tl.float32)
+                result = tl.zeros([M, PAD], tl.float32)
+                for other in range(piece - index, piece - index + pieces):  # the order is the same whoever is last
+                    line = (other * heads + head) * M + row
+                    lse = tl.load(lse_ptr + line, cache_modifier=".cg")
                     x = partial_ptr + line[:, None] * D + channel[None, :]
                     x = tl.load(x, mask=(channel < D)[None, :], other=0, cache_modifier=".cg")
-                    most = tl.maximum(lse, other_lse)
-                    alpha, beta = tl.exp2(lse - most), tl.exp2(other_lse - most)
-                    result = result * alpha[:, None] + x * beta[:, None]
-                    total = total * alpha + beta
-                    lse = most
+                    most = tl.maximum(m, lse)
+                    alpha, weight = tl.exp2(m - most), tl.exp2(lse - most)
+                    result = result * alpha[:, None] + x * weight[:, None]
+                    total = total * alpha + weight
+                    m = most
                 result /= total[:, None]
     if is_last:
         is_query = t_first + row // GROUP_HEADS <= t_last
@@ -396,8 +403,8 @@ def _read(
     past,
     N: tl.constexpr,
     D: tl.constexpr,
-    K_STRIDE: tl.constexpr,
-    V_STRIDE: tl.constexpr,
+    k_stride,
+    v_stride,
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -410,14 +417,14 @@ def _read(
     if BLOCK:
         block = tl.load(table_ptr + tl.minimum(begin, last) // BLOCK)
     for key in range(begin, end, N):
-        k_row, v_row = k_ptr + (row + key) * K_STRIDE, v_ptr + (row + key) * V_STRIDE
+        k_row, v_row = k_ptr + (row + key) * k_stride, v_ptr + (row + key) * v_stride
         next_block = block
         if BLOCK:
             next_block = tl.load(table_ptr + tl.minimum(key + N, last) // BLOCK)  # none waits for its block's id
-            k_row = k_ptr + block * k_block_stride + key % BLOCK * K_STRIDE
-            v_row = v_ptr + block * v_block_stride + key % BLOCK * V_STRIDE
-        k = _keys(k_row, K_STRIDE, end - key, N, D, MASKED)
-        v = _keys(v_row, V_STRIDE, end - key, N, D, MASKED)
+            k_row = k_ptr + block * k_block_stride + key % BLOCK * k_stride
+            v_row = v_ptr + block * v_block_stride + key % BLOCK * v_stride
+        k = _keys(k_row, k_stride, end - key, N, D, MASKED)
+        v = _keys(v_row, v_stride, end - key, N, D, MASKED)
         at = (key + tl.arange(0, N))[None, :]
         keep = (at >= first[:, None]) & (at < past[:, None])
         acc, m, total = _gather(acc, m, total, tl.dot(q, tl.trans(k)), v, to_log2, keep, MASKED)
