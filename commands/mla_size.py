@@ -211,7 +211,7 @@ def mla_size(
         return
     if gpu or gpu_memory or weight_memory or tp > 1:
         raise ConfigError("--gpu, --gpu-memory, --weight-memory and --tp are for --section theory; leave them out")
-    from kvtool.runner import choose_device
+    from kvtool.device import choose_device
 
     where = choose_device(device)
     on_gpu = where.type == "cuda"

@@ -139,7 +139,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             tail_bytes=tail_bytes,
             num_swap_units=len(self.runner.swap_space.units),
-            prefix_caching=self.scheduler.cache_identity is not None,
+            prefix_caching=self.scheduler.prefixes.identity is not None,
             kv_bytes=kv_bytes,
             kv_tokens=store.num_blocks * store.format.block_size + config.max_num_seqs * store.format.tail_tokens,
             kv_tokens_16bit=kv_bytes // (2 * elements),

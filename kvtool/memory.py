@@ -1,14 +1,18 @@
 """How a device's memory is shared out: weights, what a step needs beside them, and the KV cache."""
 
 from dataclasses import astuple, dataclass
+from itertools import accumulate
 
 import torch
 
 from kvtool.config import EngineConfig
 from kvtool.errors import CapacityError, ConfigError
+from kvtool.kv.format import KVFormat
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.store import KVStore
 from kvtool.models.config import ModelConfig
+from kvtool.request import Sample, SamplingParams, ScheduledBatch, ScheduledSpan
+from kvtool.token_scores import SCORED_ROWS
 
 CPU_KV_CACHE_MEMORY = 1 << 30
 
@@ -159,3 +163,29 @@ def size(nbytes: int) -> str:
         if nbytes >= 1 << shift:
             return f"{-(-nbytes * 10 >> shift) / 10:g}{unit}"
     return str(nbytes)
+
+
+def largest_step(config: EngineConfig, fmt: KVFormat, max_model_len: int) -> ScheduledBatch:
+    """Prompts of as many tokens as a step may have, none longer than `max_model_len`, and as many draws, all scored."""
+    total = min(config.max_num_batched_tokens, config.max_num_seqs * max_model_len)
+    ends = sorted(min(max_model_len, total - first) for first in range(0, total, max_model_len))
+    lasts = list(accumulate(map(fmt.num_blocks, ends), initial=0))
+    spans = [
+        ScheduledSpan(
+            id="",
+            slot=slot,
+            start=0,
+            end=end,
+            token_ids=[0] * end,
+            blocks=list(range(lasts[slot], lasts[slot + 1])),
+            targets=[0] * min(end - 1, SCORED_ROWS),
+            num_top=1,
+        )
+        for slot, end in enumerate(ends)
+    ]
+    params = SamplingParams(temperature=1, top_p=0.9, repetition_penalty=1.1, logprobs=1)
+    samples = [
+        Sample(id="", span=0, slot=slot, position=ends[0], params=params, seed=0, num_generated=0, history=[0])
+        for slot in range(config.max_num_seqs)
+    ]
+    return ScheduledBatch(spans=spans, samples=samples)

@@ -22,9 +22,9 @@ from kvtool.config import Bits, KVOptions
 from kvtool.errors import ConfigError
 from kvtool.kv.format import KVFormat
 from kvtool.kv.layout import KVLayout
+from kvtool.models.kv import kv_spec
 from kvtool.models.resolve import EMBEDDED
 from kvtool.models.weights import STORED_DTYPES
-from kvtool.runner import kv_spec
 from kvtool.scoring import SIXTEEN_BITS, ScoringModel, Window
 from kvtool.tokenizer import Tokenizer
 

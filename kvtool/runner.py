@@ -2,12 +2,10 @@
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
-from pathlib import Path
 
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,31 +13,31 @@ from torch import Tensor
 
 from kvtool.attention import PagedAttention, block_size
 from kvtool.attention.latents import LatentQueries
-from kvtool.attention.layer import AttentionLayer
 from kvtool.calibration import choose_quantization
-from kvtool.config import EngineConfig, KVOptions
+from kvtool.config import EngineConfig
 from kvtool.cuda_graph import StepGraphs, as_kv_span, known, most_rows, place, prompt_rooms, worthwhile_tokens
-from kvtool.errors import CapacityError, ConfigError
+from kvtool.device import choose_device, choose_dtype
+from kvtool.draft_model import DraftModel, find_draft, share_cache
+from kvtool.errors import CapacityError
 from kvtool.gpus import find_gpu
-from kvtool.kv.batch import KVBatch, on_device
+from kvtool.kv.batch import KVBatch, on_device, to_host
 from kvtool.kv.codecs import check_fits
-from kvtool.kv.format import KVFormat, resolve
+from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
-from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.swap import SwapSpace
 from kvtool.layers.moe import ExpertLoad
 from kvtool.memory import (
-    CPU_KV_CACHE_MEMORY,
     DeviceMemory,
     MemoryParts,
     allocate,
     cache_memory,
     capacity,
     check_context,
+    largest_step,
     size,
 )
 from kvtool.models import load_config, load_model, resolve_model, weight_bytes
-from kvtool.models.config import ModelConfig
+from kvtool.models.kv import attention_layers, kv_spec
 from kvtool.parallel import ONE_RANK, Parallel
 from kvtool.processes import cpu_threads
 from kvtool.profiling import StepProfiler, traces_folder
@@ -48,56 +46,11 @@ from kvtool.request import (
     Draft,
     Import,
     Sample,
-    SamplingParams,
     ScheduledBatch,
-    ScheduledSpan,
     StepResult,
-    TokenLogprobs,
 )
-from kvtool.sampler import Drafts, Sampler, is_greedy, reject, token_logprobs, verify
-from kvtool.tokenizer import vocabulary
-
-SCORED_ROWS = 128  # of logits at a time
-REJECTED_ROWS = 32  # of probabilities in float64
-EMBEDDED_DRAFTS = {"tiny": "tiny-draft"}
-DRAFT_CACHE_SHARE = 0.8  # of what a GPU has left, before it is known what else a step needs
-DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Log-probabilities of tokens [N], and of the most likely ones at their places, ids and values [N, k]."""
-
-    logprobs: Tensor
-    top_ids: Tensor
-    top_logprobs: Tensor
-
-    def __len__(self) -> int:
-        return len(self.logprobs)
-
-    def to_host(self) -> "Scores":
-        return Scores(_to_host(self.logprobs), _to_host(self.top_ids), _to_host(self.top_logprobs))
-
-    def rows(self, num_top: Sequence[int]) -> list[TokenLogprobs]:
-        """As many of the most likely ones as each row asks for."""
-        columns = (self.logprobs.tolist(), self.top_ids.tolist(), self.top_logprobs.tolist())
-        return [
-            TokenLogprobs(logprob, ids[:k], values[:k])
-            for logprob, ids, values, k in zip(*columns, num_top, strict=True)
-        ]
-
-
-@dataclass(frozen=True)
-class Proposals:
-    """Tokens drawn by a draft model's probabilities.
-
-    Attributes:
-        logits: [n, its vocab_size], that they were drawn from.
-        places: the row of each token's, by slot and by how many were drafted before it.
-    """
-
-    logits: Tensor
-    places: Mapping[tuple[int, int], int]
+from kvtool.sampler import Drafts, Sampler, is_greedy, verify
+from kvtool.token_scores import Scores, score_prompts, score_samples
 
 
 @dataclass(frozen=True)
@@ -170,14 +123,18 @@ class Runner:
                 )
             self.draft: Runner | None = None
             if draft_path:
-                self.draft, config = self._load_draft(draft_path, config, layout)
-            self._proposals: Proposals | None = None  # of the step that is being launched
+                asked, config = share_cache(draft_path, config, layout, self.dtype, self.device, parallel)
+                with parallel.agreeing():
+                    self.draft = Runner(asked)
             self.max_model_len = config.max_model_len or self.model_config.max_position
             self.profiler: StepProfiler | None = None
             num_drafted = config.speculation.num_tokens if config.speculation else 0
             shape = (1 + num_drafted, config.max_num_seqs + 1)
             self.recent = torch.zeros(shape, dtype=torch.int64, device=self.device)
             self.newest = self.recent[0]
+            self._drafter = None
+            if draft := self.draft:
+                self._drafter = DraftModel(draft.draw, draft.newest, draft.model_config.vocab_size, self.recent)
             self.sampler = Sampler(self.newest, self.model_config.eos_token_ids)
             self.largest_step_seconds = self.compile_seconds = 0.0
             routers = self.model.routers() if parallel.tp.rank == 0 else {}
@@ -216,12 +173,9 @@ class Runner:
         """Of the cache of all heads and layers, whichever of them are this rank's."""
         return KVLayout(kv_spec(self.model_config, self.dtype), self.format)
 
-    @torch.inference_mode()
-    def take_in(self, token_ids: Mapping[int, int]) -> None:
-        """Ids that the last stage of a pipeline has sampled, by slot, for the first one to compute."""
-        sent = {"slots": np.array([*token_ids], np.int64), "ids": np.array([*token_ids.values()], np.int64)}
-        slots, ids = on_device(sent, self.device).values()
-        self.newest.index_copy_(0, slots, ids)
+    def expert_tokens(self) -> dict[int, list[int]]:
+        """Tokens that have chosen each expert so far, by layer, where `expert_load` counts. Waits for the GPU."""
+        return self.expert_load.totals() if self.expert_load else {}
 
     @torch.inference_mode()
     def launch(
@@ -260,6 +214,67 @@ class Runner:
                 "lower --gpu-memory-utilization, --max-num-batched-tokens or --max-num-seqs"
             ) from error
 
+    def collect(self, handle: Handle) -> StepResult:
+        """What a launched step yielded; nothing on a stage that is not the last.
+
+        Raises:
+            UnsupportedError: the cache's format cannot hold what the model made of these tokens.
+        """
+        if handle.ready:
+            handle.ready.synchronize()
+        batch = handle.batch
+        *token_ids, fault = handle.outcome.tolist()
+        if self.profiler:
+            self.profiler.end_step(self.held)
+        check_fits(not fault)
+        if not self.parallel.stage.is_last:
+            return StepResult([], [], [])
+        num_top = [sample.params.logprobs for sample in batch.samples]
+        scores = iter(handle.scores.rows([k for k in num_top if k is not None]) if handle.scores else ())
+        logprobs = [None if k is None else next(scores) for k in num_top]
+        per_target = (span.num_top for span in batch.spans for _ in span.targets)
+        prompt = (row for piece in handle.prompt_scores for row in piece.rows(list(islice(per_target, len(piece)))))
+        prompt_logprobs = [list(islice(prompt, len(span.targets))) for span in batch.spans]
+        return StepResult(token_ids, logprobs, prompt_logprobs)
+
+    @torch.inference_mode()
+    def take_in(self, token_ids: Mapping[int, int]) -> None:
+        """Ids that the last stage of a pipeline has sampled, by slot, for the first one to compute."""
+        sent = {"slots": np.array([*token_ids], np.int64), "ids": np.array([*token_ids.values()], np.int64)}
+        slots, ids = on_device(sent, self.device).values()
+        self.newest.index_copy_(0, slots, ids)
+
+    def draw(self, batch: ScheduledBatch) -> Tensor:
+        """Compute a step and choose its samples, in `newest`, for another model; the logits they are chosen by."""
+        logits, greedy, _ = self._run(batch)
+        if batch.samples:
+            self._choose(batch.samples, logits, greedy)
+        return logits
+
+    # A step, in its order
+
+    def _move(self, batch: ScheduledBatch) -> None:
+        """What must happen to the memory of sequences before the step runs."""
+        for out in batch.swap_outs:
+            self.swap_space.save(out.memory.blocks, out.memory.slot, out.units)
+        for memory in batch.wipes:  # NaN would reach those that own the memory next
+            self.store.clear(memory.blocks, memory.slot)
+        for back in batch.swap_ins:
+            self.swap_space.load(back.units, back.memory.blocks, back.memory.slot)
+
+    def _propose(self, drafts: Sequence[Draft]) -> None:
+        """Have drafted tokens where the step finds them."""
+        if self._drafter:
+            self._drafter.propose(drafts)
+            return
+        slots, places, token_ids = zip(
+            *((draft.slot, 1 + index, token) for draft in drafts for index, token in enumerate(draft.token_ids)),
+            strict=True,
+        )
+        arrays = {"places": places, "slots": slots, "token_ids": token_ids}
+        sent = on_device({name: np.array(values, np.int64) for name, values in arrays.items()}, self.device)
+        self.recent.index_put_((sent["places"], sent["slots"]), sent["token_ids"])
+
     def _run(
         self, batch: ScheduledBatch, on_layer: Callable[[int], None] | None = None
     ) -> tuple[Tensor, Tensor | None, list[Scores]]:
@@ -284,7 +299,7 @@ class Runner:
             self.graphs.forget([*new, *(fork.slot for fork in batch.forks)])
         if not self.parallel.stage.is_last:
             return hidden, None, []
-        prompt_scores = self._score_prompts(batch, hidden)
+        prompt_scores = score_prompts(batch.spans, hidden, self.model.logits)
         ends = list(accumulate(span.length for span in batch.spans))
         rows = [ends[sample.span] - 1 for sample in batch.samples]
         if rows != list(range(len(hidden))):
@@ -305,27 +320,34 @@ class Runner:
         self._count_experts(len(ids))
         return kv_batch, hidden
 
-    def _count_experts(self, tokens: int) -> None:
-        """So many have been computed; what stands behind them fills up a graph."""
-        if self.expert_load:
-            self.expert_load.count(tokens)
-
-    def expert_tokens(self) -> dict[int, list[int]]:
-        """Tokens that have chosen each expert so far, by layer, where `expert_load` counts. Waits for the GPU."""
-        return self.expert_load.totals() if self.expert_load else {}
-
     def _compute(self, ids: Tensor, kv_batch: KVBatch, on_layer: Callable[[int], None] | None = None) -> Tensor:
         """Hidden states of the tokens `ids`."""
         hidden: Tensor = self.model(ids, kv_batch.positions, partial(self._attend, kv_batch, on_layer))
         return hidden
 
-    def _choose(
-        self, samples: Sequence[Sample], logits: Tensor, greedy: Tensor | None, allowed: NDArray[np.int32] | None = None
+    def _attend(
+        self,
+        batch: KVBatch,
+        on_layer: Callable[[int], None] | None,
+        layer: int,
+        q: Tensor | LatentQueries,
+        key: Tensor,
+        value: Tensor,
     ) -> Tensor:
-        """The samples' tokens, also in `newest`, where those of a graph are."""
-        if greedy is not None and all(is_greedy(sample) for sample in samples):
-            return greedy
-        return self.sampler.sample(logits, samples, allowed)
+        index, out = layer - self._layers.start, None
+        with self.parallel.faults_noted(self.store.note_fault):
+            out = self.attention(index, q, key, value, batch)
+        if on_layer:
+            on_layer(index)
+        if out is None:
+            out = q.empty() if isinstance(q, LatentQueries) else torch.empty_like(q)
+            out.zero_()
+        return out
+
+    def _count_experts(self, tokens: int) -> None:
+        """So many have been computed; what stands behind them fills up a graph."""
+        if self.expert_load:
+            self.expert_load.count(tokens)
 
     def _sample(
         self,
@@ -342,237 +364,27 @@ class Runner:
             if samples:
                 token_ids = self._choose(samples, logits, greedy, allowed)
             if samples and batch.drafts:
-                if self._proposals:
-                    self._reject(self._proposals, samples, logits, token_ids)
+                if self._drafter:
+                    self._drafter.settle(samples, logits, token_ids)
                 token_ids = verify(token_ids, Drafts.send(samples, self.device), self.recent)
-            scores = _score_samples(samples, logits, token_ids)
+            scores = score_samples(samples, logits, token_ids)
         return Handle(
             batch,
-            outcome=_to_host(torch.cat([token_ids, fault])),
+            outcome=to_host(torch.cat([token_ids, fault])),
             scores=scores and scores.to_host(),
             prompt_scores=[piece.to_host() for piece in prompt_scores],
             ready=torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None,
         )
 
-    def collect(self, handle: Handle) -> StepResult:
-        """What a launched step yielded; nothing on a stage that is not the last.
+    def _choose(
+        self, samples: Sequence[Sample], logits: Tensor, greedy: Tensor | None, allowed: NDArray[np.int32] | None = None
+    ) -> Tensor:
+        """The samples' tokens, also in `newest`, where those of a graph are."""
+        if greedy is not None and all(is_greedy(sample) for sample in samples):
+            return greedy
+        return self.sampler.sample(logits, samples, allowed)
 
-        Raises:
-            UnsupportedError: the cache's format cannot hold what the model made of these tokens.
-        """
-        if handle.ready:
-            handle.ready.synchronize()
-        batch = handle.batch
-        *token_ids, fault = handle.outcome.tolist()
-        if self.profiler:
-            self.profiler.end_step(self.held)
-        check_fits(not fault)
-        if not self.parallel.stage.is_last:
-            return StepResult([], [], [])
-        num_top = [sample.params.logprobs for sample in batch.samples]
-        scores = iter(handle.scores.rows([k for k in num_top if k is not None]) if handle.scores else ())
-        logprobs = [None if k is None else next(scores) for k in num_top]
-        per_target = (span.num_top for span in batch.spans for _ in span.targets)
-        prompt = (row for piece in handle.prompt_scores for row in piece.rows(list(islice(per_target, len(piece)))))
-        prompt_logprobs = [list(islice(prompt, len(span.targets))) for span in batch.spans]
-        return StepResult(token_ids, logprobs, prompt_logprobs)
-
-    def _move(self, batch: ScheduledBatch) -> None:
-        """What must happen to the memory of sequences before the step runs."""
-        for out in batch.swap_outs:
-            self.swap_space.save(out.memory.blocks, out.memory.slot, out.units)
-        for memory in batch.wipes:  # NaN would reach those that own the memory next
-            self.store.clear(memory.blocks, memory.slot)
-        for back in batch.swap_ins:
-            self.swap_space.load(back.units, back.memory.blocks, back.memory.slot)
-
-    def _propose(self, drafts: Sequence[Draft]) -> None:
-        """Have drafted tokens where the step finds them."""
-        if self.draft:
-            self._ask(self.draft, drafts)
-            return
-        slots, places, token_ids = zip(
-            *((draft.slot, 1 + index, token) for draft in drafts for index, token in enumerate(draft.token_ids)),
-            strict=True,
-        )
-        arrays = {"places": places, "slots": slots, "token_ids": token_ids}
-        sent = on_device({name: np.array(values, np.int64) for name, values in arrays.items()}, self.device)
-        self.recent.index_put_((sent["places"], sent["slots"]), sent["token_ids"])
-
-    def _ask(self, model: "Runner", drafts: Sequence[Draft]) -> None:
-        """Have the draft model read what it has yet to read, and propose tokens one after the other."""
-        last = model.model_config.vocab_size - 1  # the vocabularies are the same, but what pads them may not be
-        asked = [(draft.question, draft.num_tokens) for draft in drafts if draft.question]
-        asked.sort(key=lambda item: item[0].span.length > 1)
-        spans = [
-            msgspec.structs.replace(question.span, token_ids=[min(token, last) for token in question.span.token_ids])
-            for question, _ in asked
-        ]
-        pieces: list[Tensor] = []
-        places: dict[tuple[int, int], int] = {}
-        for index in range(max(1, *(count for _, count in asked))):
-            samples = [
-                msgspec.structs.replace(question.sample, span=row, position=question.sample.position + index)
-                for row, (question, count) in enumerate(asked)
-                if count > index
-            ]
-            logits, greedy, _ = model._run(ScheduledBatch(spans=spans, samples=samples))
-            if samples:
-                model._choose(samples, logits, greedy)
-            self.recent[1 + index].copy_(model.newest)
-            drawn = [question for question, count in asked if count > index]
-            if any(question.may_reject for question in drawn):
-                first = sum(map(len, pieces))
-                pieces.append(logits.clone())
-                places |= {(q.span.slot, index): first + row for row, q in enumerate(drawn) if q.may_reject}
-            asked = [(question, count) for question, count in asked if count > index + 1]
-            ends = [(question.span, question.span.end + index) for question, _ in asked]
-            spans = [
-                ScheduledSpan(id=span.id, slot=span.slot, start=end, end=end + 1, blocks=span.blocks)
-                for span, end in ends
-            ]
-        self._proposals = Proposals(torch.cat(pieces), places) if pieces else None
-
-    def _reject(self, proposals: "Proposals", samples: Sequence[Sample], logits: Tensor, token_ids: Tensor) -> None:
-        """Replace what is sampled behind tokens drafted by a probability, a few rows of probabilities at a time."""
-        starts = dict(reversed([(sample.slot, row) for row, sample in enumerate(samples)]))
-        found = [
-            (row, proposals.places[key], *key)
-            for row, sample in enumerate(samples)
-            if (key := (sample.slot, row - starts[sample.slot])) in proposals.places
-        ]
-        for first in range(0, len(found), REJECTED_ROWS):
-            columns = np.array(found[first : first + REJECTED_ROWS], np.int64).T
-            rows, at, slots, offsets = on_device({"columns": columns}, self.device)["columns"]
-            chosen = [samples[row] for row in columns[0]]
-            drafted = self.recent[1 + offsets, slots]
-            settled = reject(token_ids[rows], logits[rows], proposals.logits[at], drafted, chosen)
-            token_ids.index_copy_(0, rows, settled)
-
-    def _load_draft(self, path: Path, config: EngineConfig, layout: KVLayout) -> tuple["Runner", EngineConfig]:
-        """The draft model with a cache for as many tokens as this one's, and what is left to this one."""
-        model = load_config(path)
-        nbits = config.speculation.draft_nbits if config.speculation else None
-        kv = replace(KVOptions(nbits=nbits) if nbits else config.kv, plan=None, layer_bits=None)
-        spec = kv_spec(model, self.dtype)
-        with self.parallel.agreeing():
-            cache = KVLayout(spec, resolve(kv, spec, block_size(config.attention_backend)))
-        drafts, own = (x.block_bytes / x.format.block_size for x in (cache, layout))  # bytes of a token
-        memory, part = config.kv_cache_memory, drafts / (drafts + own)
-        if memory is None and self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.device)
-            share = int(DRAFT_CACHE_SHARE * part * max(0, free - total * (1 - config.gpu_memory_utilization)))
-        else:
-            memory = CPU_KV_CACHE_MEMORY if memory is None else memory
-            share = int(part * memory)
-            config = replace(config, kv_cache_memory=memory - share)
-        (share,) = self.parallel.least(share)
-        length = config.max_model_len
-        asked = replace(
-            config,
-            model=str(path),
-            max_model_len=length and min(length, model.max_position),
-            kv_cache_memory=share,
-            kv=kv,
-            swap_space=0,
-            tp=1,
-            ep=1,
-            nnodes=1,
-            speculation=None,
-            profile=None,
-            quantization=EngineConfig.quantization,
-            quantize_head=EngineConfig.quantize_head,
-            keep_layers=EngineConfig.keep_layers,
-            calibration=None,
-            handoff=None,
-        )
-        with self.parallel.agreeing():
-            return Runner(asked), config
-
-    def _score_prompts(self, batch: ScheduledBatch, hidden: Tensor) -> list[Scores]:
-        """Scores of all spans' targets; a few rows of logits at a time, as a whole prompt's fill the memory."""
-        starts = accumulate((span.length for span in batch.spans), initial=0)
-        rows = [start + i for start, span in zip(starts, batch.spans, strict=False) for i in range(len(span.targets))]
-        targets = [target for span in batch.spans for target in span.targets]
-        if not targets:
-            return []
-        num_top = max(span.num_top for span in batch.spans)
-        arrays = {"rows": np.array(rows, np.int64), "targets": np.array(targets, np.int64)}
-        pieces = zip(*(x.split(SCORED_ROWS) for x in on_device(arrays, self.device).values()), strict=True)
-        return [
-            Scores(*token_logprobs(self.model.logits(hidden[at]), target_ids, num_top)) for at, target_ids in pieces
-        ]
-
-    def _hold(self, layout: KVLayout, num_blocks: int, config: EngineConfig) -> None:
-        """Give the model a store, and attention over it."""
-        self.store = allocate(layout, num_blocks, config.max_num_seqs, self.dtype, self.device)
-        layers = attention_layers(self.model_config, self.parallel)
-        self.attention = PagedAttention(self.store, layers, config.attention_backend)
-
-    def _graphs(self, config: EngineConfig) -> StepGraphs | None:
-        """Graphs of steps, yet to be captured; all ranks have the same ones, or none."""
-        (is_capturable,) = self.parallel.least(config.cuda_graph and self.attention.is_capturable)
-        if not is_capturable:
-            return None
-        fmt, captured = self.store.format, self.attention.captured_tokens
-        gpu = find_gpu(torch.cuda.get_device_name(self.device))
-        worthwhile = worthwhile_tokens(self.model.products / len(self._layers), gpu[1] if gpu else None)
-        (worthwhile,) = self.parallel.least(worthwhile if captured is None else min(worthwhile, captured))
-        most_decodes = len(self.recent) * config.max_num_seqs
-        # Stages but the last have no logits, and nobody looks at what comes of their hidden states.
-        head = self.model.logits if self.parallel.stage.is_last else torch.Tensor.contiguous
-        return StepGraphs(
-            self._compute,
-            head,
-            fmt,
-            self.recent,
-            max_blocks=max(1, fmt.num_blocks(self.max_model_len)),
-            rooms=prompt_rooms(most_decodes, worthwhile, config.max_num_batched_tokens),
-        )
-
-    def _capture(self, graphs: StepGraphs) -> None:
-        """Capture all graphs on the store as it is.
-
-        Raises:
-            CapacityError: the GPU has no memory left for them.
-        """
-        try:
-            graphs.capture()
-        except torch.OutOfMemoryError as error:
-            raise CapacityError(
-                f"{self.device} has no memory left for CUDA graphs; "
-                "lower --gpu-memory-utilization or --kv-cache-memory, or add --no-cuda-graph"
-            ) from error
-
-    def _compile(self, config: EngineConfig, largest: ScheduledBatch) -> None:
-        """Compile the kernels of all steps side by side, if there will be graphs of them, where each would otherwise be
-        waited for when it is first launched.
-
-        Which ones those are the steps themselves tell, launched with none of Triton's kernels run, and so on numbers
-        that mean nothing: no step here looks at what it has computed. Of layers that are alike one is launched; the
-        first is unlike all others, as nothing stands in the residual stream before it.
-        """
-        if (graphs := self._graphs(config)) is None:
-            return
-        from kvtool.kernels.launch import compiling
-
-        start, layers = time.perf_counter(), self.model.layers
-        kinds: dict[tuple[Hashable, ...], str] = {}
-        for layer, fmt in zip(self._layers, self.store.format.layers, strict=True):
-            weights = ((name, x.shape, x.dtype) for name, x in layers[str(layer)].state_dict().items())
-            kinds.setdefault((not kinds, fmt, self.model_config.sliding_window[layer], *weights), str(layer))
-        self.model.layers = torch.nn.ModuleDict({name: layers[name] for name in kinds.values()})
-        try:
-            with compiling(cpu_threads(len(config.ranks_here))):
-                graphs.rehearse()
-                _, hidden = self._hidden_states(largest, None)
-                if self.parallel.stage.is_last:
-                    self.sampler.sample(self.model.logits(hidden[: len(largest.samples)]), largest.samples)
-                if self.store.sealer:
-                    self.store.sealer.compile()
-        finally:
-            self.model.layers = layers
-        self.compile_seconds = time.perf_counter() - start
+    # Starting
 
     def _measure(self, config: EngineConfig, layout: KVLayout) -> DeviceMemory:
         """Run the largest prompt step, draw for all sequences and capture the largest graphs, on a small store.
@@ -619,136 +431,73 @@ class Runner:
             self.expert_load.reset()
         return DeviceMemory(int(total * config.gpu_memory_utilization), others, weights, workspace, graphs)
 
-    def _attend(
-        self,
-        batch: KVBatch,
-        on_layer: Callable[[int], None] | None,
-        layer: int,
-        q: Tensor | LatentQueries,
-        key: Tensor,
-        value: Tensor,
-    ) -> Tensor:
-        index, out = layer - self._layers.start, None
-        with self.parallel.faults_noted(self.store.note_fault):
-            out = self.attention(index, q, key, value, batch)
-        if on_layer:
-            on_layer(index)
-        if out is None:
-            out = q.empty() if isinstance(q, LatentQueries) else torch.empty_like(q)
-            out.zero_()
-        return out
+    def _compile(self, config: EngineConfig, largest: ScheduledBatch) -> None:
+        """Compile the kernels of all steps side by side, if there will be graphs of them, where each would otherwise be
+        waited for when it is first launched.
 
+        Which ones those are the steps themselves tell, launched with none of Triton's kernels run, and so on numbers
+        that mean nothing: no step here looks at what it has computed. Of layers that are alike one is launched; the
+        first is unlike all others, as nothing stands in the residual stream before it.
+        """
+        if (graphs := self._graphs(config)) is None:
+            return
+        from kvtool.kernels.launch import compiling
 
-def find_draft(config: EngineConfig, path: Path, model: ModelConfig) -> Path | None:
-    """The folder of the model that drafts for the one in `path`, if one is asked for.
+        start, layers = time.perf_counter(), self.model.layers
+        kinds: dict[tuple[Hashable, ...], str] = {}
+        for layer, fmt in zip(self._layers, self.store.format.layers, strict=True):
+            weights = ((name, x.shape, x.dtype) for name, x in layers[str(layer)].state_dict().items())
+            kinds.setdefault((not kinds, fmt, self.model_config.sliding_window[layer], *weights), str(layer))
+        self.model.layers = torch.nn.ModuleDict({name: layers[name] for name in kinds.values()})
+        try:
+            with compiling(cpu_threads(len(config.ranks_here))):
+                graphs.rehearse()
+                _, hidden = self._hidden_states(largest, None)
+                if self.parallel.stage.is_last:
+                    self.sampler.sample(self.model.logits(hidden[: len(largest.samples)]), largest.samples)
+                if self.store.sealer:
+                    self.store.sealer.compile()
+        finally:
+            self.model.layers = layers
+        self.compile_seconds = time.perf_counter() - start
 
-    Raises:
-        ConfigError: nobody says which one it is, or it has other tokens; what pads their embeddings may differ.
-    """
-    asked = config.speculation
-    if asked is None or asked.method != "draft":
-        return None
-    name = asked.draft_model or EMBEDDED_DRAFTS.get(config.model)
-    if name is None:
-        raise ConfigError("--speculate draft needs --draft-model: a smaller model of the same vocabulary")
-    draft_path = resolve_model(name)
-    draft = load_config(draft_path)
-    known = [vocabulary(folder, each.vocab_size) for folder, each in ((path, model), (draft_path, draft))]
-    is_same = known[0] == known[1] if all(known) else model.vocab_size == draft.vocab_size
-    if not is_same or draft.vocab_size > model.vocab_size:
-        raise ConfigError(f"--draft-model {name}: its vocabulary is not that of {config.model}; choose another model")
-    return draft_path
+    def _hold(self, layout: KVLayout, num_blocks: int, config: EngineConfig) -> None:
+        """Give the model a store, and attention over it."""
+        self.store = allocate(layout, num_blocks, config.max_num_seqs, self.dtype, self.device)
+        layers = attention_layers(self.model_config, self.parallel)
+        self.attention = PagedAttention(self.store, layers, config.attention_backend)
 
-
-def largest_step(config: EngineConfig, fmt: KVFormat, max_model_len: int) -> ScheduledBatch:
-    """Prompts of as many tokens as a step may have, none longer than `max_model_len`, and as many draws, all scored."""
-    total = min(config.max_num_batched_tokens, config.max_num_seqs * max_model_len)
-    ends = sorted(min(max_model_len, total - first) for first in range(0, total, max_model_len))
-    lasts = list(accumulate(map(fmt.num_blocks, ends), initial=0))
-    spans = [
-        ScheduledSpan(
-            id="",
-            slot=slot,
-            start=0,
-            end=end,
-            token_ids=[0] * end,
-            blocks=list(range(lasts[slot], lasts[slot + 1])),
-            targets=[0] * min(end - 1, SCORED_ROWS),
-            num_top=1,
+    def _graphs(self, config: EngineConfig) -> StepGraphs | None:
+        """Graphs of steps, yet to be captured; all ranks have the same ones, or none."""
+        (is_capturable,) = self.parallel.least(config.cuda_graph and self.attention.is_capturable)
+        if not is_capturable:
+            return None
+        fmt, captured = self.store.format, self.attention.captured_tokens
+        gpu = find_gpu(torch.cuda.get_device_name(self.device))
+        worthwhile = worthwhile_tokens(self.model.products / len(self._layers), gpu[1] if gpu else None)
+        (worthwhile,) = self.parallel.least(worthwhile if captured is None else min(worthwhile, captured))
+        most_decodes = len(self.recent) * config.max_num_seqs
+        # Stages but the last have no logits, and nobody looks at what comes of their hidden states.
+        head = self.model.logits if self.parallel.stage.is_last else torch.Tensor.contiguous
+        return StepGraphs(
+            self._compute,
+            head,
+            fmt,
+            self.recent,
+            max_blocks=max(1, fmt.num_blocks(self.max_model_len)),
+            rooms=prompt_rooms(most_decodes, worthwhile, config.max_num_batched_tokens),
         )
-        for slot, end in enumerate(ends)
-    ]
-    params = SamplingParams(temperature=1, top_p=0.9, repetition_penalty=1.1, logprobs=1)
-    samples = [
-        Sample(id="", span=0, slot=slot, position=ends[0], params=params, seed=0, num_generated=0, history=[0])
-        for slot in range(config.max_num_seqs)
-    ]
-    return ScheduledBatch(spans=spans, samples=samples)
 
+    def _capture(self, graphs: StepGraphs) -> None:
+        """Capture all graphs on the store as it is.
 
-def _to_host(x: Tensor) -> Tensor:
-    """`x` on the host; what comes from a GPU is on its way there, behind all that was launched before."""
-    if x.device.type == "cpu":
-        return x
-    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
-
-
-def _score_samples(samples: Sequence[Sample], logits: Tensor, token_ids: Tensor) -> Scores | None:
-    """Scores of the samples that ask for them; a few rows at a time, as in float32 all of them fill the memory."""
-    wanted = [(row, s.params.logprobs) for row, s in enumerate(samples) if s.params.logprobs is not None]
-    if not wanted:
-        return None
-    rows = on_device({"rows": np.array([row for row, _ in wanted], np.int64)}, logits.device)["rows"]
-    num_top = max(k for _, k in wanted)
-    pieces = [token_logprobs(logits[at], token_ids[at].clamp(min=0), num_top) for at in rows.split(SCORED_ROWS)]
-    return Scores(*map(torch.cat, zip(*pieces, strict=True)))
-
-
-def choose_device(asked: str) -> torch.device:
-    """Where to run; a GPU becomes the current one, on whose stream kernels and events go.
-
-    Raises:
-        ConfigError: there is no such device, or no model runs there.
-    """
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("no model runs there")
-        torch.empty(1, device=device)
-        if device.index is not None and device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0].partition(":")[0]
-        raise ConfigError(f"--device {asked}: {reason}; choose auto, cpu, cuda or cuda:N") from error
-    return device
-
-
-def choose_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
-    if config.dtype not in DTYPES:
-        raise ConfigError(f"--dtype {config.dtype}: must be one of {', '.join(DTYPES)}")
-    auto = "float32" if device.type == "cpu" else model.dtype
-    dtype: torch.dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
-    return dtype
-
-
-def kv_spec(model: ModelConfig, dtype: torch.dtype, parallel: Parallel = ONE_RANK) -> KVSpec:
-    """What a model, or a rank's part of it, caches for each token. Latents are whole on every rank of a group."""
-    num_layers = len(parallel.stage.layers(model.num_layers))
-    if mla := model.mla:
-        rope_key, latent = StreamSpec(1, mla.rope_dim), StreamSpec(1, mla.kv_lora_rank)
-        return KVSpec(num_layers, rope_key, latent, dtype.itemsize, latent=True)
-    stream = StreamSpec(parallel.tp.shard(model.num_kv_heads).size, model.head_dim)
-    return KVSpec(num_layers, stream, stream, dtype.itemsize)
-
-
-def attention_layers(model: ModelConfig, parallel: Parallel = ONE_RANK) -> list[AttentionLayer]:
-    """The attention layers of a model, or a rank's part of it."""
-    num_heads, num_kv_heads = (parallel.tp.shard(n).size for n in (model.num_heads, model.num_kv_heads))
-    layers = parallel.stage.layers(model.num_layers)
-    if mla := model.mla:
-        latent, width = mla.kv_lora_rank, mla.kv_lora_rank + mla.rope_dim
-        return [AttentionLayer(num_heads, 1, width, model.softmax_scale, latent_dim=latent)] * len(layers)
-    return [
-        AttentionLayer(num_heads, num_kv_heads, model.head_dim, model.softmax_scale, model.sliding_window[layer])
-        for layer in layers
-    ]
+        Raises:
+            CapacityError: the GPU has no memory left for them.
+        """
+        try:
+            graphs.capture()
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                f"{self.device} has no memory left for CUDA graphs; "
+                "lower --gpu-memory-utilization or --kv-cache-memory, or add --no-cuda-graph"
+            ) from error

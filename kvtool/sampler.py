@@ -389,17 +389,3 @@ def verify(token_ids: Tensor, drafts: Drafts, recent: Tensor) -> Tensor:
     num_accepted = is_right.long().cumprod(1).sum(1)
     recent[0].index_copy_(0, drafts.slots, token_ids[drafts.firsts + num_accepted].clamp(min=0))
     return torch.where(drafts.offsets > num_accepted[drafts.owners], VOID - (token_ids < 0).long(), token_ids)
-
-
-def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of `token_ids` [N], then ids and log-probabilities of the `num_top` most likely [N, num_top].
-
-    By the model's own `logits` [N, V], in float32 or, if they are, float64: all are one logit less one normaliser, so a
-    token has the very same number in both places. The greedy token, the first of equals, leads the most likely ones.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    normaliser = logits.logsumexp(-1, keepdim=True)
-    greedy = logits.argmax(-1, keepdim=True)
-    top_ids = logits.scatter(-1, greedy, torch.inf).topk(num_top).indices
-    chosen = logits.gather(-1, token_ids[:, None]) - normaliser
-    return chosen[:, 0], top_ids, logits.gather(-1, top_ids) - normaliser

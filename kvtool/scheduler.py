@@ -4,37 +4,31 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from itertools import groupby, takewhile
-from math import inf
 from typing import NamedTuple
 
 from kvtool.config import SpeculationConfig
-from kvtool.errors import RequestError
-from kvtool.kv.blocks import BlockPool, SlotPool, block_digest
+from kvtool.drafting import Drafting
+from kvtool.kv.blocks import BlockPool, SlotPool
 from kvtool.kv.format import KVFormat
+from kvtool.prefixes import Prefixes
 from kvtool.request import (
     VOID,
-    Draft,
     EngineStats,
     FinishReason,
-    Fork,
-    Import,
-    Memory,
-    Question,
     Request,
     Sample,
-    SamplingParams,
     ScheduledBatch,
     ScheduledSpan,
     StepResult,
-    Swap,
     TokenLogprobs,
     Tokens,
 )
+from kvtool.request_checks import check_request
 from kvtool.sequence import Sequence
-from kvtool.speculation import DraftCache, Pace, averaged, most_drafted, other_seed
+from kvtool.sequence_memory import SequenceMemory
+from kvtool.speculation import DraftCache
 
 NOT_FINITE = "the model computed NaN or infinity for this prompt; a wider --dtype may help"
-MAX_LOGPROBS = 20
 
 
 class UnderWay(NamedTuple):
@@ -96,23 +90,15 @@ class Scheduler:
         self.format = fmt
         self.blocks, self.slots, self.swap = BlockPool(num_blocks), SlotPool(max_num_seqs), BlockPool(num_swap_units)
         self.max_num_batched_tokens, self.max_model_len = max_num_batched_tokens, max_model_len
-        self.eos_token_ids = frozenset(eos_token_ids)
-        self.tail_units, self.num_micro_batches = tail_units, num_micro_batches
-        self.pace = Pace(speculation.num_tokens) if speculation else None
-        self.draft_cache = draft_cache
-        # Behind a window the newest tokens are read at full precision, which their blocks do not hold.
-        self.cache_identity = cache_identity if fmt.residual == 0 else None
+        self.eos_token_ids, self.num_micro_batches = frozenset(eos_token_ids), num_micro_batches
+        self.totals: Counter[str] = Counter()  # of EngineStats
+        self.memory = SequenceMemory(fmt, self.blocks, self.slots, self.swap, tail_units, self.totals)
+        self.prefixes = Prefixes(fmt, self.blocks, cache_identity, self.totals)
+        most = speculation.num_tokens if speculation else 0
+        self.drafting = Drafting(self.memory, most, draft_cache, max_num_batched_tokens, self.totals)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # like `waiting`, and before it: by arrival
-        self.totals: Counter[str] = Counter()  # of EngineStats
         self._under_way: deque[UnderWay] = deque()
-        self._swap_outs: list[Swap] = []
-        self._swap_ins: list[Swap] = []
-        self._imports: list[Import] = []
-        self._wipes: list[Memory] = []
-        self._forks: list[Fork] = []
-        self._drafts: list[Draft] = []
-        self._draft_budget = 0  # of tokens that the draft model may yet read in this step
 
     @property
     def has_work(self) -> bool:
@@ -121,7 +107,7 @@ class Scheduler:
     @property
     def awaits_tokens(self) -> bool:
         """A step under way will yield a token that decides what follows on it."""
-        return any(s.num_pending and (s.params.grammar or self._may_draft(s)) for s in self.running)
+        return any(s.num_pending and (s.params.grammar or self.drafting.may_draft(s)) for s in self.running)
 
     def add(self, request: Request, seed: int) -> None:
         """Queue a request.
@@ -138,13 +124,9 @@ class Scheduler:
         its answer, if that was all of it.
 
         Args:
-            origin: the format in which it was computed; empty if that is ours. Others' prefixes are not what these
-                tokens would be here, and are shared among those of one origin.
+            origin: the format in which it was computed; empty if that is ours.
         """
-        sequence = self._sequence(request, seed)
-        sequence.origin = origin
-        if origin and sequence.root:
-            sequence.root = block_digest(sequence.root, list(origin.encode()))
+        sequence = self._sequence(request, seed, origin)
         sequence.tokens.append(first_token)
         sequence.num_cached_tokens = num_cached_tokens
         if reason := self._finish_reason(sequence):
@@ -157,53 +139,28 @@ class Scheduler:
         """Raises RequestError if it could never run."""
         self._sequence(request, seed=0)
 
-    def _sequence(self, request: Request, seed: int) -> Sequence:
-        length, params = len(request.prompt), request.params
-        _check_sampling(params)
-        if length == 0:
-            raise RequestError("the prompt is empty; send at least one token", "prompt")
-        if length >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {length} tokens; the context of {self.max_model_len} must hold it and an answer",
-                "prompt",
-            )
-        if params.max_tokens is not None and params.max_tokens < 1:
-            raise RequestError(f"max_tokens is {params.max_tokens}; it must be at least 1", "max_tokens")
-        max_length = self.max_model_len if params.max_tokens is None else length + params.max_tokens
-        if max_length > self.max_model_len:
-            raise RequestError(
-                f"{length} tokens of prompt and max_tokens {params.max_tokens} exceed the context of "
-                f"{self.max_model_len}; ask for at most {self.max_model_len - length}",
-                "max_tokens",
-            )
-        if self.format.num_blocks(max_length - 1) > self.blocks.num_blocks:  # the last token is never computed
-            held = self.blocks.num_blocks * self.format.block_size + self.format.tail_tokens
-            raise RequestError(f"{max_length} tokens exceed the KV cache, which holds {held}", "max_tokens")
-        if params.min_tokens > max_length - length:
-            raise RequestError(
-                f"min_tokens is {params.min_tokens}, but the answer has room for {max_length - length}", "min_tokens"
-            )
-        if request.push_to is not None:
-            max_length = length + 1
-        return Sequence(request, list(request.prompt), max_length, seed, self._root(request))
+    def _sequence(self, request: Request, seed: int, origin: str = "") -> Sequence:
+        max_length = check_request(request, self.format, self.blocks.num_blocks, self.max_model_len)
+        root = self.prefixes.root(request, origin)
+        return Sequence(request, list(request.prompt), max_length, seed, root, origin=origin)
 
     def schedule(self) -> ScheduledBatch:
         """The spans of the next step, with memory for each. Without spans: what is under way must be known before."""
         if self._under_way and not self._can_all_grow():
             return ScheduledBatch(spans=[], samples=[])
-        budget = self._draft_budget = self.max_num_batched_tokens
+        budget = self.max_num_batched_tokens
         work: list[tuple[ScheduledSpan, Sequence, list[Sequence]]] = []  # and who takes a token from each
         suspect = self._suspect()
         for sequence in self._decodes() if suspect is None else ():
             if sequence.slot < 0 or budget == 0:  # preempted a moment ago, or no room in this step
                 continue
-            while not self._grow(sequence):
+            while not self.memory.grow(sequence):
                 youngest = self.running[-1]
                 self._preempt(youngest)
                 if youngest is sequence:
                     break
             else:
-                for draft in range(1 + self._propose(sequence, budget - 1)):
+                for draft in range(1 + self.drafting.propose(sequence, budget - 1, spare=len(self.running))):
                     work.append(self._compute(sequence, 1, draft))
                     budget -= 1
         for sequence in [suspect] if suspect else list(self.running):
@@ -224,8 +181,8 @@ class Scheduler:
         A token of -1 says that the model's logits were not finite.
         """
         computing, takers, num_tokens, num_hits = self._under_way.popleft()
-        if self.pace and num_tokens is not None:
-            self.pace.observe(len({id(sequence) for sequence in computing}), num_tokens, num_hits, seconds)
+        if num_tokens is not None:
+            self.drafting.pace.observe(len({id(sequence) for sequence in computing}), num_tokens, num_hits, seconds)
         news = []
         for taker, token in zip(takers, result.token_ids, strict=True):
             taker.num_pending -= 1
@@ -256,8 +213,8 @@ class Scheduler:
                     break
             taker.alone = False
             if taker.num_drafted:
-                self._count_drafts(taker, sum(token > VOID for _, token, _ in samples) - 1)
-            self._seal(taker)
+                self.drafting.count(taker, sum(token > VOID for _, token, _ in samples) - 1)
+            self.prefixes.seal(taker)
             news.append(self._news(taker, logprobs, reason))
             if reason:
                 self._end(taker)
@@ -293,7 +250,7 @@ class Scheduler:
         for sequence in self.waiting:
             if sequence.id == request_id:
                 self.waiting.remove(sequence)
-                self._free_units(sequence)
+                self.memory.free_units(sequence)
                 return
         for sequence in self.running:
             if sequence.id == request_id and not sequence.ended:
@@ -317,40 +274,49 @@ class Scheduler:
             sealed_blocks=self.blocks.num_sealed,
             used_tails=self.slots.num_slots - self.slots.num_free,
             used_swap_units=self.swap.num_used,
-            speculative_tokens=self.pace.num_tokens if self.pace else 0,
-            speculation_off=self.pace.off if self.pace else "",
+            speculative_tokens=self.drafting.pace.num_tokens,
+            speculation_off=self.drafting.pace.off,
             **self.totals,
         )
 
+    # The next step
+
+    def _suspect(self) -> Sequence | None:
+        """The sequence that this step must compute alone, if there is one."""
+        for sequence in self.running:
+            if sequence.alone:
+                return sequence
+        if self.waiting and self.waiting[0].alone and self._admit(self.waiting[0]):
+            return self.waiting.popleft()
+        return None
+
     def _decodes(self) -> list[Sequence]:
         """Who decodes in this step."""
-        decoding = [s for s in self.running if s.is_decoding and not (s.num_pending and self._may_draft(s))]
+        decoding = [s for s in self.running if s.is_decoding and not (s.num_pending and self.drafting.may_draft(s))]
         if self.num_micro_batches == 1:
             return decoding
         most = -(-len(decoding) // self.num_micro_batches)
         return [sequence for sequence in decoding if sequence.num_pending == 0][:most]
 
-    def _batch(self, work: Items[tuple[ScheduledSpan, Sequence, list[Sequence]]]) -> ScheduledBatch:
-        """The step that does `work`, and what must happen to memory around it."""
-        takers = [(taker, index) for index, (_, _, takers) in enumerate(work) for taker in takers]
-        batch = ScheduledBatch(
-            spans=[span for span, _, _ in work],
-            samples=[self._sample(taker, index) for taker, index in takers],
-            drafts=self._drafts,
-            swap_outs=self._swap_outs,
-            wipes=self._wipes,
-            swap_ins=self._swap_ins,
-            imports=self._imports,
-            forks=self._forks,
-        )
-        self._swap_outs, self._wipes, self._swap_ins, self._imports, self._forks = [], [], [], [], []
-        self._drafts = []
-        computing = [sequence for _, sequence, _ in work]
-        tells = self.pace and not work[-1][0].token_ids and any(map(self._could_draft, computing))
-        num_tokens = self.pace.num_tokens if self.pace and tells else None
-        num_hits = sum(draft.num_tokens > 0 for draft in batch.drafts)
-        self._under_way.append(UnderWay(computing, [taker for taker, _ in takers], num_tokens, num_hits))
-        return batch
+    def _can_all_grow(self) -> bool:
+        """Nobody need make room for the next tokens of those that decode."""
+        full = sum(s.num_computed_tokens == s.num_held_tokens and s.is_decoding for s in self.running)
+        return full <= self.blocks.num_free
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence a slot and the blocks of all its tokens, if there are enough.
+
+        Each running sequence may need a block soon, so that many are left to them.
+        """
+        if self.slots.num_free == 0 or self._awaits_fork(sequence):
+            return False
+        if not self.memory.admit(sequence, self.prefixes.find(sequence), spare=len(self.running)):
+            return False
+        sequence.num_known_tokens = len(sequence.tokens)
+        if sequence.num_cached_tokens < 0:
+            self.prefixes.count_hit(sequence)
+        self.running.append(sequence)
+        return True
 
     def _compute(
         self, sequence: Sequence, budget: int, draft: int = 0
@@ -360,87 +326,6 @@ class Scheduler:
         if not span.token_ids:
             return span, sequence, [sequence]
         return span, sequence, [] if sequence.is_prefilling else [sequence, *self._fork(sequence)]
-
-    def _may_draft(self, sequence: Sequence) -> bool:
-        """Tokens of `sequence` may be drafted now."""
-        return self.pace is not None and self.pace.num_tokens > 0 and self._could_draft(sequence)
-
-    def _could_draft(self, sequence: Sequence) -> bool:
-        """They may where it pays: tokens decide nothing of how those behind them are chosen."""
-        params = sequence.params
-        return sequence.may_draft and params.speculate and not params.looks_back and not params.grammar
-
-    def _propose(self, sequence: Sequence, most: int) -> int:
-        """Draft up to `most` tokens behind the newest one of `sequence`; how many these are.
-
-        What may have to be taken back is written to its own memory and completes no block that is packed as a whole. No
-        other sequence makes room for it.
-        """
-        if self.pace is None or not self._may_draft(sequence):
-            return 0
-        end = sequence.num_computed_tokens + 1
-        most = min(most, self.pace.for_sequence(sequence.acceptance), sequence.max_length - end - 1)
-        most = min(most, most_drafted(self.format, end - 1))
-        if most > sequence.num_held_tokens - end and self.blocks.num_free > len(self.running):
-            self._own(sequence, 1)
-        most = min(most, sequence.num_held_tokens - end)
-        draft = (
-            self._ask_draft_model(sequence, most, self.draft_cache) if self.draft_cache else _look_up(sequence, most)
-        )
-        if draft is None:
-            return 0
-        self._drafts.append(draft)
-        sequence.num_drafted = draft.num_tokens
-        return draft.num_tokens
-
-    def _ask_draft_model(self, sequence: Sequence, most: int, cache: DraftCache) -> Draft | None:
-        """Have the draft model read what it has not read of `sequence`, and propose `most` tokens once it has."""
-        start, blocks = sequence.num_draft_computed_tokens, sequence.draft_blocks
-        end = min(len(sequence.tokens), start + self._draft_budget)
-        is_whole = end == len(sequence.tokens)
-        most = max(0, min(most, most_drafted(cache.format, end - 1), cache.max_model_len - end)) if is_whole else 0
-        missing = cache.format.num_blocks(end + max(0, most - 1)) - len(blocks)
-        if start == end or end > cache.max_model_len or missing > cache.blocks.num_free or (is_whole and not most):
-            return None
-        blocks.extend(cache.blocks.allocate() for _ in range(missing))
-        self._draft_budget -= end - start
-        sequence.num_draft_computed_tokens = end
-        span = ScheduledSpan(
-            id=sequence.id,
-            slot=sequence.slot,
-            start=start,
-            end=end,
-            blocks=blocks,
-            token_ids=sequence.tokens[start:end],
-        )
-        params, seed = sequence.params, sequence.seed
-        narrowing = SamplingParams(
-            temperature=params.temperature, top_p=params.top_p, top_k=params.top_k, min_p=params.min_p
-        )
-        # A seed gives the same tokens whatever is drafted. Nobody sees by which number a request without one is drawn.
-        adjusted = params.logit_bias or sequence.num_generated < params.min_tokens
-        may_reject = params.seed is None and params.temperature > 0 and not adjusted
-        sample = Sample(
-            id=sequence.id,
-            span=0,
-            slot=sequence.slot,
-            position=end,
-            params=narrowing,
-            seed=other_seed(seed) if may_reject else seed,
-            num_generated=sequence.num_generated,
-        )
-        return Draft(slot=sequence.slot, num_tokens=most, question=Question(span, sample, may_reject))
-
-    def _count_drafts(self, sequence: Sequence, num_accepted: int) -> None:
-        """Note how many drafted tokens were right; what the draft model has read of them it keeps."""
-        self.totals["verifications_total"] += 1
-        self.totals["drafted_total"] += sequence.num_drafted
-        self.totals["accepted_total"] += num_accepted
-        sequence.acceptance = averaged(sequence.acceptance, sequence.num_drafted, num_accepted)
-        if self.pace:
-            self.pace.count(sequence.num_drafted, num_accepted)
-        if self.draft_cache:
-            sequence.num_draft_computed_tokens += min(num_accepted, sequence.num_drafted - 1)
 
     def _span(self, sequence: Sequence, budget: int, draft: int) -> ScheduledSpan:
         """Schedule the next tokens of `sequence`, at most `budget`."""
@@ -478,81 +363,53 @@ class Scheduler:
             history=history,
         )
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence a slot and the blocks of all its tokens, if there are enough.
+    def _batch(self, work: Items[tuple[ScheduledSpan, Sequence, list[Sequence]]]) -> ScheduledBatch:
+        """The step that does `work`, and what must happen to memory around it."""
+        takers = [(taker, index) for index, (_, _, takers) in enumerate(work) for taker in takers]
+        batch = ScheduledBatch(
+            spans=[span for span, _, _ in work],
+            samples=[self._sample(taker, index) for taker, index in takers],
+            drafts=self.drafting.take(),
+            **self.memory.take_moves()._asdict(),
+        )
+        computing = [sequence for _, sequence, _ in work]
+        tells = not work[-1][0].token_ids and any(map(self.drafting.could_draft, computing))
+        num_tokens = self.drafting.pace.num_tokens if tells else None
+        num_hits = sum(draft.num_tokens > 0 for draft in batch.drafts)
+        self._under_way.append(UnderWay(computing, [taker for taker, _ in takers], num_tokens, num_hits))
+        return batch
 
-        Each running sequence may need a block soon, so that many are left to them.
-        """
-        if self.slots.num_free == 0 or self._awaits_fork(sequence):
-            return False
-        found = self._find_prefix(sequence)
-        needed = self.format.num_blocks(len(sequence.tokens)) - len(found)
-        available = self.blocks.num_free - sum(self.blocks.owners(block) == 0 for block in found)
-        if available < needed + len(self.running):
-            return False
-        for block in found:
-            self.blocks.share(block)
-        sequence.slot, sequence.num_known_tokens = self.slots.allocate(), len(sequence.tokens)
-        sequence.blocks, sequence.num_sealed = found.copy(), len(found)
-        self._own(sequence, needed)
-        if sequence.units:
-            self._swap_in(sequence)
-        elif sequence.is_imported:
-            blocks = sequence.blocks[len(found) : self.format.num_blocks(sequence.num_computed_tokens)]
-            self._imports.append(Import(sequence.id, Memory(blocks, sequence.slot)))
-            sequence.is_imported = False
-        else:
-            sequence.num_computed_tokens = len(found) * self.format.block_size
-        if sequence.num_cached_tokens < 0:
-            self._count_hit(sequence)
-        self.running.append(sequence)
-        return True
+    # Forks
 
-    def _can_all_grow(self) -> bool:
-        """Nobody need make room for the next tokens of those that decode."""
-        full = sum(s.num_computed_tokens == s.num_held_tokens and s.is_decoding for s in self.running)
-        return full <= self.blocks.num_free
+    def _awaits_fork(self, sequence: Sequence) -> bool:
+        """A running sequence is about to compute the prompt that this one shares."""
+        parents = (s for s in self.running if s.id == sequence.request.fork_of)
+        return sequence.num_computed_tokens == 0 and any(s.is_prefilling for s in parents)
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Give a decoding sequence the block that its next token needs, if it needs one and there is one."""
-        if sequence.num_computed_tokens < sequence.num_held_tokens:
-            return True
-        if self.blocks.num_free == 0:
-            return False
-        self._own(sequence, 1)
-        return True
+    def _is_fork(self, sequence: Sequence, parent: Sequence) -> bool:
+        """A waiting sequence can go on from where `parent` has computed its prompt."""
+        is_child = sequence.request.fork_of == parent.id and sequence.tokens == parent.tokens == parent.request.prompt
+        alike = sequence.root == parent.root and sequence.params.prompt_logprobs == parent.params.prompt_logprobs
+        return is_child and alike and not sequence.alone and not sequence.units
 
-    def _own(self, sequence: Sequence, num_blocks: int) -> None:
-        """Give a sequence so many blocks more."""
-        sequence.blocks.extend(self.blocks.allocate() for _ in range(num_blocks))
-        sequence.num_held_tokens = self.format.tokens_within(len(sequence.blocks))
+    def _fork(self, parent: Sequence) -> list[Sequence]:
+        """Admit the forks that wait for `parent`, whose prompt this step completes, as far as there is room."""
+        children: list[Sequence] = []
+        while (
+            self.waiting
+            and self._is_fork(self.waiting[0], parent)
+            and self.slots.num_free > 0
+            and self.memory.fork(parent, self.waiting[0], spare=len(self.running))
+        ):
+            child = self.waiting.popleft()
+            child.num_known_tokens, child.num_computed_tokens = len(child.tokens), parent.num_computed_tokens
+            child.num_cached_tokens = parent.num_cached_tokens
+            child.prompt_logprobs = parent.prompt_logprobs  # shared: this step extends it for all
+            self.running.append(child)
+            children.append(child)
+        return children
 
-    def _end(self, sequence: Sequence) -> None:
-        """Say nothing more of a sequence, and take its memory back once no step under way yields a token of it."""
-        sequence.ended = True
-        if sequence.num_pending == 0:
-            self._release(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
-        """Stop running a sequence and take its memory back."""
-        self.running.remove(sequence)
-        if sequence.unfit or sequence.num_generated == 0:  # before its first token nobody has looked
-            own = [block for block in sequence.blocks[sequence.num_sealed :] if self.blocks.owners(block) == 1]
-            self._wipes.append(Memory(own, sequence.slot))
-        for block in reversed(sequence.blocks):  # the end of a prefix is of no use without its beginning
-            self.blocks.free(block)
-        if self.draft_cache:
-            for block in sequence.draft_blocks:
-                self.draft_cache.blocks.free(block)
-        sequence.draft_blocks, sequence.num_draft_computed_tokens = [], 0
-        self.slots.free(sequence.slot)
-        sequence.blocks, sequence.slot, sequence.is_counted, sequence.num_drafted = [], -1, False, 0
-
-    def _release_unfit(self, sequence: Sequence) -> None:
-        """Likewise, where what it stored may not be finite; if it had drafts, they may have been to blame."""
-        sequence.unfit, sequence.may_draft = True, sequence.may_draft and not sequence.num_drafted
-        self._release(sequence)
-        sequence.unfit = False
+    # What is said
 
     def _news(self, sequence: Sequence, logprobs: list[TokenLogprobs], reason: FinishReason | None) -> Tokens:
         """What is said of a sequence's newest tokens, behind which it ends if there is a reason."""
@@ -578,18 +435,33 @@ class Scheduler:
             return "stop"
         return "length" if len(sequence.tokens) >= sequence.max_length else None
 
-    # Preemption
+    # Who ends, or makes room
+
+    def _end(self, sequence: Sequence) -> None:
+        """Say nothing more of a sequence, and take its memory back once no step under way yields a token of it."""
+        sequence.ended = True
+        if sequence.num_pending == 0:
+            self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Stop running a sequence and take its memory back."""
+        self.running.remove(sequence)
+        self.memory.release(sequence)
+        self.drafting.release(sequence)
+        sequence.is_counted = False
+
+    def _release_unfit(self, sequence: Sequence) -> None:
+        """Likewise, where what it stored may not be finite; if it had drafts, they may have been to blame."""
+        sequence.unfit, sequence.may_draft = True, sequence.may_draft and not sequence.num_drafted
+        self._release(sequence)
+        sequence.unfit = False
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's memory; it waits, first in line."""
-        computed = sequence.blocks[: self.format.num_blocks(sequence.num_computed_tokens)]
-        memory, num_units = Memory(computed, sequence.slot), len(computed) + self.tail_units
         self.totals["preemptions_total"] += 1
+        is_saved = self.memory.swap_out(sequence)
         self._release(sequence)
-        if num_units <= self.swap.num_free:
-            sequence.units = [self.swap.allocate() for _ in range(num_units)]
-            self._swap_outs.append(Swap(memory, sequence.units))
-            self.totals["swap_outs_total"] += len(computed)
+        if is_saved:
             self.waiting.appendleft(sequence)
         else:
             self.totals["recomputations_total"] += 1
@@ -607,148 +479,3 @@ class Scheduler:
     def _preempted(self) -> Iterator[Sequence]:
         """Who waits for room to go on: first in line, before those that have never run."""
         return takewhile(lambda sequence: sequence.num_known_tokens > 0, self.waiting)
-
-    def _swap_in(self, sequence: Sequence) -> None:
-        """Bring back what is not shared again, and free the units."""
-        shared = sequence.num_sealed
-        blocks = sequence.blocks[shared : self.format.num_blocks(sequence.num_computed_tokens)]
-        self._swap_ins.append(Swap(Memory(blocks, sequence.slot), sequence.units[shared:]))
-        self.totals["swap_ins_total"] += len(blocks)
-        self._free_units(sequence)
-
-    def _free_units(self, sequence: Sequence) -> None:
-        for unit in sequence.units:
-            self.swap.free(unit)
-        sequence.units = []
-
-    # Shared prefixes
-
-    def _root(self, request: Request) -> bytes:
-        """What stands before a prompt's first block; empty where the prompt shares nothing."""
-        if self.cache_identity is None or request.params.prompt_logprobs is not None:
-            return b""
-        return block_digest(self.cache_identity, list(request.cache_salt.encode()))
-
-    def _digest(self, sequence: Sequence, index: int) -> bytes:
-        """The digest of a sequence's complete block."""
-        size, digests = self.format.block_size, sequence.digests
-        while len(digests) <= index:
-            start = len(digests) * size
-            digests.append(
-                block_digest(digests[-1] if digests else sequence.root, sequence.tokens[start : start + size])
-            )
-        return digests[index]
-
-    def _find_prefix(self, sequence: Sequence) -> list[int]:
-        """Sealed blocks that hold the beginning of a sequence; at least its last token is left to compute."""
-        if not sequence.root:
-            return []
-        # What is swapped may be found as far as it was computed, so that the rest of it fits behind.
-        known = sequence.num_computed_tokens if sequence.units else len(sequence.tokens) - 1
-        found: list[int] = []
-        for index in range(self.format.packed_tokens(known) // self.format.block_size):
-            block = self.blocks.find(self._digest(sequence, index))
-            if block is None:
-                break
-            found.append(block)
-        return found
-
-    def _seal(self, sequence: Sequence) -> None:
-        """Make complete blocks known by what they hold, now that a token has shown that it is fit for others."""
-        computed = len(sequence.tokens) - 1  # and known to be finite
-        if not sequence.root or computed <= self.format.tokens_within(sequence.num_sealed):
-            return
-        size = self.format.block_size
-        for index in range(sequence.num_sealed, self.format.packed_tokens(computed) // size):
-            self.blocks.seal(sequence.blocks[index], self._digest(sequence, index))
-            sequence.num_sealed = index + 1
-
-    def _count_hit(self, sequence: Sequence) -> None:
-        """At the first admission."""
-        sequence.num_cached_tokens = sequence.num_computed_tokens
-        if sequence.root:
-            possible = (len(sequence.tokens) - 1) // self.format.block_size * self.format.block_size
-            self.totals["prefix_queries_total"] += len(sequence.tokens)
-            self.totals["prefix_hits_total"] += sequence.num_cached_tokens
-            if sequence.num_cached_tokens:
-                self.totals["full_hits_total" if sequence.num_cached_tokens == possible else "partial_hits_total"] += 1
-
-    # Forks
-
-    def _suspect(self) -> Sequence | None:
-        """The sequence that this step must compute alone, if there is one."""
-        for sequence in self.running:
-            if sequence.alone:
-                return sequence
-        if self.waiting and self.waiting[0].alone and self._admit(self.waiting[0]):
-            return self.waiting.popleft()
-        return None
-
-    def _awaits_fork(self, sequence: Sequence) -> bool:
-        """A running sequence is about to compute the prompt that this one shares."""
-        parents = (s for s in self.running if s.id == sequence.request.fork_of)
-        return sequence.num_computed_tokens == 0 and any(s.is_prefilling for s in parents)
-
-    def _is_fork(self, sequence: Sequence, parent: Sequence) -> bool:
-        """A waiting sequence can go on from where `parent` has computed its prompt."""
-        is_child = sequence.request.fork_of == parent.id and sequence.tokens == parent.tokens == parent.request.prompt
-        alike = sequence.root == parent.root and sequence.params.prompt_logprobs == parent.params.prompt_logprobs
-        return is_child and alike and not sequence.alone and not sequence.units
-
-    def _fork(self, parent: Sequence) -> list[Sequence]:
-        """Admit the forks that wait for `parent`, whose prompt this step completes, as far as there is room."""
-        full = self.format.packed_tokens(len(parent.tokens)) // self.format.block_size
-        partial = parent.blocks[full:]
-        children: list[Sequence] = []
-        while (
-            self.waiting
-            and self._is_fork(self.waiting[0], parent)
-            and self.slots.num_free > 0
-            and self.blocks.num_free >= len(partial) + len(self.running)
-        ):
-            child = self.waiting.popleft()
-            child.slot, child.num_known_tokens = self.slots.allocate(), len(child.tokens)
-            child.num_computed_tokens = parent.num_computed_tokens
-            child.num_cached_tokens, child.num_sealed = parent.num_cached_tokens, parent.num_sealed
-            child.prompt_logprobs = parent.prompt_logprobs  # shared: this step extends it for all
-            for block in parent.blocks[:full]:
-                self.blocks.share(block)
-            child.blocks = parent.blocks[:full]
-            self._own(child, len(partial))
-            last = (partial[0], child.blocks[-1]) if partial else (-1, -1)
-            self._forks.append(Fork(parent.slot, last[0], child.slot, last[1]))
-            self.running.append(child)
-            children.append(child)
-        return children
-
-
-def _look_up(sequence: Sequence, most: int) -> Draft | None:
-    """Propose what followed the newest tokens of `sequence` before."""
-    token_ids = sequence.ngrams.propose(sequence.tokens, most) if most > 0 else []
-    return Draft(slot=sequence.slot, num_tokens=most, token_ids=token_ids) if token_ids else None
-
-
-def _check_sampling(params: SamplingParams) -> None:
-    """Raises RequestError for parameters outside their ranges; NaN is in none."""
-    if not 0 <= params.temperature < inf:
-        raise RequestError(f"temperature is {params.temperature}; it must be 0 or more", "temperature")
-    if not 0 < params.top_p <= 1:
-        raise RequestError(f"top_p is {params.top_p}; it must be above 0 and at most 1", "top_p")
-    if params.top_k < 0:
-        raise RequestError(f"top_k is {params.top_k}; it must be 0, which keeps all, or more", "top_k")
-    if not 0 <= params.min_p <= 1:
-        raise RequestError(f"min_p is {params.min_p}; it must be from 0 to 1", "min_p")
-    if not 0 < params.repetition_penalty < inf:
-        raise RequestError(
-            f"repetition_penalty is {params.repetition_penalty}; it must be above 0", "repetition_penalty"
-        )
-    for name in ("presence_penalty", "frequency_penalty"):
-        if not abs(getattr(params, name)) < inf:
-            raise RequestError(f"{name} is {getattr(params, name)}; it must be a number", name)
-    if not all(abs(bias) < inf for bias in params.logit_bias.values()):
-        raise RequestError("logit_bias must hold numbers", "logit_bias")
-    if params.min_tokens < 0:
-        raise RequestError(f"min_tokens is {params.min_tokens}; it must be 0 or more", "min_tokens")
-    for name in ("logprobs", "prompt_logprobs"):
-        if not 0 <= (getattr(params, name) or 0) <= MAX_LOGPROBS:
-            raise RequestError(f"{name} is {getattr(params, name)}; it must be from 0 to {MAX_LOGPROBS}", name)

@@ -16,6 +16,7 @@ from kvtool.attention import PagedAttention, block_size
 from kvtool.attention.latents import LatentQueries, absorbing
 from kvtool.calibration import choose_quantization
 from kvtool.config import Bits, EngineConfig, KVOptions
+from kvtool.device import choose_device, choose_dtype
 from kvtool.errors import ConfigError
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.codecs import check_fits
@@ -25,13 +26,13 @@ from kvtool.kv.plan import BITS
 from kvtool.kv.store import KVStore
 from kvtool.memory import MemoryParts, allocate
 from kvtool.models import Attend, ModelConfig, load_config, load_model, resolve_model, weight_bytes
+from kvtool.models.kv import attention_layers, kv_spec
 from kvtool.models.resolve import fingerprint
 from kvtool.parallel import ONE_RANK, Parallel, Stage
 from kvtool.profiling import StepProfiler, traces_folder
 from kvtool.ranks.leader import Ranks
-from kvtool.runner import attention_layers, choose_device, choose_dtype, kv_spec
+from kvtool.token_scores import SCORED_ROWS
 
-SCORED_ROWS = 128  # of logits at a time
 SIXTEEN_BITS = KVOptions()
 DEFAULT_FORMATS = "16,8,4,2"
 

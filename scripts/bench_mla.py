@@ -10,8 +10,8 @@ decode: attention of one decode step over latents of 512 and rope keys of 64, by
 form in torch (keys and values of all heads made of the latents, then scaled_dot_product_attention). prefill: some
 tokens of one prompt, behind a context or none: absorbed, products on queries and outputs included; expanded, the making
 of keys and values included, and which of the two is chosen; beside the latter in torch, and
-scaled_dot_product_attention alone. experts: a layer's routed experts on tokens that choose at random, beside a loop
-over them in torch. --sweep: a step of 16 sequences by how the tiles of the kernel in CUDA C++ are cut.
+scaled_dot_product_attention alone. experts: a layer's routed experts on tokens that choose at random, of 16 and 4 bits,
+beside a loop over them in torch. --sweep: a step of 16 sequences by how the tiles of the kernel in CUDA C++ are cut.
 
 Each figure is the mean of a CUDA graph that runs layers one behind the other, as many as fill 4 GiB, so that no cache
 helps. Its bytes are those that must be read: latents and rope keys as they are stored, and the experts that are chosen.
@@ -34,12 +34,14 @@ from kvtool.attention.layer import AttentionLayer
 from kvtool.attention.triton_backend import TritonPrefill
 from kvtool.config import KVOptions
 from kvtool.kernels import cuda_mla_decode, mla_decode, moe
+from kvtool.kernels.w4a16 import Int4Weights
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.store import KVStore
 from kvtool.layers.moe import mix_reference
+from kvtool.layers.quantized import Int4Matrix, rounded
 from kvtool.quantize.decode_speed import FOOTPRINT, fill, graph_seconds, read_bandwidth, step_bytes
 
 LATENT, ROPE, NOPE, VALUE = 512, 64, 128, 128
@@ -306,6 +308,7 @@ def expert_table(shape: tuple[int, ...], bandwidth: float) -> bool:
     layers = max(1, min(8, math.ceil(FOOTPRINT / layer_bytes)))
     gate_up = torch.randn(layers, num_experts, 2 * size, hidden, dtype=DTYPE, device="cuda") * hidden**-0.5
     down = torch.randn(layers, num_experts, hidden, size, dtype=DTYPE, device="cuda") * size**-0.5
+    codes = [tuple(int4(matrices) for matrices in layer) for layer in zip(gate_up, down, strict=True)]
     head(f"{num_experts} experts", "by")
     good = True
     for tokens in BATCHES:
@@ -323,10 +326,22 @@ def expert_table(shape: tuple[int, ...], bandwidth: float) -> bool:
         def grouped(i: int, x: Tensor = x, ids: Tensor = ids, weights: Tensor = weights) -> Tensor:
             return moe.mix(x, gate_up[i], down[i], ids[i], weights)
 
+        def coded(i: int, x: Tensor = x, ids: Tensor = ids, weights: Tensor = weights) -> Tensor:
+            return moe.mix(x, *codes[i], ids[i], weights)
+
         good &= show(f"{tokens} tokens", "grouped", graph_seconds(grouped, range(layers)), nbytes, error, bandwidth)
+        error = float((coded(0)[:few].double() - exact).norm() / exact.norm())  # rounding's, too
+        share = codes[0][1].weight.nbytes * 17 / 16 / down[0].nbytes  # with scales and zeros of 16 bits to 128 columns
+        show(f"{tokens} tokens", "4 bits", graph_seconds(coded, range(layers)), nbytes * share, error, bandwidth)
         loop = wall_seconds(lambda: mix_reference(x, gate_up[0], down[0], ids[0], weights))  # noqa: B023
         show(f"{tokens} tokens", "a loop", loop, nbytes, None, bandwidth)
     return good
+
+
+def int4(weight: Tensor) -> Int4Weights:
+    matrix = rounded(weight.flatten(0, 1), "w4a16", 128)
+    assert isinstance(matrix, Int4Matrix)
+    return Int4Weights(*(t.unflatten(0, (len(weight), -1)) for t in (matrix.weight, matrix.scales, matrix.zeros)))
 
 
 def wall_seconds(run: Callable[[], object], repeats: int = 3) -> float:

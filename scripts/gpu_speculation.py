@@ -106,7 +106,7 @@ def measure(options: argparse.Namespace, target: Path, draft: Path) -> None:
     del alone
     speculation = SpeculationConfig("draft", num_tokens=max(COUNTS), draft_model=str(draft))
     engine = Engine(EngineConfig(model=str(target), speculation=speculation, **shared))
-    pace = engine.scheduler.pace
+    pace = engine.scheduler.drafting.pace
     pace.observe = lambda *step: None
     plain = seconds_per_token(engine, options, speculate=False)
     share = draft_seconds / plain

@@ -25,6 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from kvtool.calibration import choose_quantization
 from kvtool.config import EngineConfig
+from kvtool.device import choose_device, choose_dtype
 from kvtool.errors import ConfigError, KVToolError
 from kvtool.layers.moe import PackedExperts
 from kvtool.layers.quantized import Int4Matrix, Matrix
@@ -32,7 +33,6 @@ from kvtool.models import Decoder, ModelConfig, load_config, load_model, resolve
 from kvtool.models.quantization import named
 from kvtool.models.stored import Kind, StoredQuantization, pieces_of, write_matrix
 from kvtool.parallel import Shard
-from kvtool.runner import choose_device, choose_dtype
 
 KINDS: dict[str, Kind] = {"gptq": "gptq", "awq": "awq", "w4a16": "gptq", "w8a8": "int8", "fp8": "fp8"}
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model")  # beside the weights: tokenizer, template, generation defaults

@@ -1,5 +1,6 @@
 """Tiny random checkpoints written by transformers, and the plainest attention a decoder can be run with."""
 
+import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,17 @@ MLA: dict[str, Any] = {
 }
 MLA |= {"num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 MLA |= {"first_k_dense_replace": 1}
+
+# What a context beyond the trained one adds.
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"rope_theta": 500.0, "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500.0, "original_max_position_embeddings": 32}
+
+
+def write_config(folder: Path, **overrides: Any) -> None:
+    """The config.json of a Llama, `overrides` replacing or adding fields."""
+    config = {"model_type": "llama", "rms_norm_eps": 1e-6, **SHAPE, **overrides}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def make_checkpoint(

@@ -1,20 +1,25 @@
-"""A real server, as a process, shared by all tests that only ask it things."""
+"""Processes under test: a real server, shared by all tests that only ask it things, and commands."""
 
+import importlib
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import openai
 import pytest
+
+if TYPE_CHECKING:
+    from kvtool.tokenizer import Tokenizer
 
 # Before torch is imported: threads that wait for a core which a server under test holds stop all the others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,6 +31,28 @@ os.environ.pop("COLUMNS", None)  # of whoever runs the tests: what is printed to
 REPOSITORY = Path(__file__).parents[1]
 CACHE = TemporaryDirectory(prefix="kvtool-tests-")  # what is found out about models, by all servers under test
 START_SECONDS = 120  # generous: CI machines may run other things beside
+
+# What the server is asked where that does not matter.
+PROMPT = "Once upon a time"
+GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
+MESSAGES: Any = [{"role": "user", "content": "Who are you?"}]
+EOS = 2
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """`kvtool` in this process, where torch is loaded already: exit status, stdout, stderr."""
+    import commands
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["kvtool", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            commands.main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return run
 
 
 def kvtool(*arguments: str, **settings: object) -> "subprocess.Popen[str]":
@@ -55,6 +82,13 @@ def beginning_with(folder: Path) -> dict[str, str]:
     """An environment whose Python processes all begin with the sitecustomize.py in `folder`."""
     paths = [str(folder), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def script(name: str) -> ModuleType:
+    """`scripts/NAME.py` as a module; it may import its neighbours."""
+    if (folder := str(REPOSITORY / "scripts")) not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)
 
 
 def children(pid: int) -> list[int]:
@@ -126,6 +160,24 @@ def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
 def http(server: ServerProcess) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=60) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def tokenizer(client: openai.OpenAI) -> "Tokenizer":
+    """The server's, found where its model card says."""
+    from kvtool.tokenizer import Tokenizer
+
+    (model,) = client.models.list().data
+    return Tokenizer.load(Path(model.root), 4096)  # type: ignore[attr-defined]
+
+
+def complete(http: httpx.Client, **fields: Any) -> dict[str, Any]:
+    """The one choice of a greedy completion."""
+    body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "return_token_ids": True} | fields
+    response = http.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    (choice,) = response.json()["choices"]
+    return dict(choice)
 
 
 def events(response: httpx.Response) -> list[str]:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import MLA, QWEN_MOE
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from kvtool.models import Decoder, load_config, load_model
 
 AWQ_NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # AutoAWQ's order_map
 
@@ -171,3 +174,34 @@ def quantize(folder: Path, recipe: Recipe, *, seed: int = 0, keep: tuple[str, ..
 def edit_config(folder: Path, **fields: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+# What the tests quantise.
+SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_hidden_layers": 2}
+OF_EXPERTS = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen2_moe": QWEN_MOE | OF_EXPERTS | {"shared_expert_intermediate_size": 64},
+    "deepseek_v2": MLA | OF_EXPERTS | {"q_lora_rank": None, "v_head_dim": 16},
+}
+RECIPES = {
+    "gptq": gptq(32, symmetric=True),
+    "gptq, no g_idx": gptq(64, g_idx=False),
+    "gptq, a row": gptq(-1),
+    "gptq, act-order": gptq(32, act_order=True),
+    "gptq v2": gptq(128, version=2),
+    "gptq v2, act-order": gptq(64, version=2, act_order=True),
+    "awq": awq(64),
+    "awq 128": awq(128),
+    "int4": pack_quantized(32),
+    "int4, zeros": pack_quantized(128, symmetric=False),
+    "int4, a row": pack_quantized(None),
+    "int4, orders of their own": pack_quantized(32, act_order=True),
+    "int8": eight_bits("int", "channel"),
+    "int8, one scale": eight_bits("int", "tensor"),
+    "fp8": eight_bits("float", "channel"),
+    "fp8, one scale": eight_bits("float", "tensor"),
+}
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float64, **options: Any) -> Decoder:
+    return load_model(folder, load_config(folder), dtype=dtype, device=torch.device("cpu"), **options)

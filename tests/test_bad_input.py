@@ -8,10 +8,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import ServerProcess, fault
+from conftest import MESSAGES, PROMPT, ServerProcess, fault
 
-PROMPT = "Once upon a time"
-MESSAGES: Any = [{"role": "user", "content": "Who are you?"}]
 LONG = {"prompt": [260] * 2048}
 BAD = [
     ({"prompt": ""}, "prompt"),

@@ -33,7 +33,8 @@ from kvtool.kernels import launch
 from kvtool.kernels.launch import Compilers, compiling
 from kvtool.kernels.norm import add_rms_norm
 from kvtool.kv.fixed import Room
-from kvtool.runner import Runner, largest_step
+from kvtool.memory import largest_step
+from kvtool.runner import Runner
 
 pytestmark = compiles
 RUN = JITFunction.run

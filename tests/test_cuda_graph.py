@@ -175,7 +175,7 @@ def test_more_sequences_than_a_graph_holds_run_without_one():
 def test_what_cannot_be_packed_is_found_after_a_graph_too():
     tested = engine(KVOptions(nbits="4"))
     with torch.inference_mode():
-        tested.runner.model.layers[0].self_attn.qkv_proj.bias[-1] = 1e6  # a value channel
+        tested.runner.model.layers["0"].self_attn.qkv_proj.bias[-1] = 1e6  # a value channel
     with pytest.raises(KVToolError, match="65,504"):
         tested.generate([[5] * 10], SamplingParams(max_tokens=100, ignore_eos=True))
     assert tested.stats().used_blocks == 0

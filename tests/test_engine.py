@@ -14,8 +14,8 @@ from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
 from kvtool.errors import CapacityError, ConfigError, KVToolError, RequestError
 from kvtool.grammar import Matcher
+from kvtool.memory import largest_step
 from kvtool.request import Grammar, Request, SamplingParams
-from kvtool.runner import largest_step
 from kvtool.tokenizer import Tokenizer
 
 MIB = 1 << 20

@@ -6,17 +6,15 @@ import signal
 import time
 from itertools import permutations
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import beginning_with, children, kvtool
+from conftest import Command, beginning_with, children, kvtool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import commands
 from kvtool.errors import ConfigError, ModelError
 from kvtool.expert_parallel.exchange import Clock, Grouped, Ranks, Variant, Work, dense_loop
 from kvtool.expert_parallel.layer import LayerShape, mix_loop, random_experts, read_layer
@@ -342,10 +340,7 @@ def test_time_is_bounded() -> None:
     ],
     ids=" ".join,
 )
-def test_bad_input_is_one_line(arguments: list[str], said: str, capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("sys.argv", ["kvtool", "moe-ep", *TINY, *arguments])
-    with pytest.raises(SystemExit) as caught:
-        commands.main()
-    out, err = capsys.readouterr()
-    assert (caught.value.code, out) == (2, "")
+def test_bad_input_is_one_line(arguments: list[str], said: str, command: Command) -> None:
+    status, out, err = command("moe-ep", *TINY, *arguments)
+    assert (status, out) == (2, "")
     assert err.startswith("error: ") and said in err and err.count("\n") == 1

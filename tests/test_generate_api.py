@@ -8,9 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import ServerProcess, events, fault
-
-PROMPT = "Once upon a time"
+from conftest import PROMPT, ServerProcess, events, fault
 
 
 def test_generate_takes_what_curl_sends(server: ServerProcess) -> None:

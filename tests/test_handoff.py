@@ -13,9 +13,9 @@ from kvtool.config import EngineConfig, HandoffConfig, KVOptions
 from kvtool.engine import Engine
 from kvtool.errors import KVToolError, RequestError
 from kvtool.kv.format import KVFormat
+from kvtool.models.kv import attention_layers
 from kvtool.quantize.layer_errors import attend_packed
 from kvtool.request import Request, SamplingParams, Tokens
-from kvtool.runner import attention_layers
 from kvtool.scoring import ScoringModel
 
 SECRET = "only these tests know"

@@ -13,11 +13,10 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import ServerProcess, children, ended, kvtool, serving
+from conftest import PROMPT, ServerProcess, children, ended, kvtool, serving
 
 from kvtool.server.lifecycle import bind
 
-PROMPT = "Once upon a time"
 LOADING = "loading tiny ...\n"
 FINISHING = "finishing {}, for 30 s at most; stop again to end at once\n"
 

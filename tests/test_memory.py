@@ -92,7 +92,7 @@ class Machine:
     def _move(self, batch: ScheduledBatch) -> None:
         for out in batch.swap_outs:
             images = [self.blocks[block].copy() for block in out.memory.blocks]
-            images += [self.tails[out.memory.slot].copy()] * self.scheduler.tail_units
+            images += [self.tails[out.memory.slot].copy()] * self.scheduler.memory.tail_units
             for unit, image in zip(out.units, images, strict=True):
                 self.units[unit] = image
         for memory in batch.wipes:
@@ -100,8 +100,8 @@ class Machine:
         for back in batch.swap_ins:
             for unit, block in zip(back.units, back.memory.blocks, strict=False):
                 self.blocks[block] = self.units[unit].copy()
-            if self.scheduler.tail_units:
-                assert len(back.units) == len(back.memory.blocks) + self.scheduler.tail_units
+            if self.scheduler.memory.tail_units:
+                assert len(back.units) == len(back.memory.blocks) + self.scheduler.memory.tail_units
                 self.tails[back.memory.slot] = self.units[back.units[-1]].copy()
 
     def _wipe(self, memory: Memory) -> None:
@@ -145,7 +145,8 @@ class Machine:
     def _check_what_is_left(self) -> None:
         """What is not finite lies with those alone who have yet to fail of it, or is about to be wiped."""
         failing = [sequence for sequence in self.scheduler.running if NAN in self.truth[sequence.id]]
-        memories = [*(Memory(sequence.blocks, sequence.slot) for sequence in failing), *self.scheduler._wipes]
+        wipes = self.scheduler.memory.moves.wipes
+        memories = [*(Memory(sequence.blocks, sequence.slot) for sequence in failing), *wipes]
         blocks, slots = {block for memory in memories for block in memory.blocks}, {memory.slot for memory in memories}
         assert not any(NAN in tokens for block, tokens in enumerate(self.blocks) if block not in blocks)
         assert not any(NAN in tokens for slot, tokens in enumerate(self.tails) if slot not in slots)

@@ -17,9 +17,11 @@ from kvtool.layers.moe import Routing, mix_reference, route
 
 triton = pytest.importorskip("triton")
 
-from kvtool.kernels import moe  # noqa: E402
+from kvtool.kernels import grouped, moe  # noqa: E402
+from kvtool.kernels.w4a16 import Int4Weights, dequantize_w4  # noqa: E402
 from kvtool.layers.moe import MoE, MoEShape  # noqa: E402
 from kvtool.layers.norm import RMSNorm  # noqa: E402
+from kvtool.layers.quantized import rounded  # noqa: E402
 from kvtool.parallel import ALONE  # noqa: E402
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -149,8 +151,50 @@ def test_experts(
     assert out.dtype == dtype and error(out, exact) < 1e-2 if exact.any() else not out.any()
 
     groups = moe.group(ids, local, moe.rows_for(ids.numel(), num_experts))
-    inner = moe.grouped_product(x, gate_up, groups, repeat=top_k, gated=True)
-    exact = moe.grouped_product_reference(x, gate_up, ids, repeat=top_k, gated=True)
+    inner = grouped.grouped_product(x, gate_up, groups, repeat=top_k, gated=True)
+    exact = grouped.grouped_product_reference(x, gate_up, ids, repeat=top_k, gated=True)
+    is_here = (ids < local).flatten()
+    if is_here.any():
+        assert error(inner[is_here], exact[is_here]) < 5e-3
+
+
+def coded(weight: Tensor, group: int) -> Int4Weights:
+    matrices = [rounded(matrix, "w4a16", group) for matrix in weight]
+    return Int4Weights(*(torch.stack([getattr(m, name) for m in matrices]) for name in ("weight", "scales", "zeros")))
+
+
+@runs
+@settings(deadline=None, max_examples=60 if ON_GPU else 6)
+@given(
+    tokens=st.integers(1, 500 if ON_GPU else 30),
+    shape=st.sampled_from([(5, 2, 96, 64), (8, 6, 2048, 1408), (16, 8, 2048, 768)] if ON_GPU else [(5, 2, 96, 64)]),
+    group=st.sampled_from([32, 64, 128]),
+    here=st.sampled_from([1.0, 0.5]),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
+def test_experts_of_four_bits(
+    tokens: int, shape: tuple[int, int, int, int], group: int, here: float, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    num_experts, top_k, hidden, size = shape
+    ids, local = chosen(tokens, top_k, num_experts, 0.1), max(1, int(num_experts * here))
+    weights, x = torch.rand(tokens, top_k).to(DEVICE), drawn(tokens, hidden, dtype=dtype)
+    packed = [
+        coded(drawn(local, *lines, dtype=dtype, scale=lines[1] ** -0.5), min(group, lines[1] & -lines[1]))
+        for lines in ((2 * size, hidden), (hidden, size))
+    ]
+    dense = (
+        torch.stack([dequantize_w4(*of, torch.float64) for of in zip(p.weight, p.scales, p.zeros, strict=True)])
+        for p in packed
+    )
+    exact = mix_reference(x.double(), *dense, ids, weights.double())
+    out = moe.mix(x, *packed, ids, weights, None, num_experts - local)
+    assert out.dtype == dtype and error(out, exact) < 1e-2 if exact.any() else not out.any()
+
+    groups = moe.group(ids, local, moe.rows_for(ids.numel(), num_experts))
+    inner = grouped.grouped_product(x, packed[0], groups, repeat=top_k, gated=True)
+    exact = grouped.grouped_product_reference(x, packed[0], ids, repeat=top_k, gated=True)
     is_here = (ids < local).flatten()
     if is_here.any():
         assert error(inner[is_here], exact[is_here]) < 5e-3
@@ -184,10 +228,17 @@ def test_a_captured_layer_serves_other_tokens(tokens: int) -> None:
         assert torch.equal(out, run(x))
 
 
+def codes(weight: Tensor, group: int) -> Int4Weights:
+    """Any, of the weight's shape."""
+    experts, lines, depth = weight.shape
+    scales = weight.new_empty(experts, lines, depth // group)
+    return Int4Weights(weight.new_empty(experts, lines, depth // 2, dtype=torch.uint8), scales, scales)
+
+
 @compiles
 @pytest.mark.parametrize("capability", [89, 90])
 def test_every_kernel_compiles_without_spills(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = compile_for(capability, monkeypatch, moe)
+    compiled = compile_for(capability, monkeypatch, grouped)
     for routing in (ROUTINGS[2], ROUTINGS[3], ROUTINGS[4]):
         logits = torch.empty(3, routing.num_experts)
         moe.route(logits, logits[0] if routing.scores == "sigmoid" else None, routing)
@@ -197,8 +248,13 @@ def test_every_kernel_compiles_without_spills(capability: int, monkeypatch: pyte
     for rows in (8, 16, 32, 64, 128):
         groups = moe.group(ids, 64, rows)
         moe.group(torch.empty(4 * moe.COMPARED, 6, dtype=torch.int32), 64, rows)
-        inner = moe.grouped_product(torch.empty(8, hidden, dtype=torch.bfloat16), gate_up, groups, 6, gated=True)
-        moe.combine(moe.grouped_product(inner, down, groups), ids, weights, 64, None)
-    assert len(compiled) == 3 + 5 * 7
+        inner = grouped.grouped_product(torch.empty(8, hidden, dtype=torch.bfloat16), gate_up, groups, 6, gated=True)
+        moe.combine(grouped.grouped_product(inner, down, groups), ids, weights, 64, None)
+        for size_of_group in (32, 128):
+            inner = grouped.grouped_product(
+                inner.new_empty(8, hidden), codes(gate_up, size_of_group), groups, 6, gated=True
+            )
+            grouped.grouped_product(inner, codes(down, size_of_group), groups)
+    assert len(compiled) == 3 + 5 * 11
     for kernel in compiled:
         check_fits(kernel, capability)

@@ -1,31 +1,14 @@
 """OpenAI's routes, asked by its own client, and by what others are known to send."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from conftest import events, fault, serving
+from conftest import EOS, GREEDY, MESSAGES, PROMPT, complete, events, fault, serving
 
-from kvtool.request import FinishReason, Tokens
-from kvtool.server.generation import Answer, Reader
-from kvtool.server.protocol import Sampling
 from kvtool.tokenizer import Tokenizer
-
-PROMPT = "Once upon a time"
-GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True}}
-MESSAGES: Any = [{"role": "user", "content": "Who are you?"}]
-EOS = 2
-
-
-@pytest.fixture(scope="module")
-def tokenizer(client: openai.OpenAI) -> Tokenizer:
-    """The server's, found where its model card says."""
-    (model,) = client.models.list().data
-    return Tokenizer.load(Path(model.root), 4096)  # type: ignore[attr-defined]
 
 
 def test_completion(client: openai.OpenAI) -> None:
@@ -170,15 +153,6 @@ def test_choices_stream_side_by_side_and_the_prompt_is_counted_once(client: open
 # Which tokens may come, and which end an answer
 
 
-def complete(http: httpx.Client, **fields: Any) -> dict[str, Any]:
-    """The one choice of a greedy completion."""
-    body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "return_token_ids": True} | fields
-    response = http.post("/v1/completions", json=body)
-    assert response.status_code == 200, response.text
-    (choice,) = response.json()["choices"]
-    return dict(choice)
-
-
 def test_logit_bias_makes_a_token_the_only_one(http: httpx.Client) -> None:
     assert complete(http, logit_bias={"300": 100}, ignore_eos=True)["token_ids"] == [300] * 12
 
@@ -276,118 +250,6 @@ def test_a_json_object_is_one(client: openai.OpenAI) -> None:
     assert (chat.choices[0].message.content or "").startswith("{")
 
 
-# How likely the tokens were
-
-
-def test_the_greedy_token_s_number_is_the_best_of_its_alternatives(client: openai.OpenAI) -> None:
-    completion = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=16, logprobs=3, **GREEDY)
-    choice = completion.choices[0]
-    told = choice.logprobs
-    assert told and told.tokens and told.token_logprobs and told.top_logprobs and told.text_offset
-    assert "".join(told.tokens) == choice.text
-    for token, number, top, offset in zip(
-        told.tokens, told.token_logprobs, told.top_logprobs, told.text_offset, strict=True
-    ):
-        assert len(top) == 3
-        assert top[token] == number == max(top.values())
-        assert choice.text[offset:].startswith(token)
-
-
-def test_who_draws_an_unlikely_token_still_finds_it_among_the_alternatives(client: openai.OpenAI) -> None:
-    completion = client.completions.create(
-        model="tiny", prompt=PROMPT, max_tokens=24, logprobs=1, temperature=2, seed=1, extra_body={"ignore_eos": True}
-    )
-    told = completion.choices[0].logprobs
-    assert told and told.tokens and told.token_logprobs and told.top_logprobs
-    assert {len(top) for top in told.top_logprobs} == {1, 2}
-    for token, number, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
-        assert top[token] == number <= max(top.values()) < 0
-
-
-@pytest.mark.parametrize("logprobs", [0, 1, 5])
-def test_echo_tells_the_prompt_s_numbers_as_lm_eval_reads_them(http: httpx.Client, logprobs: int) -> None:
-    """lm-evaluation-harness: a prompt of ids, one token more, everything but that one read."""
-    ids = [400, 401, 402, 403, 404]
-    choice = complete(http, prompt=ids, max_tokens=1, echo=True, logprobs=logprobs, seed=1234)
-    told = choice["logprobs"]
-    assert {len(column) for column in told.values()} == {6}
-    assert (told["token_logprobs"][0], told["top_logprobs"][0]) == (None, None)
-    assert choice["text"] == "".join(told["tokens"])
-    for number, top, token in zip(
-        told["token_logprobs"][1:], told["top_logprobs"][1:], told["tokens"][1:], strict=True
-    ):
-        assert top[token] == number
-        assert len(top) in (max(1, logprobs), logprobs + 1)
-    # What follows ids 0 to i is as likely as the prompt, cut there, says of its next token.
-    for cut in range(1, len(ids)):
-        shorter = complete(http, prompt=ids[:cut], max_tokens=1, echo=True, logprobs=logprobs)
-        assert shorter["logprobs"]["token_logprobs"][1:cut] == pytest.approx(told["token_logprobs"][1:cut], abs=1e-4)
-
-
-def test_an_answer_that_ends_at_once_still_has_its_number(http: httpx.Client) -> None:
-    choice = complete(http, max_tokens=1, logprobs=1, echo=True, logit_bias={str(EOS): 100})
-    told = choice["logprobs"]
-    assert choice["token_ids"] == [EOS]
-    assert (choice["finish_reason"], told["tokens"][-1]) == ("stop", "<|im_end|>")
-    assert told["top_logprobs"][-1]["<|im_end|>"] == told["token_logprobs"][-1] < 0
-    assert len(told["tokens"]) == len(choice["prompt_token_ids"]) + 1
-
-
-def test_echo_without_numbers_is_the_prompt_s_text(http: httpx.Client, tokenizer: Tokenizer) -> None:
-    answer = complete(http, ignore_eos=True)
-    assert complete(http, ignore_eos=True, echo=True)["text"] == PROMPT + answer["text"]
-    ids = tokenizer.encode(PROMPT)
-    assert complete(http, ignore_eos=True, echo=True, prompt=ids)["text"] == PROMPT + answer["text"]
-
-
-@pytest.mark.parametrize("echo", [False, True])
-@pytest.mark.parametrize("n", [1, 2])
-def test_streams_carry_the_same_numbers(http: httpx.Client, echo: bool, n: int) -> None:
-    body = {"prompt": "naïve 😀", "max_tokens": 16, "logprobs": 2, "seed": 5, "temperature": 3, "ignore_eos": True}
-    body |= {"n": n, "echo": echo}
-    whole = http.post("/v1/completions", json=body).json()["choices"]
-    texts, columns = [""] * n, [dict.fromkeys(whole[0]["logprobs"], ()) for _ in range(n)]
-    with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
-        *chunks, _ = events(response)
-    for chunk in chunks:
-        (part,) = json.loads(chunk)["choices"]
-        texts[part["index"]] += part["text"]
-        for name, column in part["logprobs"].items():
-            columns[part["index"]][name] += tuple(column)
-    for choice, text, told in zip(whole, texts, columns, strict=True):
-        assert text == choice["text"]
-        assert told["tokens"] == tuple(choice["logprobs"]["tokens"])
-        assert told["text_offset"] == tuple(choice["logprobs"]["text_offset"])
-        assert told["token_logprobs"][1:] == pytest.approx(choice["logprobs"]["token_logprobs"][1:], abs=1e-4)
-
-
-def test_a_chat_tells_bytes_too(client: openai.OpenAI) -> None:
-    chat = client.chat.completions.create(
-        model="tiny", messages=MESSAGES, max_tokens=12, logprobs=True, top_logprobs=2, **GREEDY
-    )
-    assert chat.choices[0].logprobs and chat.choices[0].logprobs.content
-    said = b""
-    for entry in chat.choices[0].logprobs.content:
-        assert len(entry.top_logprobs) == 2
-        assert (entry.token, entry.logprob) == (entry.top_logprobs[0].token, entry.top_logprobs[0].logprob)
-        said += bytes(entry.bytes or [])
-    assert said.decode() == chat.choices[0].message.content
-
-
-def test_prompt_logprobs_as_vllm_spells_them(http: httpx.Client) -> None:
-    ids = [400, 401, 402]
-    choice = complete(http, prompt=ids, prompt_logprobs=2)
-    assert choice["prompt_token_ids"] == ids
-    first, *rest = choice["prompt_logprobs"]
-    assert first is None
-    for token_id, entry in zip(ids[1:], rest, strict=True):
-        assert {told["rank"] for told in entry.values()} >= {1, 2}
-        assert str(token_id) in entry
-    echoed = complete(http, prompt=ids, echo=True, logprobs=0)["logprobs"]["token_logprobs"]
-    told = [entry[str(token_id)]["logprob"] for token_id, entry in zip(ids[1:], rest, strict=True)]
-    assert told == pytest.approx(echoed[1:3], abs=1e-4)
-
-
 # Usage
 
 
@@ -415,105 +277,6 @@ def test_usage_comes_as_it_is_asked_for(http: httpx.Client, include: bool) -> No
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == sorted(counts) and counts[-1] == last["usage"]["completion_tokens"] == 6
     assert done
-
-
-# Tools
-
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Łódź"}}\n</tool_call>'
-
-
-def test_tools_need_a_template_that_knows_them(http: httpx.Client) -> None:
-    response = http.post("/v1/chat/completions", json={"messages": MESSAGES, "tools": TOOLS})
-    assert response.status_code == 400
-    assert fault(response)["message"] == "tools: the model's chat template has no tools; leave them out"
-    ignored = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "none", "max_tokens": 1}
-    assert http.post("/v1/chat/completions", json=ignored).status_code == 200
-
-
-def test_a_template_from_a_client_is_refused(http: httpx.Client) -> None:
-    response = http.post("/v1/chat/completions", json={"messages": MESSAGES, "chat_template": "{{ 1 }}"})
-    assert response.status_code == 400
-    assert "--trust-request-chat-template" in fault(response)["message"]
-
-
-@pytest.fixture(scope="module")
-def trusting() -> Iterator[openai.OpenAI]:
-    with (
-        serving("--kv-cache-memory", "64MiB", "--trust-request-chat-template") as server,
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client,
-    ):
-        yield client
-
-
-def called(client: openai.OpenAI, text: str, **fields: Any) -> Any:
-    """An answer that can only be `text`, from a model that is offered tools."""
-    extra = {"guided_choice": [text], "chat_template": "{{ tools | tojson }}{{ messages[0].content }}"}
-    return client.chat.completions.create(model="tiny", messages=MESSAGES, tools=TOOLS, extra_body=extra, **fields)
-
-
-def test_a_call_is_told_from_text(trusting: openai.OpenAI) -> None:
-    choice = called(trusting, "I will look." + CALL).choices[0]
-    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "I will look.")
-    (call,) = choice.message.tool_calls
-    assert (call.type, call.function.name) == ("function", "weather")
-    assert json.loads(call.function.arguments) == {"city": "Łódź"}
-    choice = called(trusting, CALL + CALL).choices[0]
-    assert (choice.message.content, len(choice.message.tool_calls)) == (None, 2)
-    assert len({call.id for call in choice.message.tool_calls}) == 2
-    choice = called(trusting, CALL, tool_choice="none").choices[0]
-    assert (choice.finish_reason, choice.message.content, choice.message.tool_calls) == ("stop", CALL, None)
-
-
-def test_calls_stream(trusting: openai.OpenAI) -> None:
-    chunks = list(called(trusting, "So: " + CALL + CALL, stream=True))
-    deltas = [chunk.choices[0].delta for chunk in chunks]
-    assert "".join(delta.content or "" for delta in deltas) == "So:"
-    calls = [call for delta in deltas for call in delta.tool_calls or []]
-    assert [call.index for call in calls] == [0, 1]
-    assert all(call.id and call.function.name == "weather" for call in calls)
-    assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "tool_calls"
-    assert deltas[0].role == "assistant"
-
-
-def test_a_conversation_with_calls_goes_on(trusting: openai.OpenAI) -> None:
-    """The template sees what tools were called, and what came of it."""
-    message: Any = called(trusting, CALL).choices[0].message
-    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "rain"}
-    template = "{{ messages[1].tool_calls[0].function.name }} {{ messages[2].content }} {{ tools | length }}"
-    chat = trusting.chat.completions.create(
-        model="tiny",
-        messages=[*MESSAGES, message, result],
-        tools=TOOLS,  # type: ignore[arg-type]
-        max_tokens=1,
-        extra_body={"chat_template": template, "return_token_ids": True},
-    )
-    same = trusting.completions.create(
-        model="tiny", prompt="weather rain 1", max_tokens=1, extra_body={"return_token_ids": True}
-    )
-    assert chat.prompt_token_ids == same.choices[0].prompt_token_ids  # type: ignore[attr-defined]
-
-
-# Text of tokens
-
-
-@pytest.mark.parametrize("size", [1, 2, 7])
-def test_how_tokens_arrive_does_not_matter(tokenizer: Tokenizer, size: int) -> None:
-    """Text, stop string and calls are the same; and every token comes with some piece."""
-    ids = tokenizer.encode(f"Look 😀: {CALL} and then END of it")
-    reader = Reader(tokenizer, [EOS], Sampling(stop=["END"]), tools=True)
-    answer = Answer()
-    for start in range(0, len(ids), size):
-        end = start + size
-        reason: FinishReason | None = "length" if end >= len(ids) else None
-        reader.read(Tokens("id", ids[start:end], reason), part := Answer())
-        answer.add(part)
-        if reader.finished:
-            break
-    assert answer.text == "Look 😀: and then "
-    assert [json.loads(call.arguments) for call in answer.tool_calls] == [{"city": "Łódź"}]
-    assert (answer.finish_reason, answer.matched) == ("stop", "END")
-    assert answer.token_ids == ids[: len(answer.token_ids)]
 
 
 # What clients are known to send

@@ -18,12 +18,12 @@ from kvtool.engine import Engine
 from kvtool.errors import CapacityError, ConfigError, UnsupportedError
 from kvtool.kv.format import resolve
 from kvtool.models import Decoder, load_config, load_model, resolve_model
+from kvtool.models.kv import kv_spec
 from kvtool.p2p import wrong_copies
 from kvtool.parallel import Group, Parallel, Stage
 from kvtool.perplexity import SAMPLE, make_task, read_documents, score_formats
 from kvtool.quantize.layer_errors import calibrate, layer_errors, propagated_errors
 from kvtool.request import Request, SamplingParams, Tokens
-from kvtool.runner import kv_spec
 from kvtool.scoring import ScoringModel, Window
 from kvtool.tokenizer import Tokenizer
 

@@ -4,7 +4,6 @@ import gc
 import json
 import math
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import make_checkpoint
+from conftest import Command
 from pyarrow import parquet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,6 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import commands
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.errors import ConfigError
 from kvtool.models.resolve import EMBEDDED
@@ -331,23 +330,13 @@ def test_files_of_every_kind(tmp_path: Path) -> None:
     assert read_documents(tmp_path / "a.raw") == ["One.\ntwo"]
 
 
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
-    """The command in this process, where torch is loaded already."""
-    monkeypatch.setattr(sys, "argv", ["kvtool", "perplexity", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        commands.main()
-    return int(ended.value.code or 0), *capsys.readouterr()
-
-
-def test_json_rows_come_in_the_order_asked(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_json_rows_come_in_the_order_asked(command: Command, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     plan.write_text("".join(f"{layer}: {{nbits_key: 8, nbits_value: {2 + 2 * (layer % 2)}}}\n" for layer in range(4)))
     page = tmp_path / "result.html"
     asked = ["2", "k4v2", f"plan:{plan}", "16"]
-    status, out, err = run(
-        *(capsys, monkeypatch, "--max-tokens", "400", "--window", "128", "--formats", ",".join(asked)),
+    status, out, err = command(
+        *("perplexity", "--max-tokens", "400", "--window", "128", "--formats", ",".join(asked)),
         *("--json", "--output", str(page)),
     )
     assert (status, err) == (0, "")
@@ -364,11 +353,9 @@ def test_json_rows_come_in_the_order_asked(
     assert page.read_text().count("<svg") == 2
 
 
-def test_bits_given_as_for_serving_are_set_beside_16(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bits_given_as_for_serving_are_set_beside_16(command: Command) -> None:
     arguments = ["--nbits-key", "8", "--nbits-value", "2", "--max-tokens", "200", "--window", "100", "--csv"]
-    status, out, _ = run(capsys, monkeypatch, *arguments)
+    status, out, _ = command("perplexity", *arguments)
     assert status == 0
     assert [line.split(",")[0] for line in out.splitlines()] == ["format.name", "16", "k8v2"]
 
@@ -409,8 +396,7 @@ def test_bits_given_as_for_serving_are_set_beside_16(
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    command: Command,
     tmp_path: Path,
     arguments: list[str],
     said: str,
@@ -431,7 +417,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     }
     for name, content in files.items():
         (tmp_path / name).write_text(content, "latin-1" if name == "latin.txt" else "utf-8")
-    status, out, err = run(capsys, monkeypatch, *(word.replace("FOLDER", str(tmp_path)) for word in arguments))
+    status, out, err = command("perplexity", *(word.replace("FOLDER", str(tmp_path)) for word in arguments))
     assert (status, out) == (2, "")
     assert re.fullmatch(r"error: [^\n]+\n", err)
     assert said in err and "bug" not in err

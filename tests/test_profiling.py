@@ -4,15 +4,14 @@ import ast
 import json
 import random
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Command
 from hypothesis import given
 from hypothesis import strategies as st
 
-import commands
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
 from kvtool.profiling import GAPS, OTHER, OURS, kind_of, step_times
@@ -140,21 +139,11 @@ def test_each_rank_traces_its_own_part(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().err.count("profile of steps") == 2
 
 
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
-    """A command in this process: exit status, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["kvtool", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        commands.main()
-    return int(ended.value.code or 0), *capsys.readouterr()
-
-
-def test_what_scores_text_is_profiled(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_scores_text_is_profiled(command: Command, tmp_path: Path) -> None:
     """And two models in one folder have files of their own."""
     options = ("--max-tokens", "520", "--window", "130", "--max-num-batched-tokens", "130", "--nbits", "4", "--json")
     for number in ("", "-2"):
-        status, out, err = run(capsys, monkeypatch, "perplexity", *options, "--profile", str(tmp_path))
+        status, out, err = command("perplexity", *options, "--profile", str(tmp_path))
         assert status == 0 and json.loads(out)["config"]["engine"]["profile"] == str(tmp_path)
         assert (tmp_path / f"scoring-step1{number}.json").exists()
         assert "  attention " in err and "  seal " in err
@@ -168,14 +157,13 @@ def test_what_scores_text_is_profiled(
     ],
 )
 def test_bad_input_is_one_line(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    command: Command,
     tmp_path: Path,
     arguments: list[str],
     said: str,
 ) -> None:
     (tmp_path / "file").touch()
     names = {"file": tmp_path / "file", "folder": tmp_path}
-    status, out, err = run(capsys, monkeypatch, *(argument.format(**names) for argument in arguments))
+    status, out, err = command(*(argument.format(**names) for argument in arguments))
     assert (status, out) == (2, "")
     assert err.startswith("error: ") and said.format(**names) in err and err.count("\n") == 1

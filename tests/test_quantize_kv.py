@@ -1,7 +1,6 @@
 """`kvtool quantize-kv`: memory as the layout has it, quality as the scorer; ablations, resuming, dumping, refusing."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import commands
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.errors import ConfigError, KVToolError
 from kvtool.kv.codecs import CODECS
@@ -31,19 +29,6 @@ from kvtool.tokenizer import Tokenizer
 
 SMALL = Exam(window=128, max_tokens=256, context=1024, num_seqs=3)
 SMALL_OPTIONS = ("--window", "128", "--max-tokens", "256", "--no-preflight")
-
-
-@pytest.fixture
-def command(capsys, monkeypatch):
-    """`kvtool quantize-kv` in this process: exit status, stdout, stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kvtool", "quantize-kv", *arguments])
-        with pytest.raises(SystemExit) as exit_:
-            commands.main()
-        return exit_.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 def quiet(stage: str) -> Any:
@@ -139,7 +124,8 @@ def test_decode_time_on_a_gpu():
 def test_one_format_as_json(command, tmp_path):
     dump = tmp_path / "cache.safetensors"
     code, out, err = command(
-        *SMALL_OPTIONS, "--nbits", "4", "--questions", "1", "--show-answers", "1", "--json", "--dump", str(dump)
+        *("quantize-kv", *SMALL_OPTIONS, "--nbits", "4", "--questions", "1", "--show-answers", "1", "--json"),
+        *("--dump", str(dump)),
     )
     assert code == 0, err
     document = json.loads(out)
@@ -272,7 +258,7 @@ def test_a_journal_of_something_else_is_refused(tmp_path, content):
 def test_an_ablation_as_a_report(command, tmp_path):
     """Charts and tables in one file that needs no other, and no journal left behind."""
     output = tmp_path / "report.html"
-    code, out, err = command(*SMALL_OPTIONS, "--ablate", "symmetry", "--output", str(output))
+    code, out, err = command("quantize-kv", *SMALL_OPTIONS, "--ablate", "symmetry", "--output", str(output))
     assert code == 0, err
     assert "symmetry; saved: of 1 × 2,048 tokens" in out and "asymmetric" in out
     page = output.read_text()
@@ -305,11 +291,11 @@ def test_an_ablation_as_a_report(command, tmp_path):
     ],
 )
 def test_bad_input_is_one_line(command, options, complaint):
-    code, out, err = command("--no-preflight", *options)
+    code, out, err = command("quantize-kv", "--no-preflight", *options)
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and complaint in err
 
 
 def test_another_model_is_asked_nothing_unless_told(command, tmp_path):
-    code, _, err = command("--no-preflight", "--model", str(tmp_path), "--show-answers", "2")
+    code, _, err = command("quantize-kv", "--no-preflight", "--model", str(tmp_path), "--show-answers", "2")
     assert code == 2 and "give a --task" in err

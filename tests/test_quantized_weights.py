@@ -1,21 +1,21 @@
-"""Weights in fewer bits: as checkpoints store them, against transformers; as they are rounded; shared out; refused."""
+"""Weights in fewer bits: as checkpoints store them, against transformers; as they are rounded; saved; shared out."""
 
-from collections.abc import Callable
-from importlib import util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import MLA, QWEN_MOE, DenseAttend, make_checkpoint, run
+from checkpoints import DenseAttend, make_checkpoint, run
+from conftest import script
 from quantized_checkpoints import (
+    MIXTURES,
+    RECIPES,
+    SHAPE,
     Recipe,
     awq,
-    compressed,
     edit_config,
-    eight_bits,
     gptq,
-    pack_quantized,
+    load,
     quantize,
     words,
 )
@@ -25,46 +25,16 @@ from torch import Tensor, nn
 from kvtool.calibration import choose_quantization, text_windows
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
-from kvtool.errors import ConfigError, KVToolError, ModelError, UnsupportedError
+from kvtool.errors import ConfigError
 from kvtool.layers.moe import Experts
 from kvtool.layers.quantized import Int4Matrix, SideBySide, rounded
-from kvtool.models import Decoder, Quantization, check_quantization, load_config, load_model, resolve_model
+from kvtool.models import Decoder, Quantization, load_config, resolve_model
 from kvtool.models.calibrate import fp8, int4
 from kvtool.parallel import Group, Parallel
 from kvtool.request import SamplingParams
 
 CPU = torch.device("cpu")
-SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8, "num_hidden_layers": 2}
 IDS = [3, 150, 7, 7, 198, 42, 60, 61, 5, 99, 100, 12]
-
-OF_EXPERTS = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
-MIXTURES: dict[str, dict[str, Any]] = {
-    "qwen2_moe": QWEN_MOE | OF_EXPERTS | {"shared_expert_intermediate_size": 64},
-    "deepseek_v2": MLA | OF_EXPERTS | {"q_lora_rank": None, "v_head_dim": 16},
-}
-
-RECIPES = {
-    "gptq": gptq(32, symmetric=True),
-    "gptq, no g_idx": gptq(64, g_idx=False),
-    "gptq, a row": gptq(-1),
-    "gptq, act-order": gptq(32, act_order=True),
-    "gptq v2": gptq(128, version=2),
-    "gptq v2, act-order": gptq(64, version=2, act_order=True),
-    "awq": awq(64),
-    "awq 128": awq(128),
-    "int4": pack_quantized(32),
-    "int4, zeros": pack_quantized(128, symmetric=False),
-    "int4, a row": pack_quantized(None),
-    "int4, orders of their own": pack_quantized(32, act_order=True),
-    "int8": eight_bits("int", "channel"),
-    "int8, one scale": eight_bits("int", "tensor"),
-    "fp8": eight_bits("float", "channel"),
-    "fp8, one scale": eight_bits("float", "tensor"),
-}
-
-
-def load(folder: Path, dtype: torch.dtype = torch.float64, **options: Any) -> Decoder:
-    return load_model(folder, load_config(folder), dtype=dtype, device=CPU, **options)
 
 
 def logits(model: Decoder) -> Tensor:
@@ -145,12 +115,19 @@ def test_experts_are_rounded_to_four_bits_and_saved(model_type: str, tmp_path: P
     engine = EngineConfig(
         model=str(tmp_path / "from"), dtype="float32", device="cpu", quantization="w4a16", keep_layers=keep
     )
-    load_script("quantize_weights").save(engine, tmp_path / "to")
+    script("quantize_weights").save(engine, tmp_path / "to")
     plain = load(tmp_path / "from", torch.float32)
     computed = load(tmp_path / "from", torch.float32, quantization=Quantization("w4a16", keep=keep))
     assert torch.equal(logits(load(tmp_path / "to", torch.float32)), logits(computed))
     assert computed.products == plain.products
     assert computed.weight_bytes < 0.6 * plain.weight_bytes
+    for model in (plain, computed):  # what a token's own experts have, and all that is no expert's
+        experts = [m for layer in map(int, model.layers) for m in model.mixtures(layer).values()]
+        held = [sum(t.nbytes for t in (*m.experts.parameters(), *m.experts.buffers())) for m in experts]
+        shares = [m.gate.routing.top_k / m.gate.routing.num_experts for m in experts]
+        unread = sum(nbytes * (1 - share) for nbytes, share in zip(held, shares, strict=True))
+        embedding = 0 if model.lm_head is None else model.embed_tokens.weight.nbytes
+        assert model.step_bytes == pytest.approx(model.weight_bytes - embedding - unread, abs=1)
     assert 0 < error(logits(computed), logits(plain)) < 0.6
     with_experts = load(tmp_path / "from", quantization=Quantization("w4a16", keep=("*.experts.*",)))
     assert all(isinstance(m.experts, Experts) for layer in (0, 1) for m in with_experts.mixtures(layer).values())
@@ -311,7 +288,7 @@ def test_a_text_is_read_in_pieces_that_the_model_can_take(tmp_path: Path) -> Non
 def test_saved_weights_are_those_that_were_computed(method: Any, model_type: str, tmp_path: Path) -> None:
     make_checkpoint(model_type, tmp_path / "from", **SHAPE)
     text = short_text(tmp_path)
-    script = load_script("quantize_weights")
+    quantize_weights = script("quantize_weights")
     engine = EngineConfig(
         model=str(tmp_path / "from"),
         dtype="float32",
@@ -320,7 +297,7 @@ def test_saved_weights_are_those_that_were_computed(method: Any, model_type: str
         keep_layers=("layers.1.mlp.*",),
         calibration=text if method in ("gptq", "awq", "fp8") else None,
     )
-    script.save(engine, tmp_path / "to")
+    quantize_weights.save(engine, tmp_path / "to")
     saved, config = load(tmp_path / "to", torch.float32), load_config(tmp_path / "from")
     quantization = choose_quantization(engine, config, tmp_path / "from", CPU)
     computed = load(tmp_path / "from", torch.float32, quantization=quantization)
@@ -343,7 +320,7 @@ def test_transformers_opens_what_was_saved(method: Any, tolerance: float, tmp_pa
         quantization=method,
         calibration=short_text(tmp_path) if method == "fp8" else None,
     )
-    load_script("quantize_weights").save(engine, tmp_path / "to")
+    script("quantize_weights").save(engine, tmp_path / "to")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "to", dtype=torch.float32)
     with torch.inference_mode():
         expected = theirs(torch.tensor([IDS])).logits[0]
@@ -363,7 +340,7 @@ def test_gptqmodel_multiplies_by_what_was_saved(method: Any, tmp_path: Path) -> 
     engine = EngineConfig(
         model=str(tmp_path / "from"), dtype="float32", device="cpu", quantization=method, calibration=calibration
     )
-    load_script("quantize_weights").save(engine, tmp_path / "to")
+    script("quantize_weights").save(engine, tmp_path / "to")
     ours = load(tmp_path / "to", torch.float32).linears(1)["layers.1.mlp.down_proj"]
     shape = {"in_features": 256, "out_features": 128, "bias": False, "register_buffers": True}
     form = {"bits": 4, "group_size": 128, "sym": False, "desc_act": False, "pack_dtype": torch.int32}
@@ -384,14 +361,6 @@ def short_text(folder: Path) -> str:
     add_tokenizer(folder / "from")
     (folder / "text.txt").write_text((resolve_model("tiny") / "sample.txt").read_text()[:3000])
     return str(folder / "text.txt")
-
-
-def load_script(name: str) -> Any:
-    spec = util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
-    assert spec and spec.loader
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def add_tokenizer(folder: Path) -> None:
@@ -463,153 +432,3 @@ def test_two_ranks_answer_as_one_does(tmp_path: Path) -> None:
         finally:
             engine.close()
     assert said[0] == said[1]
-
-
-# --- refused ----------------------------------------------------------------------------------------------------------
-
-GPTQ = RECIPES["gptq"].config
-INT4, INT8 = RECIPES["int4"].config, RECIPES["int8"].config
-O_PROJ = "model.layers.1.self_attn.o_proj."
-CONFIGS: dict[str, tuple[Any, str]] = {
-    "no object": ([1], "quantization_config is [1]; it must be an object"),
-    "no method": ({"bits": 4}, "quantization_config.quant_method is None; it must be gptq, awq or compressed-tensors"),
-    "method": ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'; it must be gptq, awq or"),
-    "bits": (GPTQ | {"bits": 3}, "quantization_config.bits is 3; only 4 is supported"),
-    "group": (GPTQ | {"group_size": 48}, "group_size is 48; it must be a multiple of 32, or -1"),
-    "no group": (GPTQ | {"group_size": None}, "quantization_config.group_size is missing"),
-    "huge group": (GPTQ | {"group_size": 1 << 60}, "group_size is 1152921504606846976; it must be"),
-    "packing": (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; it must be gptq or gptq_v2"),
-    "awq version": (RECIPES["awq"].config | {"version": "gemv"}, "version is 'gemv'; only the gemm packing"),
-    "no schemes": (INT8 | {"config_groups": {}}, "config_groups is missing or empty"),
-    "two schemes": (
-        INT4 | {"config_groups": INT4["config_groups"] | {"1": pack_quantized(64).config["config_groups"]["group_0"]}},
-        "config_groups holds different schemes",
-    ),
-    "kv scheme": (INT8 | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is set, which is not supported"),
-    "weights alone": (
-        compressed("int-quantized", {"num_bits": 8, "strategy": "channel"}, None),
-        "input_activations.dynamic must be true",
-    ),
-    "static activations": (
-        compressed("int-quantized", {"num_bits": 8, "strategy": "channel"}, {"num_bits": 8, "dynamic": False}),
-        "input_activations.dynamic must be true",
-    ),
-    "blocks": (
-        compressed("float-quantized", {"num_bits": 8, "type": "float", "strategy": "block"}, None),
-        "weights.strategy is 'block'; it must be channel or tensor",
-    ),
-    "six bits": (compressed("pack-quantized", {"num_bits": 6}, None), "weights.num_bits is 6 of type 'int'; int of 4"),
-    "format": (compressed("marlin-24", {"num_bits": 4}, None), "format is 'marlin-24'; int of 4 bits is supported as"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_configs_that_cannot_be_are_refused(name: str, tmp_path: Path) -> None:
-    make_checkpoint("llama", tmp_path, **SHAPE)
-    fields, why = CONFIGS[name]
-    edit_config(tmp_path, quantization_config=fields)
-    with pytest.raises(ModelError, match=r"config\.json: quantization_config") as refused:
-        load_config(tmp_path)
-    assert why in str(refused.value)
-
-
-def _with(**pieces: Callable[[Tensor], Tensor | None]) -> Callable[[dict[str, Tensor]], None]:
-    """Change tensors of an output projection, by the last part of their names."""
-
-    def change(tensors: dict[str, Tensor]) -> None:
-        for suffix, make in pieces.items():
-            made = make(tensors.pop(O_PROJ + suffix))
-            if made is not None:
-                tensors[O_PROJ + suffix] = made.contiguous()
-
-    return change
-
-
-TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
-    "scales of another group": (_with(scales=lambda x: x[:2]), "scales is F16 [2, 128], but config.json makes it"),
-    "zeros of another width": (_with(qzeros=lambda x: x[:, :3]), "qzeros is I32 [4, 3], but config.json makes it"),
-    "codes of another type": (_with(qweight=lambda x: x.float()), "qweight is F32 [16, 128], but config.json makes it"),
-    "no zeros": (_with(qzeros=lambda x: None), "has no layers.1.self_attn.o_proj.qzeros beside it"),
-    "a group beyond": (_with(g_idx=lambda x: x + 1), "layers.1.self_attn.o_proj: g_idx names groups beyond its 4"),
-    "a group below": (_with(g_idx=lambda x: x - 1), "g_idx names groups beyond its 4"),
-    "uneven groups": (_with(g_idx=lambda x: x.clamp(max=2)), "g_idx does not give each group 32 columns"),
-    "a scale that is no number": (_with(scales=lambda x: x * torch.nan), "scales holds NaN or infinity"),
-    "a stray tensor": (lambda tensors: tensors.update({O_PROJ + "x": torch.zeros(2)}), "o_proj.x has no place in the"),
-    "nothing quantised": (lambda tensors: [tensors.pop(name) for name in list(tensors) if "qweight" in name] and None,
-                          "no layer has a qweight"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", TENSORS)
-def test_tensors_that_do_not_fit_are_refused(name: str, tmp_path: Path) -> None:
-    make_checkpoint("llama", tmp_path, **SHAPE)
-    quantize(tmp_path, RECIPES["gptq"])
-    change, why = TENSORS[name]
-    tensors = load_file(tmp_path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError) as refused:
-        load(tmp_path, torch.float16)
-    assert why in str(refused.value)
-    assert "\n" not in str(refused.value)
-
-
-def test_groups_that_do_not_divide_a_matrix_are_refused(tmp_path: Path) -> None:
-    make_checkpoint("llama", tmp_path, **SHAPE)
-    quantize(tmp_path, gptq(128))
-    edit_config(tmp_path, quantization_config=gptq(96).config)
-    with pytest.raises(ModelError, match="groups of 96 do not fit its 128 columns"):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("asked", "keep", "why"),
-    [
-        ("awq", (), "--quantization awq: the checkpoint's weights are quantised already, as gptq"),
-        ("auto", ("*",), "--keep-layers goes with a --quantization of a 16-bit checkpoint"),
-    ],
-)
-def test_what_contradicts_a_checkpoint_is_refused(asked: str, keep: tuple[str, ...], why: str, tmp_path: Path) -> None:
-    make_checkpoint("llama", tmp_path, **SHAPE)
-    edit_config(tmp_path, quantization_config=GPTQ)
-    with pytest.raises(ConfigError, match=why):
-        check_quantization(asked, keep, False, load_config(tmp_path), CPU)
-
-
-@pytest.mark.parametrize("model_type", MIXTURES)
-def test_experts_and_latents_look_at_no_text(model_type: str, tmp_path: Path) -> None:
-    make_checkpoint(model_type, tmp_path, **MIXTURES[model_type])
-    config = load_config(tmp_path)
-    with pytest.raises(ConfigError, match="--quantization awq: models with experts or latent attention cannot look"):
-        choose_quantization(EngineConfig(quantization="awq"), config, tmp_path, CPU)
-    quantization = choose_quantization(EngineConfig(quantization="fp8"), config, tmp_path, CPU)
-    assert quantization is not None and not quantization.windows
-
-
-OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "a layer that is none": ({"quantization": "w8a8", "keep_layers": ("layers.9.*",)}, "--keep-layers layers.9.*: the"),
-    "a text for nothing": (
-        {"quantization": "w8a8", "calibration": "x"},
-        "--calibration is for --quantization gptq, awq and fp8",
-    ),
-    "no text": ({"quantization": "gptq", "calibration": "nowhere.txt"}, "--calibration nowhere.txt: cannot be read"),
-    "ranks": ({"quantization": "awq", "tp": 2}, "several ranks cannot look at a text together"),
-    "nothing to see": ({"quantization": "gptq", "load_format": "dummy"}, "a text shows nothing about random weights"),
-}
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_options_that_contradict_each_other_are_refused(name: str) -> None:
-    options, why = OPTIONS[name]
-    with pytest.raises(KVToolError) as refused:
-        Engine(EngineConfig(kv_cache_memory=1 << 22, **options))
-    assert why in str(refused.value)
-
-
-def test_gpus_that_cannot_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    config = load_config(resolve_model("tiny"))
-    with pytest.raises(UnsupportedError, match=r"--quantization fp8: NVIDIA A100 cannot.*8\.9 can; use w4a16"):
-        check_quantization("fp8", (), False, config, torch.device("cuda"))
-    check_quantization("w8a8", (), False, config, torch.device("cuda"))

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 
 from kvtool.request import Sample, SamplingParams
-from kvtool.sampler import Sampler, adjust, token_logprobs, uniform
+from kvtool.sampler import Sampler, adjust, uniform
+from kvtool.token_scores import token_logprobs
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.5, -1.0, -3.0], dtype=torch.float64)
 VOCAB = len(LOGITS)

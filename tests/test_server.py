@@ -9,12 +9,10 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from conftest import ServerProcess, children
+from conftest import PROMPT, ServerProcess, children
 
 from kvtool.errors import ModelError
 from kvtool.server.generation import Defaults, read_model_defaults
-
-PROMPT = "Once upon a time"
 
 
 def test_the_card_says_what_runs_and_what_to_try(server: ServerProcess) -> None:

@@ -1,7 +1,6 @@
 """`kvtool mla-size`: what models keep as transformers keeps it, bytes as the store allocates them, and what fits."""
 
 import json
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,11 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from conftest import Command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import commands
 from kvtool.attention import BACKENDS
 from kvtool.config import KVOptions
 from kvtool.errors import ConfigError, ModelError
@@ -341,26 +340,10 @@ def test_latency_of_what_has_no_latents_is_refused() -> None:
 # The command
 
 
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: Any, monkeypatch: Any) -> Run:
-    """`kvtool mla-size` in this process: exit status, stdout, stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["kvtool", "mla-size", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            commands.main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return run
-
-
-def test_rows_of_many_models(run: Run, tmp_path: Path) -> None:
+def test_rows_of_many_models(command: Command, tmp_path: Path) -> None:
     page = tmp_path / "sizes.html"
-    status, stdout, stderr = run("--model", "DeepSeek-V2-Lite", "--model", "tiny", "--json", "--output", str(page))
+    models = ("--model", "DeepSeek-V2-Lite", "--model", "tiny")
+    status, stdout, stderr = command("mla-size", *models, "--json", "--output", str(page))
     assert (status, stderr) == (0, "")
     document = json.loads(stdout)
     assert document["schema"] == "kvtool.mla-size/1"
@@ -371,22 +354,23 @@ def test_rows_of_many_models(run: Run, tmp_path: Path) -> None:
     assert page.read_text().count("<svg") == 2
 
 
-def test_the_table_says_how_mla_compares(run: Run) -> None:
-    status, stdout, _ = run("--nbits", "4", "--gpu", "H200", "--model", "DeepSeek-V2-Lite", "--weight-memory", "32GiB")
+def test_the_table_says_how_mla_compares(command: Command) -> None:
+    options = ("--nbits", "4", "--gpu", "H200", "--weight-memory", "32GiB")
+    status, stdout, _ = command("mla-size", "--model", "DeepSeek-V2-Lite", *options)
     assert status == 0
     for said in ("What fits on each GPU", "What a token's bytes are", "against GQA-4", "each H200 has"):
         assert said in stdout
 
 
-def test_what_is_measured_is_shown(run: Run, tmp_path: Path) -> None:
+def test_what_is_measured_is_shown(command: Command, tmp_path: Path) -> None:
     page = tmp_path / "held.html"
     options = ("--context", "100", "--model", "DeepSeek-V2-Lite", "--json", "--output", str(page))
-    status, stdout, _ = run("--section", "2", "--batch", "2", "--schemes", "MLA", *options)
+    status, stdout, _ = command("mla-size", "--section", "2", "--batch", "2", "--schemes", "MLA", *options)
     (row,) = json.loads(stdout)["rows"]
     assert status == 0 and page.read_text().count("<svg") == 1
     assert row["measured"]["tokens"] == 200
     assert row["bytes_per_token"] * 200 == row["measured"]["packed"] == row["measured"]["predicted"] - 2 * 28 * 31_104
-    status, stdout, _ = run("--section", "3", *options)
+    status, stdout, _ = command("mla-size", "--section", "3", *options)
     rows = json.loads(stdout)["rows"]
     assert status == 0 and [row["form"] for row in rows[:3]] == ["expanded", "expanded anew", "absorbed, torch"]
     # Keys and values of 16 heads, 192 + 128 elements of four bytes; latents and what makes 16 heads of them.
@@ -413,7 +397,7 @@ def test_what_is_measured_is_shown(run: Run, tmp_path: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_bad_input_is_one_line(run: Run, arguments: list[str], said: str) -> None:
-    status, out, err = run(*arguments)
+def test_bad_input_is_one_line(command: Command, arguments: list[str], said: str) -> None:
+    status, out, err = command("mla-size", *arguments)
     assert (status, out) == (2, "")
     assert err.startswith("error: ") and said in err and err.count("\n") == 1

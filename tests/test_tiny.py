@@ -1,12 +1,11 @@
 """The embedded models: small enough, readable by transformers unchanged, and able to retrieve."""
 
 import json
-from importlib import util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from conftest import script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,23 +27,16 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(TINY)
 
 
-def training_script() -> ModuleType:
-    spec = util.spec_from_file_location("train_tiny", ROOT / "scripts" / "train_tiny.py")
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_folder_stays_under_twelve_megabytes():
     assert sum(file.stat().st_size for file in TINY.iterdir()) <= 12_000_000
 
 
 def test_transformers_computes_what_was_trained(model):
-    script = training_script()
-    decoder = script.Decoder(script.Shape()).eval()
+    training = script("train_tiny")
+    decoder = training.Decoder(training.Shape()).eval()
     weights = load_file(TINY / "model.safetensors")
     decoder.load_state_dict({name.removeprefix("model."): weight.float() for name, weight in weights.items()})
-    ids = torch.randint(0, script.Shape.vocab_size, (2, 300), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, training.Shape.vocab_size, (2, 300), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, decoder(ids), atol=1e-3, rtol=0)
 
@@ -93,7 +85,7 @@ def test_the_draft_is_small_has_the_same_tokens_and_is_mostly_right():
     assert sum(file.stat().st_size for file in DRAFT.iterdir()) <= 4_000_000
     assert (DRAFT / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
     engine = Engine(EngineConfig(speculation=SpeculationConfig("draft"), kv_cache_memory=32 << 20))
-    engine.scheduler.pace.observe = lambda *step: None  # whatever it costs here
+    engine.scheduler.drafting.pace.observe = lambda *step: None  # whatever it costs here
     text = (TINY / "sample.txt").read_text()
     prompts = [text[start : start + 800] for start in range(0, 64_000, 16_000)]
     engine.generate(prompts, SamplingParams(temperature=0, max_tokens=96))
@@ -102,11 +94,11 @@ def test_the_draft_is_small_has_the_same_tokens_and_is_mostly_right():
 
 
 def test_transformers_computes_the_draft_as_it_was_trained():
-    script = training_script()
-    decoder = script.Decoder(script.DRAFT).eval()
+    training = script("train_tiny")
+    decoder = training.Decoder(training.DRAFT).eval()
     weights = load_file(DRAFT / "model.safetensors")
     decoder.load_state_dict({name.removeprefix("model."): weight.float() for name, weight in weights.items()})
-    ids = torch.randint(0, script.Shape.vocab_size, (2, 100), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, training.Shape.vocab_size, (2, 100), generator=torch.Generator().manual_seed(0))
     oracle = AutoModelForCausalLM.from_pretrained(DRAFT, dtype=torch.float32).eval()
     with torch.no_grad():
         torch.testing.assert_close(oracle(ids).logits, decoder(ids), atol=1e-3, rtol=0)
@@ -114,10 +106,10 @@ def test_transformers_computes_the_draft_as_it_was_trained():
 
 def test_with_a_cache_of_keys_and_values_the_training_script_says_the_same():
     """What the target writes for its draft is what it would have written without one."""
-    script = training_script()
+    training = script("train_tiny")
     torch.manual_seed(0)
-    decoder = script.Decoder(script.DRAFT).eval()
-    prompts = torch.randint(0, script.Shape.vocab_size, (3, 20))
-    ids = script.continuations(decoder, prompts, 12, 0.0, "cpu")
+    decoder = training.Decoder(training.DRAFT).eval()
+    prompts = torch.randint(0, training.Shape.vocab_size, (3, 20))
+    ids = training.continuations(decoder, prompts, 12, 0.0, "cpu")
     with torch.no_grad():
         assert torch.equal(decoder(ids[:, :-1])[:, 19:].argmax(-1), ids[:, 20:])

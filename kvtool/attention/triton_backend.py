@@ -11,9 +11,9 @@ from kvtool.kv.batch import KVBatch
 from kvtool.kv.store import LayerKV, Near
 
 try:
-    from kvtool.kernels import decode, mla_decode, mla_expanded, mla_prefill, prefill
+    from kvtool.kernels import decode, launch, mla_decode, mla_expanded, mla_prefill, prefill
 except ModuleNotFoundError:  # torch for CPU comes without triton
-    decode = prefill = mla_decode = mla_expanded = mla_prefill = None  # type: ignore[assignment]
+    decode = launch = prefill = mla_decode = mla_expanded = mla_prefill = None  # type: ignore[assignment]
 
 
 class TritonPrefill:
@@ -97,4 +97,4 @@ def _not_here(kv: LayerKV) -> str | None:
     if decode is None:
         return "triton is not installed"
     device = kv.key.tail.device.type
-    return None if device == "cuda" or decode.INTERPRETED.value else f"it needs an NVIDIA GPU, not {device}"
+    return None if device == "cuda" or launch.INTERPRETED.value else f"it needs an NVIDIA GPU, not {device}"

@@ -16,6 +16,7 @@ import torch
 
 from kvtool.attention import block_size
 from kvtool.config import Bits, EngineConfig, KVOptions
+from kvtool.device import choose_device, choose_dtype
 from kvtool.errors import KVToolError, UnsupportedError
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
@@ -25,8 +26,8 @@ from kvtool.kv.store import KVStore
 from kvtool.kv.transfer import TRANSFERS, Route, dial_tcp, select
 from kvtool.kv.wire import Close, Identity
 from kvtool.models import load_config, resolve_model
+from kvtool.models.kv import kv_spec
 from kvtool.processes import command, cpu_threads
-from kvtool.runner import choose_device, choose_dtype, kv_spec
 
 PLAIN_BYTES, PLAIN_REPEATS = 64 << 20, 8
 LIMIT_SECONDS = 60.0

@@ -5,13 +5,10 @@ import contextlib
 import hashlib
 import json
 import logging
-import resource
 import signal
-import sys
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -26,7 +23,7 @@ from starlette.routing import Route
 from kvtool.config import ServerConfig
 from kvtool.errors import ConfigError, KVToolError
 from kvtool.server.guard import MAX_HEADER_BYTES, Guard
-from kvtool.server.lifecycle import bind
+from kvtool.server.lifecycle import address_of
 from kvtool.server.responses import SHARED_HEADER, error_body
 from kvtool.server.streaming import EventStream, event, while_connected
 
@@ -345,11 +342,7 @@ def run_router(
         ConfigError: host and port cannot be listened on, or a side is not there or not what it should be.
         KeyboardInterrupt: after SIGINT, when all is closed.
     """
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    with bind(config.host, config.port) as listener:
-        if config.api_key is None and not ip_address(listener.getsockname()[0]).is_loopback:
-            print(f"warning: who reaches {config.host} can use this server; set --api-key", file=sys.stderr, flush=True)
+    with address_of(config) as listener:
 
         async def serve() -> list[signal.Signals]:
             router = Router(list(map(base, prefill)), list(map(base, decode)), config.api_key)

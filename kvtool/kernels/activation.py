@@ -22,7 +22,7 @@ def silu_mul_rows(x: Tensor, kind: torch.dtype) -> QuantizedRows:
     """`silu_mul` as `quantize_rows` rounds it."""
     if len(x) > FEW:
         return quantized(silu_mul(x), kind)
-    peaks = torch.empty(len(x), triton.cdiv(x.shape[1] // 2, BLOCK), device=x.device)
+    peaks = torch.empty(len(x), -(-(x.shape[1] // 2) // BLOCK), device=x.device)
     return encoded(_launch(x, peaks), peaks, kind)
 
 

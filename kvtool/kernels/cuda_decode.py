@@ -5,14 +5,15 @@ kernel, `decode.cu`, is compiled when it is first called for a format and a shap
 """
 
 import ctypes
-from functools import cache
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from kvtool.kernels.decode import PackedStream, merge
 from kvtool.kernels.launch import capability, num_sms, num_splits, shared_kib
-from kvtool.kernels.nvrtc import Kernel, compile_cubin, source
+from kvtool.kernels.nvrtc import load, source
+from kvtool.kernels.splits import merge
+from kvtool.kernels.streams import PackedStream, refuses_heads
 
 HEAD_DIMS = (64, 128)
 MAX_GROUP_HEADS = 16
@@ -36,17 +37,14 @@ TILES: dict[tuple[int, str], tuple[int, int, int, int]] = {
 WIDE_TILES: dict[int, tuple[int, int, int, int]] = {100: (2, 2, 2, 32), 228: (4, 2, 2, 32)}
 
 SOURCE = source("decode.cuh", "decode.cu")
+_kernel = partial(load, SOURCE, "paged_decode")
 
 
 def refuses(key: PackedStream, value: PackedStream, num_heads: int) -> str | None:
     """Why `paged_decode` cannot read these streams, or None if it can."""
-    head_dim, group_heads = key.tail.shape[-1], num_heads // key.tail.shape[1]
-    if key.tail.dtype not in (torch.bfloat16, torch.float16):
-        return f"it runs in bfloat16 or float16, not {str(key.tail.dtype).removeprefix('torch.')}"
-    if head_dim not in HEAD_DIMS or value.tail.shape[-1] != head_dim:
-        return f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, the same for K and V"
-    if group_heads > MAX_GROUP_HEADS:
-        return f"{group_heads} query heads share a KV head; it takes up to {MAX_GROUP_HEADS}"
+    if reason := refuses_heads(key, value, num_heads, HEAD_DIMS, MAX_GROUP_HEADS):
+        return reason
+    head_dim = key.tail.shape[-1]
     for name, stream, known in (("key", key, KEYS), ("value", value, VALUES)):
         if (stream.bits, stream.axis) not in known:
             return f"no kernel for {name}s of {stream.bits} bits per {stream.axis}"
@@ -156,11 +154,3 @@ class StreamPointers(ctypes.Structure):
 
 def _tile(bits: str, columns: int, shared_kib: int) -> tuple[int, int, int, int]:
     return TILES[shared_kib, bits] if columns == 1 else WIDE_TILES[shared_kib]
-
-
-@cache
-def _kernel(device: torch.device, macros: tuple[tuple[str, object], ...]) -> Kernel:
-    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    cubin = compile_cubin(SOURCE, architecture, dict(macros))
-    with torch.cuda.device(device):
-        return Kernel(cubin, "paged_decode", 32 * int(dict(macros)["WARPS"]))

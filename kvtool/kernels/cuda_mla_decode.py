@@ -5,15 +5,16 @@ the kernel, `mla_decode.cu`, is compiled when it is first called for a format.
 """
 
 import ctypes
-from functools import cache
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kvtool.kernels.cuda_decode import MERGED_WITHIN, StreamPointers
-from kvtool.kernels.decode import PackedStream, merge
 from kvtool.kernels.launch import capability, num_sms, num_splits, shared_kib
-from kvtool.kernels.nvrtc import Kernel, compile_cubin, source
+from kvtool.kernels.nvrtc import load, source
+from kvtool.kernels.splits import merge
+from kvtool.kernels.streams import PackedStream, refuses_dtype
 
 LATENT_DIM, ROPE_DIM, GROUP = 512, 64, 64
 HEADS = 16  # of a program: the rows of a product
@@ -33,12 +34,13 @@ TILES: dict[tuple[int, str], tuple[int, int, int, int, int, int]] = {
 }
 
 SOURCE = source("decode.cuh", "mla_decode.cu")
+_kernel = partial(load, SOURCE, "latent_decode")
 
 
 def refuses(key: PackedStream, value: PackedStream) -> str | None:
     """Why `latent_decode` cannot read these streams, or None if it can."""
-    if key.tail.dtype not in (torch.bfloat16, torch.float16):
-        return f"it runs in bfloat16 or float16, not {str(key.tail.dtype).removeprefix('torch.')}"
+    if reason := refuses_dtype(key):
+        return reason
     if (value.tail.shape[-1], key.tail.shape[-1]) != (LATENT_DIM, ROPE_DIM):
         return f"a latent must have {LATENT_DIM} elements, its rope key {ROPE_DIM}"
     for name, stream, known in (("rope keys", key, ROPE_KEYS), ("latents", value, LATENTS)):
@@ -130,11 +132,3 @@ def arguments(
         ctypes.c_int(q.shape[1]),
         ctypes.c_int(key.tail.shape[2]),
     ]
-
-
-@cache
-def _kernel(device: torch.device, macros: tuple[tuple[str, object], ...]) -> Kernel:
-    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    cubin = compile_cubin(SOURCE, architecture, dict(macros))
-    with torch.cuda.device(device):
-        return Kernel(cubin, "latent_decode", 32 * int(dict(macros)["WARPS"]))

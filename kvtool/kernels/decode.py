@@ -6,15 +6,23 @@ fp16): per-channel keys give q·k = (q∘s)·code + q·z, per-token keys s_t (q�
 one KV head are the columns of both.
 """
 
-from dataclasses import dataclass
-from math import gcd
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.launch import await_inputs, capability, chained, next_power_of_2, num_sms, num_splits, start_next
+from kvtool.kernels.launch import (
+    await_inputs,
+    capability,
+    chained,
+    next_power_of_2,
+    num_sms,
+    num_splits,
+    power_of_2,
+    start_next,
+)
+from kvtool.kernels.splits import merge
+from kvtool.kernels.streams import PackedStream, part_of, refuses_heads, rows_of
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_GROUP_HEADS = 16
@@ -23,7 +31,6 @@ KEYS = (("16", "token"), ("fp8", "token"), ("8", "channel"), ("4", "channel"), (
 KEYS += (("8", "token"), ("4", "token"))
 VALUES = (("16", "token"), ("fp8", "token"), ("8", "token"), ("4", "token"), ("2", "token"))
 SHORT_READ = tl.constexpr(8192)  # tokens of a step
-MERGED = 32  # channels of a head that one program merges
 MIN_PIECE = 16  # channels: the shortest inner dimension of a tensor-core product
 
 # Warps, pipeline stages, programs per SM and most registers by (compute capability, bits of the wider stream), for
@@ -42,48 +49,12 @@ TILES: dict[tuple[int, str], tuple[int, int, int, int | None]] = {
     (9, "2"): (2, 3, 6, 168),
 }
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # as when a kernel is decorated; it knows no assembly
-
-
-@dataclass(frozen=True)
-class PackedStream:
-    """Keys or values of one layer, as `kvtool.kv.store.Stream` holds them.
-
-    Attributes:
-        bits: "16", "8", "4", "2" or "fp8"; axis: "token" or "channel".
-        group: neighbours along head_dim that share a scale, on the token axis.
-        codes: [num_blocks, Hkv, B, bytes or D]; scale, zero: [num_blocks, Hkv, B or 1, groups or D] fp16, or None.
-        tail: [slots, Hkv, tail tokens, D], position p in row p mod tail tokens; no rows where every token is packed.
-    """
-
-    bits: str
-    axis: str
-    group: int
-    codes: Tensor
-    scale: Tensor | None
-    zero: Tensor | None
-    tail: Tensor
-
-    @property
-    def parts(self) -> int:
-        """Codes in a byte."""
-        return 8 // int(self.bits) if self.bits in ("8", "4", "2") else 1
-
-    def piece(self, head_dim: int) -> int:
-        """Channels that one product takes: they lie side by side in a row of codes and share a token's scale."""
-        run = head_dim // self.parts
-        return gcd(run, self.group) if self.axis == "token" and self.bits in ("8", "4", "2") else run
-
 
 def refuses(key: PackedStream, value: PackedStream, num_heads: int) -> str | None:
     """Why `paged_decode` cannot read these streams, or None if it can."""
-    head_dim, group_heads = key.tail.shape[-1], num_heads // key.tail.shape[1]
-    if key.tail.dtype not in (torch.bfloat16, torch.float16):
-        return f"it runs in bfloat16 or float16, not {str(key.tail.dtype).removeprefix('torch.')}"
-    if head_dim not in HEAD_DIMS or value.tail.shape[-1] != head_dim:
-        return f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, the same for K and V"
-    if group_heads > MAX_GROUP_HEADS:
-        return f"{group_heads} query heads share a KV head; it takes up to {MAX_GROUP_HEADS}"
+    if reason := refuses_heads(key, value, num_heads, HEAD_DIMS, MAX_GROUP_HEADS):
+        return reason
+    head_dim = key.tail.shape[-1]
     for name, stream, known in (("key", key, KEYS), ("value", value, VALUES)):
         if (stream.bits, stream.axis) not in known:
             return f"no kernel for {name}s of {stream.bits} bits per {stream.axis}"
@@ -128,10 +99,10 @@ def paged_decode(
     tail_tokens = key.tail.shape[2]
     bits = max((key.bits, value.bits), key=lambda bits: 8 if bits == "fp8" else int(bits))
     group_heads = num_heads // kv_heads
-    columns = max(8, triton.next_power_of_2(group_heads))
+    columns = max(8, power_of_2(group_heads))
     compute = capability(q.device)
     num_warps, num_stages, per_sm, registers = TILES[compute, bits]
-    elements = triton.next_power_of_2(head_dim) * columns  # of the accumulator
+    elements = power_of_2(head_dim) * columns  # of the accumulator
     num_warps = _fitting_warps(num_warps, elements, columns, compute)
     splits = num_splits(n * kv_heads, block_table.shape[1], bool(tail_tokens), per_sm * num_sms(q.device))
     partial = torch.empty(n, num_heads, splits, head_dim, dtype=torch.float32, device=q.device) if splits > 1 else out
@@ -144,8 +115,8 @@ def paged_decode(
         positions,
         visible,
         tail_slots,
-        *(key.codes, _or(key.scale, key.codes), _or(key.zero, key.codes), key.tail),
-        *(value.codes, _or(value.scale, value.codes), _or(value.zero, value.codes), value.tail),
+        *key.arrays,
+        *value.arrays,
         scale * 1.4426950408889634,  # exp2 is what the hardware has
         block_table.stride(0),
         key.codes.stride(0) * key.codes.itemsize // 16,
@@ -196,58 +167,13 @@ def paged_decode_reference(
         first = 0 if sliding_window is None else max(0, position + 1 - sliding_window)
         far, near = range(first, min(first_near, position + 1)), range(max(first, first_near), position + 1)
         keys, values = (
-            torch.cat([_far(stream, block_table[i], far), _near(stream, tail_slots[i], near)], dim=1)
+            torch.cat([stream.far(block_table[i], far), stream.near(tail_slots[i], near)], dim=1)
             for stream in (key, value)
         )
         heads = q[i].double().unflatten(0, (keys.shape[0], -1))
         probs = (heads @ keys.transpose(1, 2) * scale).softmax(-1)
         out[i] = (probs @ values).flatten(0, 1)
     return out
-
-
-def merge(partial: Tensor, lse: Tensor, out: Tensor) -> None:
-    """The mean of `partial` [n, Hq, splits, D] weighed by 2 ** `lse` [n, Hq, splits], both fp32, into `out`."""
-    n, num_heads, splits, head_dim = partial.shape
-    step = min(128, triton.next_power_of_2(splits))
-    _merge_kernel[n * num_heads, triton.cdiv(head_dim, MERGED)](
-        partial,
-        lse,
-        out,
-        splits,
-        D=head_dim,
-        CHANNELS=MERGED,
-        STEP=step,
-        num_warps=max(1, step // 32),
-        **chained(out.device),
-    )
-
-
-def _far(stream: PackedStream, table: Tensor, far: range) -> Tensor:
-    """Positions `far` out of the blocks of one sequence, decoded: [Hkv, n, D] float64."""
-    size = stream.codes.shape[2]
-    blocks = table[far.start // size : -(-far.stop // size)] if far else table[:0]
-    codes, parts = stream.codes[blocks], stream.parts
-    if stream.bits == "fp8":
-        codes = codes.view(torch.float8_e4m3fn)
-    elif parts > 1:
-        bits = int(stream.bits)
-        codes = torch.cat([codes >> (part * bits) & (2**bits - 1) for part in range(parts)], dim=-1)
-    x = codes.double()
-    for array, apply in ((stream.scale, torch.mul), (stream.zero, torch.add)):
-        if array is not None:
-            wide = array[blocks].double()
-            x = apply(x, wide.repeat_interleave(x.shape[-1] // wide.shape[-1], -1))
-    first = far.start % size
-    return x.transpose(0, 1).flatten(1, 2)[:, first : first + len(far)]
-
-
-def _near(stream: PackedStream, slot: Tensor, near: range) -> Tensor:
-    """Positions `near` out of one sequence's tail, [Hkv, n, D] float64."""
-    return stream.tail[slot][:, [position % stream.tail.shape[2] for position in near]].double()
-
-
-def _or(array: Tensor | None, other: Tensor) -> Tensor:
-    return other if array is None else array
 
 
 def _fitting_warps(num_warps: int, elements: int, columns: int, capability: int) -> int:
@@ -365,14 +291,14 @@ def _decode_kernel(
         # Scores [BLOCK, N], over `to_log2`.
         s = tl.zeros([BLOCK, N], tl.float32)
         if K_BITS == "16":
-            s = tl.dot(_rows_of(k_codes + block * 8 + head * (BLOCK * D), rows, D, 0, D), q_pieces[0])
+            s = tl.dot(rows_of(k_codes + block * 8 + head * (BLOCK * D), rows, D, 0, D), q_pieces[0])
         if K_CHANNEL:
             offset = tl.zeros([next_power_of_2(K_PIECE), N], tl.float32)
         for segment in tl.static_range(K_SEGMENTS if K_BITS != "16" else 0):
             k_bytes = k_codes + block * 16 + head * (BLOCK * (D // K_PARTS))
-            packed = _rows_of(k_bytes, rows, D // K_PARTS, segment * K_PIECE, K_PIECE)
+            packed = rows_of(k_bytes, rows, D // K_PARTS, segment * K_PIECE, K_PIECE)
             for part in tl.static_range(K_PARTS):
-                codes = _codes(packed, part, K_BITS)
+                codes = part_of(packed, part, K_BITS)
                 query = q_pieces[segment * K_PARTS + part]
                 start = part * (D // K_PARTS) + segment * K_PIECE
                 if K_CHANNEL:
@@ -404,7 +330,7 @@ def _decode_kernel(
         for segment in tl.static_range(V_SEGMENTS):
             packed = _columns_by_rows(v_bytes, rows, D // V_PARTS, segment * V_PIECE, V_PIECE)
             for part in tl.static_range(V_PARTS):
-                codes = _codes(packed, part, V_BITS)
+                codes = part_of(packed, part, V_BITS)
                 if V_BITS == "16":
                     weights = p.to(codes.dtype)
                 else:
@@ -426,7 +352,7 @@ def _decode_kernel(
                 tail_rows = start_row + rows
                 # The newest position that each row can hold.
                 at = position - (position - tail_rows + tail_tokens) % tail_tokens
-                keys = _rows_of(k_tail + slot, tail_rows, D, 0, D)
+                keys = rows_of(k_tail + slot, tail_rows, D, 0, D)
                 s = tl.dot(keys, q_tail) * scale
                 s = tl.where(((at >= near) & (at >= first))[:, None], s, float("-inf"))
                 m_new = tl.maximum(m, tl.max(s, 0))
@@ -465,37 +391,6 @@ def _decode_kernel(
             tl.store(to, value, mask=(channels < V_PIECE)[:, None] & (columns < group_heads)[None, :])
 
 
-@triton.jit(do_not_specialize=["splits"])
-def _merge_kernel(
-    partial_ptr,
-    lse_ptr,
-    out_ptr,
-    splits,
-    D: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    STEP: tl.constexpr,
-    CHAINED: tl.constexpr,
-):
-    await_inputs(CHAINED)
-    row = tl.program_id(0).to(tl.int64)
-    channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    m = -1e30
-    total = 0.0
-    acc = tl.zeros([CHANNELS], tl.float32)
-    for start in range(0, splits, STEP):
-        split = start + tl.arange(0, STEP)
-        lse = tl.load(lse_ptr + row * splits + split, mask=split < splits, other=-float("inf"))
-        m_new = tl.maximum(m, tl.max(lse, 0))
-        alpha = tl.exp2(m - m_new)
-        weights = tl.exp2(lse - m_new)
-        mask = (split < splits)[:, None] & (channels < D)[None, :]
-        partial = tl.load(partial_ptr + (row * splits + split[:, None]) * D + channels[None, :], mask=mask, other=0)
-        acc = acc * alpha + tl.sum(partial * weights[:, None], 0)
-        total = total * alpha + tl.sum(weights, 0)
-        m = m_new
-    tl.store(out_ptr + row * D + channels, (acc / total).to(out_ptr.dtype.element_ty), mask=channels < D)
-
-
 @triton.jit
 def _queries(q_ptr, start, PIECE: tl.constexpr, D: tl.constexpr, group_heads, N: tl.constexpr):
     """Channels `start` to `start + PIECE` of a KV head's queries as columns, [PIECE padded, N]; zeros elsewhere."""
@@ -505,18 +400,8 @@ def _queries(q_ptr, start, PIECE: tl.constexpr, D: tl.constexpr, group_heads, N:
 
 
 @triton.jit
-def _rows_of(ptr, rows, STRIDE: tl.constexpr, START: tl.constexpr, PIECE: tl.constexpr):
-    """[rows, PIECE padded], with zeros in the padding."""
-    PAD: tl.constexpr = next_power_of_2(PIECE)
-    columns = tl.arange(0, PAD)[None, :]
-    if PAD == PIECE:
-        return tl.load(ptr + rows[:, None] * STRIDE + START + columns)
-    return tl.load(ptr + rows[:, None] * STRIDE + START + columns, mask=columns < PIECE, other=0)
-
-
-@triton.jit
 def _columns_by_rows(ptr, rows, STRIDE: tl.constexpr, START: tl.constexpr, PIECE: tl.constexpr):
-    """The transpose of `_rows_of`."""
+    """The transpose of `rows_of`."""
     PAD: tl.constexpr = next_power_of_2(PIECE)
     columns = tl.arange(0, PAD)[:, None]
     if PAD == PIECE:
@@ -540,41 +425,6 @@ def _columns_of(ptr, PIECE: tl.constexpr):
     """[PIECE padded], with zeros in the padding."""
     columns = tl.arange(0, next_power_of_2(PIECE))
     return tl.load(ptr + columns, mask=columns < PIECE, other=0)
-
-
-@triton.jit
-def _codes(packed, PART: tl.constexpr, BITS: tl.constexpr):
-    """One part of each byte as the fp16 number it stands for (fp8: divided by 256); 16 bits pass through."""
-    if BITS == "16":
-        return packed
-    elif not INTERPRETED:
-        return tl.inline_asm_elementwise(_codes_asm(BITS, PART), "=r,=r,r", [packed], tl.float16, True, 4)
-    elif BITS == "fp8":
-        return ((packed.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -0x4001).to(tl.float16, bitcast=True)
-    else:
-        bits: tl.constexpr = 8 if BITS == "8" else (4 if BITS == "4" else 2)
-        return ((packed >> (PART * bits)) & (2**bits - 1)).to(tl.float16)
-
-
-@triton.constexpr_function
-def _codes_asm(bits, part):
-    """Four bytes to two registers of two fp16 numbers each.
-
-    A byte (or its bits of this part, wherever they lie) under 0x64 is an fp16 of 1,024 + byte: one permutation and one
-    mask instead of conversions, which take many times as long. An e4m3 byte moved into fp16's exponent is its value
-    / 256.
-    """
-    if bits == "fp8":
-        pair = "prmt.b32 ${0}, $2, 0, {1}; and.b32 s, ${0}, 0x80008000; shr.b32 ${0}, ${0}, 1; "
-        pair += "lop3.b32 ${0}, ${0}, 0x3f803f80, s, 0xea; "
-        return "{ .reg .b32 s; " + pair.format(0, "0x1404") + pair.format(1, "0x3424") + "}"
-    shift = part * int(bits)
-    mask = 0xFF00FF00 | ((1 << int(bits)) - 1 << shift) * 0x00010001
-    factor, offset = (15 - shift << 10) * 0x00010001, (0x8000 | 25 - shift << 10) * 0x00010001  # 2^-n, -2^(10 - n)
-    pair = f"prmt.b32 ${{0}}, $2, 0x64646464, {{1}}; and.b32 ${{0}}, ${{0}}, {mask:#x}; "
-    pair += "fma.rn.f16x2 ${0}, ${0}, f, o; "
-    constants = f".reg .b32 f, o; mov.b32 f, {factor:#x}; mov.b32 o, {offset:#x}; "
-    return "{ " + constants + pair.format(0, "0x4140") + pair.format(1, "0x4342") + "}"
 
 
 @triton.constexpr_function

@@ -11,6 +11,9 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
+# As when a kernel is decorated. The interpreter knows no assembly, and rounds nothing to e4m3.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @cache
 def capability(device: torch.device) -> int:

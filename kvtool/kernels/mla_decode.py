@@ -2,7 +2,7 @@
 
 A program has 16 query heads as rows and walks over some of a sequence's tokens. Codes are decoded in registers to the
 fp16 operands of the two products, by the scale and zero of their token; memory sees packed bytes alone.
-Splits and their merge are those of `kvtool.kernels.decode`.
+Splits are those of `kvtool.kernels.decode`.
 """
 
 import torch
@@ -10,17 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.decode import (
-    MERGED,
-    PackedStream,
-    _codes,
-    _far,
-    _merge_kernel,
-    _near,
-    _or,
-    _rows_of,
-)
 from kvtool.kernels.launch import await_inputs, capability, chained, num_sms, num_splits
+from kvtool.kernels.splits import merge
+from kvtool.kernels.streams import PackedStream, part_of, refuses_dtype, rows_of
 
 LATENT_DIMS = (64, 128, 256, 512)
 ROPE_DIMS = (16, 32, 64, 128)
@@ -45,8 +37,8 @@ TILES: dict[tuple[int, str], tuple[int, int, int, int]] = {
 
 def refuses(key: PackedStream, value: PackedStream) -> str | None:
     """Why `latent_decode` cannot read these streams, or None if it can."""
-    if key.tail.dtype not in (torch.bfloat16, torch.float16):
-        return f"it runs in bfloat16 or float16, not {str(key.tail.dtype).removeprefix('torch.')}"
+    if reason := refuses_dtype(key):
+        return reason
     if value.tail.shape[-1] not in LATENT_DIMS or key.tail.shape[-1] not in ROPE_DIMS:
         latents, ropes = (", ".join(map(str, dims)) for dims in (LATENT_DIMS, ROPE_DIMS))
         return f"a latent must have {latents} elements, its rope key {ropes}"
@@ -91,7 +83,7 @@ def latent_decode(
     latent, block_size, tail_tokens = value.tail.shape[-1], value.codes.shape[2], value.tail.shape[2]
     q, out = q.contiguous(), q.new_empty(n, num_heads, latent) if out is None else out
     tokens, num_warps, num_stages, per_sm = TILES[capability(q.device), value.bits]
-    tokens, head_blocks = min(tokens, block_size), triton.cdiv(num_heads, HEADS)
+    tokens, head_blocks = min(tokens, block_size), -(-num_heads // HEADS)
     splits = num_splits(n * head_blocks, block_table.shape[1], bool(tail_tokens), per_sm * num_sms(q.device))
     split_shape = (n, num_heads, splits) if splits > 1 else (0,)
     partial = torch.empty(*split_shape, latent, dtype=torch.float32, device=q.device) if splits > 1 else out
@@ -104,8 +96,8 @@ def latent_decode(
         positions,
         visible,
         tail_slots,
-        *(key.codes, _or(key.scale, key.codes), _or(key.zero, key.codes), key.tail),
-        *(value.codes, _or(value.scale, value.codes), _or(value.zero, value.codes), value.tail),
+        *key.arrays,
+        *value.arrays,
         scale * 1.4426950408889634,  # exp2 is what the hardware has
         block_table.stride(0),
         key.codes.stride(0) * key.codes.itemsize // 16,
@@ -131,18 +123,7 @@ def latent_decode(
         **chained(q.device),
     )
     if splits > 1:
-        step = min(128, triton.next_power_of_2(splits))
-        _merge_kernel[n * num_heads, triton.cdiv(latent, MERGED)](
-            partial,
-            lse,
-            out,
-            splits,
-            D=latent,
-            CHANNELS=MERGED,
-            STEP=step,
-            num_warps=max(1, step // 32),
-            **chained(q.device),
-        )
+        merge(partial, lse, out)
     return out
 
 
@@ -162,7 +143,7 @@ def latent_decode_reference(
     for i, (position, first_near) in enumerate(zip(positions.tolist(), visible.tolist(), strict=True)):
         far, near = range(min(first_near, position + 1)), range(first_near, position + 1)
         rope, latents = (
-            torch.cat([_far(stream, block_table[i], far), _near(stream, tail_slots[i], near)], dim=1)[0]
+            torch.cat([stream.far(block_table[i], far), stream.near(tail_slots[i], near)], dim=1)[0]
             for stream in (key, value)
         )
         out[i] = (q[i].double() @ torch.cat([latents, rope], -1).T * scale).softmax(-1) @ latents
@@ -260,14 +241,14 @@ def _latent_kernel(
         next_block = _block_of(table_ptr, index + 1, end, TOKENS, BLOCK) * block_stride
         next_row = (index + 1) * TOKENS % BLOCK + token
         if K_BITS == "16":
-            keys = (_rows_of(k_codes + block * 8, row, R, 0, R),)
+            keys = (rows_of(k_codes + block * 8, row, R, 0, R),)
         else:
             keys = _decoded(k_next, K_PARTS, K_PIECE, K_GROUP, K_CHANNEL, K_BITS)
             k_next = _fetched(
                 k_codes, k_scale, k_zero, next_block, next_row, K_PARTS, K_PIECE, K_GROUP, K_CHANNEL, K_BITS
             )
         if V_BITS == "16":
-            latents = (_rows_of(v_codes + block * 8, row, L, 0, L),)
+            latents = (rows_of(v_codes + block * 8, row, L, 0, L),)
         else:
             latents = _decoded(v_next, V_PARTS, V_PIECE, V_GROUP, False, V_BITS)
             v_next = _fetched(v_codes, v_scale, v_zero, next_block, next_row, V_PARTS, V_PIECE, V_GROUP, False, V_BITS)
@@ -293,16 +274,16 @@ def _latent_kernel(
                 tail_rows = start_row + token
                 # The newest position that each row can hold.
                 at = position - (position - tail_rows + tail_tokens) % tail_tokens
-                s = tl.dot(q_rope, tl.trans(_rows_of(k_tail + slot, tail_rows, R, 0, R)))
+                s = tl.dot(q_rope, tl.trans(rows_of(k_tail + slot, tail_rows, R, 0, R)))
                 for part in tl.static_range(V_PARTS):
                     query = _query(rows, part * V_PIECE, q_max, V_PIECE, "16")
-                    values = _rows_of(v_tail + slot, tail_rows, L, part * V_PIECE, V_PIECE)
+                    values = rows_of(v_tail + slot, tail_rows, L, part * V_PIECE, V_PIECE)
                     s = tl.dot(query, tl.trans(values), s)
                 s = tl.where((at >= near)[None, :], s, float("-inf"))
                 m, total, alpha, p = _softmax_step(s, m, total, to_log2)
                 new_accs = ()
                 for part in tl.static_range(V_PARTS):
-                    values = _rows_of(v_tail + slot, tail_rows, L, part * V_PIECE, V_PIECE)
+                    values = rows_of(v_tail + slot, tail_rows, L, part * V_PIECE, V_PIECE)
                     new_accs += (tl.dot(p.to(values.dtype), values, accs[part] * alpha[:, None]),)
                 accs = new_accs
 
@@ -348,7 +329,7 @@ def _fetched(
     """Some rows of a block as they are stored: bytes [n, PIECE], then scales and zeros by part. 16 bits: nothing."""
     fetched = ()
     if BITS != "16":
-        fetched += (_rows_of(codes + block * 16, row, PIECE, 0, PIECE),)
+        fetched += (rows_of(codes + block * 16, row, PIECE, 0, PIECE),)
     for part in tl.static_range(PARTS if BITS != "16" else 0):
         fetched += (_of_groups(scale + block * 8, row, part, PARTS, PIECE, GROUP, CHANNEL),)
         if BITS != "fp8":
@@ -383,7 +364,7 @@ def _decoded(
     EACH: tl.constexpr = 1 if BITS == "fp8" else 2
     parts = ()
     for part in tl.static_range(PARTS):
-        x = _codes(fetched[0], part, BITS)
+        x = part_of(fetched[0], part, BITS)
         scales = _spread(fetched[1 + part * EACH], PIECE, GROUP, CHANNEL)
         if BITS == "fp8":
             x *= scales * 256

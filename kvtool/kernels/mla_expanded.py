@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.decode import PackedStream
 from kvtool.kernels.launch import capability, next_power_of_2, num_sms
 from kvtool.kernels.mla_prefill import unpack
 from kvtool.kernels.prefill import Tile, _first_near, _gather, _keys, _tile
+from kvtool.kernels.streams import PackedStream
 
 WORKSPACE = 128 << 20  # bytes of a piece: of decoded blocks, and of the keys and values that are made of them
 
@@ -69,7 +69,7 @@ def expanded_prefill(
     ropes, latents = (nope.new_empty(room, 1, block_size, dim) for dim in (rope_dim, latent))
     lse = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
     large, small = TILES[capability(nope.device)]
-    tile = large if triton.cdiv(len(nope), large.rows) * heads >= num_sms(nope.device) else small
+    tile = large if -(-len(nope) // large.rows) * heads >= num_sms(nope.device) else small
     cut = tiles(tile.rows)
     for first in range(0, max(1, len(blocks)), room):
         piece = blocks[first : first + room]

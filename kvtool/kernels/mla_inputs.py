@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.launch import await_inputs, chained
+from kvtool.kernels.launch import await_inputs, chained, power_of_2
 
 HEADS = 8  # of one token that a program rotates
 
@@ -30,7 +30,7 @@ def rotate_and_norm(
     queries = torch.empty(tokens, num_heads, latent + 2 * half, dtype=q.dtype, device=q.device)
     normed = torch.empty(tokens, latent, dtype=q.dtype, device=q.device)
     key = torch.empty(tokens, 2 * half, dtype=q.dtype, device=q.device)
-    _rotate_and_norm[(tokens, triton.cdiv(num_heads, HEADS) + 1)](
+    _rotate_and_norm[(tokens, -(-num_heads // HEADS) + 1)](
         q,
         latents,
         queries,
@@ -47,9 +47,9 @@ def rotate_and_norm(
         num_heads,
         REST=dim - 2 * half,
         HALF=half,
-        WIDTH=triton.next_power_of_2(half),
+        WIDTH=power_of_2(half),
         L=latent,
-        L_WIDTH=triton.next_power_of_2(latent),
+        L_WIDTH=power_of_2(latent),
         INTERLEAVED=interleaved,
         HEADS=HEADS,
         num_warps=2,

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.decode import PackedStream, _or
 from kvtool.kernels.launch import capability
 from kvtool.kernels.mla_decode import HEADS, _softmax_step
 from kvtool.kernels.prefill import _first_near, _keys, _tile, _unpack_kernel
+from kvtool.kernels.streams import PackedStream
 
 # Rows, keys at a time, warps and stages by compute capability: what compiles without spills; neither was timed yet.
 TILES: dict[int, tuple[int, int, int, int]] = {8: (32, 16, 8, 2), 9: (32, 32, 8, 2)}
@@ -47,7 +47,7 @@ def latent_prefill(
     _, num_heads, width = q.shape
     latent, block_size = value.tail.shape[-1], value.codes.shape[2]
     rows, keys, num_warps, num_stages = TILES[capability(q.device)]
-    cut, head_blocks = tiles(rows // HEADS), triton.cdiv(num_heads, HEADS)
+    cut, head_blocks = tiles(rows // HEADS), -(-num_heads // HEADS)
     if far_blocks is None:
         far_key, far_value = key.codes, value.codes
     else:
@@ -100,7 +100,7 @@ def latent_prefill(
 def unpack(stream: PackedStream, blocks: Tensor, out: Tensor) -> None:
     """Decode blocks [F] of a stream to `out` [F or more, 1, B, D], of the model's dtype where they are of 16 bits."""
     block_size, dim = out.shape[2:]
-    arrays = (stream.codes, _or(stream.scale, stream.codes), _or(stream.zero, stream.codes), out)
+    arrays = (*stream.arrays[:3], out)
     kind = {"BITS": stream.bits, "CHANNEL": stream.axis == "channel", "GROUP": stream.group or dim}
     kind["ZERO"] = stream.zero is not None
     if len(blocks):

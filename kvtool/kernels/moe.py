@@ -5,7 +5,6 @@ finds, cut into tiles of a few rows, so that a program multiplies rows of one ex
 of them. Grids follow from shapes alone, the host learns nothing, and a CUDA graph can hold it all.
 """
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,60 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.activation import silu
-from kvtool.kernels.launch import await_inputs, capability, chained
+from kvtool.kernels.grouped import LEAST_ROWS, MOST_ROWS, Groups, Weights, grouped_product
+from kvtool.kernels.launch import await_inputs, chained, power_of_2
 
 COMPARED = 4096  # pairs: up to so many are ranked by comparing each with each, which one launch does
 SPAN = 256  # pairs that are counted together where there are more
 MIXED = 512  # elements of a token that one program sums
 
 
-@dataclass(frozen=True)
-class Tile:
-    """How a grouped product is cut: outputs (of gates and of ups, each), depth at a time, warps, and stages."""
-
-    outputs: int
-    depth: int
-    warps: int
-    stages: int
-
-
-# By compute capability and rows of a tile. Neither was timed yet; those of sm_89 compile within its shared memory.
-TILES: dict[tuple[int, int], Tile] = {
-    (8, 8): Tile(32, 128, 2, 3),
-    (8, 16): Tile(32, 128, 2, 3),
-    (8, 32): Tile(32, 128, 4, 3),
-    (8, 64): Tile(64, 64, 4, 3),
-    (8, 128): Tile(64, 32, 8, 3),
-    (9, 8): Tile(16, 256, 1, 4),
-    (9, 16): Tile(16, 256, 1, 4),
-    (9, 32): Tile(64, 128, 4, 3),
-    (9, 64): Tile(64, 64, 4, 4),
-    (9, 128): Tile(128, 64, 8, 3),
-}
-LEAST_ROWS, MOST_ROWS = 8, 128
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Pairs by expert. Pair p is token p // top_k and its expert ids[p // top_k, p % top_k].
-
-    Attributes:
-        pairs: [T · top_k] int32, in the order of their experts; last those whose expert is not here.
-        tiles: [n, 3] int32: expert, first place in `pairs`, and how many; good are the first `num_tiles` [1] int32.
-        rows: pairs that a tile has at most.
-    """
-
-    pairs: Tensor
-    tiles: Tensor
-    num_tiles: Tensor
-    rows: int
-
-
 def mix(
     x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Weights,
+    down: Weights,
     ids: Tensor,
     weights: Tensor,
     shared: Tensor | None = None,
@@ -90,8 +47,8 @@ def mix(
 
 def mix_groups(
     x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Weights,
+    down: Weights,
     groups: Groups,
     ids: Tensor,
     weights: Tensor,
@@ -104,7 +61,7 @@ def mix_groups(
 
 def rows_for(num_pairs: int, num_experts: int) -> int:
     """Rows of a tile: enough for most experts' pairs where all are chosen alike."""
-    return min(MOST_ROWS, max(LEAST_ROWS, triton.next_power_of_2(-(-3 * num_pairs // (2 * num_experts)))))
+    return min(MOST_ROWS, max(LEAST_ROWS, power_of_2(-(-3 * num_pairs // (2 * num_experts)))))
 
 
 class Routing(Protocol):
@@ -139,7 +96,7 @@ def route(
     if ids is None:
         ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
-    width = triton.next_power_of_2(num_experts)
+    width = power_of_2(num_experts)
     _route_kernel[(tokens,)](
         logits,
         logits if bias is None else bias,
@@ -150,12 +107,12 @@ def route(
         EXPERTS=num_experts,
         WIDTH=width,
         TOP_K=top_k,
-        TOP_WIDTH=triton.next_power_of_2(top_k),
+        TOP_WIDTH=power_of_2(top_k),
         SIGMOID=routing.scores == "sigmoid",
         BIAS=bias is not None,
         NORMALIZE=routing.normalize,
         GROUPS=routing.num_groups,
-        GROUP_WIDTH=triton.next_power_of_2(routing.num_groups),
+        GROUP_WIDTH=power_of_2(routing.num_groups),
         TOP_GROUPS=routing.top_groups,
         num_warps=max(1, min(4, width // 128)),
         **chained(logits.device),
@@ -174,14 +131,14 @@ def group(ids: Tensor, num_experts: int, rows: int) -> Groups:
     if num_pairs > COMPARED:
         _count_and_place(ids, groups, num_experts)
         return groups
-    _group_kernel[(triton.cdiv(num_pairs, 32) + 1,)](
+    _group_kernel[(-(-num_pairs // 32) + 1,)](
         ids,
         pairs,
         tiles,
         num_tiles,
         num_pairs,
         num_experts,
-        EXPERTS=triton.next_power_of_2(num_experts),
+        EXPERTS=power_of_2(num_experts),
         ROWS=rows,
         BLOCK=32,
         STEP=128,
@@ -193,8 +150,8 @@ def group(ids: Tensor, num_experts: int, rows: int) -> Groups:
 
 def _count_and_place(ids: Tensor, groups: Groups, num_experts: int) -> None:
     """Fill `groups` by counting: pairs of each expert in each span, where each span's first one goes, then all."""
-    num_pairs, width = ids.numel(), triton.next_power_of_2(num_experts + 2)
-    spans = triton.cdiv(num_pairs, SPAN)
+    num_pairs, width = ids.numel(), power_of_2(num_experts + 2)
+    spans = -(-num_pairs // SPAN)
     counts = torch.empty(spans + 1, width, dtype=torch.int32, device=ids.device)  # a span's; last the experts' firsts
     sizes = {"EXPERTS": width, "num_warps": 8, **chained(ids.device)}
     _count_kernel[(spans,)](ids, counts, num_pairs, num_experts, SPAN=SPAN, STEP=32, **sizes)
@@ -225,63 +182,12 @@ def most_tiles(num_pairs: int, num_experts: int, rows: int) -> int:
     return min(num_pairs, num_experts + num_pairs // rows)
 
 
-def grouped_product(x: Tensor, weight: Tensor, groups: Groups, repeat: int = 1, *, gated: bool = False) -> Tensor:
-    """Each pair's row times the matrix of its expert, summed in fp32.
-
-    Args:
-        x: [P / repeat, K] of 16 bits: row p // repeat is pair p's.
-        weight: [E, N, K].
-        gated: the first half of a matrix are gates, the second ups; the result is silu(gate) · up.
-
-    Returns:
-        [P, N] of x's dtype, or [P, N / 2] where gated; rows of pairs whose expert is not here are anything.
-    """
-    assert x.is_contiguous() and weight.is_contiguous()
-    depth, outputs = weight.shape[2], weight.shape[1] // 2 if gated else weight.shape[1]
-    out = torch.empty(len(groups.pairs), outputs, dtype=x.dtype, device=x.device)
-    tile = TILES[capability(x.device), groups.rows]
-    _grouped_kernel[(len(groups.tiles) * triton.cdiv(outputs, tile.outputs),)](
-        x,
-        weight,
-        out,
-        groups.pairs,
-        groups.tiles,
-        groups.num_tiles,
-        len(groups.tiles),
-        outputs,
-        depth,
-        repeat,
-        ROWS=groups.rows,
-        OUTPUTS=tile.outputs,
-        DEPTH=tile.depth,
-        EVEN=depth % tile.depth == 0,
-        GATED=gated,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **chained(x.device),
-    )
-    return out
-
-
-def grouped_product_reference(
-    x: Tensor, weight: Tensor, ids: Tensor, repeat: int = 1, *, gated: bool = False
-) -> Tensor:
-    """What `grouped_product` computes, pair by pair in float64; zeros for experts that are not here."""
-    outputs = weight.shape[1] // 2 if gated else weight.shape[1]
-    out = torch.zeros(ids.numel(), outputs, dtype=torch.float64, device=x.device)
-    for pair, expert in enumerate(ids.flatten().tolist()):
-        if expert < len(weight):
-            y = weight[expert].double() @ x[pair // repeat].double()
-            out[pair] = torch.nn.functional.silu(y[:outputs]) * y[outputs:] if gated else y
-    return out
-
-
 def combine(rows: Tensor, ids: Tensor, weights: Tensor, num_experts: int, shared: Tensor | None) -> Tensor:
     """Σ weight · row over each token's pairs, plus `shared` [T, K]: rows [T · top_k, K] → [T, K], summed in fp32."""
     (tokens, top_k), size = ids.shape, rows.shape[1]
     assert ids.is_contiguous() and weights.is_contiguous() and (shared is None or shared.is_contiguous())
     out = torch.empty(tokens, size, dtype=rows.dtype, device=rows.device)
-    _combine_kernel[(tokens, triton.cdiv(size, MIXED))](
+    _combine_kernel[(tokens, -(-size // MIXED))](
         rows,
         ids,
         weights,
@@ -516,62 +422,6 @@ def _experts_of(ids, pair, num_pairs, num_experts):
     """One for all experts that are elsewhere, and another behind the last pair."""
     expert = tl.minimum(tl.load(ids + pair, mask=pair < num_pairs, other=0).to(tl.int32), num_experts)
     return tl.where(pair < num_pairs, expert, num_experts + 1)
-
-
-@triton.jit(do_not_specialize=["tile_count", "repeat"])
-def _grouped_kernel(
-    x,
-    weight,
-    out,
-    pairs,
-    tiles,
-    num_tiles,
-    tile_count,
-    outputs,
-    depth,
-    repeat,
-    ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    EVEN: tl.constexpr,
-    GATED: tl.constexpr,
-    CHAINED: tl.constexpr,
-):
-    """Program (outputs, tile): neighbours read the same matrix where an expert has several tiles."""
-    await_inputs(CHAINED)
-    tile = tl.program_id(0) % tile_count
-    if tile < tl.load(num_tiles):
-        expert = tl.load(tiles + tile * 3).to(tl.int64)
-        first = tl.load(tiles + tile * 3 + 1)
-        count = tl.load(tiles + tile * 3 + 2)
-        row = tl.arange(0, ROWS)
-        pair = tl.load(pairs + first + tl.minimum(row, count - 1)).to(tl.int64)
-        columns = x + (pair // repeat)[None, :] * depth
-        output = tl.program_id(0) // tile_count * OUTPUTS + tl.arange(0, OUTPUTS)
-        line = tl.minimum(output, outputs - 1).to(tl.int64)[:, None] * depth
-        lines = weight + expert * outputs * depth * (2 if GATED else 1) + line
-        up_lines = lines + outputs.to(tl.int64) * depth
-        at = tl.arange(0, DEPTH)
-        sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
-        up_sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
-        for start in range(0, depth, DEPTH):
-            now = start + at
-            if EVEN:
-                piece = tl.load(columns + now[:, None])
-                sums = tl.dot(tl.load(lines + now[None, :]), piece, sums)
-                if GATED:
-                    up_sums = tl.dot(tl.load(up_lines + now[None, :]), piece, up_sums)
-            else:
-                inside = now < depth
-                piece = tl.load(columns + now[:, None], mask=inside[:, None], other=0)
-                sums = tl.dot(tl.load(lines + now[None, :], mask=inside[None, :], other=0), piece, sums)
-                if GATED:
-                    up = tl.load(up_lines + now[None, :], mask=inside[None, :], other=0)
-                    up_sums = tl.dot(up, piece, up_sums)
-        if GATED:
-            sums = silu(sums) * up_sums
-        to = out + pair[None, :] * outputs + output[:, None]
-        tl.store(to, sums.to(out.dtype.element_ty), mask=(output < outputs)[:, None] & (row < count)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_experts"])

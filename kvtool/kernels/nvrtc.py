@@ -118,6 +118,22 @@ class Kernel:
 
 
 @cache
+def load(
+    source: str, name: str, device: torch.device, macros: tuple[tuple[str, object], ...], **options: int
+) -> Kernel:
+    """The kernel `name` of `source` on this device, compiled when it is first asked for.
+
+    Args:
+        macros: what it is compiled with, WARPS among them.
+        options: of `Kernel`.
+    """
+    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    cubin = compile_cubin(source, architecture, dict(macros))
+    with torch.cuda.device(device):
+        return Kernel(cubin, name, 32 * int(dict(macros)["WARPS"]), **options)
+
+
+@cache
 def _context(device: int) -> ctypes.c_void_p:
     """The device's primary context, torch's too, which stays as long as the process.
 

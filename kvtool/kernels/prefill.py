@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kvtool.kernels import WORKSPACE
-from kvtool.kernels.decode import HEAD_DIMS, PackedStream, _or
+from kvtool.kernels.decode import HEAD_DIMS
 from kvtool.kernels.launch import capability, next_power_of_2, num_sms, power_of_2
+from kvtool.kernels.streams import PackedStream, refuses_heads
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,8 @@ TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
 
 def refuses(key: PackedStream, value: PackedStream, num_heads: int) -> str | None:
     """Why `paged_prefill` cannot read these streams, or None if it can: it takes every format."""
-    head_dim, group_heads = key.tail.shape[-1], num_heads // key.tail.shape[1]
-    if key.tail.dtype not in (torch.bfloat16, torch.float16):
-        return f"it runs in bfloat16 or float16, not {str(key.tail.dtype).removeprefix('torch.')}"
-    if head_dim not in HEAD_DIMS or value.tail.shape[-1] != head_dim:
-        return f"head_dim must be one of {', '.join(map(str, HEAD_DIMS))}, the same for K and V"
     most = min(tile.rows for tiles in TILES.values() for tile in tiles)
-    return f"{group_heads} query heads share a KV head; it takes up to {most}" if group_heads > most else None
+    return refuses_heads(key, value, num_heads, HEAD_DIMS, most)
 
 
 def paged_prefill(
@@ -157,8 +153,8 @@ def unpack(
     ]
     if len(blocks):
         _unpack_kernel[(len(blocks), heads, 2)](
-            *(key.codes, _or(key.scale, key.codes), _or(key.zero, key.codes), outs[0]),
-            *(value.codes, _or(value.scale, value.codes), _or(value.zero, value.codes), outs[1]),
+            *(*key.arrays[:3], outs[0]),
+            *(*value.arrays[:3], outs[1]),
             blocks,
             key.codes.stride(0) * key.codes.itemsize // 16,
             first_head,

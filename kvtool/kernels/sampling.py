@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.launch import await_inputs, chained
+from kvtool.kernels.launch import await_inputs, chained, power_of_2
 
 CHUNK = 1024
 GREEDY_CHUNK = 4096
@@ -43,8 +43,8 @@ def choose(
     """
     rows, vocab = logits.shape
     assert logits.stride(1) == 1
-    chunks = triton.cdiv(vocab, CHUNK)
-    width = triton.next_power_of_2(max(chunks, GROUP))
+    chunks = -(-vocab // CHUNK)
+    width = power_of_2(max(chunks, GROUP))
     stats = torch.empty(3, rows, width, dtype=torch.float32, device=logits.device)
     scratch = torch.empty(3, rows, width, dtype=torch.int32, device=logits.device)
     token_ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
@@ -69,8 +69,8 @@ def greedy(logits: Tensor, newest: Tensor, slots: Tensor) -> Tensor:
     """What `kvtool.sampler.greedy` defines, in two launches."""
     rows, vocab = logits.shape
     assert logits.stride(1) == 1
-    chunks = triton.cdiv(vocab, GREEDY_CHUNK)
-    width = triton.next_power_of_2(chunks)
+    chunks = -(-vocab // GREEDY_CHUNK)
+    width = power_of_2(chunks)
     largest = torch.empty(rows, width, dtype=torch.float32, device=logits.device)
     ids = torch.empty(rows, width, dtype=torch.int32, device=logits.device)
     token_ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
@@ -83,7 +83,7 @@ def greedy(logits: Tensor, newest: Tensor, slots: Tensor) -> Tensor:
 def verify(token_ids: Tensor, slots: Tensor, firsts: Tensor, counts: Tensor, recent: Tensor, void: int) -> Tensor:
     """What `kvtool.sampler.verify` defines, in one launch, a program for each sequence; `void` is its `VOID`."""
     settled = torch.empty_like(token_ids)
-    width = triton.next_power_of_2(len(recent))
+    width = power_of_2(len(recent))
     _verify[(len(slots),)](
         token_ids, slots, firsts, counts, recent, recent.stride(0), settled, WIDTH=width, VOID=void, num_warps=1
     )

@@ -13,7 +13,7 @@ LEAST_STEPS = 6  # of a part, below which a program has hardly started when it e
 def steps_of_part(programs: int, steps: int, device: torch.device) -> int:
     """How many of the `steps` over all columns one program takes, if `programs` alone leave multiprocessors idle."""
     parts = max(1, min(2 * num_sms(device) // programs, steps // LEAST_STEPS))
-    return triton.cdiv(steps, parts)
+    return -(-steps // parts)
 
 
 def finish(sums: Tensor, row_scales: Tensor | None, scales: Tensor | None, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def finish(sums: Tensor, row_scales: Tensor | None, scales: Tensor | None, bias:
     parts, rows, outputs = sums.shape
     assert sums.is_contiguous() and out.is_contiguous()
     width = 1024
-    _finish_kernel[(rows, triton.cdiv(outputs, width))](
+    _finish_kernel[(rows, -(-outputs // width))](
         sums,
         sums if row_scales is None else row_scales,
         sums if scales is None else scales,

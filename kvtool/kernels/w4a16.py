@@ -3,6 +3,7 @@
 This module itself needs no triton.
 """
 
+from dataclasses import dataclass
 from math import gcd
 
 import torch
@@ -12,6 +13,32 @@ from torch import Tensor
 from kvtool.kernels import takes
 
 RUN = 32  # columns whose codes lie together: the first half in the low nibbles of 16 bytes, the second in the high ones
+
+
+@dataclass(frozen=True)
+class Int4Weights:
+    """Matrices of one size, one for each expert.
+
+    Attributes:
+        weight: uint8 [E, N, K / 2], of `pack_w4`.
+        scales, zeros: [E, N, K / G] in x's dtype.
+    """
+
+    weight: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        experts, outputs, half = self.weight.shape
+        return experts, outputs, 2 * half
+
+    @property
+    def group_size(self) -> int:
+        return self.shape[2] // self.scales.shape[2]
 
 
 def pack_w4(codes: Tensor) -> Tensor:

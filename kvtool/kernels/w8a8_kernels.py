@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvtool.kernels.launch import await_inputs, capability, chained, next_power_of_2, num_sms
+from kvtool.kernels.launch import INTERPRETED, await_inputs, capability, chained, next_power_of_2, num_sms, power_of_2
 from kvtool.kernels.pack import e4m3
 from kvtool.kernels.quantized_rows import FP8, LARGEST, Activations, QuantizedRows
 from kvtool.kernels.sums import finish, steps_of_part
@@ -68,7 +68,6 @@ BLOCK = 1024  # columns that a program encodes
 
 LARGEST_INT8, LARGEST_FP8 = tl.constexpr(LARGEST[torch.int8]), tl.constexpr(LARGEST[FP8])
 LEAST_SCALE = tl.constexpr(torch.finfo(torch.float32).tiny)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # as when a kernel is decorated; it rounds none to e4m3
 
 
 def linear(x: Activations, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,10 +82,10 @@ def linear(x: Activations, weight: Tensor, scales: Tensor, bias: Tensor | None) 
 def tile_for(rows: int, weight: Tensor, dtype: torch.dtype) -> Tile | None:
     """How the product of so many rows, of `dtype`, is cut; None: the vendor's kernels compute it."""
     tiles = TILES[weight.dtype, capability(weight.device)]
-    few, *many = tiles[min(max(8, triton.next_power_of_2(rows)), max(tiles))]
+    few, *many = tiles[min(max(8, power_of_2(rows)), max(tiles))]
     tile = few
     if few and many:
-        programs = triton.cdiv(len(weight), few.outputs) * triton.cdiv(rows, few.rows)
+        programs = -(-len(weight) // few.outputs) * -(-rows // few.rows)
         tile = few if programs < 2 * num_sms(weight.device) else many[0]
     if tile is None and not vendor_takes(dtype, weight):
         return [tile for choices in tiles.values() for tile in choices if tile][-1]
@@ -98,7 +97,7 @@ def quantized(x: Tensor, kind: torch.dtype) -> QuantizedRows:
     rows, depth = x.shape
     assert x.is_contiguous()
     out = empty_rows(x, depth, kind)
-    width = triton.next_power_of_2(depth)
+    width = power_of_2(depth)
     _quantize_kernel[(rows,)](
         x,
         out.codes,
@@ -117,7 +116,7 @@ def encoded(x: Tensor, peaks: Tensor, kind: torch.dtype) -> QuantizedRows:
     (rows, depth), parts = x.shape, peaks.shape[1]
     assert x.is_contiguous() and peaks.is_contiguous()
     out = empty_rows(x, depth, kind)
-    _encode_kernel[(rows, triton.cdiv(depth, BLOCK))](
+    _encode_kernel[(rows, -(-depth // BLOCK))](
         x, peaks, out.codes, out.scales, depth, PARTS=parts, BLOCK=BLOCK, num_warps=4, **chained(x.device)
     )
     return out
@@ -133,10 +132,10 @@ def product(x: QuantizedRows, weight: Tensor, scales: Tensor, bias: Tensor | Non
     """Quantised rows [M, K] times weights [N, K], both with their scales, plus bias: [M, N] in the dtype of x."""
     codes, (rows, depth), outputs = x.codes, x.codes.shape, len(weight)
     assert codes.is_contiguous() and weight.is_contiguous()
-    row_tiles = triton.cdiv(rows, tile.rows)
-    programs = triton.cdiv(outputs, tile.outputs) * row_tiles
-    share = tile.depth * steps_of_part(programs, triton.cdiv(depth, tile.depth), codes.device)
-    parts = triton.cdiv(depth, share)
+    row_tiles = -(-rows // tile.rows)
+    programs = -(-outputs // tile.outputs) * row_tiles
+    share = tile.depth * steps_of_part(programs, -(-depth // tile.depth), codes.device)
+    parts = -(-depth // share)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=codes.device)
     kind = torch.int32 if weight.dtype == torch.int8 else torch.float32
     sums = torch.empty(parts, rows, outputs, dtype=kind, device=codes.device) if parts > 1 else out
@@ -178,7 +177,7 @@ def vendor_product(x: QuantizedRows, weight: Tensor, scales: Tensor, bias: Tenso
         return torch._scaled_mm(x.codes, weight.t(), by_row, by_output, bias, out_dtype=x.dtype, use_fast_accum=True)
     rows, outputs = len(x), len(weight)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=weight.device)
-    pieces = triton.cdiv(rows, max(128, SUMS // (4 * outputs)))
+    pieces = -(-rows // max(128, SUMS // (4 * outputs)))
     for codes, row_scales, to in zip(*(whole.tensor_split(pieces) for whole in (x.codes, x.scales, out)), strict=True):
         finish(torch._int_mm(codes, weight.t())[None], row_scales, scales, bias, to)
     return out

@@ -340,3 +340,10 @@ def on_device(arrays: dict[str, Integers], device: torch.device) -> dict[str, Te
     tensors = memory.split(sizes)[::2]
     named = zip(arrays.items(), tensors, strict=True)
     return {name: tensor if array.ndim == 1 else tensor.view(array.shape) for (name, array), tensor in named}
+
+
+def to_host(x: Tensor) -> Tensor:
+    """`x` on the host; what comes from a GPU is on its way there, behind all that was launched before."""
+    if x.device.type == "cpu":
+        return x
+    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)

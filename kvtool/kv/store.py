@@ -16,8 +16,8 @@ from kvtool.kv.spec import StreamSpec
 from kvtool.ranges import Range
 
 if TYPE_CHECKING:
-    from kvtool.kernels.decode import PackedStream
     from kvtool.kernels.pack import LayerWriter, Packing, Sealer
+    from kvtool.kernels.streams import PackedStream
 
 ARRIVALS = 4096  # more results than have two programs that run at once, on any GPU
 
@@ -215,7 +215,7 @@ class Stream:
     @cached_property
     def packed(self) -> "PackedStream":
         """As kernels read it."""
-        from kvtool.kernels.decode import PackedStream
+        from kvtool.kernels.streams import PackedStream
 
         fmt, scale, zero = self.format, self.arrays.get("scale"), self.arrays.get("zero")
         return PackedStream(fmt.bits, fmt.axis, fmt.group, self.arrays["codes"], scale, zero, self.tail)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from kvtool.errors import UnsupportedError
 from kvtool.kernels import takes
 from kvtool.kernels.quantized_rows import Activations
+from kvtool.kernels.w4a16 import RUN, Int4Weights
 from kvtool.layers.linear import GatedLinear, Linear, RowLinear, Slot, empty_parameter, gated_linear, linear
 from kvtool.layers.norm import RMSNorm
-from kvtool.layers.quantized import Matrix
+from kvtool.layers.quantized import Int4Matrix, Matrix
 from kvtool.parallel import Group, Shard
 
 
@@ -101,13 +102,21 @@ def mix_reference(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights
 
 
 def mix(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, shared: Tensor | None, elsewhere: int
+    x: Tensor,
+    gate_up: Tensor | Int4Weights,
+    down: Tensor | Int4Weights,
+    ids: Tensor,
+    weights: Tensor,
+    shared: Tensor | None,
+    elsewhere: int,
 ) -> Tensor:
-    """`mix_reference` plus `shared`, in kernels where there are any; of all experts so many are elsewhere."""
+    """`mix_reference` plus `shared`, in kernels where there are any, which alone take codes; of all experts so many are
+    elsewhere."""
     if takes(x) and x.dtype.itemsize == 2:
         from kvtool.kernels import moe
 
         return moe.mix(x, gate_up, down, ids, weights, shared, elsewhere)
+    assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
     out = mix_reference(x, gate_up, down, ids, weights)
     return out if shared is None else out.add_(shared)
 
@@ -216,7 +225,8 @@ class Experts(nn.Module):
 
 
 class PackedExperts(nn.Module):
-    """`Experts` of fewer bits. Each step makes 16-bit weights of all of them: they save memory, not time.
+    """`Experts` of fewer bits. Kernels multiply with 4-bit codes in groups of columns that stand in their order; of
+    whatever else each step makes 16-bit weights: that saves memory, not time.
 
     Args:
         experts: which of them this rank has.
@@ -229,9 +239,17 @@ class PackedExperts(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, shared: Tensor | None = None) -> Tensor:
         """As of `Experts`."""
-        count, elsewhere = self.experts.size, self.experts.total - self.experts.size
-        gate_up, down = (matrix.dense(x.dtype).unflatten(0, (count, -1)) for matrix in (self.gate_up, self.down))
-        return mix(x, gate_up, down, ids, weights, shared, elsewhere)
+        gate_up, down = (self._weights(matrix, x) for matrix in (self.gate_up, self.down))
+        return mix(x, gate_up, down, ids, weights, shared, self.experts.total - self.experts.size)
+
+    def _weights(self, matrix: Matrix, x: Tensor) -> Tensor | Int4Weights:
+        """One matrix for each expert, for a product with x."""
+        if takes(x) and x.dtype.itemsize == 2 and isinstance(matrix, Int4Matrix):
+            tensors = (matrix.weight, matrix.scales, matrix.zeros)
+            if matrix.order is None and matrix.group_size % RUN == 0:
+                return Int4Weights(*(tensor.unflatten(0, (self.experts.size, -1)) for tensor in tensors))
+        dense: Tensor = matrix.dense(x.dtype).unflatten(0, (self.experts.size, -1))
+        return dense
 
 
 class Addend(RowLinear):

@@ -225,22 +225,29 @@ class Decoder(nn.Module):
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of weights that computing a token reads: of all but an embedding that only looks ids up."""
+        """Bytes of weights that computing a token reads: of all but an embedding that only looks ids up, and of experts
+        those that it chooses."""
         embedding = self.embed_tokens
         scores = embedding is None or (embedding is self.head and embedding.scorer is None)
-        return self.weight_bytes - (embedding.weight.nbytes if embedding is not None and not scores else 0)
+        unread = 0 if embedding is None or scores else embedding.weight.nbytes
+        return self.weight_bytes - unread - round(self._idle(_nbytes))
 
     @property
     def products(self) -> float:
         """Multiplications that a token takes in the layers here, of operands of 16 bits; of 8 bits, two count as one.
 
-        Of experts those count that it chooses; where ranks share them out, as many as come to each on the average.
+        Of experts those count that it chooses.
         """
-        idle = 0.0
-        for mlp in (m for m in self.layers.modules() if isinstance(m, MoE)):
-            routing = mlp.gate.routing
-            idle += (1 - routing.top_k / routing.num_experts) * _products(mlp.experts)
-        return _products(self.layers) - idle
+        return _products(self.layers) - self._idle(_products)
+
+    def _idle(self, measure: Callable[[nn.Module], float]) -> float:
+        """Of experts that a token does not choose; where ranks share them out, each has its part on the average."""
+        mixtures = [module for module in self.layers.modules() if isinstance(module, MoE)]
+        routings = [mixture.gate.routing for mixture in mixtures]
+        return sum(
+            (1 - routing.top_k / routing.num_experts) * measure(mixture.experts)
+            for mixture, routing in zip(mixtures, routings, strict=True)
+        )
 
     def slots(self, within: str = "") -> Iterator[tuple[str, Slot]]:
         """Every tensor that a checkpoint must hold, and where it goes, one name for each piece, of modules whose paths
@@ -260,3 +267,7 @@ def _products(module: nn.Module) -> float:
     matrices = (m for m in module.modules() if isinstance(m, Matrix) and not isinstance(m, SideBySide))
     quantized = sum(math.prod(matrix.shape) / (2 if matrix.bits == 8 else 1) for matrix in matrices)
     return quantized + sum(weight.numel() for weight in module.parameters())
+
+
+def _nbytes(module: nn.Module) -> float:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))

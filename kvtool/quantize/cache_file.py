@@ -19,7 +19,7 @@ from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.store import KVStore
 from kvtool.models import Decoder
-from kvtool.runner import attention_layers
+from kvtool.models.kv import attention_layers
 
 METADATA = "kvtool.cache"
 

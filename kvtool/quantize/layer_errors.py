@@ -14,7 +14,7 @@ from kvtool.kv.codecs import CODECS
 from kvtool.kv.format import KVFormat, StreamFormat
 from kvtool.kv.hadamard import hadamard
 from kvtool.models import Decoder
-from kvtool.runner import attention_layers
+from kvtool.models.kv import attention_layers
 from kvtool.scoring import WholeModel
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kvtool.config import Bits, EngineConfig, KVOptions
+from kvtool.device import choose_device
 from kvtool.errors import CapacityError, UnsupportedError
 from kvtool.kv.format import KVFormat, StreamFormat, resolve
 from kvtool.kv.layout import KVLayout
@@ -30,7 +31,6 @@ from kvtool.models import Decoder, resolve_model
 from kvtool.models.decoder import Attention
 from kvtool.models.resolve import EMBEDDED, fingerprint
 from kvtool.quantize.layer_errors import LayerActivations, attend_packed, calibrate, outlier, relative_error
-from kvtool.runner import choose_device
 from kvtool.scoring import ScoringModel
 from kvtool.tokenizer import Tokenizer
 

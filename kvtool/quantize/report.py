@@ -14,18 +14,19 @@ from typing import Any
 import torch
 
 from kvtool.config import EngineConfig, KVOptions
+from kvtool.device import choose_device
 from kvtool.errors import ConfigError, KVToolError, UnsupportedError
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec
 from kvtool.models import load_config, resolve_model
+from kvtool.models.kv import attention_layers, kv_spec
 from kvtool.perplexity import SAMPLE, FormatScore, Task, make_task, read_documents, score_formats
 from kvtool.quantize.cache_file import CachedPrompt, cache_prompt, read_cache, write_cache
 from kvtool.quantize.decode_speed import DecodeSpeed, decode_speed
 from kvtool.quantize.layer_errors import Outlier, calibrate, layer_errors, outlier, propagated_errors
 from kvtool.quantize.memory import Memory, layer_memory, nominal_saved
 from kvtool.quantize.tasks import Answer, Question, answer_all, load_task
-from kvtool.runner import attention_layers, choose_device, kv_spec
 from kvtool.scoring import SIXTEEN_BITS, ScoringModel
 from kvtool.tokenizer import Tokenizer
 

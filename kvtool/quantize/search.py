@@ -18,12 +18,12 @@ from kvtool.kv.format import SMALL_BLOCK_SIZE, resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.plan import Sidecar, write_plan
 from kvtool.kv.spec import KVSpec
+from kvtool.models.kv import kv_spec
 from kvtool.models.resolve import fingerprint
 from kvtool.perplexity import SAMPLE, FormatScore, Task, make_task, read_documents, score_formats
 from kvtool.quantize.journal import Journal
 from kvtool.quantize.layer_errors import calibrate, propagated_errors
 from kvtool.quantize.report import Exam, OnProgress, Progress
-from kvtool.runner import kv_spec
 from kvtool.scoring import SIXTEEN_BITS, ScoringModel, Window
 from kvtool.tokenizer import Tokenizer
 

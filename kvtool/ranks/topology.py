@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 
 from kvtool.config import EngineConfig
+from kvtool.device import choose_device
 from kvtool.errors import ConfigError
 from kvtool.models import ModelConfig
 from kvtool.p2p import all_on_nvlink
 from kvtool.processes import command, cpu_threads
 from kvtool.ranks.rendezvous import ENV, split_address
-from kvtool.runner import choose_device
 
 COPY_SECONDS = 60  # to start a process and copy a few megabytes between all GPUs
 

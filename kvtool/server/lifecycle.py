@@ -46,17 +46,27 @@ def run(engine: EngineConfig, config: ServerConfig, on_ready: OnReady) -> None:
         EngineDeadError: the engine ended while it was needed.
         KeyboardInterrupt: after SIGINT, when all is closed.
     """
-    # A connection is a file, and the usual soft limit of 1,024 is for programs that use select().
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    with bind(config.host, config.port) as listener:
-        if config.api_key is None and not ip_address(listener.getsockname()[0]).is_loopback:
-            print(f"warning: who reaches {config.host} can use this server; set --api-key", file=sys.stderr, flush=True)
+    with address_of(config) as listener:
         try:
             if signal.SIGINT in asyncio.run(serve(engine, config, listener, on_ready)):
                 raise KeyboardInterrupt
         finally:
             gc.freeze()  # or Python looks through all of transformers for garbage before it ends, a second long
+
+
+def address_of(config: ServerConfig) -> socket.socket:
+    """A socket that holds the server's address, for as many connections as may be; warns if anybody can use it.
+
+    Raises:
+        ConfigError: host and port cannot be listened on.
+    """
+    # A connection is a file, and the usual soft limit of 1,024 is for programs that use select().
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    listener = bind(config.host, config.port)
+    if config.api_key is None and not ip_address(listener.getsockname()[0]).is_loopback:
+        print(f"warning: who reaches {config.host} can use this server; set --api-key", file=sys.stderr, flush=True)
+    return listener
 
 
 def bind(host: str, port: int) -> socket.socket:

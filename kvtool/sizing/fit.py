@@ -20,10 +20,11 @@ from kvtool.layers.linear import Linear
 from kvtool.layers.moe import Experts, Gate, MoEShape
 from kvtool.memory import DeviceMemory, MemoryParts
 from kvtool.models import Decoder, ModelConfig, parse_config
+from kvtool.models.kv import kv_spec
 from kvtool.models.resolve import resolve_config
 from kvtool.parallel import Group, Parallel, Stage
 from kvtool.ranks.topology import check_model
-from kvtool.runner import SCORED_ROWS, kv_spec
+from kvtool.token_scores import SCORED_ROWS
 
 DTYPE = torch.bfloat16
 RESERVE = 768 << 20  # of CUDA itself, the kernels' code and what the driver keeps of graphs
@@ -168,7 +169,7 @@ class RankPlan:
         weights = sum(self._tensors) + context * self._rotation_bytes
         rounded = sum(-nbytes % ROUNDED for nbytes in self._tensors if nbytes >= LARGE)
         tokens = min(self._engine.max_num_batched_tokens, batch * context)
-        step = self._layer_bytes(tokens) + self._unpacked(context) + self._decoded_experts
+        step = self._layer_bytes(tokens) + self._unpacked(context)
         workspace = rounded + CUBLAS + max(step, self._scoring_bytes(batch))
         memory = DeviceMemory(usable, RESERVE, weights, workspace, self._graph_bytes(batch))
         return MemoryParts.of(self._layout, batch * self.format.num_blocks(context), batch, weights, memory)
@@ -197,13 +198,6 @@ class RankPlan:
                     yield self._weights.nbytes(*tensor.flatten(0, 1).shape)
                 elif module is not self._model.rotary:
                     yield tensor.nbytes
-
-    @cached_property
-    def _decoded_experts(self) -> int:
-        """Bytes of a layer's experts in 16 bits, which a step makes of those in 4."""
-        layers = (m for m in self._model.modules() if isinstance(m, Experts))
-        is_packed = self._weights is not None and self._weights.bits == 4
-        return max((m.gate_up.nbytes + m.down.nbytes for m in layers), default=0) if is_packed else 0
 
     @cached_property
     def _elements(self) -> int:
