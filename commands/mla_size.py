@@ -254,12 +254,13 @@ def fit_report(
         "engine": asdict(engine),
     }
     shown = [fit_row(row) for row in rows]
+    ranks = "".join(f" --{name} {count}" for name in ("tp", "ep", "pp") if (count := getattr(engine, name)) > 1)
     notes = [
         "GiB of the GPU that holds most, of what --gpu-memory-utilization allows. Most sequences: of that context; "
         "longest context: of so many sequences.",
         f"As `kvtool serve --max-num-seqs {engine.max_num_seqs} --max-model-len CONTEXT --max-num-batched-tokens "
-        f"{engine.max_num_batched_tokens}` holds it in 16 bits. Workspace: of the largest step; reserve: of CUDA "
-        "itself and the kernels' code.",
+        f"{engine.max_num_batched_tokens}{ranks}` holds it, computing in 16 bits. Workspace: of the largest step; "
+        "reserve: of CUDA itself and the kernels' code.",
         *(f"Format: {text}." for text in dict.fromkeys(each.format for each in found)),
     ]
     if weight_bits != "16":
