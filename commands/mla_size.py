@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -413,11 +414,14 @@ def readable(row: Row) -> dict[str, Any]:
 def charts(rows: Sequence[Row], contexts: Sequence[int]) -> list[Chart]:
     """A token's bytes in a layer, under each scheme; a sequence's, by its length, as the models are."""
     models = list(dict.fromkeys(row["model"] for row in rows))
+    stems = [Path(model.removesuffix("/config.json")).name for model in models]
+    short = dict(zip(models, stems if len({*stems}) == len(stems) else models, strict=True))
     found = {(row["model"], row["scheme"]): row["bytes_per_token_per_layer"] for row in rows}
     schemes = dict.fromkeys(row["scheme"] for row in rows)
-    bars = [Series(scheme, models, [found.get((model, scheme)) for model in models]) for scheme in schemes]
+    names = list(short.values())
+    bars = [Series(scheme, names, [found.get((model, scheme)) for model in models]) for scheme in schemes]
     lines = [
-        Series(f"{row['model']}, {row['scheme']}", contexts, [c["nbytes"] / 2**20 for c in row["contexts"]])
+        Series(f"{short[row['model']]}, {row['scheme']}", contexts, [c["nbytes"] / 2**20 for c in row["contexts"]])
         for row in rows
         if row["native"]
     ]
