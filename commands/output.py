@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 ABSENT = "n/a"
 MOST_WITHIN = 10  # lines whose names stand inside a chart, not beside it
-MOST_CHARACTERS = 80  # of names below bars, in one line
+MOST_CHARACTERS = 90  # of names below bars, in one line
 PACKAGES = ("kvtool", "torch", "transformers", "triton", "flash-attn", "numpy")
 
 
@@ -324,6 +324,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem aut
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: left; }}
 .right {{ text-align: right; }}
+td:first-child {{ white-space: nowrap; }}
 svg {{ max-width: 100%; height: auto; }}
 </style>
 <h1>{escape(title)}</h1>
