@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -254,12 +255,13 @@ def fit_report(
         "engine": asdict(engine),
     }
     shown = [fit_row(row) for row in rows]
+    ranks = "".join(f" --{name} {count}" for name in ("tp", "ep", "pp") if (count := getattr(engine, name)) > 1)
     notes = [
         "GiB of the GPU that holds most, of what --gpu-memory-utilization allows. Most sequences: of that context; "
         "longest context: of so many sequences.",
         f"As `kvtool serve --max-num-seqs {engine.max_num_seqs} --max-model-len CONTEXT --max-num-batched-tokens "
-        f"{engine.max_num_batched_tokens}` holds it in 16 bits. Workspace: of the largest step; reserve: of CUDA "
-        "itself and the kernels' code.",
+        f"{engine.max_num_batched_tokens}{ranks}` holds it, computing in 16 bits. Workspace: of the largest step; "
+        "reserve: of CUDA itself and the kernels' code.",
         *(f"Format: {text}." for text in dict.fromkeys(each.format for each in found)),
     ]
     if weight_bits != "16":
@@ -412,11 +414,14 @@ def readable(row: Row) -> dict[str, Any]:
 def charts(rows: Sequence[Row], contexts: Sequence[int]) -> list[Chart]:
     """A token's bytes in a layer, under each scheme; a sequence's, by its length, as the models are."""
     models = list(dict.fromkeys(row["model"] for row in rows))
+    stems = [Path(model.removesuffix("/config.json")).name for model in models]
+    short = dict(zip(models, stems if len({*stems}) == len(stems) else models, strict=True))
     found = {(row["model"], row["scheme"]): row["bytes_per_token_per_layer"] for row in rows}
     schemes = dict.fromkeys(row["scheme"] for row in rows)
-    bars = [Series(scheme, models, [found.get((model, scheme)) for model in models]) for scheme in schemes]
+    names = list(short.values())
+    bars = [Series(scheme, names, [found.get((model, scheme)) for model in models]) for scheme in schemes]
     lines = [
-        Series(f"{row['model']}, {row['scheme']}", contexts, [c["nbytes"] / 2**20 for c in row["contexts"]])
+        Series(f"{short[row['model']]}, {row['scheme']}", contexts, [c["nbytes"] / 2**20 for c in row["contexts"]])
         for row in rows
         if row["native"]
     ]

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 ABSENT = "n/a"
+MOST_WITHIN = 10  # lines whose names stand inside a chart, not beside it
+MOST_CHARACTERS = 90  # of names below bars, in one line
 PACKAGES = ("kvtool", "torch", "transformers", "triton", "flash-attn", "numpy")
 
 
@@ -322,6 +324,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem aut
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: left; }}
 .right {{ text-align: right; }}
+td:first-child {{ white-space: nowrap; }}
 svg {{ max-width: 100%; height: auto; }}
 </style>
 <h1>{escape(title)}</h1>
@@ -431,12 +434,16 @@ def _svg(chart: Chart) -> str:
 
 
 def _draw(chart: Chart, figure: "Figure", ax: "Axes") -> None:
+    import matplotlib
+
     ax.set_title(chart.title)
     ax.set_xlabel(chart.x)
     if chart.kind == "heat":
         _draw_heat(chart, figure, ax)
         return
     ax.set_ylabel(chart.y)
+    if len(chart.series) > MOST_WITHIN:
+        ax.set_prop_cycle(color=matplotlib.colormaps["tab20"](range(20)))
     named = chart.kind == "scatter" and all(len(series.y) == 1 for series in chart.series)  # each point by its name
     for index, series in enumerate(chart.series):
         y = [math.nan if value is None else value for value in series.y]
@@ -445,7 +452,7 @@ def _draw(chart: Chart, figure: "Figure", ax: "Axes") -> None:
             ax.bar(
                 [i + (index - (len(chart.series) - 1) / 2) * width for i in range(len(y))], y, width, label=series.label
             )
-            ax.set_xticks(range(len(y)), list(map(str, series.x)))
+            _name_bars(ax, list(map(str, series.x)))
         elif chart.kind == "scatter":
             ax.scatter(series.x, y, label=series.label)
             if named and math.isfinite(y[0]):
@@ -460,15 +467,32 @@ def _draw(chart: Chart, figure: "Figure", ax: "Axes") -> None:
         _plain_numbers(ax.yaxis)
     ax.grid(alpha=0.3)
     if not named and any(series.label for series in chart.series):
-        ax.legend(fontsize="small")
+        if len(chart.series) <= MOST_WITHIN:
+            ax.legend(fontsize="small")
+        else:
+            ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _name_bars(ax: "Axes", names: Sequence[str]) -> None:
+    """Side by side, or aslant where they would run into each other."""
+    longest = max(len(line) for name in names for line in name.split("\n"))
+    ax.set_xticks(range(len(names)), names)
+    if longest * len(names) > MOST_CHARACTERS:
+        ax.tick_params("x", rotation=45)
+        for label in ax.get_xticklabels():
+            label.set(horizontalalignment="right", rotation_mode="anchor", fontsize="small")
 
 
 def _plain_numbers(axis: "Axis") -> None:
-    """60 beside a logarithmic axis, not 6 × 10¹."""
+    """60 and 20,000 beside a logarithmic axis, not 6 × 10¹ and 2e+04."""
     from matplotlib.ticker import LogFormatter
 
-    axis.set_major_formatter(LogFormatter())
-    axis.set_minor_formatter(LogFormatter())
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:,.10g}" if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain())
 
 
 def _draw_heat(chart: Chart, figure: "Figure", ax: "Axes") -> None:

@@ -40,7 +40,7 @@ def find_draft(config: EngineConfig, path: Path, model: ModelConfig) -> Path | N
     name = asked.draft_model or EMBEDDED_DRAFTS.get(config.model)
     if name is None:
         raise ConfigError("--speculate draft needs --draft-model: a smaller model of the same vocabulary")
-    draft_path = resolve_model(name)
+    draft_path = resolve_model(name, "--draft-model")
     draft = load_config(draft_path)
     known = [vocabulary(folder, each.vocab_size) for folder, each in ((path, model), (draft_path, draft))]
     is_same = known[0] == known[1] if all(known) else model.vocab_size == draft.vocab_size

@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from kvtool.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class GPU:
@@ -46,3 +48,16 @@ def find_gpu(name: str) -> tuple[str, GPU] | None:
         if re.search(rf"\b{known.lower()}\b", words) or known.lower() == f"rtx {words}":
             return known, gpu
     return None
+
+
+def asked_gpu(option: str, name: str) -> tuple[str, GPU]:
+    """What `find_gpu` finds of an option that names one card; how many of it there are say other options.
+
+    Raises:
+        ConfigError: it is not known, or a number follows its name.
+    """
+    if ":" in name:
+        raise ConfigError(f"{option} {name}: name one GPU; --tp says how many share the model")
+    if (found := find_gpu(name)) is None:
+        raise ConfigError(f"{option} {name}: must be one of {', '.join(GPUS)}")
+    return found

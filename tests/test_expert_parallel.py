@@ -344,3 +344,4 @@ def test_bad_input_is_one_line(arguments: list[str], said: str, command: Command
     status, out, err = command("moe-ep", *TINY, *arguments)
     assert (status, out) == (2, "")
     assert err.startswith("error: ") and said in err and err.count("\n") == 1
+    assert "rank" not in err.partition(": ")[2][:5]  # it is what the user wrote, not a rank that failed

@@ -182,6 +182,7 @@ def test_the_default_is_the_embedded_model_at_its_context(command: Command) -> N
     "arguments, said",
     [
         (["--fit", "RTX 9090"], "--fit RTX 9090: must be one of"),
+        (["--fit", "RTX 4090:4"], "--tp says how many"),
         (["--fit", "H200", "--section", "measured"], "leave out --section"),
         (["--fit", "H200", "--gpu", "H200"], "leave out --section"),
         (["--fit", "H200", "--context", "4096"], "--context 4096: the context of tiny is 2048"),

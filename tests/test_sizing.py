@@ -383,6 +383,7 @@ def test_what_is_measured_is_shown(command: Command, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["--gpu", "RTX 9090"], "--gpu RTX 9090: must be one of"),
+        (["--gpu", "RTX 4090:2"], "--tp says how many"),
         (["--context", "4k"], "--context 4k"),
         (["--schemes", "GQA"], "--schemes GQA"),
         (["--model", "/no/such/folder"], "/no/such/folder"),

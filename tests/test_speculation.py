@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kvtool.config import EngineConfig, KVOptions, SpeculationConfig
 from kvtool.engine import Engine
-from kvtool.errors import ConfigError
+from kvtool.errors import KVToolError
 from kvtool.kv.blocks import BlockPool
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.spec import KVSpec, StreamSpec
@@ -246,10 +246,11 @@ def test_drafts_that_spoil_a_cache_are_taken_back_with_it():
         (NGRAM, {"pp": 2}, "--speculate and --pp do not go together"),
         (SpeculationConfig("draft"), {}, "--speculate draft needs --draft-model"),
         (SpeculationConfig("draft", draft_model="tiny"), {}, "--draft-model tiny: its vocabulary is not that of"),
+        (SpeculationConfig("draft", draft_model="/no/such"), {}, "--draft-model /no/such: no such folder"),
     ],
 )
 def test_what_cannot_be_is_refused(make, speculation, others, says):
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(KVToolError, match=says):
         make(speculation, **others)
 
 

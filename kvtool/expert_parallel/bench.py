@@ -204,6 +204,7 @@ def measure_layer(settings: Settings, on_progress: OnProgress = lambda done, tot
         Interrupted: by Ctrl-C, with the figures so far, if there are any.
     """
     settings = decided(settings)
+    make_routing(settings.routing, settings.num_tokens, settings.shape, settings.seed)  # or each rank would refuse it
     with TemporaryDirectory(prefix="kvtool-ranks-") as folder:
         left = Path(folder) / FOUND
 

@@ -21,19 +21,23 @@ UNWANTED = ["*/*", "consolidated*"]  # the same weights once more, in their make
 PAGES, PAGE_BYTES = 1024, 4096  # of a weight file; they stand for all of it
 
 
-def resolve_model(name: str) -> Path:
+def resolve_model(name: str, option: str = "--model") -> Path:
     """The folder of a model: an embedded one's name, a folder, or a hub id, which is downloaded unless it is cached.
 
     An embedded name wins over a folder of the same name; write `./tiny` for the folder. Only weights in safetensors,
     configuration and tokenizer are downloaded, never pickles or code.
 
+    Args:
+        option: what the user gave the name to, for errors.
+
     Raises:
         ModelError: there is no such model, or it cannot be downloaded.
     """
-    if (found := _on_disk(name)) is None:
-        return _download(name, lambda: snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+    asked = f"{option} {name}"
+    if (found := _on_disk(name, asked)) is None:
+        return _download(name, asked, lambda: snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED))
     if not found.is_dir():
-        raise ModelError(f"--model {name}: is a file; give the folder that holds it")
+        raise ModelError(f"{asked}: is a file; give the folder that holds it")
     return found
 
 
@@ -47,8 +51,9 @@ def resolve_config(name: str) -> Fields:
     shapes = read_fields(SHAPES)
     if name in shapes.values:
         return shapes.nested(name)
-    if (found := _on_disk(name)) is None:
-        return read_fields(_download(name, lambda: hf_hub_download(name, "config.json"), list(shapes.values)))
+    asked = f"--model {name}"
+    if (found := _on_disk(name, asked)) is None:
+        return read_fields(_download(name, asked, lambda: hf_hub_download(name, "config.json"), list(shapes.values)))
     return read_fields(found / "config.json" if found.is_dir() else found)
 
 
@@ -65,7 +70,7 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _on_disk(name: str) -> Path | None:
+def _on_disk(name: str, asked: str) -> Path | None:
     """An embedded model's folder, or what there is under this path; None where it may be a hub id."""
     if name in EMBEDDED:
         return EMBEDDED[name]
@@ -73,13 +78,13 @@ def _on_disk(name: str) -> Path | None:
         path = Path(name).expanduser()
         return path if path.exists() else None
     except (OSError, RuntimeError) as error:  # no name that a file can have, or no such user
-        raise ModelError(f"--model {name:.40}: no such folder ({str(error).partition(':')[0]})") from error
+        raise ModelError(f"{asked:.50}: no such folder ({str(error).partition(':')[0]})") from error
 
 
-def _download(name: str, download: Callable[[], str], shapes: Sequence[str] = ()) -> Path:
+def _download(name: str, asked: str, download: Callable[[], str], shapes: Sequence[str] = ()) -> Path:
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         known = ", ".join((*EMBEDDED, *shapes))
-        raise ModelError(f"--model {name}: no such folder, and no hub id; embedded models: {known}")
+        raise ModelError(f"{asked}: no such folder, and no hub id; embedded models: {known}")
     try:
         return Path(download())
     except GatedRepoError:
@@ -90,4 +95,4 @@ def _download(name: str, download: Callable[[], str], shapes: Sequence[str] = ()
         why = "no such folder, and the hub cannot be reached; download the model elsewhere and give its folder"
     except (OSError, httpx.HTTPError) as error:
         why = f"cannot be downloaded ({' '.join(str(error).split())}); try again, or give a folder"
-    raise ModelError(f"--model {name}: {why}")
+    raise ModelError(f"{asked}: {why}")

@@ -11,7 +11,7 @@ from kvtool.attention import ABSORBED_TOKENS
 from kvtool.config import EngineConfig
 from kvtool.cuda_graph import decode_sizes, prompt_rooms, worthwhile_tokens
 from kvtool.errors import ConfigError
-from kvtool.gpus import GPU, GPUS, find_gpu
+from kvtool.gpus import GPU, asked_gpu
 from kvtool.kernels import WORKSPACE
 from kvtool.kv.fixed import MOST_FAR
 from kvtool.kv.format import resolve
@@ -110,8 +110,7 @@ def fit(name: str, engine: EngineConfig, gpu: str, gpu_memory: int | None, weigh
         ModelError: there is no such model, or the engine does not know its architecture.
         ConfigError: the GPU is not known, or options do not go with the model.
     """
-    if (found := find_gpu(gpu)) is None:
-        raise ConfigError(f"--fit {gpu}: must be one of {', '.join(GPUS)}")
+    found = asked_gpu("--fit", gpu)
     model = parse_config(resolve_config(name))
     if engine.tp % engine.ep:
         raise ConfigError(f"--ep {engine.ep}: does not divide --tp {engine.tp}, whose ranks share the experts out")

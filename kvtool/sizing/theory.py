@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from kvtool.config import KVOptions
 from kvtool.errors import ConfigError
-from kvtool.gpus import GPUS, find_gpu
+from kvtool.gpus import asked_gpu
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
@@ -77,9 +77,8 @@ class Budget:
         """
         name, memory = "GPU", self.gpu_memory
         if self.gpu is not None:
-            if (found := find_gpu(self.gpu)) is None:
-                raise ConfigError(f"--gpu {self.gpu}: must be one of {', '.join(GPUS)}; or give --gpu-memory")
-            name, memory = found[0], self.gpu_memory or found[1].memory_bytes
+            name, gpu = asked_gpu("--gpu", self.gpu)
+            memory = self.gpu_memory or gpu.memory_bytes
         assert memory is not None
         weights = self.weight_memory or count_parameters(fields) * self.weight_bits // 8
         return Room(name, int(memory * self.utilization), -(-weights // tp))
