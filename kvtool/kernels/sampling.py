@@ -93,7 +93,7 @@ def verify(token_ids: Tensor, slots: Tensor, firsts: Tensor, counts: Tensor, rec
 def known(ids: Tensor, recent: Tensor) -> Tensor:
     """What `kvtool.cuda_graph.known` defines, in one launch."""
     assert ids.is_contiguous() and recent.is_contiguous()
-    out, block = torch.empty_like(ids), 256
+    out, block = torch.zeros_like(ids), 256  # ids also where kernels are compiled without being run
     _known[(-(-len(ids) // block),)](ids, recent, out, len(ids), BLOCK=block, num_warps=1)
     return out
 
