@@ -52,11 +52,12 @@ CHUNKS = ((0, 127), (0, 511), (0, 1_023), (0, 2_047), (0, 8_191), (32_768, 127),
 BATCHES = (1, 2, 8, 16, 64, 256, 2_048)  # tokens of a step
 DTYPE = torch.bfloat16
 LIMIT = 1e-2  # of relative errors
-# Teams that score, warps of each, warps that gather, tokens of a tile and stages, as `cuda_mla_decode.TILES` has them.
+# Warps that score and that gather, tokens of a tile, stages, programs per SM and operands in registers, as
+# `cuda_mla_decode.TILES` has them.
 SWEEP = {
-    "8": [(2, 2, 4, 64, 4), (2, 4, 8, 64, 4), (2, 2, 8, 64, 4), (1, 4, 4, 64, 4)],
-    "4": [(2, 4, 8, 128, 4), (2, 4, 4, 128, 4), (1, 4, 8, 128, 4), (1, 4, 4, 128, 4), (2, 2, 8, 64, 6)],
-    "2": [(2, 4, 4, 128, 4), (1, 4, 4, 128, 4), (2, 2, 4, 64, 8), (2, 4, 4, 64, 8)],
+    "8": [(4, 4, 64, 4, 1, 0), (4, 4, 64, 5, 1, 0), (4, 4, 64, 3, 1, 8)],
+    "4": [(4, 4, 128, 4, 1, 4), (4, 4, 128, 3, 1, 0), (4, 4, 64, 6, 1, 16), (4, 4, 64, 8, 1, 0)],
+    "2": [(4, 4, 128, 5, 1, 0), (4, 4, 128, 3, 1, 0), (4, 4, 64, 8, 1, 0)],
 }
 Attend = Callable[[int, slice], Tensor]  # of a layer's index, and some of the sequences
 

@@ -17,7 +17,7 @@ from kvtool.config import KVOptions
 pytest.importorskip("triton")
 
 import emulator
-from compiled import ON_GPU, STACK, usage
+from compiled import ON_GPU, usage
 from test_mla_kernels import Decoding
 
 from kvtool.kernels import cuda_mla_decode, mla_decode, nvrtc
@@ -33,12 +33,12 @@ OPTIONS = [
 DIMS = (cuda_mla_decode.LATENT_DIM, cuda_mla_decode.ROPE_DIM)
 # Options, dtype and how tiles are cut: all that the kernel is compiled for.
 VARIANTS = [
-    (OPTIONS[0], torch.bfloat16, (2, 2, 4, 32, 3)),
-    (OPTIONS[1], torch.bfloat16, (2, 4, 8, 128, 4)),
-    (OPTIONS[3], torch.float16, (1, 8, 4, 128, 4)),
-    (OPTIONS[2], torch.bfloat16, (2, 4, 2, 64, 5)),
-    (OPTIONS[4], torch.float16, (1, 4, 4, 64, 3)),
-    (OPTIONS[5], torch.bfloat16, (2, 2, 4, 64, 4)),
+    (OPTIONS[0], torch.bfloat16, (2, 4, 32, 3, 1, 0)),
+    (OPTIONS[1], torch.bfloat16, (4, 4, 128, 4, 1, 6)),
+    (OPTIONS[3], torch.float16, (8, 4, 128, 4, 1, 0)),
+    (OPTIONS[2], torch.bfloat16, (4, 2, 64, 4, 1, 6)),
+    (OPTIONS[4], torch.float16, (4, 4, 64, 3, 1, 36)),
+    (OPTIONS[5], torch.bfloat16, (2, 4, 64, 3, 1, 0)),
 ]
 on_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 
@@ -99,10 +99,12 @@ def test_programs_fit_a_multiprocessor_without_spills(architecture, shared_kib, 
         pytest.skip(reason)
     monkeypatch.setattr(cuda_mla_decode, "shared_kib", lambda device: shared_kib)
     macros = macros_of(case_of(options))
-    bounds = f"shared_bytes <= {shared_kib - 1 << 10}"
+    bounds = (
+        f"{macros['PER_SM']} * (shared_bytes + 1024) <= {shared_kib << 10} && shared_bytes <= {shared_kib - 1 << 10}"
+    )
     used = usage(nvrtc.compile_cubin(f"{cuda_mla_decode.SOURCE} static_assert({bounds});", architecture, macros))
-    assert used["REG"] * macros["WARPS"] * 32 <= 65536
-    assert used["STACK"] <= STACK and used["LOCAL"] == 0
+    assert used["REG"] * macros["WARPS"] * 32 * macros["PER_SM"] <= 65536
+    assert used["STACK"] == used["LOCAL"] == 0
 
 
 @pytest.mark.parametrize(
@@ -168,3 +170,11 @@ def test_a_captured_step_serves_other_sequences():
         out.fill_(float("nan"))
         graph.replay()
         assert torch.equal(out, decoded(case))
+
+
+@on_gpu
+def test_programs_that_run_at_once_are_as_many_as_the_table_says():
+    for options in OPTIONS:
+        case = case_of(options, device="cuda")
+        macros = macros_of(case)
+        assert cuda_mla_decode._kernel(case.q.device, tuple(macros.items())).programs_per_sm >= macros["PER_SM"]

@@ -1,10 +1,10 @@
 // Decode attention over latents of integer codes (MLA, absorbed): a latent is key and value at once.
 // `cuda_mla_decode.py` says what is computed.
 //
-// A program has 16 query heads, the rows of both products, and walks over tiles of tokens. Some of its warps score, in
-// teams that have a tile each, in turn: a warp has a run of its tokens, with all of their channels, and leaves their
-// weights in shared memory. The others gather: each has a span of channels, of all tokens of every tile. So outputs stay
-// in registers, and a warp has neighbours that are a tile ahead or behind, at work on something else. A latent comes to
+// A program has 16 query heads, the rows of both products, and walks over tiles of tokens. Some of its warps score: each
+// has a run of tokens of a tile, with all of their channels, and leaves their weights in shared memory. The others
+// gather: each has a span of channels, of all tokens of the tile. So queries stay in registers of the ones and outputs in
+// those of the others, and a warp has a neighbour of the other kind, which is a tile ahead or behind. A latent comes to
 // shared memory once, as it lies in a block, and goes from there to either product without a conversion: the bits of a
 // code, alone in an fp16, are the subnormal number code · 2^-24, exactly (times 2^(BITS · part) for higher parts of a
 // byte).
@@ -28,10 +28,8 @@ constexpr int STEPS = TOKENS / 16;         // of the second product
 constexpr int SPAN = ROW / GATHERERS;      // bytes of a latent of a warp that gathers
 constexpr int DRAWN = TOKENS / GATHERERS;  // tokens that it brings to shared memory
 constexpr int QUERY_STEPS = (L + R) / 16;
-constexpr int AHEAD = STAGES > 3 ? 3 : 2;  // from a tile that has been gathered to one that must have come by then
+constexpr bool AHEAD = STAGES > 3;         // a tile is scored while weights of the one before are made
 constexpr int CHAINS = PARTS < 2 ? 2 : PARTS;  // sums of a chunk: a product waits long for what it adds to
-constexpr int CHUNKS_AT_ONCE = 1, STEPS_AT_ONCE = 2;  // of loops that are unrolled so far
-constexpr int PREFETCH = 0;
 
 // A stage of the ring, and what else is in shared memory.
 constexpr int ROPE = TOKENS * ROW;
@@ -41,21 +39,18 @@ constexpr int ROPE_SCALE = ZERO + TOKENS * 2 * GROUPS;  // of the blocks of DRAW
 constexpr int STAGE = ROPE_SCALE + (ROPE_BITS == 8 ? GATHERERS * 4 * R : 0);
 constexpr int QUERY = STAGES * STAGE;                   // operands of the first product, [step][lane]
 constexpr int WEIGHTS = QUERY + QUERY_STEPS * 512;      // of the second, [2][step][lane]
-constexpr int ALPHAS = WEIGHTS + 2 * STEPS * 512;       // [2][head]: what outputs so far are multiplied by
-constexpr int UNITS = ALPHAS + 2 * HEADS * 4;           // [head]: powers of 2 that queries are divided by
-constexpr int MAXIMA = UNITS + HEADS * 4;               // [head]: of the exponents of 2 so far, at least
-constexpr int TOPS = MAXIMA + HEADS * 4;                // [team][warp][head]
+constexpr int SCALES = WEIGHTS + 2 * STEPS * 512;       // of pairs of tokens, [2][step][group][t]
+constexpr int ALPHAS = SCALES + 2 * STEPS * 256;        // [2][head]: what outputs so far are multiplied by
+constexpr int TOPS = ALPHAS + 2 * HEADS * 4;            // [warp][head]
 constexpr int SUMS = GROUPS + 1;                        // where gatherers meet, [gatherer][head]: Σ p∘zero by group, Σ p
-extern "C" __constant__ const int shared_bytes = TOPS + TEAMS * SCORERS * HEADS * 4;
+extern "C" __constant__ const int shared_bytes = TOPS + SCORERS * HEADS * 4;
 
 static_assert(RUN % 16 == 0 && BLOCK % RUN == 0 && BLOCK % DRAWN == 0 && SPAN % 32 == 0);
 static_assert(RUN % DRAWN == 0 || DRAWN % RUN == 0);
-static_assert(STAGE % 128 == 0 && STAGES >= 3 && WARPS == TEAMS * SCORERS + GATHERERS);
+static_assert(STAGE % 128 == 0 && STAGES >= 3 && RESIDENT <= QUERY_STEPS && WARPS == SCORERS + GATHERERS);
 
-// Barriers: of all that score; of a team of them; and of a team with gatherers or with the other team, at which one side
-// only arrives: what it says of an item, a tile or a part of the tail.
-constexpr int QUERIES = 1, SCORING = 2, FULL = 4, EMPTY = 6, TURN = 8, LOADED = 10;
-constexpr int TEAM = SCORERS * 32, ALL_TEAMS = TEAMS * TEAM, BOTH = TEAM + GATHERERS * 32;
+// Barriers: of those that score; and of all, at which one team only arrives: what it says of a buffer, or of tile 0.
+constexpr int SCORING = 1, FULL = 2, READY = 4, BEGUN = 6, ALL = WARPS * 32;
 
 // Queries are multiplied by this and divided by a power of 2 near their largest: they stay below 64, and with the largest
 // scale of rope keys, 2 · 65,504 / 255, within fp16.
@@ -113,17 +108,12 @@ __device__ inline void prefetch_tail(const u16* key, const u16* value, int near,
 struct Place {
     char* shared;
     int warp, lane, g, t;  // the warp is one of its team
-
-    // Scales of a group, of 16 tokens: those of tokens 2t and 2t + 1, and of the two that are 8 behind.
-    __device__ inline const char* scales_of(const char* stage, int step, int group) {
-        return stage + SCALE + step * 256 + (group * 4 + t) * 8;
-    }
 };
 
-// Leave `queries` [heads, L + R] in shared memory as operands, divided by powers of 2 near their largest, in `units`.
-__device__ inline void leave_queries(Place at, float* units, const u16* queries, int heads) {
+// Leave `queries` [heads, L + R] in shared memory as operands, divided by powers of 2 near their largest, in `tops`.
+__device__ inline void leave_queries(Place at, float* tops, const u16* queries, int heads) {
     // Nothing is done before all is asked for: what a program waits for here, it waits for alone.
-    constexpr int STRIDE = TEAMS * SCORERS, OWN = (HEADS + STRIDE - 1) / STRIDE, OWN_STEPS = (QUERY_STEPS + STRIDE - 1) / STRIDE;
+    constexpr int OWN = (HEADS + SCORERS - 1) / SCORERS, OWN_STEPS = (QUERY_STEPS + SCORERS - 1) / SCORERS;
     auto row_of = [&](int head) { return queries + min(head, heads - 1) * (L + R); };
     float largest[OWN];
     u32 words[OWN_STEPS][2][2];
@@ -133,7 +123,7 @@ __device__ inline void leave_queries(Place at, float* units, const u16* queries,
 #pragma unroll
         for (int channel = at.lane * 8; channel < L + R; channel += 256) {
             u32 pairs[4];
-            read<16>(pairs, row_of(at.warp + i * STRIDE) + channel);
+            read<16>(pairs, row_of(at.warp + i * SCORERS) + channel);
             for (u32 pair : pairs)
                 for (int e = 0; e < 2; e++) largest[i] = fmaxf(largest[i], fabsf(widen<BF16>((u16)(pair >> 16 * e))));
         }
@@ -141,22 +131,21 @@ __device__ inline void leave_queries(Place at, float* units, const u16* queries,
 #pragma unroll
     for (int i = 0; i < OWN_STEPS; i++)
         for (int h = 0; h < 2; h++)
-            read<8>(words[i][h], row_of(at.g + 8 * h) + query_channel(min(i * STRIDE + at.warp, QUERY_STEPS - 1), at.t));
+            read<8>(words[i][h], row_of(at.g + 8 * h) + query_channel(min(i * SCORERS + at.warp, QUERY_STEPS - 1), at.t));
     for (int i = 0; i < OWN; i++) {
         for (int mask = 1; mask < 32; mask *= 2) largest[i] = fmaxf(largest[i], shuffle_xor(largest[i], mask));
-        if (at.lane == 0 && at.warp + i * STRIDE < HEADS)
-            units[at.warp + i * STRIDE] = __uint_as_float(__float_as_uint(largest[i]) & 0x7f800000);
+        if (at.lane == 0 && at.warp + i * SCORERS < HEADS)
+            tops[at.warp + i * SCORERS] = __uint_as_float(__float_as_uint(largest[i]) & 0x7f800000);
     }
-    if (threadIdx.x < HEADS) *(float*)(at.shared + MAXIMA + threadIdx.x * 4) = -1e30f;
-    meet(QUERIES, ALL_TEAMS);
+    meet(SCORING, SCORERS * 32);
 #pragma unroll
     for (int i = 0; i < OWN_STEPS; i++) {
-        const int step = i * STRIDE + at.warp;
+        const int step = i * SCORERS + at.warp;
         if (step >= QUERY_STEPS) break;
         const bool exact = ROPE_BITS == 16 && step >= L / 16;
         u32 operand[4];
         for (int h = 0; h < 2; h++) {
-            float factor = power_of_2(QUERY_BOOST) * __uint_as_float(0x7f000000 - __float_as_uint(units[at.g + 8 * h])), x[4];
+            float factor = power_of_2(QUERY_BOOST) * __uint_as_float(0x7f000000 - __float_as_uint(tops[at.g + 8 * h])), x[4];
             if (step < L / 16) factor *= power_of_2(-BITS * (step % PARTS));
             for (int e = 0; e < 4; e++) x[e] = widen<BF16>((u16)(words[i][h][e / 2] >> e % 2 * 16)) * factor;
             for (int j = 0; j < 2; j++)
@@ -164,18 +153,24 @@ __device__ inline void leave_queries(Place at, float* units, const u16* queries,
         }
         *(Words4*)(at.shared + QUERY + step * 512 + at.lane * 16) = {operand[0], operand[1], operand[2], operand[3]};
     }
-    meet(QUERIES, ALL_TEAMS);
+    meet(SCORING, SCORERS * 32);
 }
 
 // A warp that scores.
 struct Scorer : Place {
-    int team;
-    u32 query_sums[4];   // queries summed by group of channels, twice: as fp16, and what that leaves
-    float to_log2[2];    // what a score takes to the exponent of 2, of heads g and g + 8
-    float s[OCTETS][4];  // scores of this warp's run: columns 2t and 2t + 1 of heads g and g + 8
+    u32 query[RESIDENT + 1][4];  // the first operands of the first product
+    u32 query_sums[4];           // queries summed by group of channels, twice: as fp16, and what that leaves
+    float to_log2[2];            // what a score takes to the exponent of 2, of heads g and g + 8
+    float m[2];                  // the largest so far, at least: the same in all warps
+    float s[OCTETS][4];          // scores of this warp's run: columns 2t and 2t + 1 of heads g and g + 8
 
-    __device__ inline Scorer(Place at, int team, float scale) : Place(at), team(team) {
-        for (int h = 0; h < 2; h++) to_log2[h] = *head_of(UNITS, h) * scale * power_of_2(24 - QUERY_BOOST);
+    __device__ inline Scorer(Place at, const float* tops, float scale) : Place(at) {
+        for (int h = 0; h < 2; h++) {
+            to_log2[h] = tops[g + 8 * h] * scale * power_of_2(24 - QUERY_BOOST);
+            m[h] = -1e30f;
+        }
+#pragma unroll
+        for (int step = 0; step < RESIDENT; step++) read<16>(query[step], shared + QUERY + step * 512 + lane * 16);
         float sums[2][2];
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {
@@ -197,41 +192,30 @@ struct Scorer : Place {
         }
     }
 
-    // What an array of shared memory has of head g + 8h.
-    __device__ inline float* head_of(int array, int h) { return (float*)(shared + array) + g + 8 * h; }
-
     __device__ inline void read_query(u32 (&to)[4], int step) {
-        read<16>(to, shared + QUERY + step * 512 + lane * 16);
+        if (step < RESIDENT)
+            for (int j = 0; j < 4; j++) to[j] = query[step][j];
+        else
+            read<16>(to, shared + QUERY + step * 512 + lane * 16);
     }
 
-    // Leave scales of this warp's run by pairs of tokens, as `scales_of` finds them, where they have come by token.
-    __device__ inline void turn_scales(char* stage) {
-        u32 pairs[RUN / 16][2];
-        char* own = stage + SCALE + warp * RUN * 16;
-        for (int i = 0; i < RUN / 16; i++) read_transposed(pairs[i], own + (16 * i + lane % 16) * 16);
-        __syncwarp();
-        for (int i = 0; i < RUN / 16; i++) *(Words2*)(own + i * 256 + lane * 8) = {pairs[i][0], pairs[i][1]};
-        __syncwarp();
-    }
-
-    // Scores by rope keys, and what zeros add.
-    __device__ inline void add_rope(const char* stage) {
+    // Score a tile. `between` is what is done between its first products and the others, with the scores before.
+    template <typename Between> __device__ inline void score(const char* stage, Between between) {
         const int row = warp * RUN + g;
-        float offset[4] = {}, offsets[OCTETS][4] = {};  // of all tokens, and of each
-        u32 keys[OCTETS][ROPE_ROW / 16];
+        const char* codes[2];  // of chunks with an even number, and an odd one
+        for (int i = 0; i < 2; i++) codes[i] = stage + row * ROW + (i * 64 + t * 16 ^ swizzle(row));
+        // What is added at the end: offsets of all tokens and of each, and products with codes of rope keys.
+        float offset[4] = {}, offsets[OCTETS][4] = {}, rope[OCTETS][4] = {}, next[OCTETS][4] = {};
+        u32 keys[OCTETS][ROPE_ROW / 16], scales[OCTETS][2][4];
 #pragma unroll
         for (int o = 0; o < OCTETS; o++) {
             for (int i = 0; i < ROPE_ROW / 64; i++) {
                 const char* from = stage + ROPE + (row + 8 * o) * ROPE_ROW;
                 read<16>(keys[o] + 4 * i, from + (i * 64 + t * 16 ^ rope_swizzle(row)));
             }
-            u32 zero[2];
-            read<4>(zero, stage + ZERO + (row + 8 * o) * 16 + 4 * t);
-            zero[1] = zero[0];
-            multiply_add<false>(offsets[o], query_sums, zero);
+            for (int e = 0; e < 2; e++) read<16>(scales[o][e], stage + SCALE + (warp * RUN + 8 * o + 2 * t + e) * 16);
         }
-#pragma unroll
-        for (int step = 0; step < R / 16; step++) {
+        auto add_rope = [&](int step) {
             u32 operand[4], pairs[2];
             read_query(operand, L / 16 + step);
             if constexpr (ROPE_BITS == 8) {
@@ -247,27 +231,18 @@ struct Scorer : Place {
             for (int o = 0; o < OCTETS; o++)
                 if constexpr (ROPE_BITS == 8) {
                     pairs[0] = permute(keys[o][step], 0, 0x4240), pairs[1] = permute(keys[o][step], 0, 0x4341);
-                    multiply_add<false>(s[o], operand, pairs);
+                    multiply_add<false>(rope[o], operand, pairs);
                 } else {
                     pairs[0] = keys[o][2 * step], pairs[1] = keys[o][2 * step + 1];
                     multiply_add<BF16>(offsets[o], operand, pairs);
                 }
-        }
-        for (int o = 0; o < OCTETS; o++)
-            for (int j = 0; j < 4; j++) s[o][j] += (offset[j] + offsets[o][j]) * power_of_2(-24);
-    }
-
-    __device__ inline void score(const char* stage) {
-        const int row = warp * RUN + g;
-        for (auto& octet : s)
-            for (float& x : octet) x = 0;
-        add_rope(stage);
-#pragma unroll CHUNKS_AT_ONCE
+        };
+#pragma unroll
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
-            const char* codes = stage + row * ROW + (chunk * 64 + t * 16 ^ swizzle(row));
             u32 words[OCTETS][4];
             float sum[CHAINS][OCTETS][4] = {};
-            for (int o = 0; o < OCTETS; o++) read<16>(words[o], codes + 8 * o * ROW);
+            for (int o = 0; o < OCTETS; o++)
+                read<16>(words[o], codes[chunk % 2] + chunk / 2 * 128 + 8 * o * ROW);
 #pragma unroll
             for (int w = 0; w < 4; w++) {
                 u32 pairs[OCTETS][2];
@@ -283,111 +258,120 @@ struct Scorer : Place {
                 }
             }
 #pragma unroll
-            for (int part = 0; part < PARTS; part++)
-                for (int o = 0; o < OCTETS; o += 2) {
-                    u32 pairs[2];  // of tokens 2t and 2t + 1 of both octets
-                    read<8>(pairs, scales_of(stage, warp * OCTETS / 2 + o / 2, part * CHUNKS + chunk));
-                    for (int j = 0; j < 8; j++) {
-                        const float scale = widen<false>((u16)(pairs[j / 4] >> j % 2 * 16));
-                        s[o + j / 4][j % 4] += sum[part][o + j / 4][j % 4] * scale;
-                        if (PARTS < 2) s[o + j / 4][j % 4] += sum[1][o + j / 4][j % 4] * scale;
+            for (int step = 4 * chunk / CHUNKS; step < 4 * (chunk + 1) / CHUNKS; step++) add_rope(step);
+            for (int chain = 0; chain < CHAINS; chain++) {
+                int group = chain % PARTS * CHUNKS + chunk;
+                for (int o = 0; o < OCTETS; o++)
+                    for (int e = 0; e < 2; e++) {
+                        float scale = widen<false>((u16)(scales[o][e][group / 2] >> group % 2 * 16));
+                        for (int h = 0; h < 2; h++) next[o][2 * h + e] += sum[chain][o][2 * h + e] * scale;
                     }
-                }
+            }
+            if (chunk == 0) between();
+        }
+        for (int o = 0; o < OCTETS; o++) {
+            u32 zero[2];
+            read<4>(zero, stage + ZERO + (row + 8 * o) * 16 + 4 * t);
+            zero[1] = zero[0];
+            multiply_add<false>(offsets[o], query_sums, zero);
+            for (int j = 0; j < 4; j++) s[o][j] = next[o][j] + rope[o][j] + (offset[j] + offsets[o][j]) * power_of_2(-24);
         }
     }
 
-    template <bool BFLOAT> __device__ inline void leave_weights(
-        const float (&unit)[2], const float (&m)[2], int buffer
-    ) {
+    template <bool BFLOAT> __device__ inline void leave_weights(const float (&unit)[2], int buffer) {
         for (int o = 0; o < OCTETS; o += 2) {
             u32 p[4];
             for (int j = 0; j < 4; j++) {
                 const float *two = s[o + j / 2] + j % 2 * 2, shift = boost(BITS) - m[j % 2];
-                p[j] = round_pair<BFLOAT>(exp2_of(fmaf(two[0], unit[j % 2], shift)), exp2_of(fmaf(two[1], unit[j % 2], shift)));
+                p[j] = round_pair<BFLOAT>(exp2_of(two[0] * unit[j % 2] + shift), exp2_of(two[1] * unit[j % 2] + shift));
             }
             const int step = buffer * STEPS + (warp * OCTETS + o) / 2;
             *(Words4*)(shared + WEIGHTS + step * 512 + lane * 16) = {p[0], p[1], p[2], p[3]};
         }
     }
 
-    // Leave weights of these scores. They stay at most 1: where one of a warp of the team is above the maximum, all make
-    // them a second time.
+    // Leave weights of these scores. They stay at most 1: where one of a warp that scores is above the maximum, all
+    // make them a second time.
     template <bool BFLOAT> __device__ inline void weigh(const float (&unit)[2], int buffer) {
-        float top[2], m[2], alpha[2] = {1, 1};
+        float top[2], alpha[2] = {1, 1};
         for (int h = 0; h < 2; h++) {
-            m[h] = *head_of(MAXIMA, h);
             top[h] = fmaxf(s[0][2 * h], s[0][2 * h + 1]);
             for (int o = 1; o < OCTETS; o++) top[h] = fmaxf(top[h], fmaxf(s[o][2 * h], s[o][2 * h + 1]));
             top[h] *= unit[h];
         }
-        leave_weights<BFLOAT>(unit, m, buffer);
-        if (any_member(SCORING + team, TEAM, top[0] > m[0] || top[1] > m[1])) {
-            const int own = TOPS + team * SCORERS * HEADS * 4;
+        leave_weights<BFLOAT>(unit, buffer);
+        if (any_member(SCORING, SCORERS * 32, top[0] > m[0] || top[1] > m[1])) {
+            float* tops = (float*)(shared + TOPS);
             for (int h = 0; h < 2; h++) {
                 for (int mask = 1; mask < 4; mask *= 2) top[h] = fmaxf(top[h], shuffle_xor(top[h], mask));
-                if (t == 0) *head_of(own + warp * HEADS * 4, h) = top[h];
+                if (t == 0) tops[warp * HEADS + g + 8 * h] = top[h];
             }
-            meet(SCORING + team, TEAM);
+            meet(SCORING, SCORERS * 32);
             for (int h = 0; h < 2; h++) {
-                for (int i = 0; i < SCORERS; i++) top[h] = fmaxf(top[h], *head_of(own + i * HEADS * 4, h));
+                for (int i = 0; i < SCORERS; i++) top[h] = fmaxf(top[h], tops[i * HEADS + g + 8 * h]);
                 float raised = top[h] > m[h] ? top[h] + HEADROOM : m[h];
                 alpha[h] = exp2_of(m[h] - raised);
                 m[h] = raised;
             }
-            leave_weights<BFLOAT>(unit, m, buffer);
+            leave_weights<BFLOAT>(unit, buffer);
         }
         if (warp == 0 && t == 0)
-            for (int h = 0; h < 2; h++) {
-                *head_of(ALPHAS + buffer * HEADS * 4, h) = alpha[h];
-                *head_of(MAXIMA, h) = m[h];
-            }
+            for (int h = 0; h < 2; h++) *(float*)(shared + ALPHAS + (buffer * HEADS + g + 8 * h) * 4) = alpha[h];
     }
 
     // Tokens of the tile from `far` on are not seen.
-    __device__ inline void add_tile(char* stage, int far) {
-        turn_scales(stage);
-        score(stage);
+    template <typename Between> __device__ inline void add_tile(const char* stage, int far, Between between) {
+        score(stage, between);
         if (warp * RUN + RUN > far)
             for (int o = 0; o < OCTETS; o++)
                 for (int e = 0; e < 2; e++)
                     if (warp * RUN + 8 * o + 2 * t + e >= far) s[o][e] = s[o][2 + e] = __uint_as_float(0xff800000);  // -∞
     }
 
-    // TOKENS rows of the tail from `first` on, at the model's precision; what is before position `near` is not seen. Warps
-    // have 16 of them in turn, so that all have some of a short tail.
+    // Leave what gatherers need of the tile that was scored last.
+    __device__ inline void leave_tile(const char* stage, int buffer) {
+        for (int i = warp * RUN / 16; i < (warp + 1) * RUN / 16; i++) {
+            u32 pairs[2];  // of tokens 2t and 2t + 1, and of the two that are 8 behind: scales of group g
+            read_transposed(pairs, stage + SCALE + (16 * i + lane % 16) * 16);
+            *(Words2*)(shared + SCALES + (buffer * STEPS + i) * 256 + lane * 8) = {pairs[0], pairs[1]};
+        }
+        weigh<false>(to_log2, buffer);
+    }
+
+    // TOKENS rows of the tail from `first` on, at the model's precision; what is before position `near` is not seen.
     __device__ inline void add_tail(
         const u16* queries, int heads, const u16* key, const u16* value, int first, int position, int near,
-        int tail_tokens
+        int tail_tokens, float scale, int buffer
     ) {
         const u16 *low = queries + min(g, heads - 1) * (L + R), *high = queries + min(g + 8, heads - 1) * (L + R);
-        const int newest = position % tail_tokens;  // position p lies in row p mod tail_tokens
-        auto seen = [&](int row) {
-            return row < tail_tokens && newest - row + (row > newest ? tail_tokens : 0) <= position - near;
+        auto seen = [&](int row) {  // the newest position that it can hold is
+            return row < tail_tokens && position - (position - row + tail_tokens) % tail_tokens >= near;
         };
-#pragma unroll
-        for (int o = 0; o < OCTETS; o += 2) {
-            const int from = first + (o / 2 * SCORERS + warp) * 16;
-            float sum[2][4] = {};
-            if (any_lane(seen(from + lane % 16)))
+        for (auto& octet : s)
+            for (float& x : octet) x = 0;
+        const int end = any_lane(seen(first + warp * RUN + lane % RUN)) ? L + R : 0;
 #pragma unroll 6
-                for (int channel = 8 * t; channel < L + R; channel += 32) {
-                    u32 a[2][4];
-                    read<16>(a[0], low + channel);
-                    read<16>(a[1], high + channel);
-                    for (int i = 0; i < 2; i++) {
-                        const int row = min(from + 8 * i + g, tail_tokens - 1);
-                        u32 words[4];
-                        read<16>(words, channel < L ? value + row * L + channel : key + row * R + channel - L);
-                        for (int j = 0; j < 4; j += 2) {
-                            u32 rows[4] = {a[0][j], a[1][j], a[0][j + 1], a[1][j + 1]}, columns[2] = {words[j], words[j + 1]};
-                            multiply_add<BF16>(sum[i], rows, columns);
-                        }
-                    }
+        for (int channel = 8 * t; channel < end; channel += 32) {
+            u32 a[2][4];
+            read<16>(a[0], low + channel);
+            read<16>(a[1], high + channel);
+            for (int o = 0; o < OCTETS; o++) {
+                int row = min(first + warp * RUN + 8 * o + g, tail_tokens - 1);
+                u32 words[4];
+                read<16>(words, channel < L ? value + row * L + channel : key + row * R + channel - L);
+                for (int i = 0; i < 4; i += 2) {
+                    u32 rows[4] = {a[0][i], a[1][i], a[0][i + 1], a[1][i + 1]}, columns[2] = {words[i], words[i + 1]};
+                    multiply_add<BF16>(s[o], rows, columns);
                 }
-            for (int i = 0; i < 2; i++)
-                for (int j = 0; j < 4; j++)
-                    s[o + i][j] = seen(from + 8 * i + 2 * t + j % 2) ? sum[i][j] : __uint_as_float(0xff800000);  // -∞
+            }
         }
+        for (int o = 0; o < OCTETS; o++)
+            for (int e = 0; e < 2; e++) {
+                bool visible = seen(first + warp * RUN + 8 * o + 2 * t + e);
+                if (!visible) s[o][e] = s[o][2 + e] = __uint_as_float(0xff800000);  // -∞
+            }
+        const float unit[2] = {scale, scale};
+        weigh<BF16>(unit, buffer);
     }
 };
 
@@ -437,7 +421,7 @@ struct Gatherer : Place {
         }
         for (int i = 0; i < SPAN / 32; i++)
             from[i] = stage + row * ROW + (warp * SPAN + i * 32 + lane / 16 * 16 ^ swizzle(row));
-#pragma unroll STEPS_AT_ONCE
+#pragma unroll
         for (int i = 0; i < STEPS; i++) {
             u32 p[4], weights[PIECES][PARTS][4];
             read<16>(p, shared + WEIGHTS + (buffer * STEPS + i) * 512 + lane * 16);
@@ -445,7 +429,7 @@ struct Gatherer : Place {
             for (int piece = 0; piece < PIECES; piece++)
                 for (int part = 0; part < PARTS; part++) {
                     u32 scale[2];
-                    read<8>(scale, scales_of(stage, i, group_of(piece * 4, part)));
+                    read<8>(scale, shared + SCALES + (buffer * STEPS + i) * 256 + (group_of(piece * 4, part) * 4 + t) * 8);
                     for (int j = 0; j < 4; j++) weights[piece][part][j] = multiply(p[j], scale[j / 2]);
                 }
 #pragma unroll
@@ -470,16 +454,14 @@ struct Gatherer : Place {
 
     __device__ inline void add_tail(const u16* value, int first, int tail_tokens, int buffer) {
         const int steps = min(STEPS, (tail_tokens - first + 15) / 16);
-#pragma unroll 1
+#pragma unroll 2
         for (int i = 0; i < steps; i++) {
-            const int from = first + i * 16, step = i % SCORERS * (OCTETS / 2) + i / SCORERS;  // as scorers have them
             u32 weights[4];
-            read<16>(weights, shared + WEIGHTS + (buffer * STEPS + step) * 512 + lane * 16);
-            if (!any_lane(weights[0] | weights[1] | weights[2] | weights[3])) continue;
+            read<16>(weights, shared + WEIGHTS + (buffer * STEPS + i) * 512 + lane * 16);
             if (i % GATHERERS == warp) add_total<BF16>(weights);
             const u16* rows[4];
             for (int j = 0; j < 4; j++)
-                rows[j] = value + min(from + 2 * t + j % 2 + j / 2 * 8, tail_tokens - 1) * L + 2 * g;
+                rows[j] = value + min(first + 16 * i + 2 * t + j % 2 + j / 2 * 8, tail_tokens - 1) * L + 2 * g;
 #pragma unroll
             for (int chunk = 0; chunk < SPAN / 16; chunk++)
 #pragma unroll
@@ -532,7 +514,7 @@ struct Gatherer : Place {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) latent_decode(
+extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) latent_decode(
     const u16* queries,  // [n, heads, L + R]
     u16* out,            // [n, heads, L]
     float* partial,      // [n, heads, splits, L], with splits
@@ -556,16 +538,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) latent_decode(
     const int rows = (num_heads + HEADS - 1) / HEADS, seq = blockIdx.x / rows, head = blockIdx.x % rows * HEADS;
     const int heads = min(HEADS, num_heads - head), split = blockIdx.y, splits = gridDim.y;
     const int lane = lane_id();
-    const bool scores = threadIdx.x < ALL_TEAMS;
-    const int warp = threadIdx.x / 32 - (scores ? 0 : TEAMS * SCORERS);
+    const bool scores = threadIdx.x < SCORERS * 32;
+    const int warp = threadIdx.x / 32 - (scores ? 0 : SCORERS);
     const Place at = {shared, warp, lane, lane / 4, lane % 4};
     if (CHAINED) await_inputs();
     const u64 row = (u64)seq * num_heads + head;
     const int position = positions[seq], near = visible[seq], far = min(near, position + 1);
-    const u64 tail = (u64)slots[seq] * slot_units * 16;
-    const u16 *tail_keys = (const u16*)(key.tail + tail), *tail_values = (const u16*)(value.tail + tail);
+    float *tops = (float*)(shared + TOPS), *sums = (float*)shared;  // these when the ring is read
     queries += row * (L + R);
-    if (scores) leave_queries(at, (float*)(shared + UNITS), queries, heads);  // while positions are on their way
+    if (scores) leave_queries(at, tops, queries, heads);  // while positions are on their way
     // As in decode.cu: what starts soon fetches weights to L2, and a long read would drive them out again.
     if (CHAINED && !scores && (int)gridDim.x / rows * position < 8192) start_next();
 
@@ -577,7 +558,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) latent_decode(
     if (arrivals && split >= shares) return;
     const int begin = min(tiles, split * share), count = min(tiles, (split + 1) * share) - begin;
     const int tail_count = split == shares - 1 ? (tail_tokens + TOKENS - 1) / TOKENS : 0;
-    if (tail_count && threadIdx.x == ALL_TEAMS) prefetch_tail(tail_keys, tail_values, near, position + 1, tail_tokens);
+    const u64 tail = tail_count ? (u64)slots[seq] * slot_units * 16 : 0;
+    const u16 *tail_keys = (const u16*)(key.tail + tail), *tail_values = (const u16*)(value.tail + tail);
+    if (tail_count && threadIdx.x == SCORERS * 32) prefetch_tail(tail_keys, tail_values, near, position + 1, tail_tokens);
 
     // Tile k is begin + k; each lane of a gatherer looks up the block of what its warp brings of one of the next 32. What
     // would begin behind the last token is fetched from where that is.
@@ -589,14 +572,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) latent_decode(
         if (k % 32 == 0 && k + lane < count) blocks = table[first_of(k + lane) / BLOCK];
         u64 block = (u64)(u32)shuffle(blocks, k % 32) * (u32)block_units * 16;
         if (k < count) fetch(shared + k % STAGES * STAGE, key, value, block, first_of(k) % BLOCK, warp);
-        if (PREFETCH && k % 32 + PREFETCH < 32 && k + PREFETCH < count) {
-            block = (u64)(u32)shuffle(blocks, k % 32 + PREFETCH) * (u32)block_units * 16;
-            const u32 row = first_of(k + PREFETCH) % BLOCK;
-            if (lane == 0) prefetch(value.codes + block + row * ROW, DRAWN * ROW);
-            if (lane == 1) prefetch(key.codes + block + row * ROPE_ROW, DRAWN * ROPE_ROW);
-            if (lane == 2) prefetch(value.scale + block + row * (2 * GROUPS), DRAWN * 2 * GROUPS);
-            if (lane == 3) prefetch(value.zero + block + row * (2 * GROUPS), DRAWN * 2 * GROUPS);
-        }
         end_group();
     };
     if (!scores) {
@@ -604,65 +579,66 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) latent_decode(
         for (int k = 0; k < STAGES - 1; k++) fetch_tile(k);
     }
 
-    // Items are parts of the tail, and then tiles, which are on their way meanwhile. Teams score one each, in turn, when it
-    // is LOADED. They leave weights in one of two buffers, one team after the other, where the buffer is EMPTY: then it is
-    // FULL.
-    const int items = tail_count + count;
+    // Weights go from scorers to gatherers in one of two buffers, FULL of them. That it is READY means that it is empty
+    // again, and that the tile is there which is scored meanwhile. The tail comes first, while tiles are on their way.
+    const int all = tail_count + count;
     const bool alone = splits == 1 || arrivals && shares == 1;
-    float* sums = (float*)shared;  // when the ring is read
     auto stage_of = [&](int tile) { return shared + tile % STAGES * STAGE; };
     if (scores) {
-        const int team = warp / SCORERS;
-        Scorer w({shared, warp % SCORERS, lane, at.g, at.t}, team, scale);
-        const float tail_unit[2] = {scale, scale};
+        Scorer w(at, tops, scale);
+        auto far_of = [&](int tile) { return far - (begin + tile) * TOKENS; };
+        for (int k = 0; k < tail_count; k++) {
+            meet(READY + k % 2, ALL);
+            w.add_tail(queries, heads, tail_keys, tail_values, k * TOKENS, position, near, tail_tokens, scale, k % 2);
+            arrive(FULL + k % 2, ALL);
+        }
+        meet(BEGUN, ALL);
+        if (AHEAD && count > 0) w.add_tile(stage_of(0), far_of(0), [] {});
 #pragma unroll 1
-        for (int k = team; k < items; k += TEAMS) {
+        for (int k = tail_count; k < all; k++) {
             const int tile = k - tail_count;
-            meet(LOADED + k % 3, BOTH);
-            if (tile < 0)
-                w.add_tail(queries, heads, tail_keys, tail_values, k * TOKENS, position, near, tail_tokens);
-            else
-                w.add_tile(stage_of(tile), far - (begin + tile) * TOKENS);
-            if (k >= 2) meet(EMPTY + k % 2, BOTH);
-            if (TEAMS > 1 && k > 0) meet(TURN + k % 2, ALL_TEAMS);
-            if (tile < 0) w.weigh<BF16>(tail_unit, k % 2);
-            else w.weigh<false>(w.to_log2, k % 2);
-            if (TEAMS > 1 && k + 1 < items) arrive(TURN + (k + 1) % 2, ALL_TEAMS);
-            arrive(FULL + k % 2, BOTH);
+            meet(READY + k % 2, ALL);
+            auto leave = [&] {
+                w.leave_tile(stage_of(tile), k % 2);
+                arrive(FULL + k % 2, ALL);
+            };
+            if (AHEAD && tile + 1 < count) {
+                w.add_tile(stage_of(tile + 1), far_of(tile + 1), leave);
+            } else {
+                if (!AHEAD) w.add_tile(stage_of(tile), far_of(tile), [] {});
+                leave();
+            }
         }
         if (CHAINED) start_next();  // all that is long is read
         __syncthreads();
         __syncthreads();
-        if (!alone && warp == 0 && w.t == 0)
+        if (!alone && w.warp == 0 && w.t == 0)
             for (int h = 0; h < 2; h++) {
                 const int own = w.g + 8 * h;
                 float total = 0;
                 for (int i = 0; i < GATHERERS; i++) total += sums[(i * HEADS + own) * SUMS + GROUPS];
-                if (own < heads) lse[(row + own) * splits + split] = *w.head_of(MAXIMA, h) + log2_of(fmaxf(total, 1e-37f));
+                if (own < heads) lse[(row + own) * splits + split] = w.m[h] + log2_of(fmaxf(total, 1e-37f));
             }
     } else {
         Gatherer w(at);
-        auto say_loaded = [&](int k) {
-            if (k < items) arrive(LOADED + k % 3, BOTH);
+        auto say_ready = [&](int k) {
+            if (k < all) arrive(READY + k % 2, ALL);
         };
         await_groups<STAGES - 2>();
-        say_loaded(0);
-        await_groups<STAGES - 3>();
-        say_loaded(1);
-        if constexpr (AHEAD > 2) {
-            await_groups<STAGES - 4>();
-            say_loaded(2);
-        }
-        for (int k = 0; k < items; k++) {
-            meet(FULL + k % 2, BOTH);
+        arrive(BEGUN, ALL);
+        await_groups<STAGES - 2 - AHEAD>();
+        say_ready(0);
+        await_groups<STAGES - 3 - AHEAD>();
+        say_ready(1);
+        for (int k = 0; k < all; k++) {
+            meet(FULL + k % 2, ALL);
             const int tile = k - tail_count;
             if (tile >= 0) fetch_tile(tile - 1 + STAGES);  // to where all have left the tile before
             w.rescale(k % 2);
             if (tile < 0) w.add_tail(tail_values, k * TOKENS, tail_tokens, k % 2);
             else w.add_tile(stage_of(tile), k % 2);
-            if (k + 2 < items) arrive(EMPTY + k % 2, BOTH);
-            await_groups<STAGES - 1 - AHEAD>();
-            say_loaded(k + AHEAD);
+            await_groups<STAGES - 3 - AHEAD>();
+            say_ready(k + 2);
         }
         await_groups<0>();
         __syncthreads();  // the ring is read
