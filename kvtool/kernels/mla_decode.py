@@ -258,7 +258,7 @@ def _latent_kernel(
         for part in tl.static_range(V_PARTS):
             s = tl.dot(qs[part], tl.trans(latents[part]), s)
         s = tl.where((index * TOKENS + token < far)[None, :], s, float("-inf"))
-        m, total, alpha, p = _softmax_step(s, m, total, to_log2)
+        m, total, alpha, p = softmax_step(s, m, total, to_log2)
         new_accs = ()
         for part in tl.static_range(V_PARTS):
             new_accs += (tl.dot(p.to(latents[part].dtype), latents[part], accs[part] * alpha[:, None]),)
@@ -280,7 +280,7 @@ def _latent_kernel(
                     values = rows_of(v_tail + slot, tail_rows, L, part * V_PIECE, V_PIECE)
                     s = tl.dot(query, tl.trans(values), s)
                 s = tl.where((at >= near)[None, :], s, float("-inf"))
-                m, total, alpha, p = _softmax_step(s, m, total, to_log2)
+                m, total, alpha, p = softmax_step(s, m, total, to_log2)
                 new_accs = ()
                 for part in tl.static_range(V_PARTS):
                     values = rows_of(v_tail + slot, tail_rows, L, part * V_PIECE, V_PIECE)
@@ -385,7 +385,7 @@ def _spread(each, PIECE: tl.constexpr, GROUP: tl.constexpr, CHANNEL: tl.constexp
 
 
 @triton.jit
-def _softmax_step(s, m, total, to_log2):
+def softmax_step(s, m, total, to_log2):
     """Maxima (in units of log2) and sums with the scores s [HEADS, TOKENS], what older sums shrink by, and weights.
 
     Weights and sums are 256 times as large as they should be, so that small ones keep their digits in fp16.

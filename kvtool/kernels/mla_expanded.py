@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kvtool.kernels.launch import capability, next_power_of_2, num_sms
-from kvtool.kernels.mla_prefill import unpack
-from kvtool.kernels.prefill import Tile, _first_near, _gather, _keys, _tile
 from kvtool.kernels.streams import PackedStream
+from kvtool.kernels.tiles import Tile, first_near, gather, load_keys, tile_at
+from kvtool.kernels.unpack import unpack_stream
 
 WORKSPACE = 128 << 20  # bytes of a piece: of decoded blocks, and of the keys and values that are made of them
 
@@ -74,8 +74,8 @@ def expanded_prefill(
     for first in range(0, max(1, len(blocks)), room):
         piece = blocks[first : first + room]
         rows = len(piece) * block_size
-        unpack(key, piece, ropes)
-        unpack(value, piece, latents)
+        unpack_stream(key, piece, ropes)
+        unpack_stream(value, piece, latents)
         torch.mm(latents.view(-1, latent)[:rows], weight.T, out=made[:rows])
         _expanded_kernel[(len(cut) * heads,)](
             nope,
@@ -150,13 +150,13 @@ def _expanded_kernel(
     PAD: tl.constexpr = next_power_of_2(VALUE)
     head = tl.program_id(0) % heads
     tile = tl.program_id(0) // heads
-    span, token, t_first, t_last, near_first, near_row = _tile(tiles_ptr, tile, M)
+    span, token, t_first, t_last, near_first, near_row = tile_at(tiles_ptr, tile, M)
     far_row = (tl.load(firsts_ptr + span) * BLOCK - first_row).to(tl.int32)  # of position 0
 
     # Rows past the last query repeat it, and are not stored.
     row = tl.arange(0, M)
     position = tl.minimum(t_first + row, t_last)
-    v_first, v_last, v = _first_near(visible_ptr, token, t_first, t_last, position, near_first, EXACT, NEAR)
+    v_first, v_last, v = first_near(visible_ptr, token, t_first, t_last, position, near_first, EXACT, NEAR)
 
     line = token - num_decodes + position
     nope = _queries(nope_ptr + head * nope_head_stride, line, nope_stride, NOPE)
@@ -229,11 +229,11 @@ def _read(
     made, ropes, made_stride, rope_stride, row = where
     for key in range(begin, end, N):
         keys = made + (row + key) * made_stride
-        k = _keys(keys, made_stride, end - key, N, NOPE, MASKED)
-        k_rope = _keys(ropes + (row + key) * rope_stride, rope_stride, end - key, N, ROPE, MASKED)
-        v = _keys(keys + NOPE, made_stride, end - key, N, VALUE, MASKED)
+        k = load_keys(keys, made_stride, end - key, N, NOPE, MASKED)
+        k_rope = load_keys(ropes + (row + key) * rope_stride, rope_stride, end - key, N, ROPE, MASKED)
+        v = load_keys(keys + NOPE, made_stride, end - key, N, VALUE, MASKED)
         at = (key + tl.arange(0, N))[None, :]
         keep = (at >= v_from[:, None]) & (at < v_to[:, None])
         s = tl.dot(nope, tl.trans(k), tl.dot(rope, tl.trans(k_rope)))
-        acc, m, total = _gather(acc, m, total, s, v, to_log2, keep, MASKED)
+        acc, m, total = gather(acc, m, total, s, v, to_log2, keep, MASKED)
     return acc, m, total

@@ -12,9 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kvtool.kernels.launch import capability
-from kvtool.kernels.mla_decode import HEADS, _softmax_step
-from kvtool.kernels.prefill import _first_near, _keys, _tile, _unpack_kernel
+from kvtool.kernels.mla_decode import HEADS, softmax_step
 from kvtool.kernels.streams import PackedStream
+from kvtool.kernels.tiles import first_near, load_keys, tile_at
+from kvtool.kernels.unpack import unpack_stream
 
 # Rows, keys at a time, warps and stages by compute capability: what compiles without spills; neither was timed yet.
 TILES: dict[int, tuple[int, int, int, int]] = {8: (32, 16, 8, 2), 9: (32, 32, 8, 2)}
@@ -57,12 +58,12 @@ def latent_prefill(
                 1,
                 block_size,
                 stream.tail.shape[-1],
-                dtype=None if stream.bits == "16" else torch.float16,  # as in `kvtool.kernels.prefill.unpack`
+                dtype=None if stream.bits == "16" else torch.float16,  # as in `kvtool.kernels.unpack`
             )
             for stream in (key, value)
         )
-        unpack(key, far_blocks, far_key)
-        unpack(value, far_blocks, far_value)
+        unpack_stream(key, far_blocks, far_key)
+        unpack_stream(value, far_blocks, far_value)
     nears = (q, q) if near_key is None or near_value is None else (near_key, near_value)
     assert nears[0].stride(-1) == nears[1].stride(-1) == 1
     _latent_prefill_kernel[(len(cut) * head_blocks,)](
@@ -95,26 +96,6 @@ def latent_prefill(
         num_warps=num_warps,
         num_stages=num_stages,
     )
-
-
-def unpack(stream: PackedStream, blocks: Tensor, out: Tensor) -> None:
-    """Decode blocks [F] of a stream to `out` [F or more, 1, B, D], of the model's dtype where they are of 16 bits."""
-    block_size, dim = out.shape[2:]
-    arrays = (*stream.arrays[:3], out)
-    kind = {"BITS": stream.bits, "CHANNEL": stream.axis == "channel", "GROUP": stream.group or dim}
-    kind["ZERO"] = stream.zero is not None
-    if len(blocks):
-        _unpack_kernel[(len(blocks), 1, 1)](  # one stream: what would be the second is not looked at
-            *arrays,
-            *arrays,
-            blocks,
-            stream.codes.stride(0) * stream.codes.itemsize // 16,
-            0,
-            D=dim,
-            BLOCK=block_size,
-            **{f"{letter}_{name}": value for letter in "KV" for name, value in kind.items()},
-            num_warps=8,
-        )
 
 
 @triton.jit(
@@ -154,7 +135,7 @@ def _latent_prefill_kernel(
     TOKENS: tl.constexpr = M // HEADS
     head_blocks = (num_heads + HEADS - 1) // HEADS
     tile = tl.program_id(0) // head_blocks
-    span, token, t_first, t_last, near_first, near_row = _tile(tiles_ptr, tile, TOKENS)
+    span, token, t_first, t_last, near_first, near_row = tile_at(tiles_ptr, tile, TOKENS)
     if span < 0:  # nobody's
         return
     table_ptr += span * table_stride
@@ -167,7 +148,7 @@ def _latent_prefill_kernel(
     latent_q = tl.load(q_ptr + line[:, None] * (L + R) + tl.arange(0, L)[None, :])
     rope_q = tl.load(q_ptr + line[:, None] * (L + R) + L + tl.arange(0, R)[None, :])
 
-    v_first, v_last, v = _first_near(visible_ptr, token, t_first, t_last, position, near_first, EXACT, NEAR)
+    v_first, v_last, v = first_near(visible_ptr, token, t_first, t_last, position, near_first, EXACT, NEAR)
 
     # Queries over a power of 2 near their largest meet what codes have become within fp16.
     q_max = tl.maximum(tl.max(tl.abs(latent_q.to(tl.float32)), 1), tl.max(tl.abs(rope_q.to(tl.float32)), 1))
@@ -216,8 +197,8 @@ def _far_latents(
     block = tl.load(table_ptr + tl.minimum(begin, last) // BLOCK)
     for key in range(begin, end, N):
         next_block = tl.load(table_ptr + tl.minimum(key + N, last) // BLOCK)  # none waits for its block's id
-        ropes = _keys(k_ptr + block * k_stride + key % BLOCK * R, R, end - key, N, R, MASKED)
-        latents = _keys(v_ptr + block * v_stride + key % BLOCK * L, L, end - key, N, L, MASKED)
+        ropes = load_keys(k_ptr + block * k_stride + key % BLOCK * R, R, end - key, N, R, MASKED)
+        latents = load_keys(v_ptr + block * v_stride + key % BLOCK * L, L, end - key, N, L, MASKED)
         keep = (key + tl.arange(0, N))[None, :] < v[:, None]
         state = _attend_latents(state, latent_q, rope_q, latents, ropes, keep, MASKED)
         block = next_block
@@ -242,8 +223,8 @@ def _near_latents(
     """Positions `begin` to `end` at full precision; MASKED: each row those from `v` to its own."""
     k_ptr, v_ptr, k_stride, v_stride, row = near
     for key in range(begin, end, N):
-        ropes = _keys(k_ptr + (row + key) * k_stride, k_stride, end - key, N, R, MASKED)
-        latents = _keys(v_ptr + (row + key) * v_stride, v_stride, end - key, N, L, MASKED)
+        ropes = load_keys(k_ptr + (row + key) * k_stride, k_stride, end - key, N, R, MASKED)
+        latents = load_keys(v_ptr + (row + key) * v_stride, v_stride, end - key, N, L, MASKED)
         at = (key + tl.arange(0, N))[None, :]
         keep = (at >= v[:, None]) & (at <= position[:, None])
         state = _attend_latents(state, latent_q, rope_q, latents, ropes, keep, MASKED)
@@ -257,5 +238,5 @@ def _attend_latents(state, latent_q, rope_q, latents, ropes, keep, MASKED: tl.co
     s = tl.dot(latent_q, tl.trans(latents), tl.dot(rope_q, tl.trans(ropes)))
     if MASKED:
         s = tl.where(keep, s, float("-inf"))
-    m, total, alpha, p = _softmax_step(s, m, total, to_log2)
+    m, total, alpha, p = softmax_step(s, m, total, to_log2)
     return tl.dot(p.to(latents.dtype), latents, acc * alpha[:, None]), m, total, to_log2

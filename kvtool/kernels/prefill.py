@@ -7,7 +7,6 @@ to be done merges what they found. Softmax as in FlashAttention-2 (arXiv:2307.08
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -18,21 +17,8 @@ from kvtool.kernels import MOST_PIECES, WORKSPACE
 from kvtool.kernels.decode import HEAD_DIMS
 from kvtool.kernels.launch import capability, next_power_of_2, num_sms, power_of_2
 from kvtool.kernels.streams import PackedStream, refuses_heads
-
-FIELDS = tl.constexpr(10)  # of a row of `Prompts.tiles`
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Queries times heads, and keys, that a program multiplies at a time; its warps and pipeline stages, and how many
-    programs an SM runs at once."""
-
-    rows: int
-    keys: int
-    num_warps: int
-    num_stages: int
-    per_sm: int = 1
-
+from kvtool.kernels.tiles import FIELDS, Tile, first_near, gather, load_keys, tile_at
+from kvtool.kernels.unpack import unpack
 
 # By (compute capability, head_dim padded to a power of 2): for steps that fill the device, and for those that do not.
 # sm_89 was never timed: its rows are those that compile without spills.
@@ -153,46 +139,6 @@ def paged_prefill(
         )
 
 
-def unpack(
-    key: PackedStream, value: PackedStream, blocks: Tensor, first_head: int, heads: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Blocks [F] decoded, of `heads` heads from `first_head` on; of block -1 anything.
-
-    Returns:
-        [F * B, heads, D] of keys and of values, a head's behind each other in memory, in `dtype` where they are of 16
-        bits, else in fp16: it holds all that can be packed, with three bits more than bf16.
-    """
-    _, _, block_size, _ = key.codes.shape
-    head_dim = key.tail.shape[-1]
-    outs = [
-        torch.empty(
-            (heads, len(blocks) * block_size, head_dim),
-            dtype=dtype if stream.bits == "16" else torch.float16,
-            device=blocks.device,
-        )
-        for stream in (key, value)
-    ]
-    if len(blocks):
-        _unpack_kernel[(len(blocks), heads, 2)](
-            *(*key.arrays[:3], outs[0]),
-            *(*value.arrays[:3], outs[1]),
-            blocks,
-            key.codes.stride(0) * key.codes.itemsize // 16,
-            first_head,
-            D=head_dim,
-            BLOCK=block_size,
-            K_BITS=key.bits,
-            K_CHANNEL=key.axis == "channel",
-            K_GROUP=key.group or head_dim,
-            K_ZERO=key.zero is not None,
-            V_BITS=value.bits,
-            V_CHANNEL=value.axis == "channel",
-            V_GROUP=value.group or head_dim,
-            V_ZERO=value.zero is not None,
-        )
-    return outs[0].transpose(0, 1), outs[1].transpose(0, 1)
-
-
 def _choose(num_tokens: int, device: torch.device, head_dim: int, group_heads: int, kv_heads: int) -> Tile:
     """The large tile where it fills the device, else the small one. It depends on shapes alone, for CUDA graphs."""
     large, small = TILES[capability(device), power_of_2(head_dim)]
@@ -257,7 +203,7 @@ def _prefill_kernel(
     TOKENS: tl.constexpr = M // GROUP_HEADS
     head = tl.program_id(0) % heads
     piece = tl.program_id(0) // heads
-    span, token, t_first, t_last, near_first, near_row = _tile(tiles_ptr, piece, TOKENS)
+    span, token, t_first, t_last, near_first, near_row = tile_at(tiles_ptr, piece, TOKENS)
     if span < 0:  # nobody's
         return
     table_ptr += span * table_stride
@@ -273,7 +219,7 @@ def _prefill_kernel(
     at = (token - first_token + position) * q_stride + ((first_head + head) * GROUP_HEADS + row % GROUP_HEADS) * D
     q = tl.load(q_ptr + at[:, None] + channel[None, :], mask=(channel < D)[None, :], other=0)
 
-    v_first, v_last, v = _first_near(visible_ptr, token, t_first, t_last, position, near_first, EXACT, NEAR)
+    v_first, v_last, v = first_near(visible_ptr, token, t_first, t_last, position, near_first, EXACT, NEAR)
     first = tl.full([M], 0, tl.int32)
     begin = 0
     end = t_last + 1
@@ -368,30 +314,6 @@ def _piece(tiles_ptr, row, end):
 
 
 @triton.jit
-def _tile(tiles_ptr, index, TOKENS: tl.constexpr):
-    """A tile's span, the token of position 0, its first and last position, the first near position, and the near row of
-    position 0."""
-    tile = tiles_ptr + index * FIELDS
-    t_first, start = tl.load(tile + 1).to(tl.int32), tl.load(tile + 3).to(tl.int32)
-    t_last = tl.minimum(t_first + TOKENS, tl.load(tile + 4).to(tl.int32)) - 1
-    near_first = tl.load(tile + 5).to(tl.int32)
-    return tl.load(tile), tl.load(tile + 2) - start, t_first, t_last, near_first, tl.load(tile + 6) - near_first
-
-
-@triton.jit
-def _first_near(visible_ptr, token, t_first, t_last, position, near_first, EXACT: tl.constexpr, NEAR: tl.constexpr):
-    """v(t) of the first query, of the last and of each: all read blocks below the first, none from the second on."""
-    if EXACT:
-        return near_first, near_first, tl.zeros_like(position) + near_first
-    elif NEAR:
-        v_first = tl.load(visible_ptr + token + t_first).to(tl.int32)
-        v_last = tl.load(visible_ptr + token + t_last).to(tl.int32)
-        return v_first, v_last, tl.load(visible_ptr + token + position).to(tl.int32)
-    else:
-        return t_first + 1, t_last + 1, position + 1
-
-
-@triton.jit
 def _read(
     state,
     q,
@@ -423,121 +345,10 @@ def _read(
             next_block = tl.load(table_ptr + tl.minimum(key + N, last) // BLOCK)  # none waits for its block's id
             k_row = k_ptr + block * k_block_stride + key % BLOCK * k_stride
             v_row = v_ptr + block * v_block_stride + key % BLOCK * v_stride
-        k = _keys(k_row, k_stride, end - key, N, D, MASKED)
-        v = _keys(v_row, v_stride, end - key, N, D, MASKED)
+        k = load_keys(k_row, k_stride, end - key, N, D, MASKED)
+        v = load_keys(v_row, v_stride, end - key, N, D, MASKED)
         at = (key + tl.arange(0, N))[None, :]
         keep = (at >= first[:, None]) & (at < past[:, None])
-        acc, m, total = _gather(acc, m, total, tl.dot(q, tl.trans(k)), v, to_log2, keep, MASKED)
+        acc, m, total = gather(acc, m, total, tl.dot(q, tl.trans(k)), v, to_log2, keep, MASKED)
         block = next_block
     return acc, m, total
-
-
-@triton.jit
-def _keys(ptr, stride, count, N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """[N, D padded] of keys or values, zeros in the padding and, if MASKED, from `count` on."""
-    PAD: tl.constexpr = next_power_of_2(D)
-    key = tl.arange(0, N)[:, None]
-    channel = tl.arange(0, PAD)[None, :]
-    if MASKED:  # what lies there may be NaN, and 0 x NaN is NaN
-        return tl.load(ptr + key * stride + channel, mask=(key < count) & (channel < D), other=0)
-    elif PAD != D:
-        return tl.load(ptr + key * stride + channel, mask=channel < D, other=0)
-    else:
-        return tl.load(ptr + key * stride + channel)
-
-
-@triton.jit
-def _gather(acc, m, total, s, v, to_log2, keep, MASKED: tl.constexpr):
-    """One step of softmax(s) v: maxima `m` in units of log2, sums `total`, both [M], and `acc` [M, D]."""
-    if MASKED:
-        s = tl.where(keep, s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, 1) * to_log2)
-    p = tl.exp2(s * to_log2[:, None] - m_new[:, None])
-    alpha = tl.exp2(m - m_new)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
-    return acc, m_new, total * alpha + tl.sum(p, 1)
-
-
-@triton.jit(do_not_specialize=["first_head"])
-def _unpack_kernel(
-    k_codes,
-    k_scale,
-    k_zero,
-    k_out,
-    v_codes,
-    v_scale,
-    v_zero,
-    v_out,
-    blocks_ptr,
-    block_stride,  # of 16 bytes: so the compiler knows how pointers are aligned
-    first_head,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    K_BITS: tl.constexpr,
-    K_CHANNEL: tl.constexpr,
-    K_GROUP: tl.constexpr,
-    K_ZERO: tl.constexpr,
-    V_BITS: tl.constexpr,
-    V_CHANNEL: tl.constexpr,
-    V_GROUP: tl.constexpr,
-    V_ZERO: tl.constexpr,
-):
-    """Program (block, head, stream)."""
-    index = tl.program_id(0).to(tl.int64)
-    block = tl.load(blocks_ptr + index).to(tl.int64) * block_stride
-    if block < 0:  # nobody's
-        return
-    head = first_head + tl.program_id(1)
-    to = (tl.program_id(1) * tl.num_programs(0) + index) * (BLOCK * D)
-    if tl.program_id(2) == 0:
-        _unpack(k_codes, k_scale, k_zero, k_out + to, block, head, D, BLOCK, K_BITS, K_CHANNEL, K_GROUP, K_ZERO)
-    else:
-        _unpack(v_codes, v_scale, v_zero, v_out + to, block, head, D, BLOCK, V_BITS, V_CHANNEL, V_GROUP, V_ZERO)
-
-
-@triton.jit
-def _unpack(
-    codes,
-    scale,
-    zero,
-    out,
-    block,
-    head,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BITS: tl.constexpr,
-    CHANNEL: tl.constexpr,
-    GROUP: tl.constexpr,
-    ZERO: tl.constexpr,
-):
-    """One head of one block, `kvtool.kv.codecs` in float32."""
-    WIDTH: tl.constexpr = 8 if BITS == "8" or BITS == "fp8" or BITS == "16" else (4 if BITS == "4" else 2)
-    RUN: tl.constexpr = D * WIDTH // 8
-    row = tl.arange(0, BLOCK)[:, None]
-    byte = tl.arange(0, next_power_of_2(RUN))[None, :]
-    inside = (byte < RUN) & (row < BLOCK)
-    if BITS == "16":
-        x = tl.load(codes + block * 8 + (head * BLOCK + row) * D + byte, mask=inside)
-        tl.store(out + row * D + byte, x, mask=inside)
-    else:
-        packed = tl.load(codes + block * 16 + (head * BLOCK + row) * RUN + byte, mask=inside, other=0)
-        for part in tl.static_range(8 // WIDTH):
-            channel = part * RUN + byte
-            if BITS == "fp8":  # an e4m3 byte moved into fp16's exponent is its value / 256
-                half = ((packed.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -0x4001).to(tl.float16, bitcast=True)
-                x = half.to(tl.float32) * 256
-            else:
-                x = ((packed >> (part * WIDTH)) & (2**WIDTH - 1)).to(tl.float32)
-                if not ZERO:  # symmetric
-                    x -= 2 ** (WIDTH - 1) - 1
-            if CHANNEL:
-                at = head * D + channel
-                mask = byte < RUN
-            else:
-                at = (head * BLOCK + row) * (D // GROUP) + channel // GROUP
-                mask = inside
-            x *= tl.load(scale + block * 8 + at, mask=mask, other=0).to(tl.float32)
-            if ZERO:
-                x += tl.load(zero + block * 8 + at, mask=mask, other=0).to(tl.float32)
-            x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)  # a scale rounded up can lead beyond
-            tl.store(out + row * D + channel, x.to(out.dtype.element_ty), mask=inside)

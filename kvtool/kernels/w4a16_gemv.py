@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import triton
 from torch import Tensor
 
 from kvtool.kernels.launch import capability
@@ -65,7 +64,7 @@ def gemv(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor 
     """
     out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
     kernel = _kernel(x.device, tuple(constants(x, scales, tile, x.device).items()))
-    grid = (triton.cdiv(len(weight), 16 * tile.tiles), 1)
+    grid = (-(-len(weight) // (16 * tile.tiles)), 1)
     kernel(grid, arguments(x, weight, scales, zeros, bias, out), chained=capability(x.device) >= 9)
     return out
 
@@ -94,4 +93,4 @@ def arguments(
 
 def _columns(rows: int) -> int:
     """Products of 8 rows each."""
-    return triton.cdiv(rows, 8)
+    return -(-rows // 8)

@@ -8,7 +8,6 @@ import ctypes
 from functools import cache, partial
 
 import torch
-import triton
 from torch import Tensor
 
 from kvtool.kernels import w4a16_gemv, w4a16_stream
@@ -61,7 +60,7 @@ def decode(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 def grid(out: Tensor) -> tuple[int, int]:
     """Programs that decode what `out` has room for."""
-    return triton.cdiv(len(out), LINES), triton.cdiv(out.shape[1], COLUMNS)
+    return -(-len(out) // LINES), -(-out.shape[1] // COLUMNS)
 
 
 def constants(out: Tensor, scales: Tensor, chain: bool) -> dict[str, object]:
