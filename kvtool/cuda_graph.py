@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from math import prod
 from typing import NamedTuple, TypeVar
 
@@ -12,19 +12,23 @@ import torch
 from torch import Tensor
 
 from kvtool.gpus import GPU, GPUS
-from kvtool.kv.batch import ALIGNED, Integers, KVBatch, Span, each, integers, on_device
+from kvtool.kernels import takes
+from kvtool.kv.batch import ALIGNED, Cut, Integers, KVBatch, Span, each, integers, on_device
 from kvtool.kv.fixed import Room, fixed_batch
 from kvtool.kv.format import KVFormat
 from kvtool.request import ScheduledBatch, ScheduledSpan
 from kvtool.sampler import greedy
 
-SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-STEP = 64  # between the largest
+# Rows of steps of decodes. Beyond 128, products take longer the more there are (on an H200 those of a 7B model about a
+# tenth for 32 more), and so does attention over packed KV, whether they are somebody's or not.
+SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 144, 160, 176, 192, 208, 224, 256, 288, 320, 384, 448, 512)
 
-# Tokens of steps with prompts. Sizes finer than a product's tile of rows would save nothing; of the larger ones an
-# eighth is left over at most. Decodes that are nobody's cost little, but the more there could be, the fewer programs
-# share one.
+# Tokens of steps with prompts. Of the larger ones an eighth is left over at most; prompts that come alone, whose first
+# token is waited for, find half the distance where products gain by it: a layer of a 7B takes an H200 186, 236 and 256
+# µs at 256, 320 and 384. Decodes that are nobody's cost little, but the more there could be, the fewer programs share
+# one.
 TOKENS = (*range(128, 2048, 128), *range(2048, 4096, 256), *range(4096, 8193, 512))
+TOKENS_ALONE = range(192, 1024, 128)
 DECODES = (0, 16, 256)
 
 # What the host takes to launch the kernels of a layer one by one: 0.45 ms beside one H200, 1.1 beside another.
@@ -34,14 +38,16 @@ SUSTAINED = 0.7  # of a GPU's FLOP/s, in products of many rows
 # Tokens that the rows of prompts may read, each for itself; more is read faster by a prefill kernel.
 MOST_READ = 1 << 16
 
-# (ids [n], batch) → logits [n, vocab_size], or hidden states [n, hidden_size]
+# (ids [n], batch) → hidden states [n, hidden_size]
 Step = Callable[[Tensor, KVBatch], Tensor]
+# (hidden states [n, hidden_size], memory for them or None) → logits [n, vocab_size]
+Head = Callable[[Tensor, Tensor | None], Tensor]
 Outputs = TypeVar("Outputs")
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
     """Of `SIZES`, those that so many sequences need, and small ones for short prompts."""
-    return [size for size in SIZES if size <= 256 or size < max_num_seqs + STEP]
+    return [size for smaller, size in pairwise((0, *SIZES)) if size <= 256 or smaller < max_num_seqs]
 
 
 def worthwhile_tokens(products: float, gpu: GPU | None) -> int:
@@ -62,7 +68,9 @@ def prompt_rooms(most_decodes: int, worthwhile: int, max_num_batched_tokens: int
     if 1 < max_num_batched_tokens <= min(worthwhile, TOKENS[-1]):
         sizes.append(max_num_batched_tokens)
     decodes = [sorted({min(some, most_decodes, size - 2) for some in DECODES}) for size in sizes]
-    return [Room(some, size) for size, counts in zip(sizes, decodes, strict=True) for some in counts]
+    alone = [Room(0, size) for size in TOKENS_ALONE if size <= worthwhile and size < max_num_batched_tokens]
+    rooms = {*alone, *(Room(some, size) for size, counts in zip(sizes, decodes, strict=True) for some in counts)}
+    return sorted(rooms, key=lambda room: (room.tokens, room.decodes))
 
 
 def most_rows(max_num_batched_tokens: int) -> int:
@@ -166,6 +174,7 @@ class DecodeGraphs:
 
     Args:
         step: the model on a batch; what it runs is captured, so it must not look at any value.
+        head: likewise, on the hidden states.
         fmt: of the KV store.
         recent: [1 + K, max_num_seqs + 1], ids that were sampled last and drafted, by slot, and of a slot that nobody
             reads.
@@ -174,8 +183,8 @@ class DecodeGraphs:
         sizes: of `SIZES`, those that so many sequences need.
     """
 
-    def __init__(self, step: Step, fmt: KVFormat, recent: Tensor, table: BlockTable) -> None:
-        self._step, self._format, self._recent, self._table = step, fmt, recent, table
+    def __init__(self, step: Step, head: Head, fmt: KVFormat, recent: Tensor, table: BlockTable) -> None:
+        self._step, self._head, self._format, self._recent, self._table = step, head, fmt, recent, table
         self._newest = newest = recent[0]
         device, shape = newest.device, len(Inputs._fields)
         self.sizes = decode_sizes(len(newest) - 1)
@@ -249,10 +258,10 @@ class DecodeGraphs:
             tail_slots=inputs.slots,
             visible=inputs.visible,
         )
-        computed = self._step(known(inputs.ids, self._recent), batch)
+        hidden = self._step(known(inputs.ids, self._recent), batch)
         if len(self._logits) < size:
-            self._logits = torch.empty_like(computed)
-        logits = self._logits[:size].copy_(computed)
+            self._logits = torch.empty_like(self._head(hidden, None))
+        logits = self._head(hidden, self._logits[:size])
         return batch, logits, greedy(logits, self._newest, inputs.targets)
 
 
@@ -263,6 +272,10 @@ def place(span: ScheduledSpan, width: int) -> int:
 
 def known(ids: Tensor, recent: Tensor) -> Tensor:
     """`ids` [n], with the tokens of `recent` in place of what stands for them."""
+    if takes(ids):
+        from kvtool.kernels import sampling
+
+        return sampling.known(ids, recent)
     return torch.where(ids < 0, recent.flatten()[(-1 - ids).clamp_(min=0)], ids)
 
 
@@ -325,13 +338,13 @@ class CapturedRoom(NamedTuple):
     """A graph and what it reads.
 
     Attributes:
-        tile: tokens in a tile of its kernels.
+        how: its kernels cut prompts.
         inputs: by name, in memory that all rooms share.
         staged: the same on the host, flat.
     """
 
     graph: torch.cuda.CUDAGraph
-    tile: int
+    how: Cut
     inputs: dict[str, Tensor]
     staged: dict[str, Integers]
 
@@ -363,9 +376,9 @@ class PromptGraphs:
         """Capture some of `rooms`, the largest first, so that the smaller ones find its memory."""
         for room in sorted(rooms, key=lambda room: (room.tokens, room.decodes), reverse=True):
             inputs = self._cleared(room)
-            graph, tile = capturer.capture(partial(self._run, room, inputs))
+            graph, how = capturer.capture(partial(self._run, room, inputs))
             staged = {name: piece.view(-1).numpy() for name, piece in self._inputs(room, self._staged).items()}
-            self._captured[room] = CapturedRoom(graph, tile, inputs, staged)
+            self._captured[room] = CapturedRoom(graph, how, inputs, staged)
 
     def rehearse(self) -> None:
         """Launch what all graphs would hold."""
@@ -387,7 +400,7 @@ class PromptGraphs:
         spans = tuple(map(as_kv_span, batch.spans))
         n = sum(span.length == 1 for span in spans)
         self._table.send(batch.spans[:n])
-        arrays = room.lay_out(self._format, spans, captured.tile)
+        arrays = room.lay_out(self._format, spans, captured.how)
         arrays |= room_ids(batch.spans, room.decodes, self._recent.shape[1])
         self._sent.synchronize()  # what is staged has been read
         for name, piece in captured.staged.items():
@@ -435,8 +448,8 @@ class PromptGraphs:
         named = zip(shapes.items(), pieces, strict=True)
         return {name: piece[: prod(shape)].view(shape) for (name, shape), piece in named}
 
-    def _run(self, room: Room, inputs: dict[str, Tensor]) -> int:
-        """Compute the step that is in `inputs`, to `_hidden`; the tokens in a tile of the kernels."""
+    def _run(self, room: Room, inputs: dict[str, Tensor]) -> Cut:
+        """Compute the step that is in `inputs`, to `_hidden`; how its kernels cut prompts."""
         slots, columns, newest = inputs["newest"]
         if room.decodes:
             self._table.rows.index_put_((slots, columns), newest)
@@ -445,14 +458,14 @@ class PromptGraphs:
         if len(self._hidden) < len(hidden):
             self._hidden = torch.empty_like(hidden)
         self._hidden[: len(hidden)].copy_(hidden)
-        return prompts.tile
+        return prompts.how
 
 
 class StepGraphs:
     """All graphs of an engine, which share their memory.
 
     Args:
-        hidden_states: the model on a batch; logits: of hidden states.
+        hidden_states: the model on a batch; head: on its hidden states.
         recent: [1 + K, max_num_seqs + 1], ids that were sampled last and drafted, by slot, and of a slot that nobody
             reads.
         max_blocks: of the longest sequence.
@@ -462,14 +475,14 @@ class StepGraphs:
     def __init__(
         self,
         hidden_states: Step,
-        logits: Callable[[Tensor], Tensor],
+        head: Head,
         fmt: KVFormat,
         recent: Tensor,
         max_blocks: int,
         rooms: Sequence[Room],
     ) -> None:
         self._table = BlockTable(recent.shape[1] - 1, max_blocks, recent.device)
-        self.decodes = DecodeGraphs(lambda ids, batch: logits(hidden_states(ids, batch)), fmt, recent, self._table)
+        self.decodes = DecodeGraphs(hidden_states, head, fmt, recent, self._table)
         self.prompts = PromptGraphs(hidden_states, fmt, recent, self._table, rooms)
 
     def capture(self, *, largest: bool = False) -> None:

@@ -182,14 +182,14 @@ class Engine:
         Raises:
             RequestError: it could never run.
         """
-        params, known = request.params, range(self.info.vocab_size)
+        params, last = request.params, self.info.vocab_size - 1
         for name, ids in (
             ("prompt", request.prompt),
             ("stop_token_ids", params.stop_token_ids),
             ("logit_bias", params.logit_bias),
         ):
-            if not all(token in known for token in ids):
-                raise RequestError(f"{name}: token ids must be from 0 to {known[-1]}", name)
+            if ids and (min(ids) < 0 or max(ids) > last):
+                raise RequestError(f"{name}: token ids must be from 0 to {last}", name)
         if request.push_to is not None or request.is_pushed:
             self._submit_shared(request)
             return

@@ -22,14 +22,14 @@ from kvtool.memory import MemoryParts, size
 OURS = "kvtool::"
 CLASSES: dict[str, str] = {
     "communication": r"nccl|all_reduce|all_gather|^kvtool::communication$",
-    "sampling": r"^_(survey|choose|largest|first_largest|verify)$|^kvtool::sampling$",
+    "sampling": r"^_(survey|choose|largest|first_largest|verify|known)$|^kvtool::sampling$",
     "seal": r"^_(seal|write_blocks)$|^kvtool::seal$",
     "attention": r"^_(decode|merge|prefill|latent_prefill|unpack|latent|expanded)_kernel$|^(paged|latent)_decode$"
     r"|flash|fmha|^kvtool::attention$",
-    "norm, rope, write": r"^_(add_rms_norm|norm_rotate|rotate_and_norm|silu_mul|read_near|write_tokens)$"
+    "norm, rope, write": r"^_(add_rms_norm|norm_rotate|rotate_and_(norm|write)|silu_mul|read_near|write_tokens)$"
     r"|^kvtool::(rope|write)$|^aten::(rms_norm|silu|mul_|add_)$",
     "routing of experts": r"^_(route|group|count|offsets|place|combine)_kernel$",
-    "GEMM": r"^_(multiply|dot|grouped|product|finish|quantize|encode|dequantize)_kernel$|^w4a16(_gemv)?$"
+    "GEMM": r"^_(multiply|dot|grouped|product|finish|quantize|encode)_kernel$|^w4a16(_gemv|_decode)?$"
     r"|gemm|gemv|cutlass|nvjet|xmma|cublas|split_?k|^aten::(linear|addmm|mm|bmm|matmul|einsum)$",
 }
 OTHER, GAPS = "other", "host gaps"

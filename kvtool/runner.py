@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvtool.attention import PagedAttention, block_size
-from kvtool.attention.latents import LatentQueries
+from kvtool.attention.queries import Queries
 from kvtool.calibration import choose_quantization
 from kvtool.config import EngineConfig
 from kvtool.cuda_graph import StepGraphs, as_kv_span, known, most_rows, place, prompt_rooms, worthwhile_tokens
@@ -330,7 +330,7 @@ class Runner:
         batch: KVBatch,
         on_layer: Callable[[int], None] | None,
         layer: int,
-        q: Tensor | LatentQueries,
+        q: Queries,
         key: Tensor,
         value: Tensor,
     ) -> Tensor:
@@ -340,7 +340,7 @@ class Runner:
         if on_layer:
             on_layer(index)
         if out is None:
-            out = q.empty() if isinstance(q, LatentQueries) else torch.empty_like(q)
+            out = torch.empty_like(q) if isinstance(q, Tensor) else q.empty()
             out.zero_()
         return out
 
@@ -478,7 +478,7 @@ class Runner:
         (worthwhile,) = self.parallel.least(worthwhile if captured is None else min(worthwhile, captured))
         most_decodes = len(self.recent) * config.max_num_seqs
         # Stages but the last have no logits, and nobody looks at what comes of their hidden states.
-        head = self.model.logits if self.parallel.stage.is_last else torch.Tensor.contiguous
+        head = self.model.logits if self.parallel.stage.is_last else _kept
         return StepGraphs(
             self._compute,
             head,
@@ -501,3 +501,8 @@ class Runner:
                 f"{self.device} has no memory left for CUDA graphs; "
                 "lower --gpu-memory-utilization or --kv-cache-memory, or add --no-cuda-graph"
             ) from error
+
+
+def _kept(hidden: Tensor, out: Tensor | None) -> Tensor:
+    """`hidden` as it is, in `out` if that is given."""
+    return hidden if out is None else out.copy_(hidden)

@@ -28,6 +28,9 @@ from kvtool.sequence import Sequence
 from kvtool.sequence_memory import SequenceMemory
 from kvtool.speculation import DraftCache
 
+# While room is made, nothing is under way and the GPU waits: it is not made for one block at a time.
+STEPS_OF_ROOM = 16
+
 NOT_FINITE = "the model computed NaN or infinity for this prompt; a wider --dtype may help"
 
 
@@ -52,8 +55,8 @@ class Scheduler:
 
     Requests are served in the order of their arrival. A sequence is admitted with the blocks of its whole prompt, of
     which it shares those that another of the same beginning has computed, and grows block by block after that. When
-    the pool is short, the youngest running sequence moves to the swap space and waits, first in line; where that is
-    full too, it gives its memory up to be computed again. What it will see is the same either way, because visibility
+    the pool is short, the youngest running sequences move to the swap space and wait, first in line; where that is full
+    too, they give their memory up to be computed again. What they will see is the same either way, because visibility
     depends on the position alone. The oldest can always go on: `add` refuses what the empty pool could not hold.
 
     Steps may be scheduled before the outcome of those before them is known: `update` is called once for each, in their
@@ -154,12 +157,7 @@ class Scheduler:
         for sequence in self._decodes() if suspect is None else ():
             if sequence.slot < 0 or budget == 0:  # preempted a moment ago, or no room in this step
                 continue
-            while not self.memory.grow(sequence):
-                youngest = self.running[-1]
-                self._preempt(youngest)
-                if youngest is sequence:
-                    break
-            else:
+            if self.memory.grow(sequence) or self._make_room(sequence):
                 for draft in range(1 + self.drafting.propose(sequence, budget - 1, spare=len(self.running))):
                     work.append(self._compute(sequence, 1, draft))
                     budget -= 1
@@ -170,8 +168,7 @@ class Scheduler:
         while budget > 0 and suspect is None and self.waiting and self._admit(self.waiting[0]):
             work.append(self._compute(self.waiting.popleft(), budget))
             budget -= work[-1][0].length
-        if work and work[-1][0].token_ids:  # otherwise all are decodes
-            work.sort(key=lambda item: (bool(item[0].token_ids), item[0].length > 1))
+        work.sort(key=lambda item: _place(item[0]))
         return self._batch(work) if work else ScheduledBatch(spans=[], samples=[])
 
     def update(self, result: StepResult, seconds: float = 0.0) -> list[Tokens]:
@@ -456,6 +453,17 @@ class Scheduler:
         self._release(sequence)
         sequence.unfit = False
 
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Give `sequence` the block that it needs, for which the youngest are preempted, and more of them while those
+        that stay would be short in the next `STEPS_OF_ROOM`; False where it is the one that had to go."""
+        spare = len(self.running) * STEPS_OF_ROOM // self.format.block_size
+        while self.blocks.num_free <= spare and self.running[-1] is not sequence:
+            self._preempt(self.running[-1])
+        if self.memory.grow(sequence):
+            return True
+        self._preempt(sequence)
+        return False
+
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's memory; it waits, first in line."""
         self.totals["preemptions_total"] += 1
@@ -479,3 +487,14 @@ class Scheduler:
     def _preempted(self) -> Iterator[Sequence]:
         """Who waits for room to go on: first in line, before those that have never run."""
         return takewhile(lambda sequence: sequence.num_known_tokens > 0, self.waiting)
+
+
+def _place(span: ScheduledSpan) -> tuple[bool, bool, int]:
+    """Where a span stands in its step: decodes first, then others of one token, then longer ones.
+
+    Of decodes, those that read most come first, as a GPU starts on them in this order: with the short ones it fills up
+    what the long ones leave, and graphs repeat the last. A sequence's drafts stay behind its newest token.
+    """
+    if span.token_ids:
+        return True, span.length > 1, 0
+    return False, False, span.draft - span.start

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvtool.attention import PagedAttention, block_size
-from kvtool.attention.latents import LatentQueries, absorbing
+from kvtool.attention.queries import Queries, prepared
 from kvtool.calibration import choose_quantization
 from kvtool.config import Bits, EngineConfig, KVOptions
 from kvtool.device import choose_device, choose_dtype
@@ -276,7 +276,7 @@ class ScoringModel:
                     self._profiler.rest(partial(self._held, attention.store))
             case Walk():
                 ids, positions = (torch.tensor(x, device=self.device) for x in (order.token_ids, order.positions))
-                self.model(ids, positions, absorbing(SharedHeads(self.model_config, self.parallel)))
+                self.model(ids, positions, prepared(SharedHeads(self.model_config, self.parallel)))
         return []
 
     @torch.inference_mode()
@@ -288,7 +288,7 @@ class ScoringModel:
         shared = SharedHeads(self.model_config, self.parallel, attend)
         with self._ranks.waiting():
             self._ranks.tell(Walk(ids.tolist(), positions.tolist()))
-            self.model(ids, positions, absorbing(shared))
+            self.model(ids, positions, prepared(shared))
             for layer in range(self._layers.stop, self.model_config.num_layers):
                 shared.serve(layer, len(ids), self.dtype, self.device)
 
@@ -349,7 +349,7 @@ class ScoringModel:
         attention: PagedAttention,
         batch: KVBatch,
         layer: int,
-        q: Tensor | LatentQueries,
+        q: Queries,
         key: Tensor,
         value: Tensor,
     ) -> Tensor:
@@ -357,7 +357,7 @@ class ScoringModel:
         with self.parallel.faults_noted(attention.store.note_fault):
             out = attention(layer - self._layers.start, q, key, value, batch)
         if out is None:
-            out = q.empty() if isinstance(q, LatentQueries) else torch.empty_like(q)
+            out = torch.empty_like(q) if isinstance(q, Tensor) else q.empty()
             out.zero_()
         return out
 

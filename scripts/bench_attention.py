@@ -2,18 +2,21 @@
 
     python scripts/bench_attention.py --num-q-heads 28 --num-kv-heads 4
     python scripts/bench_attention.py --phase prefill --num-q-heads 28 --num-kv-heads 4
-    python scripts/bench_attention.py --sweep --num-q-heads 28 --num-kv-heads 4 --nbits 8,4
+    python scripts/bench_attention.py --phase prefill --context 4000,32000 --tokens 8,64,256 --nbits 16,4
+    python scripts/bench_attention.py --sweep --num-q-heads 28 --num-kv-heads 4 --nbits 8,4 --workloads 64x4096
 
 Each figure is the mean of a CUDA graph that runs layers one behind the other: for decode as many as fill 4 GiB, so that
 no cache helps. Its bytes are those that must be read: sealed blocks below v(t) with their scales, and the tail from
-v(t) to t. Prefill is one prompt from its first token on, beside torch written out ("naive") and its
-scaled_dot_product_attention; workspace is what a call allocates besides its result. --sweep: the second workload by how
-the kernel in CUDA C++ cuts it: by warps, stages, programs per SM and tokens of a tile; and by programs of a sequence.
+v(t) to t. Prefill is one prompt behind a context that was computed before, beside torch written out ("naive") and,
+where there is no context, its scaled_dot_product_attention; workspace is what a call allocates besides its result.
+--sweep: by how kernels cut the work: warps, stages, programs per SM and tokens of a tile (in Triton, which reads 16
+bits and fp8, registers); and the programs that share a sequence and KV head: one, and as many as one to four to an SM
+make.
 """
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from unittest import mock
 
 import torch
@@ -22,7 +25,8 @@ from kvtool.attention import select
 from kvtool.attention.layer import AttentionLayer
 from kvtool.attention.triton_backend import TritonPrefill
 from kvtool.config import KVOptions
-from kvtool.kernels import cuda_decode
+from kvtool.kernels import cuda_decode, decode
+from kvtool.kernels.launch import num_sms
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
@@ -30,11 +34,13 @@ from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.store import KVStore
 from kvtool.quantize.decode_speed import FOOTPRINT, fill, graph_seconds, read_bandwidth
 
-WORKLOADS = ((16, 32_000), (64, 4_096), (256, 1_024), (1, 131_072))  # sequences, tokens of each
-PROMPTS = (128, 256, 512, 1_024, 2_048, 4_096, 8_192)  # tokens
+Workloads = Sequence[tuple[int, int]]  # sequences, tokens of each
+WORKLOADS = ((16, 32_000), (64, 4_096), (256, 1_024), (1, 131_072))
+PROMPTS = "128,256,512,1024,2048,4096,8192"  # tokens
 PROMPT_LAYERS = 8
 PAGE = 256  # tokens, the least that flash-attn takes
-SWEEP = ((4, 2, 2, 64), (4, 3, 2, 64), (4, 2, 3, 32), (8, 2, 1, 64))  # as `cuda_decode.TILES` has them
+SWEEP = ((4, 2, 3, 32), (4, 2, 3, 64), (6, 2, 2, 32), (6, 2, 2, 64), (8, 2, 2, 32))  # as `cuda_decode.TILES` has them
+SWEEP_TRITON = ((4, 3, 3, None), (4, 5, 2, None), (8, 5, 3, None))  # as `decode.TILES` has them
 
 
 def main() -> None:
@@ -45,22 +51,27 @@ def main() -> None:
     parser.add_argument("--nbits", default="16,8,4,2", help="of the default recipes, or fp8")
     parser.add_argument("--attention-backend", default="auto", help="for decode")
     parser.add_argument("--phase", choices=("decode", "prefill"), default="decode")
-    parser.add_argument("--sweep", action="store_true", help="time tiles and splits, and nothing else")
+    parser.add_argument("--workloads", help="of decode: sequences × tokens as in 64x4096,1x131072")
+    parser.add_argument("--tokens", default=PROMPTS, help="of each prompt")
+    parser.add_argument("--context", default="0", help="tokens before each prompt")
+    parser.add_argument("--sweep", action="store_true", help="time decode by tiles and splits, and nothing else")
     args = parser.parse_args()
+    asked = [tuple(map(int, one.split("x"))) for one in args.workloads.split(",")] if args.workloads else WORKLOADS
     layer = AttentionLayer(args.num_q_heads, args.num_kv_heads, args.head_dim, args.head_dim**-0.5)
     if args.sweep:
-        sweep_table(layer, args.nbits.split(","))
+        sweep_table(layer, args.nbits.split(","), asked)
     elif args.phase == "decode":
-        decode_table(layer, args.nbits.split(","), args.attention_backend)
+        decode_table(layer, args.nbits.split(","), asked, args.attention_backend)
     else:
-        prefill_table(layer, args.nbits.split(","))
+        bounds = [(int(c), int(c) + int(n)) for c in args.context.split(",") for n in args.tokens.split(",")]
+        prefill_table(layer, args.nbits.split(","), bounds)
 
 
-def decode_table(layer: AttentionLayer, formats: list[str], asked: str) -> None:
+def decode_table(layer: AttentionLayer, formats: list[str], workloads: Workloads, asked: str) -> None:
     bandwidth = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}, {layer.describe()}, read {bandwidth / 1e12:.2f} TB/s")
     print(f"{'workload':>12} {'KV':>10} {'µs':>8} {'GB/s':>7} {'share':>6} {'× flash-attn':>12}")
-    for num_seqs, length in WORKLOADS:
+    for num_seqs, length in workloads:
         peer = flash_attention_seconds(layer, num_seqs, length)
         if peer is not None:
             nbytes = num_seqs * length * 4 * layer.num_kv_heads * layer.head_dim
@@ -71,77 +82,92 @@ def decode_table(layer: AttentionLayer, formats: list[str], asked: str) -> None:
             show(f"{num_seqs}×{length}", nbits, seconds, nbytes, bandwidth, peer)
 
 
-def sweep_table(layer: AttentionLayer, formats: list[str]) -> None:
-    bandwidth, (num_seqs, length) = read_bandwidth(), WORKLOADS[1]
-    peer, tiles = flash_attention_seconds(layer, num_seqs, length), cuda_decode.TILES
-    print(f"{torch.cuda.get_device_name()}, {layer.describe()}, {num_seqs}×{length}, read {bandwidth / 1e12:.2f} TB/s")
-    print(f"{'tile':>12} {'KV, splits':>10} {'µs':>8} {'GB/s':>7} {'share':>6} {'× flash-attn':>12}")
-    for nbits in formats:
-        run, layers, nbytes = decode_step(layer, nbits, num_seqs, length, "cuda")
-        for tile in dict.fromkeys([tiles[228, nbits], *SWEEP]):
-            tiles[228, nbits] = tile
-            for splits in (1, 2, 3, 4):
-                with mock.patch.object(cuda_decode, "num_splits", return_value=splits):
-                    seconds = graph_seconds(run, layers)
-                show(" ".join(map(str, tile)), f"{nbits}, {splits}", seconds, nbytes, bandwidth, peer)
+def sweep_table(layer: AttentionLayer, formats: list[str], workloads: Workloads) -> None:
+    bandwidth, sms = read_bandwidth(), num_sms(torch.device("cuda"))
+    print(f"{torch.cuda.get_device_name()}, {layer.describe()}, read {bandwidth / 1e12:.2f} TB/s")
+    print(f"{'workload':>12} {'KV':>10} {'µs':>8} {'GB/s':>7} {'share':>6} {'× flash-attn':>12}  tile, splits")
+    for num_seqs, length in workloads:
+        peer = flash_attention_seconds(layer, num_seqs, length)
+        filling = {max(1, programs * sms // (num_seqs * layer.num_kv_heads)) for programs in range(5)}
+        for nbits in formats:
+            in_triton = nbits in ("16", "fp8")
+            run, layers, nbytes = decode_step(layer, nbits, num_seqs, length, "triton" if in_triton else "cuda")
+            kernel, sweep = (decode, SWEEP_TRITON) if in_triton else (cuda_decode, SWEEP)
+            tiles, key = kernel.TILES, (9 if in_triton else 228, nbits)
+            for tile in dict.fromkeys([tiles[key], *sweep]):
+                for splits in sorted(filling):
+                    with (
+                        mock.patch.dict(tiles, {key: tile}),
+                        mock.patch.object(kernel, "num_splits", return_value=splits),
+                    ):
+                        seconds = graph_seconds(run, layers)
+                    cut = f"{' '.join(map(str, tile))}, {splits}"
+                    show(f"{num_seqs}×{length}", nbits, seconds, nbytes, bandwidth, peer, cut)
 
 
-def prefill_table(layer: AttentionLayer, formats: list[str]) -> None:
+def prefill_table(layer: AttentionLayer, formats: list[str], bounds: list[tuple[int, int]]) -> None:
     print(f"{torch.cuda.get_device_name()}, {layer.describe()}, one prompt")
     print(f"{'tokens':>12} {'attention':>10} {'µs':>8} {'TFLOP/s':>8} {'workspace MiB':>13} {'× flash-attn':>12}")
-    for length in PROMPTS:
-        calls = other_prefills(layer, length)
-        calls |= {nbits: triton_prefill(layer, nbits, length) for nbits in formats}
-        flops = 2 * layer.num_heads * layer.head_dim * length * (length + 1)
+    for start, end in bounds:
+        calls = other_prefills(layer, start, end)
+        calls |= {nbits: triton_prefill(layer, nbits, start, end) for nbits in formats}
+        flops = 2 * layer.num_heads * layer.head_dim * (end * (end + 1) - start * (start + 1))
+        workload = f"{start} + {end - start}" if start else str(end)
         peer = None
         for name, call in calls.items():
-            workspace = workspace_bytes(call, 2 * length * layer.num_heads * layer.head_dim)
+            workspace = workspace_bytes(call, 2 * (end - start) * layer.num_heads * layer.head_dim)
             seconds = graph_seconds(call, range(PROMPT_LAYERS))
             peer = seconds if name == "flash-attn" else peer
             ratio = "" if peer is None else f"{peer / seconds:.2f}"
             rate = flops / seconds / 1e12
-            print(f"{length:>12} {name:>10} {seconds * 1e6:8.1f} {rate:8.0f} {workspace / 2**20:13.1f} {ratio:>12}")
+            print(f"{workload:>12} {name:>10} {seconds * 1e6:8.1f} {rate:8.0f} {workspace / 2**20:13.1f} {ratio:>12}")
 
 
-def other_prefills(layer: AttentionLayer, length: int) -> dict[str, Callable[[int], object]]:
-    """Causal attention of `length` tokens without a store, by name."""
-    heads = (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads)
-    q, key, value = (torch.randn(length, n, layer.head_dim, dtype=torch.bfloat16, device="cuda") for n in heads)
+def other_prefills(layer: AttentionLayer, start: int, end: int) -> dict[str, Callable[[int], object]]:
+    """Causal attention of tokens `start` to `end` without a store, by name."""
+    length = end - start
+    q = torch.randn(length, layer.num_heads, layer.head_dim, dtype=torch.bfloat16, device="cuda")
+    key, value = torch.randn(2, end, layer.num_kv_heads, layer.head_dim, dtype=torch.bfloat16, device="cuda")
     by_head = [x.transpose(0, 1)[None] for x in (q, key, value)]
     group_heads = layer.num_heads // layer.num_kv_heads
 
     def naive(_: int) -> object:
         keys, values = (x.repeat_interleave(group_heads, dim=1) for x in by_head[1:])
         scores = by_head[0] @ keys.transpose(-1, -2) * layer.scale
-        future = torch.ones(length, length, dtype=torch.bool, device="cuda").triu_(1)
+        future = torch.ones(length, end, dtype=torch.bool, device="cuda").triu_(1 + start)
         return scores.masked_fill_(future, -math.inf).softmax(-1) @ values
 
     def sdpa(_: int) -> object:
         return torch.nn.functional.scaled_dot_product_attention(*by_head, is_causal=True, enable_gqa=True)
 
-    calls: dict[str, Callable[[int], object]] = {"naive": naive, "torch SDPA": sdpa}
+    calls: dict[str, Callable[[int], object]] = {"naive": naive}
+    if not start:
+        calls["torch SDPA"] = sdpa
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
         return calls
-    cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device="cuda")
-    calls["flash-attn"] = lambda _: flash_attn_varlen_func(
-        q, key, value, cu_seqlens, cu_seqlens, length, length, causal=True
-    )
+    of_queries, of_keys = (torch.tensor([0, n], dtype=torch.int32, device="cuda") for n in (length, end))
+    calls["flash-attn"] = lambda _: flash_attn_varlen_func(q, key, value, of_queries, of_keys, length, end, causal=True)
     return calls
 
 
-def triton_prefill(layer: AttentionLayer, nbits: str, length: int) -> Callable[[int], object]:
-    """The kernels on a prompt of `length` tokens that layer after layer has written to a store."""
+def triton_prefill(layer: AttentionLayer, nbits: str, start: int, end: int) -> Callable[[int], object]:
+    """The kernels on tokens `start` to `end` of a prompt that layer after layer has written to a store."""
     stream = StreamSpec(layer.num_kv_heads, layer.head_dim)
     spec = KVSpec(PROMPT_LAYERS, stream, stream, 2)
     layout = KVLayout(spec, resolve(KVOptions(nbits=nbits), spec))  # type: ignore[arg-type]
-    num_blocks = layout.format.num_blocks(length)
+    num_blocks = layout.format.num_blocks(end)
     store = KVStore(layout, num_blocks + 1, 1, torch.bfloat16, "cuda")
-    batch = KVBatch.build(layout.format, [Span(0, length, torch.randperm(num_blocks).tolist(), 0)], "cuda")
-    q = torch.randn(length, layer.num_heads, layer.head_dim, dtype=torch.bfloat16, device="cuda")
-    new = torch.randn(PROMPT_LAYERS, 2, length, stream.heads, stream.dim, dtype=torch.bfloat16, device="cuda")
-    nears = [kv.write(key, value, batch) for kv, (key, value) in zip(store.layers, new, strict=True)]
+    blocks = torch.randperm(num_blocks).tolist()
+    q = torch.randn(end - start, layer.num_heads, layer.head_dim, dtype=torch.bfloat16, device="cuda")
+    new = torch.randn(2, end, stream.heads, stream.dim, dtype=torch.bfloat16, device="cuda")
+    if start:
+        context = KVBatch.build(layout.format, [Span(0, start, blocks, 0)], "cuda")
+        for kv in store.layers:
+            kv.write(*new[:, :start], context)
+    batch = KVBatch.build(layout.format, [Span(start, end, blocks, 0)], "cuda")
+    nears = [kv.write(*new[:, start:], batch) for kv in store.layers]
     backend = TritonPrefill()
 
     def call(index: int) -> object:
@@ -162,13 +188,13 @@ def workspace_bytes(call: Callable[[int], object], result: int) -> int:
     return torch.cuda.max_memory_allocated() - before - result
 
 
-def show(workload: str, name: str, seconds: float, nbytes: int, bandwidth: float, peer: float | None) -> None:
+def show(
+    workload: str, name: str, seconds: float, nbytes: int, bandwidth: float, peer: float | None, cut: str = ""
+) -> None:
     rate = nbytes / seconds
     ratio = "" if peer is None else f"{peer / seconds:.2f}"
-    print(
-        f"{workload:>12} {name:>10} {seconds * 1e6:8.1f} {rate / 1e9:7.0f} {rate / bandwidth:6.0%} {ratio:>12}",
-        flush=True,
-    )
+    figures = f"{seconds * 1e6:8.1f} {rate / 1e9:7.0f} {rate / bandwidth:6.0%} {ratio:>12}"
+    print(f"{workload:>12} {name:>10} {figures}  {cut}".rstrip(), flush=True)
 
 
 def decode_step(

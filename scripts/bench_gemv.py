@@ -20,7 +20,6 @@ import torch
 import triton
 from torch import Tensor
 
-from kvtool.kernels import gemv as products
 from kvtool.kernels.activation import silu_mul
 from kvtool.kernels.gemv import Prologue, Tile, gemv, norm_gemv
 from kvtool.kernels.norm import add_rms_norm
@@ -50,9 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="1,2,4,8,16")
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--prefetch", type=int, default=products.PREFETCHED >> 20, help="MiB of a matrix, at most")
     args = parser.parse_args()
-    products.PREFETCHED = args.prefetch << 20
     rows = [int(n) for n in args.rows.split(",")]
     matrices = {
         f"{model} {name}": matrix
@@ -90,8 +87,8 @@ def matrices_of(hidden: int, intermediate: int, q: int, kv: int, vocab: int) -> 
 
 def candidates(rows: int, gated: bool) -> Iterator[Tile]:
     if rows <= 8:
-        for outputs, depth, warps in product((1, 2, 4, 8), (512, 1024, 2048), (2, 4, 8)):
-            tile = Tile(outputs, depth, warps)
+        for outputs, depth, warps, stages in product((1, 2, 4, 8), (512, 1024, 2048), (2, 4, 8), (1, 2)):
+            tile = Tile(outputs, depth, warps, stages)
             if fits(tile, rows, gated) and (rows > 1 or outputs * depth // warps >= 512):
                 yield tile
     if 1 < rows <= 16:
@@ -111,7 +108,7 @@ def fits(tile: Tile, rows: int, gated: bool) -> bool:
     if tile.dot:
         return tile.stages * tile.depth * (2 * tile.outputs * (1 + gated) + 2 * max(8, rows)) <= 99 << 10
     elements = tile.outputs * (1 + gated) * tile.depth // (32 * tile.warps)
-    return elements >= 8 and elements * (rows + 1) <= 136
+    return elements >= 8 and elements * (rows + tile.stages) <= 136
 
 
 def timed(rows: int, weights: Tensor, matrix: Matrix) -> tuple[float, float, list[tuple[float, Tile]]]:
@@ -185,8 +182,7 @@ def compile_one(tile: Tile, rows: int, gated: bool, normed: bool, even: bool) ->
 
 
 def describe(tile: Tile) -> str:
-    stages = f"/{tile.stages}" if tile.dot else ""
-    return f"{'dot' if tile.dot else 'fma'} {tile.outputs}×{tile.depth}/{tile.warps}{stages}"
+    return f"{'dot' if tile.dot else 'fma'} {tile.outputs}×{tile.depth}/{tile.warps}/{tile.stages}"
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from bench_gemv import MODELS, Matrix, matrices_of
 from torch import Tensor
 
 from kvtool.kernels import w4a16, w4a16_gemv, w4a16_kernels, w4a16_stream, w8a8, w8a8_kernels
-from kvtool.kernels.launch import capability
+from kvtool.kernels.launch import shared_kib
 from kvtool.kernels.quantized_rows import FP8, QuantizedRows
 from kvtool.layers.linear import linear
 from kvtool.quantize.decode_speed import graph_seconds, read_bandwidth
@@ -80,7 +80,8 @@ class Weights:
         if kind == "w4a16":
             codes = torch.randint(256, (*shape[:2], depth // 2), dtype=torch.uint8, device=DEVICE)
             scales = (torch.rand(*shape[:2], depth // GROUP, device=DEVICE) + 0.5).to(BFLOAT) * sigma / 4
-            return cls(kind, outputs, depth, (codes, scales, torch.full_like(scales, 7)))
+            grids = (scales, torch.full_like(scales, 7))
+            return cls(kind, outputs, depth, (codes, *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in grids)))
         scales = torch.rand(shape[:2], device=DEVICE) + 0.5
         if kind == "w8a8":
             codes = torch.randint(-127, 128, shape, dtype=torch.int8, device=DEVICE)
@@ -241,19 +242,15 @@ def gemv_tiles(rows: int) -> Iterator[w4a16_gemv.Tile]:
 
 
 def stream_tiles(rows: int) -> Iterator[w4a16_stream.Tile]:
-    """Those of which so many run at once; as many stages as there is room for, up to four."""
-    shared, width = 227 << 10 if capability(DEVICE) >= 9 else 99 << 10, triton.next_power_of_2(triton.cdiv(rows, 8))
-    shapes = [(1, 4, 1), (2, 4, 1), (4, 4, 1), (1, 8, 1), (2, 8, 1), (4, 8, 1), (2, 8, 2), (4, 8, 2), (1, 8, 4)]
-    for (tiles, warps, parts), per_sm in pairs_of(shapes, (1, 2, 3)):
-        for columns in {min(width, 8), min(width, 16)}:
-            sums = 4 * tiles * columns
-            if sums > 128 or (sums + 90) * warps * 32 * per_sm > 1 << 16 or not 4 <= warps * per_sm <= 16:
-                continue
-            for stages in (4, 3, 2):
-                tile = w4a16_stream.Tile(tiles, columns, warps, parts, stages, per_sm)
-                if (tile.shared_bytes + 1024) * per_sm <= shared + 1024:
+    """Those of which so many run at once; as many stages as there is room for, up to eight."""
+    together, room = w4a16_stream.multiplies_together(DEVICE), shared_kib(DEVICE)
+    width = min(16 if together else 8, max(4, triton.next_power_of_2(triton.cdiv(rows, 8))))
+    for tiles, warps, per_sm in pairs_of((1, 2, 4), (4, 8, 12, 16), (1, 2, 3)):
+        for columns in {width, max(4, width // 2)}:
+            if (4 * tiles * columns + 80) * warps * 32 * per_sm <= 1 << 16:
+                tile = w4a16_stream.Tile(tiles, columns, warps, 8, per_sm).fitted(GROUP, room)
+                if tile.stages >= 3:
                     yield tile
-                    break
 
 
 def w8a8_tiles(rows: int) -> Iterator[w8a8_kernels.Tile]:

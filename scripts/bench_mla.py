@@ -2,6 +2,7 @@
 
     python scripts/bench_mla.py
     python scripts/bench_mla.py --parts decode --num-heads 16 --nbits 16,4
+    python scripts/bench_mla.py --parts decode --nbits 16,4 --workloads 16x32000,1x32000 --chosen
     python scripts/bench_mla.py --sweep --nbits 4
     python scripts/bench_mla.py --parts prefill --num-heads 16 --nbits 16,4
     python scripts/bench_mla.py --parts experts --shape 128,8,2048,768     # Qwen3-30B-A3B; 64,6,2048,1408 is V2-Lite
@@ -11,7 +12,7 @@ form in torch (keys and values of all heads made of the latents, then scaled_dot
 tokens of one prompt, behind a context or none: absorbed, products on queries and outputs included; expanded, the making
 of keys and values included, and which of the two is chosen; beside the latter in torch, and
 scaled_dot_product_attention alone. experts: a layer's routed experts on tokens that choose at random, of 16 and 4 bits,
-beside a loop over them in torch. --sweep: a step of 16 sequences by how the tiles of the kernel in CUDA C++ are cut.
+beside a loop over them in torch. --sweep: a decode step by how the tiles of the kernel in CUDA C++ are cut.
 
 Each figure is the mean of a CUDA graph that runs layers one behind the other, as many as fill 4 GiB, so that no cache
 helps. Its bytes are those that must be read: latents and rope keys as they are stored, and the experts that are chosen.
@@ -21,7 +22,7 @@ Errors are relative, against float64; the script fails where one is above 1 %.
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -51,19 +52,11 @@ CHUNKS = ((0, 127), (0, 511), (0, 1_023), (0, 2_047), (0, 8_191), (32_768, 127),
 BATCHES = (1, 2, 8, 16, 64, 256, 2_048)  # tokens of a step
 DTYPE = torch.bfloat16
 LIMIT = 1e-2  # of relative errors
-# Warps that score and that gather, tokens of a tile, stages, programs per SM and operands in registers, as
-# `cuda_mla_decode.TILES` has them.
+# Teams that score, warps of each, warps that gather, tokens of a tile and stages, as `cuda_mla_decode.TILES` has them.
 SWEEP = {
-    "8": [(4, 4, 64, 5, 1, 36), (4, 4, 64, 5, 1, 8), (8, 4, 64, 5, 1, 0), (4, 4, 32, 3, 2, 0)],
-    "4": [
-        (4, 4, 64, 6, 1, 36),
-        (4, 4, 64, 6, 1, 12),
-        (8, 4, 128, 4, 1, 16),
-        (8, 4, 128, 4, 1, 0),
-        (4, 4, 64, 3, 2, 0),
-        (8, 8, 128, 4, 1, 0),
-    ],
-    "2": [(4, 4, 64, 8, 1, 36), (4, 4, 64, 8, 1, 12), (8, 4, 128, 6, 1, 16), (8, 4, 128, 6, 1, 0), (4, 4, 64, 4, 2, 0)],
+    "8": [(2, 2, 4, 64, 4), (2, 4, 8, 64, 4), (2, 2, 8, 64, 4), (1, 4, 4, 64, 4)],
+    "4": [(2, 4, 8, 128, 4), (2, 4, 4, 128, 4), (1, 4, 8, 128, 4), (1, 4, 4, 128, 4), (2, 2, 8, 64, 6)],
+    "2": [(2, 4, 4, 128, 4), (1, 4, 4, 128, 4), (2, 2, 4, 64, 8), (2, 4, 4, 64, 8)],
 }
 Attend = Callable[[int, slice], Tensor]  # of a layer's index, and some of the sequences
 
@@ -73,15 +66,18 @@ def main() -> None:
     parser.add_argument("--parts", default="decode,prefill,experts")
     parser.add_argument("--num-heads", type=int, default=16)
     parser.add_argument("--nbits", default="16,8,4,2", help="of the default recipes, or fp8")
+    parser.add_argument("--workloads", help="of decode, as 16x32000,1x32000: sequences and tokens of each")
+    parser.add_argument("--chosen", action="store_true", help="of decode time the kernels that would be chosen alone")
     parser.add_argument("--sweep", action="store_true", help="time tiles, and nothing else")
     parser.add_argument("--shape", default="64,6,2048,1408", help="experts, chosen by a token, hidden and intermediate")
     args = parser.parse_args()
     bandwidth, formats, good = read_bandwidth(), args.nbits.split(","), True
+    workloads = [tuple(map(int, x.split("x"))) for x in args.workloads.split(",")] if args.workloads else WORKLOADS
     print(f"{torch.cuda.get_device_name()}, read {bandwidth / 1e12:.2f} TB/s")
     if args.sweep:
-        sys.exit(not sweep_table(args.num_heads, formats, bandwidth))
+        sys.exit(not all([sweep_table(args.num_heads, formats, *work, bandwidth) for work in workloads]))
     if "decode" in args.parts:
-        good &= decode_table(args.num_heads, formats, bandwidth)
+        good &= decode_table(args.num_heads, formats, workloads, args.chosen, bandwidth)
     if "prefill" in args.parts:
         good &= prefill_table(args.num_heads, formats)
     if "experts" in args.parts:
@@ -113,30 +109,31 @@ def layout_of(nbits: str, num_layers: int) -> KVLayout:
 # Decode
 
 
-def decode_table(num_heads: int, formats: list[str], bandwidth: float) -> bool:
+def decode_table(
+    num_heads: int, formats: list[str], workloads: Sequence[tuple[int, int]], chosen: bool, bandwidth: float
+) -> bool:
     head(f"{num_heads} heads", "KV")
     good = True
-    for num_seqs, length in WORKLOADS:
+    for num_seqs, length in workloads:
         for nbits in formats:
             step = Step(num_heads, nbits, num_seqs, length)
-            for name, attend in step.kernels().items():
+            for name, attend in list(step.kernels().items())[-chosen:]:
                 good &= show(f"{num_seqs}×{length}", f"{nbits} {name}", *step.measured(attend), bandwidth)
-        if (seconds := expanded_seconds(num_heads, num_seqs, length)) is not None:
+        if not chosen and (seconds := expanded_seconds(num_heads, num_seqs, length)) is not None:
             show(f"{num_seqs}×{length}", "expanded", seconds, num_seqs * length * 1152, None, bandwidth)
     return good
 
 
-def sweep_table(num_heads: int, formats: list[str], bandwidth: float) -> bool:
-    """Of the first workload."""
-    num_seqs, length = WORKLOADS[0]
+def sweep_table(num_heads: int, formats: list[str], num_seqs: int, length: int, bandwidth: float) -> bool:
     tiles, good = cuda_mla_decode.TILES, True
+    chosen = tiles.copy()
     head(f"{num_seqs}×{length}", "KV")
     for nbits in formats:
         step = Step(num_heads, nbits, num_seqs, length)
-        show("Triton", nbits, *step.measured(step.kernels()["Triton"]), bandwidth)
         for tile in dict.fromkeys([tiles[228, nbits], *SWEEP[nbits]]) if nbits in SWEEP else ():
             tiles[228, nbits] = tile
             good &= show(" ".join(map(str, tile)), nbits, *step.measured(step.kernels()["CUDA"]), bandwidth)
+    tiles.update(chosen)
     return good
 
 
@@ -162,7 +159,10 @@ class Step:
         return (self.q[rows], kv.key.packed, kv.value.packed, *(x[rows] for x in places))
 
     def kernels(self) -> dict[str, Attend]:
-        """What attends in a layer with some of the sequences: Triton, and CUDA C++ where it takes this format."""
+        """What attends in a layer with some of the sequences: Triton, and CUDA C++ where it takes this format.
+
+        The last is chosen.
+        """
         layer, first = self.layer, self.store.layers[0]
         out = torch.empty(*self.q.shape[:2], LATENT, dtype=DTYPE, device="cuda")
 

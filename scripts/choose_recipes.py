@@ -23,9 +23,10 @@ import torch
 
 from kvtool.attention.layer import AttentionLayer
 from kvtool.config import EngineConfig, KVOptions
+from kvtool.kernels.rotary_heads import rotate
 from kvtool.kv.format import StreamFormat, resolve
 from kvtool.kv.spec import KVSpec, StreamSpec
-from kvtool.layers.rotary import Rope, Rotary, rotate
+from kvtool.layers.rotary import Rope, Rotary
 from kvtool.models.resolve import EMBEDDED
 from kvtool.perplexity import Task, make_task, read_documents, score_formats
 from kvtool.quantize.layer_errors import LayerActivations, attend_packed, layer_errors

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from kvtool.attention.latents import absorbing
+from kvtool.attention.queries import prepared
 from kvtool.models import Decoder, ModelConfig
 
 SHAPE: dict[str, Any] = {
@@ -98,4 +98,4 @@ class DenseAttend:
 @torch.inference_mode()
 def run(model: Decoder, ids: list[int], attend: DenseAttend, start: int = 0) -> Tensor:
     """Logits [T, vocab_size] of these ids, of which `start` came before."""
-    return model.logits(model(torch.tensor(ids), torch.arange(start, start + len(ids)), absorbing(attend)))
+    return model.logits(model(torch.tensor(ids), torch.arange(start, start + len(ids)), prepared(attend)))

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtool.config import KVOptions
-from kvtool.kv.batch import KVBatch, Prompts, Span
+from kvtool.kv.batch import PIECE_STEP, SHORTEST_PIECE, KVBatch, Prompts, Span
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.spec import KVSpec, StreamSpec
 
@@ -92,9 +92,10 @@ def test_what_prompts_read_and_write_is_what_loops_find(drawn):
     assert list(zip(found.sealed_blocks.tolist(), found.sealed_rows.tolist(), strict=True)) == sealed
     columns = (found.kept_tokens.tolist(), found.kept_slots.tolist(), found.kept_rows.tolist())
     assert list(zip(*columns, strict=True)) == kept
-    assert found.far_blocks.tolist() == sorted({block for blocks in far for block in blocks})
+    assert found.far_blocks.tolist() == [block for blocks in far for block in blocks]
     for blocks, row in zip(far, found.far_table, strict=True):
         assert found.far_blocks[row[: len(blocks)]].tolist() == list(blocks)
+        assert (row[: len(blocks)].diff() == 1).all()
 
 
 def tail_places(fmt: KVFormat, near: list[tuple[int, int]]) -> list[tuple[int, int, tuple[int, int]]]:
@@ -115,11 +116,42 @@ def test_tiles_hold_each_query_once_and_those_that_read_most_come_first(drawn, n
     prompts = [span for span in spans if span.length > 1]
     assert sorted(queries) == [(i, p) for i, span in enumerate(prompts) for p in range(span.start, span.end)]
     near = near_tokens(fmt, spans)
-    for i, _, token, start, end, near_first, near_row in tiles:
+    for i, first, token, start, end, near_first, near_row, *piece in tiles:
+        assert piece[:2] == [0, 1] and piece[2] >= min(first + num_tokens, end)
         assert (start, end) == (prompts[i].start, prompts[i].end)
         assert tokens_of(spans)[token] == (prompts[i], start)
         assert near[near_row] == (prompts[i].tail_slot, near_first)
     assert batch.prompts.tiles(num_tokens) is batch.prompts.tiles(num_tokens)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 5000), st.integers(2, 300)), min_size=1, max_size=4),
+    st.integers(1, 70),
+    st.integers(0, 300),
+)
+def test_pieces_are_as_short_as_may_be_while_all_of_them_run_at_once(bounds, num_tokens, most):
+    fmt = resolve(KVOptions(nbits="4"), SPEC)
+    spans = [
+        Span(start, start + new, range(fmt.num_blocks(start + new)), slot) for slot, (start, new) in enumerate(bounds)
+    ]
+    prompts = KVBatch.build(fmt, spans).prompts
+    whole, rows = prompts.tiles(num_tokens).tolist(), prompts.tiles(num_tokens, most).tolist()
+    length, longest = rows[0][9], max(_keys(tile, num_tokens) for tile in whole)
+    cut = [(tile, -(-_keys(tile, num_tokens) // length)) for tile in whole]
+    assert rows == [[*tile[:7], i, count, length] for tile, count in cut for i in range(count)]
+    assert len(rows) <= max(most, len(whole))
+    if len(whole) >= most or longest <= SHORTEST_PIECE:
+        assert length == longest
+    else:
+        assert length % PIECE_STEP == 0 and length >= SHORTEST_PIECE
+        shorter = sum(-(-_keys(tile, num_tokens) // (length - PIECE_STEP)) for tile in whole)
+        assert length == SHORTEST_PIECE or shorter > most
+
+
+def _keys(tile: list[int], num_tokens: int) -> int:
+    """That a tile's queries read."""
+    return min(tile[1] + num_tokens, tile[4])
 
 
 def test_arrays_start_where_kernels_can_read_them_whole():

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from compiled import INTERPRETED, interpreter_off
 
 TESTS = ("kernels", "prefill_kernel", "fused_kernels", "sampling_kernel", "mla_kernels", "moe_kernels")
-TESTS += ("w4a16_kernels", "w8a8_kernels", "compile_ahead")
+TESTS += ("w8a8_kernels", "compile_ahead")
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="they are compiled where they are tested")

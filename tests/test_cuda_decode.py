@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvtool.attention import select
@@ -70,7 +70,7 @@ def emulated(case: Decoding, splits: int, merges: bool, seed: int) -> torch.Tens
     arrivals = torch.zeros(n * key.codes.shape[1], dtype=torch.int32) if merges else None
     options = {"scale": case.layer.scale, "sliding_window": case.layer.sliding_window}
     values = cuda_decode.arguments(q, [out, partial, lse, arrivals], tables, key, value, **options)
-    library = emulator.build("decode.cu", "paged_decode", tuple(macros_of(case).items()))
+    library = emulator.build("decode.cu", "paged_decode", tuple((macros_of(case) | {"CHAINED": 1}).items()))
     emulator.launch(library, (n * key.codes.shape[1], splits), values, seed)
     if arrivals is not None:
         assert not arrivals.any()
@@ -87,6 +87,8 @@ def emulated(case: Decoding, splits: int, merges: bool, seed: int) -> torch.Tens
     merges=st.booleans(),
     seed=st.integers(0, 2**31 - 1),
 )
+# Its scores are large, and rounding that tells one block from another shows.
+@example(variant=VARIANTS[1], kv_heads=2, lengths=[168], window=None, splits=1, merges=True, seed=1001)
 def test_the_source_computes_its_definition(variant, kv_heads, lengths, window, splits, merges, seed):
     case = case_of(variant, kv_heads, lengths, window, seed)
     assert error(emulated(case, splits, merges, seed), case) < 5e-3

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvtool.attention import select
@@ -17,7 +17,7 @@ from kvtool.config import KVOptions
 pytest.importorskip("triton")
 
 import emulator
-from compiled import ON_GPU, usage
+from compiled import ON_GPU, STACK, usage
 from test_mla_kernels import Decoding
 
 from kvtool.kernels import cuda_mla_decode, mla_decode, nvrtc
@@ -33,12 +33,12 @@ OPTIONS = [
 DIMS = (cuda_mla_decode.LATENT_DIM, cuda_mla_decode.ROPE_DIM)
 # Options, dtype and how tiles are cut: all that the kernel is compiled for.
 VARIANTS = [
-    (OPTIONS[0], torch.bfloat16, (4, 4, 32, 3, 1, 0)),
-    (OPTIONS[1], torch.bfloat16, (4, 4, 64, 3, 1, 36)),
-    (OPTIONS[3], torch.float16, (8, 4, 128, 3, 1, 0)),
-    (OPTIONS[2], torch.bfloat16, (4, 2, 64, 4, 1, 6)),
-    (OPTIONS[4], torch.float16, (4, 4, 64, 3, 1, 34)),
-    (OPTIONS[5], torch.bfloat16, (8, 4, 64, 3, 1, 0)),
+    (OPTIONS[0], torch.bfloat16, (2, 2, 4, 32, 3)),
+    (OPTIONS[1], torch.bfloat16, (2, 4, 8, 128, 4)),
+    (OPTIONS[3], torch.float16, (1, 8, 4, 128, 4)),
+    (OPTIONS[2], torch.bfloat16, (2, 4, 2, 64, 5)),
+    (OPTIONS[4], torch.float16, (1, 4, 4, 64, 3)),
+    (OPTIONS[5], torch.bfloat16, (2, 2, 4, 64, 4)),
 ]
 on_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 
@@ -99,12 +99,10 @@ def test_programs_fit_a_multiprocessor_without_spills(architecture, shared_kib, 
         pytest.skip(reason)
     monkeypatch.setattr(cuda_mla_decode, "shared_kib", lambda device: shared_kib)
     macros = macros_of(case_of(options))
-    bounds = (
-        f"{macros['PER_SM']} * (shared_bytes + 1024) <= {shared_kib << 10} && shared_bytes <= {shared_kib - 1 << 10}"
-    )
+    bounds = f"shared_bytes <= {shared_kib - 1 << 10}"
     used = usage(nvrtc.compile_cubin(f"{cuda_mla_decode.SOURCE} static_assert({bounds});", architecture, macros))
-    assert used["REG"] * macros["WARPS"] * 32 * macros["PER_SM"] <= 65536
-    assert used["STACK"] == used["LOCAL"] == 0
+    assert used["REG"] * macros["WARPS"] * 32 <= 65536
+    assert used["STACK"] <= STACK and used["LOCAL"] == 0
 
 
 @pytest.mark.parametrize(
@@ -133,9 +131,10 @@ def test_refusals_say_why(options, dims, reason):
     num_heads=st.sampled_from([8, 16, 20, 128]),
     lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=9),
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
-    within=st.sampled_from([0, 32]),
+    within=st.sampled_from([1, 32]),
     seed=st.integers(0, 2**31),
 )
+@example(OPTIONS[1], 128, [300] * 17, torch.bfloat16, 1, 0)  # more rows than run at once: nothing is merged
 def test_decode_equals_its_definition(options, num_heads, lengths, dtype, within, seed):
     case = case_of(options, num_heads, lengths, dtype, seed, "cuda")
     with pytest.MonkeyPatch.context() as patch:
@@ -169,11 +168,3 @@ def test_a_captured_step_serves_other_sequences():
         out.fill_(float("nan"))
         graph.replay()
         assert torch.equal(out, decoded(case))
-
-
-@on_gpu
-def test_programs_that_run_at_once_are_as_many_as_the_table_says():
-    for options in OPTIONS:
-        case = case_of(options, device="cuda")
-        macros = macros_of(case)
-        assert cuda_mla_decode._kernel(case.q.device, tuple(macros.items())).programs_per_sm >= macros["PER_SM"]

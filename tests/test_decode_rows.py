@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtool.config import KVOptions
-from kvtool.cuda_graph import BlockTable, decode_rows, known, prompt_rooms, room_ids, worthwhile_tokens
+from kvtool.cuda_graph import BlockTable, decode_rows, decode_sizes, known, prompt_rooms, room_ids, worthwhile_tokens
 from kvtool.gpus import GPUS
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.spec import KVSpec, StreamSpec
@@ -94,12 +94,20 @@ def test_a_step_that_gains_by_it_finds_a_room_that_it_fills(
 ) -> None:
     """All that may come up to what is worthwhile, but for what lies between two sizes; and no larger ones."""
     rooms = prompt_rooms(most_decodes, worthwhile, budget)
-    assert len(rooms) < 100 and rooms == sorted(rooms, key=lambda room: (room.tokens, room.decodes))
+    assert len(rooms) < 110 and rooms == sorted(rooms, key=lambda room: (room.tokens, room.decodes))
     assert all(room.tokens <= min(worthwhile, budget) and 0 <= room.decodes < room.tokens - 1 for room in rooms)
     if decodes + 2 <= tokens <= budget and decodes <= min(256, most_decodes):
         fitting = [room for room in rooms if decodes <= room.decodes and tokens <= room.tokens]
         if tokens <= min(0.88 * worthwhile - 128, 8192):
             assert fitting and fitting[0].tokens - tokens < max(128, tokens / 8)
+
+
+@given(st.integers(1, 700))
+def test_graphs_of_decodes_go_as_far_as_there_are_sequences(max_num_seqs: int) -> None:
+    """The largest holds all of them, up to 512, and but for those of short prompts is not larger than it need be."""
+    sizes = decode_sizes(max_num_seqs)
+    assert sizes == sorted(sizes) and sizes[0] == 1 and sizes[-1] >= min(max_num_seqs, 512)
+    assert all(size < max_num_seqs for size in sizes[:-1] if size >= 256)
 
 
 def test_graphs_are_for_steps_that_keep_the_host_busier_than_the_gpu() -> None:

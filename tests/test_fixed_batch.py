@@ -18,10 +18,11 @@ from kvtool.attention import BACKENDS
 from kvtool.attention.layer import AttentionLayer
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
+from kvtool.kv import batch as batch_module
 from kvtool.kv import fixed
 from kvtool.kv import store as store_module
-from kvtool.kv.batch import KVBatch, Span, cut
-from kvtool.kv.fixed import LEAST_TILE, MOST_PROMPTS, Room, fixed_batch
+from kvtool.kv.batch import Cut, KVBatch, Span, cut
+from kvtool.kv.fixed import MOST_PROMPTS, Room, fixed_batch
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
@@ -31,9 +32,9 @@ from kvtool.request import SamplingParams
 ROOM = Room(decodes=8, tokens=512)
 
 
-def filled(room: Room, fmt: KVFormat, spans: list[Span], tile: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+def filled(room: Room, fmt: KVFormat, spans: list[Span], how: Cut, device: str = "cpu") -> dict[str, torch.Tensor]:
     """What a graph reads: all that `lay_out` gives, and -1 behind it."""
-    laid, tensors = room.lay_out(fmt, spans, tile), {}
+    laid, tensors = room.lay_out(fmt, spans, how), {}
     for name, shape in room.shapes(fmt).items():
         flat = torch.full(shape, -1, dtype=torch.int64).flatten()
         flat[: laid[name].size] = torch.from_numpy(laid[name].ravel())
@@ -47,7 +48,7 @@ def test_a_padded_step_does_what_the_step_does_and_no_more(drawn):
     fmt, spans = drawn
     batch, n = KVBatch.build(fmt, spans), sum(span.length == 1 for span in spans)
     assume(n < len(spans) and ROOM.holds(fmt, spans))
-    tensors, tile = filled(ROOM, fmt, spans, 24), 24
+    tensors, tile = filled(ROOM, fmt, spans, Cut(24)), 24
     table = torch.arange(100 * 9).view(9, 100)
     slots = batch.tail_slots[:n].tolist() + [8] * (ROOM.decodes - n)
     padded, prompts = fixed_batch(fmt, ROOM, tensors, torch.tensor(slots), table)
@@ -81,11 +82,11 @@ def test_a_padded_step_does_what_the_step_does_and_no_more(drawn):
         own = list(span.blocks[:columns])
         assert prompts.far_blocks[prompts.far_table[index, :columns]].tolist() == own
         assert padded.block_table[ROOM.decodes + index, :columns].tolist() == own
-    expected = torch.from_numpy(cut(batch.prompts.spans, tile))
+    expected = torch.from_numpy(cut(batch.prompts.spans, Cut(tile)))
     expected[:, 6] += n * fmt.packs_on_write  # near tokens are counted from the step's first, which may be a decode's
     tiles = prompts.tiles(tile)
     assert torch.equal(tiles[: len(expected)], expected) and (tiles[len(expected) :] == -1).all()
-    assert prompts.tile == tile
+    assert prompts.how == Cut(tile)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: repr(options)[10:-1])
@@ -113,7 +114,7 @@ def test_what_a_room_holds_fits_into_its_arrays(options):
         beyond["old"] = [*limits["old"], span(old, 100, 10)]
     for name, prompts in limits.items():
         assert ROOM.holds(fmt, [*decodes, *prompts]), name
-        laid, shapes = ROOM.lay_out(fmt, [*decodes, *prompts], 4), ROOM.shapes(fmt)
+        laid, shapes = ROOM.lay_out(fmt, [*decodes, *prompts], Cut(4)), ROOM.shapes(fmt)
         assert laid.keys() == shapes.keys()
         assert all(len(laid[array]) <= shape[0] for array, shape in shapes.items()), name
     for name, prompts in beyond.items():
@@ -130,13 +131,12 @@ KERNEL_OPTIONS = [
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# A layer, what it caches, and the tokens in a tile of its kernel; heads, and latents with their rope key.
+# A layer and what it caches: heads, and latents with their rope key.
 STREAMS = {
-    "heads": (AttentionLayer(4, 2, 64, 0.125), KVSpec(1, StreamSpec(2, 64), StreamSpec(2, 64), 2), 32),
+    "heads": (AttentionLayer(4, 2, 64, 0.125), KVSpec(1, StreamSpec(2, 64), StreamSpec(2, 64), 2)),
     "latents": (
         AttentionLayer(4, 1, 128, 0.125, latent_dim=64),
         KVSpec(1, StreamSpec(1, 64), StreamSpec(1, 64), 2, latent=True),
-        LEAST_TILE,
     ),
 }
 
@@ -144,15 +144,21 @@ STREAMS = {
 @pytest.mark.parametrize("kind", STREAMS)
 @pytest.mark.parametrize("options", KERNEL_OPTIONS, ids=lambda options: repr(options)[10:-1])
 def test_kernels_leave_alone_what_is_nobodys(options, kind, monkeypatch):
-    """The same bytes are stored and the same attention comes out, though all that is padding is NaN."""
+    """The same bytes are stored and the same attention comes out, though all that is padding is NaN; how kernels cut
+    prompts is known once they have run on nothing at all.
+    """
     pytest.importorskip("triton")
-    monkeypatch.setattr(fixed, "MOST_FAR", 6)
+    from kvtool.kernels import prefill
+
+    monkeypatch.setattr(prefill, "num_sms", lambda device: 16)
+    monkeypatch.setattr(batch_module, "SHORTEST_PIECE", 128)
+    monkeypatch.setattr(fixed, "MOST_FAR", 12)
     monkeypatch.setattr(store_module, "runs_kernels", lambda device, dtype: True)
     torch.manual_seed(0)
-    layer, spec, tile = STREAMS[kind]
+    layer, spec = STREAMS[kind]
     heads, dim = spec.key.heads, layer.head_dim
-    fmt, room = resolve(options, spec, block_size=32), Room(decodes=4, tokens=52)
-    bounds = [(40, 41), (5, 6), (30, 45), (0, 33)]
+    fmt, room = resolve(options, spec, block_size=32), Room(decodes=4, tokens=60)
+    bounds = [(40, 41), (5, 6), (30, 45), (0, 33), (130, 136) if kind == "heads" else (20, 26)]
     ids = iter(torch.randperm(40).tolist())
     spans = [Span(a, b, [next(ids) for _ in range(fmt.num_blocks(b))], i) for i, (a, b) in enumerate(bounds)]
     backend = next(backend for backend in BACKENDS if backend.name == "triton")
@@ -178,7 +184,14 @@ def test_kernels_leave_alone_what_is_nobodys(options, kind, monkeypatch):
             wide[:, : len(q)] = tokens(spans)
             q, key, value = wide
             slots = torch.tensor([0, 1, 1, 1], device=DEVICE)
-            batch, _ = fixed_batch(fmt, room, filled(room, fmt, spans, tile, DEVICE), slots, batch.block_table[:2])
+            nothing = {name: torch.full(shape, -1, device=DEVICE) for name, shape in room.shapes(fmt).items()}
+            table = batch.block_table[:2]
+            batch, prompts = fixed_batch(fmt, room, nothing, slots, table)
+            near = kv.write(key[:, :heads, :64], value[:, :heads, :64], batch)
+            backend.forward(q, near, kv, batch, layer)
+            tensors = filled(room, fmt, spans, prompts.how, DEVICE)
+            assert tensors["tiles"][:3, 8].tolist() == ([2, 2, 1] if kind == "heads" else [1, 1, 1])
+            batch, _ = fixed_batch(fmt, room, tensors, slots, table)
         near = kv.write(key[:, :heads, :64], value[:, :heads, :64], batch)
         outputs.append(backend.forward(q, near, kv, batch, layer)[:length])
         bytes_.append(torch.cat([store.blocks, store.tails, store.take_fault()]))

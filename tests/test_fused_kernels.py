@@ -4,6 +4,7 @@ Where there is a GPU they run on it; elsewhere Triton interprets them on small s
 needs no GPU.
 """
 
+import os
 from collections.abc import Callable
 from itertools import product
 
@@ -13,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kvtool.kernels.rotary_heads import RotaryHeads
 from kvtool.layers.linear import gated_linear
 from kvtool.layers.norm import QKNorm, RMSNorm
-from kvtool.layers.rotary import Rope, Rotary, queries_and_keys
+from kvtool.layers.rotary import Rope, Rotary
 
 pytest.importorskip("triton")
 
@@ -30,13 +32,19 @@ from kvtool.kernels.rope import norm_rotate
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float16]  # the interpreter multiplies no bf16
-TILES = [Tile(1, 512, 2), Tile(4, 128, 2), Tile(16, 64, 1, 2, dot=True), Tile(32, 128, 2, 3, dot=True)]
+TILES = [
+    Tile(1, 512, 2),
+    Tile(4, 128, 2),
+    Tile(2, 128, 1, 3),
+    Tile(16, 64, 1, 2, dot=True),
+    Tile(32, 128, 2, 3, dot=True),
+]
 TABLED = sorted({tile for entries in products.TILES.values() for *_, tile in entries}, key=repr)
 TILES += TABLED if ON_GPU else []
 SHAPES = [(8, 64), (40, 200), (12, 1024)]  # outputs and columns of a product
 SHAPES += [(4608, 3584), (1536, 8960), (1000, 1032), (130, 4864), (50000, 896)] if ON_GPU else []
 
-examples = settings(deadline=None, max_examples=200 if ON_GPU else 6)
+examples = settings(deadline=None, max_examples=int(os.environ.get("KVTOOL_TEST_EXAMPLES", 200 if ON_GPU else 6)))
 seeds = st.integers(0, 2**31)
 tokens = st.integers(1, 300 if ON_GPU else 4)
 sizes = st.sampled_from([64, 200, 896, 3584, 5120] if ON_GPU else [64, 200])
@@ -96,15 +104,19 @@ def test_norm_and_rotation(
 ) -> None:
     torch.manual_seed(seed)
     num_kv_heads, num_heads, (dim, rotated) = heads[0], heads[0] * heads[1], shape
-    layer = QKNorm(num_heads, num_kv_heads, dim, 1e-6, dtype=torch.float64, device=CPU) if norm else None
-    weight = drawn(2, dim, dtype=dtype)
-    if layer:
-        layer.weight.copy_(weight)
-    x = drawn(tokens, num_heads + 2 * num_kv_heads, dim, dtype=dtype)
+    exact_norm, own_norm = None, None
+    if norm:
+        exact_norm, own_norm = (
+            QKNorm(num_heads, num_kv_heads, dim, 1e-6, dtype=dtype, device=device)
+            for dtype, device in ((torch.float64, CPU), (dtype, DEVICE))
+        )
+        own_norm.weight.copy_(drawn(2, dim, dtype=dtype))
+        exact_norm.weight.copy_(own_norm.weight)
+    made = drawn(tokens, num_heads + 2 * num_kv_heads, dim, dtype=dtype)
     rotary = Rotary(Rope(rotated, 1e4), 1000, dtype=dtype, device=DEVICE)
-    cos, sin = rotary(torch.randint(1000, (tokens,)).to(DEVICE))
-    exact = queries_and_keys(x.cpu().double(), num_heads, cos.cpu().double(), sin.cpu().double(), layer)
-    for out, expected in zip(norm_rotate(x, num_heads, cos, sin, weight if norm else None, 1e-6), exact, strict=True):
+    turns = rotary(torch.randint(1000, (tokens,)).to(DEVICE))
+    exact = RotaryHeads(made.cpu().double(), num_heads, *(x.cpu().double() for x in turns), exact_norm)
+    for out, expected in zip(norm_rotate(RotaryHeads(made, num_heads, *turns, own_norm)), exact.rotated(), strict=True):
         assert error(out, expected) < 5e-3
 
 
@@ -175,7 +187,8 @@ def test_every_kernel_compiles_for_a_4090_without_spills(monkeypatch: pytest.Mon
         silu_mul(x)
         for dim, rotated in ((64, 64), (96, 72), (256, 256)):
             cos, sin = Rotary(Rope(rotated, 1e4), 10, dtype=torch.bfloat16, device=CPU)(torch.arange(3))
-            norm_rotate(torch.empty(3, 9, dim, dtype=torch.bfloat16), 5, cos, sin, x[:2, :dim], 1e-6)
+            norm = QKNorm(5, 2, dim, 1e-6, dtype=torch.bfloat16, device=CPU)
+            norm_rotate(RotaryHeads(torch.empty(3, 9, dim, dtype=torch.bfloat16), 5, cos, sin, norm))
         for (rows, tile), gated in product(sorted(tiles, key=repr), (False, True)):
             weight = torch.empty(16 * tile.outputs, tile.depth + 16, dtype=torch.bfloat16)
             x, bias = weight[:rows].contiguous(), weight[:, 0].contiguous()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_engine import FORMATS, MIB, engine, prompts
 
+from kvtool.attention.queries import prepared
 from kvtool.config import EngineConfig, HandoffConfig, KVOptions
 from kvtool.engine import Engine
 from kvtool.errors import KVToolError, RequestError
@@ -126,7 +127,7 @@ def answer_of_packed_prompt(model: ScoringModel, kv: KVOptions, prompt: list[int
             ]
 
         positions = torch.arange(start, start + len(ids))
-        return int(model.model.logits(model.model(torch.tensor(ids), positions, attend))[-1].argmax())
+        return int(model.model.logits(model.model(torch.tensor(ids), positions, prepared(attend)))[-1].argmax())
 
     answer = [next_token(prompt, 0, model.layout(KVOptions()).format)]
     while len(answer) < count:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding
 
-from kvtool.attention.latents import absorbing
+from kvtool.attention.queries import prepared
 from kvtool.layers import moe
 from kvtool.layers.rotary import Rotary
 from kvtool.models import Decoder, load_config, load_model
@@ -149,9 +149,19 @@ def test_sequences_laid_end_to_end_do_not_see_each_other(opened: Any) -> None:
 
     positions = torch.cat((torch.arange(30), torch.arange(50)))
     with torch.inference_mode():
-        together = model.logits(model(torch.tensor(PROMPT), positions, attend))
+        together = model.logits(model(torch.tensor(PROMPT), positions, prepared(attend)))
     apart = torch.cat((in_chunks(model, first, []), in_chunks(model, second, [])))
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("rows", [3, 70])
+def test_logits_go_where_they_are_asked_for(rows: int, opened: Any) -> None:
+    model = load("llama3", opened("llama3")[1], torch.float64)
+    hidden = torch.randn(rows, model.config.hidden_size, dtype=torch.float64)
+    out = torch.full((rows, model.config.vocab_size), torch.nan, dtype=torch.float64)
+    with torch.inference_mode():
+        assert model.logits(hidden, out) is out
+        torch.testing.assert_close(out, model.logits(hidden), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -161,7 +171,7 @@ def test_a_step_asks_for_no_value_of_any_tensor(case: str, opened: Any, monkeypa
     config, meta = load_config(opened(case)[1]), torch.device("meta")
     model = load_model(opened(case)[1], config, dtype=torch.float16, device=meta, load_format="dummy")
     ids = torch.zeros(5, dtype=torch.int64, device=meta)
-    logits = model.logits(model(ids, ids, absorbing(lambda layer, q, k, v: q[..., : v.shape[-1]])))
+    logits = model.logits(model(ids, ids, prepared(lambda layer, q, k, v: q[..., : v.shape[-1]])))
     assert (logits.shape, logits.dtype) == ((5, config.vocab_size), torch.float16)
 
 

@@ -159,8 +159,8 @@ def test_experts(
 
 
 def coded(weight: Tensor, group: int) -> Int4Weights:
-    matrices = [rounded(matrix, "w4a16", group) for matrix in weight]
-    return Int4Weights(*(torch.stack([getattr(m, name) for m in matrices]) for name in ("weight", "scales", "zeros")))
+    matrix, count = rounded(weight.flatten(0, 1), "w4a16", group), len(weight)
+    return Int4Weights(*(getattr(matrix, name).unflatten(0, (count, -1)) for name in ("weight", "scales", "zeros")))
 
 
 @runs

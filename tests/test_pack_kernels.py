@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from kvtool.errors import UnsupportedError
+from kvtool.kernels.rotary_heads import RotaryHeads
 from kvtool.kv import store as store_module
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.codecs import check_fits
@@ -24,11 +25,14 @@ from kvtool.kv.format import KVFormat, LayerFormat, StreamFormat
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.store import KVStore
+from kvtool.layers.norm import QKNorm
+from kvtool.layers.rotary import Rope, Rotary
 
 interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
 
 REPOSITORY = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CPU = torch.device("cpu")
 ON_GPU = DEVICE == "cuda"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (64, 80, 96, 128, 256) if ON_GPU else (64, 80)
@@ -170,6 +174,57 @@ def test_formats_that_pack_on_write_leave_the_bytes_that_torch_leaves(drawn, kin
     pair.check()
 
 
+@EXAMPLES
+@given(
+    layouts().filter(lambda drawn: drawn[0].spec.key == drawn[0].spec.value), st.integers(0, 2), st.integers(0, 2**31)
+)
+def test_keys_are_turned_on_their_way_into_the_store(drawn, whole, seed):
+    """By quarters, which are exact, so that bytes can be compared."""
+    torch.manual_seed(seed)
+    pair = Pair(*drawn)
+    size, blocks, (heads, dim) = pair.format.block_size, torch.randperm(NUM_BLOCKS).tolist(), shape_of(pair)
+    rotated = dim - 16 if whole == 0 else dim
+    spans = [Span(size - 1, size, blocks[:1], 2), Span(0, 1, blocks[3:4], 0), Span(size, size + 1, blocks[6:8], 1)]
+    batch, device_batch = KVBatch.build(pair.format, spans), KVBatch.build(pair.format, spans, DEVICE)
+    for expected, layer in zip(pair.torch.layers, pair.kernels.layers, strict=True):
+        turns = torch.randint(4, (3, rotated // 2))
+        cos, sin = (torch.tensor(x)[turns].to(pair.dtype) for x in ([1, 0, -1, 0], [0, 1, 0, -1]))
+        cos, sin = torch.stack([cos, cos], 1)[:, None], torch.stack([-sin, sin], 1)[:, None]
+        made = RotaryHeads(pair.draw((3, 5 * heads, dim)), 3 * heads, cos, sin, None)
+        q, key = made.rotated()
+        expected.write(key, made.value, batch)
+        on_device = RotaryHeads(made.made.to(DEVICE), 3 * heads, cos.to(DEVICE), sin.to(DEVICE), None)
+        assert same(q, layer.rotate_and_write(on_device, device_batch))
+    pair.check()
+
+
+@EXAMPLES
+@given(st.sampled_from(HEAD_DIMS), st.integers(1, 20), st.integers(1, 4), st.integers(0, 2**31))
+def test_keys_are_normalised_on_their_way_into_the_store(dim, num_heads, kv_heads, seed):
+    torch.manual_seed(seed)
+    stream = StreamSpec(kv_heads, dim)
+    layout = KVLayout(KVSpec(1, stream, stream, 2), KVFormat((LayerFormat(StreamFormat(), StreamFormat()),), 64, 0))
+    pair, norm = Pair(layout, torch.float16), QKNorm(num_heads, kv_heads, dim, 1e-6, dtype=torch.float64, device=CPU)
+    gains = pair.draw((2, dim))
+    norm.weight.copy_(gains)
+    rounded = QKNorm(num_heads, kv_heads, dim, 1e-6, dtype=pair.dtype, device=torch.device(DEVICE))
+    rounded.weight.copy_(gains)
+    cos, sin = Rotary(Rope(dim, 1e4), 100, dtype=pair.dtype, device=CPU)(torch.tensor([7, 70]))
+    made = pair.draw((2, num_heads + 2 * kv_heads, dim))
+    exact_q, exact_key = RotaryHeads(made.double(), num_heads, cos.double(), sin.double(), norm).rotated()
+    batch = KVBatch.build(layout.format, [Span(7, 8, [3], 0), Span(70, 71, [1, 5], 1)], DEVICE)
+    heads = RotaryHeads(made.to(DEVICE), num_heads, cos.to(DEVICE), sin.to(DEVICE), rounded)
+    q = pair.kernels.layers[0].rotate_and_write(heads, batch).cpu().double()
+    codes = pair.kernels.layers[0].key.arrays["codes"].cpu().double()
+    key = torch.stack([codes[3, :, 7], codes[5, :, 6]])
+    assert (q - exact_q).norm() / exact_q.norm() < 5e-3
+    assert (key - exact_key).norm() / exact_key.norm() < 5e-3
+
+
+def shape_of(pair: Pair) -> tuple[int, int]:
+    return pair.layout.spec.key.heads, pair.layout.spec.key.dim
+
+
 PACKED = [
     StreamFormat(bits, axis, 32, symmetric)  # type: ignore[arg-type]
     for bits in ("8", "4", "2")
@@ -260,9 +315,10 @@ from triton.compiler import ASTSource, compile
 from kvtool.kernels import pack
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-ELEMENTS = {"key", "value", "tails", "near_key", "near_value"}
+ELEMENTS = {"key", "value", "tails", "near_key", "near_value", "made", "q", "cos", "sin", "gain"}
 POINTERS = {"memory": "*u8", "faults": "*i32"} | dict.fromkeys(
     ("tokens", "sources", "owners", "rows", "blocks", "positions", "tail_slots", "block_table", "starts"), "*i64")
+POINTERS["eps"] = "fp32"
 
 def resources(kernel, element, constants, num_warps):
     constants |= {"CHAINED": False} if "CHAINED" in kernel.arg_names else {}
@@ -297,6 +353,7 @@ token = {bits: [packing(bits, "token", symmetric, dim) for symmetric in (True, F
 token["exact, fp8"] = [packing("16", "token", True, dim), packing("fp8", "token", True, dim)]
 for bits, pair in token.items():
     check(pack._write_tokens, "bf16", *pair, 4)
+    check(pack._rotate_and_write, "bf16", *pair, 4, ROTATED=dim, NORM=True, HEADS=8)
     check(pack._seal, "bf16", *pair, 64, **seal)
     if bits.isdigit():
         channel = [packing(bits, "channel", symmetric, dim) for symmetric in (True, False)]

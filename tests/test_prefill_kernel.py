@@ -15,6 +15,7 @@ from kvtool.attention.layer import AttentionLayer
 from kvtool.attention.torch_backend import TorchAttention
 from kvtool.attention.triton_backend import TritonPrefill
 from kvtool.config import KVOptions
+from kvtool.kv import batch
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
@@ -165,6 +166,21 @@ def test_every_format_with_a_small_workspace(options, monkeypatch):
     assert case.error() < 5e-3
     monkeypatch.setattr(prefill, "WORKSPACE", 1)
     assert torch.equal(case.prefill(), whole)
+
+
+@runs
+@pytest.mark.parametrize("options", [OPTIONS[i] for i in (0, 2, 5, 9)], ids=["16", "4", "2, residual", "fp8"])
+def test_programs_share_the_keys_of_few_queries(options, monkeypatch):
+    """Pieces end within a block and where a span begins; some hold nothing that a window lets a query see."""
+    monkeypatch.setattr(batch, "SHORTEST_PIECE", 128)
+    monkeypatch.setattr(prefill, "num_sms", lambda device: 16)
+    for window in (None, 100):
+        bounds = [(300, 307), (0, 9), (250, 251), (120, 150)]
+        case = Prefilling(options, attention_layer((2, 2), 64, window), bounds, DTYPES[0], 0)
+        assert case.error() < 5e-3
+        (tiles,) = case.batch.prompts._tiles.values()
+        assert tiles[:, 8].tolist() == [3, 3, 3, 2, 2, 1]
+        assert not case.kv.arrivals.any()
 
 
 @runs

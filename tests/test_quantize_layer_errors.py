@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from kvtool.attention import PagedAttention
 from kvtool.attention.layer import AttentionLayer
+from kvtool.attention.queries import prepared
 from kvtool.attention.reference import attention_reference
 from kvtool.config import KVOptions
 from kvtool.errors import UnsupportedError
@@ -90,7 +91,7 @@ def test_errors_are_those_of_the_store_that_serves(model, windows, kv):
         return outputs[-1]
 
     with torch.inference_mode():
-        model(windows.flatten(), batch.positions, attend)
+        model(windows.flatten(), batch.positions, prepared(attend))
     served = [relative_error(out, exact.output.flatten(0, 1)) for out, exact in zip(outputs, activations, strict=True)]
     ours = propagated_errors(model, windows, activations, fmt)
     assert ours == pytest.approx(served, rel=1e-6)
@@ -120,7 +121,7 @@ def test_calibration_gives_what_a_cache_would_be_given(model, windows):
         return activations[layer].output.flatten(0, 1)
 
     with torch.inference_mode():
-        model(windows.flatten(), torch.arange(200).repeat(2), attend)
+        model(windows.flatten(), torch.arange(200).repeat(2), prepared(attend))
     for given_q, given_k, given_v, exact in ((*qkv, a) for qkv, a in zip(seen, activations, strict=True)):
         for got, kept in ((given_q, exact.query), (given_k, exact.key), (given_v, exact.value)):
             torch.testing.assert_close(got, kept.flatten(0, 1))

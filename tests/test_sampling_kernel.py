@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvtool.cuda_graph import known as definition_of_known
 from kvtool.request import VOID, Sample, SamplingParams
 from kvtool.sampler import Choices, Drafts, Row, Sampler
 from kvtool.sampler import choose as definition
@@ -24,7 +25,7 @@ pytest.importorskip("triton")
 
 from compiled import ON_GPU, check_compiled, compiles, runs
 
-from kvtool.kernels.sampling import choose, greedy, verify
+from kvtool.kernels.sampling import choose, greedy, known, verify
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 VOCABS = [1000, 32_000, 151_936, 152_064] if ON_GPU else [40, 1024, 5000]
@@ -227,6 +228,16 @@ def test_drafts_hold_as_far_as_the_definition_says(data: st.DataObject, most: in
     assert brought.tolist() == recent.tolist()
 
 
+@runs
+@examples
+@given(count=st.integers(1, 600), drafts=st.integers(0, 4), slots=st.integers(1, 40), seed=st.integers(0, 2**31))
+def test_what_stands_for_tokens_is_found(count: int, drafts: int, slots: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    recent = torch.randint(1000, (1 + drafts, slots))
+    ids = torch.randint(-recent.numel(), 1000, (count,))
+    assert torch.equal(known(ids.to(DEVICE), recent.to(DEVICE)).cpu(), definition_of_known(ids, recent))
+
+
 @compiles
 def test_the_kernels_compile_for_a_4090_without_spills(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.zeros(2, len(Row._fields), dtype=torch.float64)
@@ -237,5 +248,6 @@ def test_the_kernels_compile_for_a_4090_without_spills(monkeypatch: pytest.Monke
             choose(logits, rows, rows[0], rows[0], rows[0], allowed, counts, newest)
             greedy(logits, newest, newest)
         verify(newest, newest, newest, newest, newest.new_zeros(5, 2), VOID)
+        known(newest, counts.long())
 
-    assert check_compiled(launch, monkeypatch) == 9
+    assert check_compiled(launch, monkeypatch) == 10

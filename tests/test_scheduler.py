@@ -12,7 +12,7 @@ from kvtool.errors import RequestError
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.request import Grammar, Request, SamplingParams, ScheduledBatch, StepResult, Tokens
-from kvtool.scheduler import Scheduler
+from kvtool.scheduler import STEPS_OF_ROOM, Scheduler
 
 SPEC = KVSpec(2, StreamSpec(2, 32), StreamSpec(2, 32), 4)
 FORMATS = [resolve(o, SPEC) for o in (KVOptions(), KVOptions(nbits="4"), KVOptions(nbits="2", residual_length=64))]
@@ -54,6 +54,8 @@ def check(scheduler: Scheduler, batch: ScheduledBatch) -> None:
     known = [bool(span.token_ids) for span in batch.spans]
     assert known == sorted(known), "decodes come before what the host knows"
     assert len({span.id for span in batch.spans}) == len(batch.spans)
+    starts = [span.start for span in batch.spans if not span.token_ids]
+    assert starts == sorted(starts, reverse=True), "of decodes, the longest come first"
     owned = [block for sequence in scheduler.running for block in sequence.blocks]
     assert len(owned) == len(set(owned)) == scheduler.blocks.num_used
     assert len({sequence.slot for sequence in scheduler.running}) == len(scheduler.running)
@@ -122,6 +124,25 @@ def test_the_youngest_gives_way_and_the_oldest_never_does():
         assert batch.spans[0].id == "old" or "old" in order
         order += [t.id for t in s.update(result(batch)) if t.finish_reason]
     assert order == ["old", "middle", "young"]
+
+
+def test_room_is_made_for_several_steps():
+    """Every second step of 32 sequences needs a block, but the GPU does not wait for room as often."""
+    s = scheduler(FORMATS[0], num_blocks=128, seqs=32, budget=10_000, context=1000)
+    for i in range(32):
+        s.add(request(str(i), 100 + 2 * i, 400, ignore_eos=True), 0)
+    under_way, made, waited = [s.schedule()], [], 0
+    for index in range(200):
+        before = s.totals["preemptions_total"]
+        batch = s.schedule()  # while the one before is under way
+        waited += not batch.spans
+        under_way += [batch] if batch.spans else []
+        s.update(result(under_way.pop(0)))
+        under_way = under_way or [s.schedule()]
+        made += [index] if s.totals["preemptions_total"] > before else []
+        assert not made or s.blocks.num_free < 20, "and little memory is left idle for it"
+    assert waited == len(made) >= 3
+    assert made[-1] - made[0] >= STEPS_OF_ROOM * (len(made) - 1)
 
 
 def test_end_of_text_ends_unless_ignored():

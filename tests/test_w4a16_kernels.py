@@ -1,7 +1,7 @@
 """Products with 4-bit weights against their definition in float64.
 
-Where there is a GPU they run on it; elsewhere, on small shapes, Triton interprets its kernels, and an emulator runs
-those in CUDA C++. That they compile for an RTX 4090 and an H200 needs no GPU.
+Where there is a GPU they run on it; elsewhere, on small shapes, an emulator runs them. That they compile for an RTX
+4090 and an H200 needs no GPU.
 """
 
 import os
@@ -17,19 +17,23 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import emulator
-from compiled import ON_GPU, check_compiled, compiles, runs, usage
+from compiled import ON_GPU, STACK, usage
 
 from kvtool.kernels import nvrtc, w4a16, w4a16_gemv, w4a16_kernels, w4a16_stream
-from kvtool.kernels.launch import capability
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float16]  # the interpreter multiplies no bf16
-TILES = [w4a16_stream.Tile(1, 2, 8, 2, 3, 1), w4a16_stream.Tile(4, 8, 8, 2, 2, 1)]
-TILES += [tile for (major, _), tile in w4a16_stream.TILES.items() if ON_GPU and major == capability(DEVICE)]
+DTYPES = [torch.bfloat16, torch.float16]
+TILES = [w4a16_stream.Tile(1, 4, 8, 4, 1), w4a16_stream.Tile(4, 8, 4, 3, 1)]
+TILES += [
+    tile
+    for (together, _), entries in w4a16_stream.TILES.items()
+    for _, tile in entries
+    if together == w4a16_stream.multiplies_together(DEVICE)
+]
 GEMV_TILES = [w4a16_gemv.Tile(1, 2, 2, 1), w4a16_gemv.Tile(2, 4, 1, 1)]
 GEMV_TILES += [tile for entries in w4a16_gemv.TILES.values() if ON_GPU for _, tile in entries]
 # Outputs, columns and how many of these share a scale.
-SHAPES = [(40, 64, 32), (17, 192, 64), (33, 256, 128), (48, 384, 384), (16, 160, 160), (20, 1024, 64)]
+SHAPES = [(40, 64, 32), (17, 192, 64), (33, 256, 128), (48, 384, 384), (16, 160, 160), (24, 1024, 64)]
 # What the emulator is compiled for: a shape, a dtype, products of 8 rows and a tile.
 GEMV_VARIANTS = [
     (SHAPES[0], torch.float16, 1, w4a16_gemv.Tile(1, 2, 2, 1)),
@@ -37,14 +41,16 @@ GEMV_VARIANTS = [
     (SHAPES[2], torch.float16, 2, w4a16_gemv.Tile(2, 2, 3, 1)),
     (SHAPES[3], torch.bfloat16, 1, w4a16_gemv.Tile(1, 4, 2, 1)),
 ]
-# A shape, a dtype and a tile.
+# A shape, a dtype, a tile, and whether four warps multiply together.
 VARIANTS = [
-    (SHAPES[0], torch.float16, w4a16_stream.Tile(1, 1, 2, 1, 2, 1)),
-    (SHAPES[1], torch.bfloat16, w4a16_stream.Tile(2, 2, 4, 2, 3, 1)),
-    (SHAPES[3], torch.bfloat16, w4a16_stream.Tile(1, 4, 4, 1, 2, 1)),
-    (SHAPES[5], torch.float16, w4a16_stream.Tile(1, 1, 8, 4, 4, 1)),
+    (SHAPES[0], torch.float16, w4a16_stream.Tile(1, 1, 4, 2, 1), False),
+    ((32, 192, 64), torch.bfloat16, w4a16_stream.Tile(2, 2, 4, 3, 1), False),
+    (SHAPES[4], torch.bfloat16, w4a16_stream.Tile(1, 4, 4, 3, 1), True),
+    (SHAPES[5], torch.float16, w4a16_stream.Tile(1, 8, 4, 4, 1), True),
+    ((136, 384, 384), torch.bfloat16, w4a16_stream.Tile(2, 16, 4, 4, 1), True),
 ]
 SHAPES += [(4608, 3584, 128), (3584, 18944, 128), (1000, 1056, 32), (50000, 896, 896)] if ON_GPU else []
+STREAMED = [shape for shape in SHAPES if shape[0] % w4a16_stream.OUTPUTS == 0]
 on_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 seeds = st.integers(0, 2**31 - 1)
 examples = settings(deadline=None, max_examples=int(os.environ.get("KVTOOL_TEST_EXAMPLES", 100)) if ON_GPU else 12)
@@ -68,7 +74,8 @@ class Case:
         scales = (torch.rand(outputs, depth // group) + 0.5) / depth**0.5
         zeros = torch.randint(17, scales.shape) if self.whole else torch.rand_like(scales) * 15
         x, bias = torch.randn(self.rows, depth), torch.randn(outputs)
-        tensors = [x, w4a16.pack_w4(codes), scales, zeros, bias if self.bias else None]
+        grids = [w4a16.by_group(grid.to(self.dtype)) for grid in (scales, zeros)]
+        tensors = [x, w4a16.pack_w4(codes), *grids, bias if self.bias else None]
         return [None if x is None else x.to(device, None if x.dtype == torch.uint8 else self.dtype) for x in tensors]
 
 
@@ -79,7 +86,7 @@ def error(out: Tensor, arguments: list[Tensor]) -> float:
 
 
 GemvVariant = tuple[tuple[int, int, int], torch.dtype, int, w4a16_gemv.Tile]
-Variant = tuple[tuple[int, int, int], torch.dtype, w4a16_stream.Tile]
+Variant = tuple[tuple[int, int, int], torch.dtype, w4a16_stream.Tile, bool]
 cases = st.builds(
     Case,
     rows=st.integers(1, 300 if ON_GPU else 20),
@@ -99,7 +106,20 @@ def test_codes_come_back(outputs: int, depth: int, seed: int) -> None:
     assert torch.equal(w4a16.unpack_w4(packed), codes)
 
 
-@runs
+@settings(deadline=None, max_examples=12)
+@given(case=cases, rows=st.booleans(), seed=seeds)
+def test_matrix_decoded_to_memory(case: Case, rows: bool, seed: int) -> None:
+    case.shape, case.dtype = [(SHAPES[1], torch.bfloat16), (SHAPES[4], torch.float16)][rows]
+    grids = case.arguments(torch.device("cpu"))[1:4]
+    some = [x[3:] for x in grids]  # of all outputs
+    out = torch.full((len(some[0]), case.shape[1]), float("nan"), dtype=case.dtype)
+    macros = w4a16_kernels.constants(out, some[1], True) | {"CHAINED": 1}
+    library = emulator.build("w4a16_decode.cu", "w4a16_decode", tuple(macros.items()))
+    emulator.launch(library, w4a16_kernels.grid(out), w4a16_kernels.arguments(*some, out), seed)
+    assert torch.equal(out, w4a16.dequantize_w4(*grids, case.dtype)[3:])
+
+
+@on_gpu
 @examples
 @given(cases, st.sampled_from([1 << 12, 1 << 20]))
 def test_product_of_a_matrix_decoded_to_memory(case: Case, piece: int) -> None:
@@ -126,10 +146,10 @@ def test_warps_share_columns(case: Case, variant: GemvVariant, seed: int) -> Non
 @settings(deadline=None, max_examples=20)
 @given(case=cases, variant=st.sampled_from(VARIANTS), programs=st.integers(1, 9), seed=seeds)
 def test_programs_share_tiles(case: Case, variant: Variant, programs: int, seed: int) -> None:
-    case.shape, case.dtype, tile = variant
+    case.shape, case.dtype, tile, together = variant
     x, weight, scales, *_ = arguments = case.arguments(torch.device("cpu"))
     programs, share = w4a16_stream.grid(x, weight, tile, programs)
-    macros = w4a16_stream.constants(x, scales, tile, x.device) | {"CHAINED": 1}
+    macros = w4a16_stream.constants(x, scales, tile, together, True)
     out = torch.full((len(x), len(weight)), float("nan"), dtype=case.dtype)
     partial = torch.full((programs, 2, tile.outputs * tile.rows), float("nan"))
     arrivals = torch.zeros(programs, dtype=torch.int32)
@@ -153,6 +173,7 @@ def test_gemv(case: Case, tile: w4a16_gemv.Tile) -> None:
 @examples
 @given(cases, st.sampled_from(TILES))
 def test_product(case: Case, tile: w4a16_stream.Tile) -> None:
+    case.shape = STREAMED[case.seed % len(STREAMED)]
     arguments = case.arguments()
     assert error(w4a16_stream.product(*arguments, tile), arguments) < 5e-3
 
@@ -166,57 +187,58 @@ def test_linear(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "has_nvrtc", "chosen"),
+    ("rows", "has_nvrtc", "together", "chosen"),
     [
-        (1, True, "gemv"),
-        (16, True, "gemv"),
-        (17, True, "product"),
-        (128, True, "product"),
-        (129, True, "decoded_product"),
-        (0, True, "decoded_product"),
-        (1, False, "decoded_product"),
+        (1, True, False, "gemv"),
+        (16, True, False, "gemv"),
+        (17, True, False, "product"),
+        (128, True, False, "product"),
+        (129, True, False, "decoded_product"),
+        (129, True, True, "product"),
+        (513, True, True, "decoded_product"),
+        (0, True, True, "decoded_product"),
+        (1, False, False, "w4a16_reference"),
     ],
 )
-def test_linear_chooses_by_rows(rows: int, has_nvrtc: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_chooses_by_rows(
+    rows: int, has_nvrtc: bool, together: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     called = []
     monkeypatch.setattr(w4a16, "takes", lambda x: True)
-    monkeypatch.setattr(w4a16_kernels, "_compiles", lambda: has_nvrtc)
-    for module, name in ((w4a16_gemv, "gemv"), (w4a16_stream, "product"), (w4a16_kernels, "decoded_product")):
+    monkeypatch.setattr(w4a16_stream, "multiplies_together", lambda device: together)
+    monkeypatch.setattr(w4a16_kernels, "compiles", lambda: has_nvrtc)
+    kernels = [(w4a16_gemv, "gemv"), (w4a16_stream, "product"), (w4a16_kernels, "decoded_product")]
+    for module, name in [*kernels, (w4a16, "w4a16_reference")]:
         monkeypatch.setattr(module, name, lambda *arguments, name=name: called.append(name))
     w4a16.w4a16_linear(*Case(rows, SHAPES[0], torch.float16, True, True, 0).arguments())
     assert called == [chosen]
 
 
-@compiles
-@pytest.mark.parametrize("major", [8, 9])
-def test_what_decodes_a_matrix_compiles_without_spills(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For an RTX 4090 and an H200."""
-
-    def launch() -> None:
-        for dtype, depth, group in ((torch.bfloat16, 512, 128), (torch.float16, 4096, 32)):
-            w4a16_kernels.decode(*Case(64, (64, depth, group), dtype, True, True, 0).arguments()[1:4])
-
-    assert check_compiled(launch, monkeypatch, {8: 89, 9: 90}[major]) == 2
-
-
-def programs(major: int) -> Iterator[tuple[str, dict[str, object], int]]:
-    """Source, macros and warps of all that the tables have, in wide groups, which take the most registers."""
+def programs(major: int) -> Iterator[tuple[str, str, dict[str, object]]]:
+    """Source, architecture and macros of all that the tables have, in wide groups, which take the most registers."""
+    architecture, chain = {8: "sm_89", 9: "sm_90"}[major], major >= 9
     x, _, scales, *_ = Case(16, (16, 256, 128), torch.bfloat16, True, True, 0).arguments(torch.device("cpu"))
     for (of, columns), entries in w4a16_gemv.TILES.items():
         for _, tile in entries if of == major else ():
-            yield w4a16_gemv.SOURCE, w4a16_gemv.constants(x[: 8 * columns], scales, tile, x.device), tile.warps
-    for tile in {tile for (of, _), tile in w4a16_stream.TILES.items() if of == major}:
-        bound = f"static_assert(shared_bytes == {tile.shared_bytes});"
-        yield w4a16_stream.SOURCE + bound, w4a16_stream.constants(x, scales, tile, x.device), tile.warps
+            macros = w4a16_gemv.constants(x[: 8 * columns], scales, tile, x.device) | {"CHAINED": int(chain)}
+            yield w4a16_gemv.SOURCE, architecture, macros
+    for (together, _), entries in w4a16_stream.TILES.items():
+        for _, tile in entries if major >= 9 or not together else ():
+            for group in (128, 32):
+                fitted = tile.fitted(group, {8: 100, 9: 228}[major])
+                bound = f"static_assert(shared_bytes == STAGES * {fitted.stage_bytes(group)});"
+                macros = w4a16_stream.constants(x, scales, fitted, together, chain) | {"GROUP": group}
+                yield w4a16_stream.SOURCE + bound, architecture + "a" * together, macros
+    yield w4a16_kernels.SOURCE, architecture, w4a16_kernels.constants(x, scales, chain) | {"PER_SM": 1}
 
 
-@pytest.mark.parametrize(("major", "architecture", "shared"), [(8, "sm_89", 100), (9, "sm_90", 228)])
-def test_programs_fit_a_multiprocessor_without_spills(major: int, architecture: str, shared: int) -> None:
-    """As many as the tables say."""
+@pytest.mark.parametrize(("major", "shared"), [(8, 100), (9, 228)])
+def test_programs_fit_a_multiprocessor_without_spills(major: int, shared: int) -> None:
+    """As many as the tables say, for an RTX 4090 and an H200."""
     if reason := nvrtc.refuses_to_compile():
         pytest.skip(reason)
-    for source, macros, warps in programs(major):
+    for source, architecture, macros in programs(major):
         bound = f"static_assert((shared_bytes + 1024) * PER_SM <= {shared << 10});"
-        used = usage(nvrtc.compile_cubin(source + bound, architecture, macros | {"CHAINED": int(major >= 9)}))
-        assert used["REG"] * warps * 32 * int(str(macros["PER_SM"])) <= 65536
-        assert used["STACK"] == used["LOCAL"] == 0
+        used = usage(nvrtc.compile_cubin(source + bound, architecture, macros))
+        assert used["REG"] * 32 * int(str(macros["WARPS"])) * int(str(macros["PER_SM"])) <= 65536
+        assert used["STACK"] <= STACK and used["LOCAL"] == 0, macros

@@ -2,8 +2,8 @@
 // SOURCE.
 //
 // Each thread of a program is a fiber. What needs a warp or a program waits until all of its threads are there, and what
-// is copied to shared memory comes as late as it may (or at once: `eager`), so that a missing wait shows. Products are
-// summed in float64 and rounded once.
+// is copied to shared memory comes as late as it may (or at once: `eager`), so that a missing wait shows; so do products
+// that four warps have under way (or not: `prompt`). Products are summed in float64 and rounded once.
 
 #include <ucontext.h>
 
@@ -24,6 +24,7 @@
 #define __constant__
 #define __shared__
 #define __launch_bounds__(...)
+#define __align__(...)
 
 #include "words.cuh"
 
@@ -31,16 +32,18 @@ using std::max, std::min;
 struct Index3 { unsigned x, y, z; };
 
 constexpr int MAX_THREADS = 512, STACK = 1 << 18;
-Words4 dynamic[1 << 14];  // shared memory
+alignas(1024) Words4 dynamic[1 << 14];  // shared memory
 static Index3 threadIdx, blockIdx, gridDim;
 static int current, num_threads;
-static bool eager;
+static bool eager, prompt;
 
 struct Copy { void* to; const void* from; };
+struct Product { void (*multiply)(const Product&); float (*d)[4]; u32 a[4]; u64 b; };
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
     std::vector<std::vector<Copy>> groups;  // of copies under way; the last is open
+    std::vector<std::vector<Product>> products;  // likewise
     bool done;
 };
 static Fiber fibers[MAX_THREADS];
@@ -116,6 +119,8 @@ static u32 multiply(u32 a, u32 b) {
     return round_pair<false>(widen<false>(a) * widen<false>(b), widen<false>(a >> 16) * widen<false>(b >> 16));
 }
 
+static u32 negative(u32 x) { return x ^ 0x80008000; }
+
 template <bool BFLOAT> static u32 fused(u32 a, u32 b, u32 c) {
     float d[2];
     for (int e = 0; e < 2; e++)
@@ -140,12 +145,60 @@ template <bool BFLOAT> static void multiply_add(float (&d)[4], const u32 (&a)[4]
     }
 }
 
+static u64 shared_matrix(const void* from) { return (uintptr_t)from; }
+static u64 behind(u64 matrix, int bytes) { return matrix + bytes; }
+
+template <bool BFLOAT, int WIDE> static void multiply_now(const Product& product) {
+    Lanes<4> all = exchange(product.a);
+    int g = lane_id() / 4, t = lane_id() % 4;
+    for (int n = 0; n < 8 * WIDE; n++) {
+        if (n % 8 / 2 != t) continue;
+        for (int h = 0; h < 2; h++) {
+            double sum = product.d[n / 8][2 * h + n % 2];
+            for (int k = 0; k < 16; k++) {
+                u64 at = product.b + n * 128 + k * 2;
+                u16 column = *(const u16*)(at ^ (at >> 7 & 7) << 4);
+                sum += (double)widen<BFLOAT>(all.x[g * 4 + k % 8 / 2][k / 8 * 2 + h] >> k % 2 * 16) * widen<BFLOAT>(column);
+            }
+            product.d[n / 8][2 * h + n % 2] = (float)sum;
+        }
+    }
+}
+
+template <bool BFLOAT, int WIDE> static void multiply_add_async(float (*d)[4], const u32 (&a)[4], u64 b) {
+    if (threadIdx.x / 128 * 128 + 128 > num_threads) fputs("four warps multiply\n", stderr), abort();
+    fibers[current].products.back().push_back({multiply_now<BFLOAT, WIDE>, d, {a[0], a[1], a[2], a[3]}, b});
+}
+
+static void settle(float (&d)[4]) {}
+static void start_products(u32 (&a)[4]) {}
+static void end_products() { fibers[current].products.emplace_back(); }
+
+template <int N> static void await_products() {
+    auto& products = fibers[current].products;
+    while (products.size() - 1 > (prompt ? 0 : N)) {
+        for (auto& product : products[0]) product.multiply(product);
+        products.erase(products.begin());
+    }
+}
+
+static void publish() {}
+
 static u32 transpose(u32 x) {
     Lanes<1> all = exchange({x});
     int g = lane_id() / 4, t = lane_id() % 4;
     u32 d = 0;
     for (int e = 0; e < 2; e++) d |= (all.x[(2 * t + e) * 4 + g / 2][0] >> g % 2 * 16 & 0xffff) << 16 * e;
     return d;
+}
+
+static void read_matrices(u32 (&to)[4], const void* row) {
+    if ((uintptr_t)row % 16) fputs("a row is not aligned\n", stderr), abort();
+    Lanes<2> all = exchange({(u32)(uintptr_t)row, (u32)((uintptr_t)row >> 32)});
+    for (int i = 0; i < 4; i++) {
+        const u32* from = all.x[8 * i + lane_id() / 4];
+        to[i] = ((const u32*)((u64)from[1] << 32 | from[0]))[lane_id() % 4];
+    }
 }
 
 template <int N> static void read_transposed(u32 (&to)[N], const void* row) {
@@ -210,6 +263,7 @@ template <int BYTES> static void read_once(u32* to, const void* from) { read<BYT
 static void prefetch(const void* from, u32 bytes) {
     if (((uintptr_t)from | bytes) % 16) fputs("a prefetch is not aligned\n", stderr), abort();
 }
+static void prefetch_sector(const void* from) {}
 static float load_written(const float* from) { return *from; }
 static Floats4 load_written4(const float* from) { return *(const Floats4*)from; }
 static void await_inputs() {}
@@ -232,9 +286,9 @@ static void thread() {
     fibers[current].done = true;
 }
 
-// All programs of a grid, in an order drawn by `seed`, which also says whether copies are eager.
+// All programs of a grid, in an order drawn by `seed`, which also says whether copies are eager and products prompt.
 extern "C" void run(int x, int y, const void* const* given, int seed) {
-    arguments = given, eager = seed % 2, num_threads = WARPS * 32, gridDim = {(unsigned)x, (unsigned)y, 1};
+    arguments = given, eager = seed % 2, prompt = seed / 2 % 2, num_threads = WARPS * 32, gridDim = {(unsigned)x, (unsigned)y, 1};
     std::vector<unsigned> order(x * y);
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), std::mt19937(seed));
@@ -243,7 +297,7 @@ extern "C" void run(int x, int y, const void* const* given, int seed) {
         memset(dynamic, 0xff, sizeof dynamic);
         for (int i = 0; i < num_threads; i++) {
             Fiber& fiber = fibers[i];
-            fiber.stack.resize(STACK), fiber.groups.assign(1, {}), fiber.done = false;
+            fiber.stack.resize(STACK), fiber.groups.assign(1, {}), fiber.products.assign(1, {}), fiber.done = false;
             getcontext(&fiber.context);
             fiber.context.uc_stack.ss_sp = fiber.stack.data(), fiber.context.uc_stack.ss_size = STACK;
             fiber.context.uc_link = &home;

@@ -11,9 +11,11 @@ from kvtool.attention.cuda_backend import CudaDecode
 from kvtool.attention.flash_backend import PAGE, FlashAttention
 from kvtool.attention.latents import LatentQueries
 from kvtool.attention.layer import AttentionLayer
+from kvtool.attention.queries import Queries, rotated
 from kvtool.attention.torch_backend import TorchAttention
 from kvtool.attention.triton_backend import TritonDecode, TritonPrefill
 from kvtool.errors import UnsupportedError
+from kvtool.kernels.rotary_heads import RotaryHeads
 from kvtool.kv.batch import KVBatch
 from kvtool.kv.format import BLOCK_SIZE
 from kvtool.kv.hadamard import hadamard
@@ -155,20 +157,32 @@ class PagedAttention:
             return 0
         return ABSORBED_TOKENS if any(layer.latent_dim is not None for layer in self.layers) else None
 
-    def __call__(self, index: int, q: Tensor | LatentQueries, key: Tensor, value: Tensor, batch: KVBatch) -> Tensor:
+    def __call__(self, index: int, q: Queries, key: Tensor, value: Tensor, batch: KVBatch) -> Tensor:
         """Store this step's `key` and `value` [T, Hkv, D] and attend with `q` [T, Hq, D]; returns [T, Hq, D].
 
-        Rotated streams are rotated here, once: keys and queries alike, values on the way in and the output back.
+        Rotary heads become ready here, on a GPU in the kernel that stores them, where nothing else reads their keys.
+        Streams that are stored rotated are rotated here, once: keys and queries alike, values on the way in and the
+        output back.
         """
         kv = self.store.layers[index]
+        with Range("kvtool::write"):
+            ready, near = self._store(kv, q, key, value, batch)
+        with Range("kvtool::attention"):
+            return self._attend(index, ready, near, batch)
+
+    def _store(
+        self, kv: LayerKV, q: Queries, key: Tensor, value: Tensor, batch: KVBatch
+    ) -> tuple[Tensor | LatentQueries, Near | None]:
+        """Queries that are ready, and what `kv.write` returns."""
+        if isinstance(q, RotaryHeads):
+            if kv.writer and not (batch.prompts or kv.key.format.rotate or kv.value.format.rotate):
+                return kv.rotate_and_write(q, batch), None
+            q, key = rotated(q)
         if kv.key.format.rotate:
             key = hadamard(key)
         if kv.value.format.rotate:
             value = hadamard(value)
-        with Range("kvtool::write"):
-            near = kv.write(key, value, batch)
-        with Range("kvtool::attention"):
-            return self._attend(index, q, near, batch)
+        return q, kv.write(key, value, batch)
 
     def _attend(self, index: int, q: Tensor | LatentQueries, near: Near | None, batch: KVBatch) -> Tensor:
         kv = self.store.layers[index]

@@ -5,7 +5,6 @@ latents as they are stored, as one KV head that is key and value at once. *Expan
 of every head. Attention then multiplies fewer elements, once the making is paid for (DeepSeek-V2, arXiv:2405.04434).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,16 +95,3 @@ class LatentQueries:
         widths, pairs = self.products.shape[1], (end - start) * (start + end + 1) // 2
         cost, saved = start.sum() * self.latent_dim * widths, pairs.sum() * (2 * self.latent_dim - widths)
         return bool(cost < saved)
-
-
-def absorbing(
-    attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
-) -> Callable[[int, Tensor | LatentQueries, Tensor, Tensor], Tensor]:
-    """`attend`, which knows queries over latents as absorbed ones only, for any."""
-
-    def absorbed(index: int, q: Tensor | LatentQueries, key: Tensor, value: Tensor) -> Tensor:
-        if isinstance(q, LatentQueries):
-            return q.values(attend(index, q.absorbed(), key, value))
-        return attend(index, q, key, value)
-
-    return absorbed

@@ -72,7 +72,7 @@ class TritonPrefill:
         if layer.latent_dim is not None:
             mla_prefill.latent_prefill(*given, first_token=first, scale=scale, out=out)
         else:
-            prefill.paged_prefill(*given, first_token=first, scale=scale, sliding_window=window, out=out)
+            prefill.paged_prefill(*given, kv.arrivals, first_token=first, scale=scale, sliding_window=window, out=out)
 
 
 class TritonDecode:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 WORKSPACE = 128 << 20  # bytes of blocks that are decoded for prompts at a time, or of one KV head where those are more
+MOST_PIECES = 256  # into which tiles of prompts are cut
 
 
 def takes(x: Tensor) -> bool:

@@ -25,14 +25,15 @@ MERGED_WITHIN = 4  # splits that the last program of a sequence merges; of more,
 
 # Warps, pipeline stages of each, programs per SM and tokens of a tile for up to 8 query heads to a KV head, by (KiB of
 # shared memory of an SM, bits of the wider stream); and for more heads. 100 KiB has an RTX 4090, which was never timed:
-# its rows are those of which two programs or more fit.
+# its rows are those of which two programs or more fit. Those of 228 KiB are as large as two programs may be: were there
+# room for a third, 256 programs would not be dealt out evenly.
 TILES: dict[tuple[int, str], tuple[int, int, int, int]] = {
     (100, "8"): (2, 2, 2, 32),
     (100, "4"): (4, 2, 2, 32),
     (100, "2"): (4, 2, 3, 32),
-    (228, "8"): (4, 2, 3, 32),
-    (228, "4"): (4, 2, 3, 64),
-    (228, "2"): (4, 2, 3, 64),
+    (228, "8"): (6, 2, 2, 32),
+    (228, "4"): (6, 2, 2, 64),
+    (228, "2"): (6, 2, 2, 64),
 }
 WIDE_TILES: dict[int, tuple[int, int, int, int]] = {100: (2, 2, 2, 32), 228: (4, 2, 2, 32)}
 
@@ -69,7 +70,7 @@ def paged_decode(
     sliding_window: int | None = None,
     out: Tensor,
 ) -> None:
-    """`decode.paged_decode`, into `out`.
+    """`decode.paged_decode`, into `out`. As the tables, so the blocks below `visible` are read ahead.
 
     Args:
         arrivals: int32, as many zeros as sequences times KV heads of which two programs can run at once; zeros

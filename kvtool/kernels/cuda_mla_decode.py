@@ -22,15 +22,15 @@ HEADS = 16  # of a program: the rows of a product
 ROPE_KEYS = (("16", "token"), ("8", "channel"))
 LATENTS = (("8", "token"), ("4", "token"), ("2", "token"))
 
-# Warps that score, warps that gather, tokens of a tile, pipeline stages, programs per SM and operands of queries that
-# stay in registers, by (KiB of shared memory of an SM, bits of latents). None was timed yet.
-TILES: dict[tuple[int, str], tuple[int, int, int, int, int, int]] = {
-    (100, "8"): (4, 4, 32, 3, 1, 24),
-    (100, "4"): (4, 4, 64, 3, 1, 24),
-    (100, "2"): (4, 4, 64, 4, 1, 24),
-    (228, "8"): (4, 4, 64, 4, 1, 16),
-    (228, "4"): (4, 4, 64, 6, 1, 24),
-    (228, "2"): (4, 4, 64, 8, 1, 24),
+# Teams that score, warps of each, warps that gather, tokens of a tile and pipeline stages, by (KiB of shared memory of
+# an SM, bits of latents).
+TILES: dict[tuple[int, str], tuple[int, int, int, int, int]] = {
+    (100, "8"): (2, 2, 4, 32, 3),
+    (100, "4"): (2, 2, 4, 64, 3),
+    (100, "2"): (2, 2, 4, 64, 4),
+    (228, "8"): (2, 4, 8, 64, 4),
+    (228, "4"): (2, 4, 8, 128, 4),
+    (228, "2"): (2, 4, 4, 128, 4),
 }
 
 SOURCE = source("decode.cuh", "mla_decode.cu")
@@ -90,18 +90,17 @@ def latent_decode(
 
 def constants(key: PackedStream, value: PackedStream, block_table: Tensor, device: torch.device) -> dict[str, object]:
     """Macros that the kernel is compiled with."""
-    scorers, gatherers, tokens, stages, per_sm, resident = TILES[shared_kib(device), value.bits]
+    teams, scorers, gatherers, tokens, stages = TILES[shared_kib(device), value.bits]
     return {
         "BITS": value.bits,
         "ROPE_BITS": key.bits,
         "BLOCK": key.codes.shape[2],
         "TOKENS": tokens,
+        "TEAMS": teams,
         "SCORERS": scorers,
         "GATHERERS": gatherers,
-        "WARPS": scorers + gatherers,
+        "WARPS": teams * scorers + gatherers,
         "STAGES": stages,
-        "PER_SM": per_sm,
-        "RESIDENT": resident,
         "BF16": int(key.tail.dtype == torch.bfloat16),
         "CHAINED": int(capability(device) >= 9),
         "Index": "int" if block_table.dtype == torch.int32 else "long\tlong",

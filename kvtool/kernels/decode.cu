@@ -117,6 +117,9 @@ struct Warp {
         u32 qs[COLUMNS][D / 16][2];
         {
             float offset[COLUMNS][K_PARTS][4] = {};
+            // What rounding takes from q∘scale is given back as if all codes were the middle one: so most of it does not
+            // move the scores of one block against another's.
+            constexpr u32 middle = (14 + K_BITS << 10) * 0x10001u, middles[4] = {middle, middle, middle, middle};
 #pragma unroll
             for (int w = 0; w < K_WORDS; w++)
 #pragma unroll
@@ -127,8 +130,13 @@ struct Warp {
                     read<8>(zero, stage + K_ZERO + at);
                     u32 rows[4] = {zero[0], zero[0], zero[1], zero[1]};
                     for (int n = 0; n < COLUMNS; n++) {
+                        u32 lost[2];
+                        for (int j = 0; j < 2; j++) {
+                            qs[n][step][j] = multiply(q[n][step][j], scale[j]);
+                            lost[j] = fused<false>(q[n][step][j], scale[j], negative(qs[n][step][j]));
+                        }
                         multiply_add<false>(offset[n][part], rows, q[n][step]);
-                        for (int j = 0; j < 2; j++) qs[n][step][j] = multiply(q[n][step][j], scale[j]);
+                        multiply_add<false>(offset[n][part], middles, lost);
                     }
                 }
             for (int n = 0; n < COLUMNS; n++)
@@ -328,10 +336,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) paged_decode(
     char* shared = (char*)dynamic;
     const int seq = blockIdx.x / kv_heads, head = blockIdx.x % kv_heads, split = blockIdx.y, splits = gridDim.y;
     const int warp = threadIdx.x / 32, lane = lane_id();
-    if (CHAINED) await_inputs();
+    // Tables and what is packed were there before the kernel in front: fetching it begins while that still runs.
     const int position = positions[seq];
-    // A product that comes soon fetches its weights to L2 as it starts: a long read would drive them out again.
-    if (CHAINED && (int)gridDim.x / kv_heads * position < 8192) start_next();
     const int near = visible[seq], far = min(near, position + 1);
     const int first = max(0, position + 1 - window);
 
@@ -356,9 +362,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) paged_decode(
         }
         u64 block = (u64)shuffle(blocks, k % 32) * block_units * 16;
         if (tile < end) fetch(stages + k % STAGES * STAGE, key, value, block, head, tile % TILES);
+        // Not before: a product fetches its weights to L2 as it starts, and a long read would drive them out again.
+        else if (CHAINED) start_next();
         end_group();
     };
     for (int k = 0; k < STAGES; k++) fetch_tile(k);
+    const bool has_tail = tail_tokens && split == shares - 1;
+    const u64 tail = has_tail ? (u64)slots[seq] * slot_units * 16 + (u64)head * tail_tokens * D * 2 : 0;
+    if (CHAINED) {
+        if (has_tail && threadIdx.x < 2) prefetch((threadIdx.x ? value : key).tail + tail, tail_tokens * D * 2);
+        await_inputs();
+    }
 
     Warp w;
     w.g = lane / 4, w.t = lane % 4;
@@ -377,6 +391,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) paged_decode(
                 }
             }
         for (int mask = 1; mask < 4; mask *= 2) top = fmaxf(top, shuffle_xor(top, mask));
+        top = __uint_as_float((__float_as_uint(top) & 0x7f800000) + 0x800000);  // the next power of 2: no digit is lost
         for (int step = 0; step < D / 16; step++) {
             float factor = power_of_2(boost(K_BITS) - K_BITS * (step % K_PARTS)) / top;
             for (int j = 0; j < 2; j++) w.q[n][step][j] = round_pair<false>(x[step][2 * j] * factor, x[step][2 * j + 1] * factor);
@@ -392,12 +407,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) paged_decode(
     }
 
     // The tail comes first, while tiles are on their way.
-    if (tail_tokens && split == shares - 1) {
-        u64 tail = (u64)slots[seq] * slot_units * 16 + (u64)head * tail_tokens * D * 2;
+    if (has_tail)
         for (int row = warp * 16; row < tail_tokens; row += WARPS * 16)
             w.add_tail(query, (const u16*)(key.tail + tail), (const u16*)(value.tail + tail), row, position,
                        max(near, first), tail_tokens, group_heads, scale);
-    }
 
     for (int k = 0; begin + warp + k * WARPS < end; k++) {
         await_groups<STAGES - 1>();

@@ -19,6 +19,7 @@ from kvtool.kernels.launch import (
     num_sms,
     num_splits,
     power_of_2,
+    prefetch,
     start_next,
 )
 from kvtool.kernels.splits import merge
@@ -31,18 +32,22 @@ KEYS = (("16", "token"), ("fp8", "token"), ("8", "channel"), ("4", "channel"), (
 KEYS += (("8", "token"), ("4", "token"))
 VALUES = (("16", "token"), ("fp8", "token"), ("8", "token"), ("4", "token"), ("2", "token"))
 SHORT_READ = tl.constexpr(8192)  # tokens of a step
+AHEAD = tl.constexpr(2)  # blocks that a program asks for before its inputs are there
+LARGE_BLOCK = 64 * 128  # elements: of larger ones fewer are on their way at once
 MIN_PIECE = 16  # channels: the shortest inner dimension of a tensor-core product
 
 # Warps, pipeline stages, programs per SM and most registers by (compute capability, bits of the wider stream), for
 # head_dim 128 and up to 8 query heads to a KV head. Few warps share a tile of packed codes on sm_90, where instructions
-# bound it before memory; sm_89 was never timed: its rows are those that compile without spills.
+# bound it before memory. At 16 bits so many blocks are on their way that two programs fill an SM: were there room for a
+# third, 256 programs would not be dealt out evenly. More share the work of few sequences, which evens out their ends.
+# sm_89 was never timed: its rows are those that compile without spills.
 TILES: dict[tuple[int, str], tuple[int, int, int, int | None]] = {
     (8, "16"): (4, 2, 2, None),
     (8, "fp8"): (4, 2, 3, None),
     (8, "8"): (4, 2, 3, None),
     (8, "4"): (4, 2, 3, None),
     (8, "2"): (4, 2, 3, None),
-    (9, "16"): (4, 3, 3, None),
+    (9, "16"): (4, 5, 3, None),
     (9, "fp8"): (4, 3, 4, None),
     (9, "8"): (1, 3, 8, None),
     (9, "4"): (1, 3, 8, None),
@@ -81,7 +86,8 @@ def paged_decode(
     """Attention of one query per sequence: over packed blocks below v(t), and its tail from v(t) to t.
 
     Nothing is read back to the host and the launch depends on shapes alone, so a CUDA graph can hold it. Agrees with
-    `paged_decode_reference` to a relative error of 5e-3 in bf16.
+    `paged_decode_reference` to a relative error of 5e-3 in bf16. Where kernels are chained (`launch.chained`) it reads
+    the four tables before the kernel in front has ended, so that one must not be what writes them.
 
     Args:
         q: [n, Hq, D] bf16 or fp16; keys and values of 16 bits and tails have its dtype.
@@ -102,6 +108,8 @@ def paged_decode(
     columns = max(8, power_of_2(group_heads))
     compute = capability(q.device)
     num_warps, num_stages, per_sm, registers = TILES[compute, bits]
+    if head_dim * block_size > LARGE_BLOCK:
+        num_stages = min(num_stages, 3)
     elements = power_of_2(head_dim) * columns  # of the accumulator
     num_warps = _fitting_warps(num_warps, elements, columns, compute)
     splits = num_splits(n * kv_heads, block_table.shape[1], bool(tail_tokens), per_sm * num_sms(q.device))
@@ -227,7 +235,6 @@ def _decode_kernel(
     SPLIT: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    await_inputs(CHAINED, START_NEXT=False)
     seq, head, split = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     position = tl.load(positions_ptr + seq).to(tl.int32)
     # A product that comes soon fetches its weights to L2 as it starts: a long read would drive them out again.
@@ -236,6 +243,28 @@ def _decode_kernel(
     near = tl.load(visible_ptr + seq).to(tl.int32)
     far = tl.minimum(near, position + 1)
     first = tl.maximum(0, position + 1 - window)
+
+    # Programs share the blocks, as many as there are shares. The last has the tail too, which weighs as much as a block
+    # for each 16 tokens.
+    splits = tl.num_programs(1)
+    begin = first // BLOCK
+    end = tl.cdiv(far, BLOCK)
+    units = tl.maximum(tl.maximum(end - begin, 0) + tail_tokens // 16, 1)
+    share = tl.cdiv(units, splits)
+    begin += split * share
+    end = tl.minimum(begin + share, end)
+    rows = tl.arange(0, BLOCK)
+    table_ptr += seq * table_stride
+
+    # Tables were there before the kernel in front, and so was most of what they lead to.
+    K_BYTES: tl.constexpr = BLOCK * (D // K_PARTS) * k_codes.dtype.element_ty.primitive_bitwidth // 8  # of a head
+    V_BYTES: tl.constexpr = BLOCK * (D // V_PARTS) * v_codes.dtype.element_ty.primitive_bitwidth // 8
+    if CHAINED:
+        for index in tl.range(begin, tl.minimum(begin + AHEAD, end), num_stages=1):
+            block = tl.load(table_ptr + index).to(tl.int64) * (block_stride * 16)
+            prefetch(k_codes.to(tl.pointer_type(tl.uint8)) + block + head * K_BYTES, K_BYTES)
+            prefetch(v_codes.to(tl.pointer_type(tl.uint8)) + block + head * V_BYTES, V_BYTES)
+    await_inputs(CHAINED, START_NEXT=False)
     q_ptr += (seq.to(tl.int64) * kv_heads + head) * group_heads * D
 
     K_SEGMENTS: tl.constexpr = D // K_PARTS // K_PIECE
@@ -267,17 +296,6 @@ def _decode_kernel(
     for _ in tl.static_range(V_SEGMENTS * V_PARTS):
         accs += (tl.zeros([V_PAD, N], tl.float32),)
 
-    # Programs share the blocks, as many as there are shares. The last has the tail too, which weighs as much as a block
-    # for each 16 tokens.
-    splits = tl.num_programs(1)
-    begin = first // BLOCK
-    end = tl.cdiv(far, BLOCK)
-    units = tl.maximum(tl.maximum(end - begin, 0) + tail_tokens // 16, 1)
-    share = tl.cdiv(units, splits)
-    begin += split * share
-    end = tl.minimum(begin + share, end)
-    rows = tl.arange(0, BLOCK)
-    table_ptr += seq * table_stride
     # Values' scales are too narrow for the compiler to fetch ahead.
     scale_rows = head * BLOCK + rows
     v_scales = _value_scales(v_scale, table_ptr, begin, end, block_stride, scale_rows, V_BITS, D // V_GROUP)
@@ -343,6 +361,7 @@ def _decode_kernel(
             zeros = tl.load(v_z[None, :] + (side % GROUPS)[:, None])
             zero_sums = tl.dot(zeros, p.to(tl.float16), zero_sums * alpha[None, :])
         v_scales = next_v_scales
+    start_next(CHAINED)  # of long reads: the next kernel gets ready while the last programs end
 
     if TAIL:  # noqa: SIM102 (one is known when compiling, the other when running)
         if split == tl.cdiv(units, share) - 1:

@@ -26,6 +26,8 @@ class Tile:
         depth: elements of each that it reads at a time.
         warps, stages: of a program; `stages` reads are under way at once.
         dot: on tensor cores.
+        ahead: bytes of the matrix, those that the first programs read, which they fetch to L2 while the kernels before
+            still run. It helps where memory is idle meanwhile, and nowhere else.
     """
 
     outputs: int
@@ -33,9 +35,8 @@ class Tile:
     warps: int
     stages: int = 1
     dot: bool = False
+    ahead: int = 0
 
-
-PREFETCHED = 32 << 20  # bytes of a matrix that is fetched to L2 while the kernels before still run
 
 # By compute capability and rows, rounded up to a power of 2: the first entry of which a matrix has at least so many
 # outputs and columns. Timed on an H200; sm_89 was never timed.
@@ -150,7 +151,7 @@ def _launch(
         "EVEN": depth % tile.depth == 0 and outputs % tile.outputs == 0,
         "BIAS": bias is not None,
         "GATED": gated,
-        "PREFETCH": weight.nbytes <= PREFETCHED and depth % 8 == 0,
+        "AHEAD": tile.ahead if depth % 8 == 0 else 0,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         **chained(x.device),
@@ -167,6 +168,7 @@ def _launch(
             x if stream is None else stream,
             prologue.gain if prologue else x,
             prologue.eps if prologue else 0.0,
+            STAGES=tile.stages,
             NORM=prologue is not None,
             ADD=residual is not None,
             **options,
@@ -193,7 +195,8 @@ def _multiply_kernel(
     EVEN: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
     NORM: tl.constexpr,
     ADD: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -202,46 +205,53 @@ def _multiply_kernel(
     at = tl.arange(0, DEPTH)
     lines = weight + tl.minimum(output, outputs - 1).to(tl.int64)[:, None] * depth
     up_lines = lines + outputs.to(tl.int64) * depth
-    if CHAINED and PREFETCH:
-        _prefetch_rows(weight, outputs, depth, OUTPUTS, GATED)
-    w = _piece(lines, at, depth, EVEN)
-    up = _piece(up_lines, at, depth, EVEN) if GATED else w
+    if CHAINED and AHEAD:
+        _prefetch_rows(weight, outputs, depth, OUTPUTS, GATED, AHEAD)
+    held = ()
+    ups = ()
+    for stage in tl.static_range(STAGES):
+        held += (_piece(lines, stage * DEPTH + at, depth, EVEN and stage == 0),)
+        ups += (_piece(up_lines, stage * DEPTH + at, depth, EVEN and stage == 0) if GATED else 0,)
     await_inputs(CHAINED)
     sums = ()
     up_sums = ()
+    squares = ()
     for _ in tl.static_range(ROWS):
         sums += (tl.zeros([OUTPUTS, DEPTH], tl.float32),)
         up_sums += (tl.zeros([OUTPUTS, DEPTH], tl.float32) if GATED else 0,)
+        squares += (tl.zeros([DEPTH], tl.float32) if NORM else 0,)
     for start in range(0, depth, DEPTH):
-        next_w = _piece(lines, start + DEPTH + at, depth, False)
-        next_up = _piece(up_lines, start + DEPTH + at, depth, False) if GATED else next_w
-        w32 = w.to(tl.float32)
-        up32 = up.to(tl.float32)
+        now = start + at
+        w = held[0].to(tl.float32)
+        up = ups[0].to(tl.float32) if GATED else 0
+        later = ()
+        later_ups = ()
+        for stage in tl.static_range(STAGES - 1):
+            later += (held[stage + 1],)
+            later_ups += (ups[stage + 1],)
+        later += (_piece(lines, now + STAGES * DEPTH, depth, False),)
+        later_ups += (_piece(up_lines, now + STAGES * DEPTH, depth, False) if GATED else 0,)
+        held = later
+        ups = later_ups
+        gains = _gains(gain, now, depth, NORM)
         new_sums = ()
         new_up_sums = ()
-        if NORM:
-            gains = tl.load(gain + start + at, mask=start + at < depth, other=0).to(tl.float32)
+        new_squares = ()
         for row in tl.static_range(ROWS):
-            piece = _stream_piece(x, residual, row, start + at, rows, depth, ADD).to(tl.float32)
-            if NORM:
-                piece *= gains
-            new_sums += (sums[row] + w32 * piece[None, :],)
-            new_up_sums += (up_sums[row] + up32 * piece[None, :] if GATED else 0,)
+            given = _stream_piece(x, residual, row, now, rows, depth, ADD)
+            piece = given.to(tl.float32)
+            if ADD:
+                inside = tl.where((row < rows) & (tl.program_id(0) == 0), now < depth, False)
+                tl.store(stream + row * depth + now, given, mask=inside)
+            new_squares += (squares[row] + piece * piece if NORM else 0,)
+            piece *= gains
+            new_sums += (sums[row] + w * piece[None, :],)
+            new_up_sums += (up_sums[row] + up * piece[None, :] if GATED else 0,)
         sums = new_sums
         up_sums = new_up_sums
-        w = next_w
-        up = next_up
+        squares = new_squares
     for row in tl.static_range(ROWS):
-        scale = 1.0
-        if NORM:
-            squares = tl.zeros([DEPTH], tl.float32)
-            for start in range(0, depth, DEPTH):
-                piece = _stream_piece(x, residual, row, start + at, rows, depth, ADD)
-                squares += piece.to(tl.float32) * piece.to(tl.float32)
-                if ADD:
-                    inside = tl.where((row < rows) & (tl.program_id(0) == 0), start + at < depth, False)
-                    tl.store(stream + row * depth + start + at, piece, mask=inside)
-            scale = tl.rsqrt(tl.sum(squares, 0) / depth + eps)
+        scale = tl.rsqrt(tl.sum(squares[row], 0) / depth + eps) if NORM else 1.0
         value = tl.sum(sums[row], 1) * scale
         if BIAS:
             value += tl.load(bias + output, mask=output < outputs, other=0).to(tl.float32)
@@ -258,6 +268,15 @@ def _multiply_kernel(
 
 
 @triton.jit
+def _gains(gain, at, depth, NORM: tl.constexpr):
+    """[DEPTH] of the norm's weights; 1 without a norm."""
+    if NORM:
+        return tl.load(gain + at, mask=at < depth, other=0).to(tl.float32)
+    else:
+        return 1.0
+
+
+@triton.jit
 def _stream_piece(x, residual, row, at, rows, depth, ADD: tl.constexpr):
     """[DEPTH] of a row, in its dtype."""
     inside = tl.where(row < rows, at < depth, False)
@@ -269,13 +288,14 @@ def _stream_piece(x, residual, row, at, rows, depth, ADD: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_rows(weight, outputs, depth, OUTPUTS: tl.constexpr, GATED: tl.constexpr):
-    """Ask for all that this program reads of the matrix."""
+def _prefetch_rows(weight, outputs, depth, OUTPUTS: tl.constexpr, GATED: tl.constexpr, MOST: tl.constexpr):
+    """Ask for all that this program reads of the matrix, if it is among the first, who read `MOST` bytes together."""
     first = tl.program_id(0) * OUTPUTS
     nbytes = tl.minimum(outputs - first, OUTPUTS) * depth * 2
-    prefetch(weight + first.to(tl.int64) * depth, nbytes)
-    if GATED:
-        prefetch(weight + (outputs + first).to(tl.int64) * depth, nbytes)
+    if first * (1 + GATED) < MOST // 2 // depth:
+        prefetch(weight + first.to(tl.int64) * depth, nbytes)
+        if GATED:
+            prefetch(weight + (outputs + first).to(tl.int64) * depth, nbytes)
 
 
 @triton.jit
@@ -301,7 +321,7 @@ def _dot_kernel(
     EVEN: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    AHEAD: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -310,8 +330,8 @@ def _dot_kernel(
     lines = weight + tl.minimum(output, outputs - 1).to(tl.int64)[:, None] * depth
     up_lines = lines + outputs.to(tl.int64) * depth
     columns = x + tl.minimum(row, rows - 1) * depth
-    if CHAINED and PREFETCH:
-        _prefetch_rows(weight, outputs, depth, OUTPUTS, GATED)
+    if CHAINED and AHEAD:
+        _prefetch_rows(weight, outputs, depth, OUTPUTS, GATED, AHEAD)
     await_inputs(CHAINED)
     sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
     up_sums = tl.zeros([OUTPUTS, ROWS], tl.float32)

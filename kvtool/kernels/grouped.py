@@ -94,7 +94,7 @@ def grouped_product(x: Tensor, weight: Weights, groups: Groups, repeat: int = 1,
     else:
         tensors, group, tile = (weight, weight, weight), 0, TILES[capability(x.device), groups.rows]
         deep = tile.depth
-    assert all(tensor.is_contiguous() for tensor in (x, *tensors))
+    assert all(tensor.is_contiguous() for tensor in (x, tensors[0]))
     _grouped_kernel[(len(groups.tiles) * -(-outputs // tile.outputs),)](
         x,
         *tensors,
@@ -105,6 +105,7 @@ def grouped_product(x: Tensor, weight: Weights, groups: Groups, repeat: int = 1,
         len(groups.tiles),
         outputs,
         depth,
+        len(weight) * lines,
         repeat,
         ROWS=groups.rows,
         OUTPUTS=tile.outputs,
@@ -112,7 +113,6 @@ def grouped_product(x: Tensor, weight: Weights, groups: Groups, repeat: int = 1,
         EVEN=depth % deep == 0,
         GATED=gated,
         GROUP=group,
-        RUN=RUN,
         num_warps=tile.warps,
         num_stages=tile.stages,
         **chained(x.device),
@@ -149,6 +149,7 @@ def _grouped_kernel(
     tile_count,
     outputs,
     depth,
+    all_lines,
     repeat,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -156,7 +157,6 @@ def _grouped_kernel(
     EVEN: tl.constexpr,
     GATED: tl.constexpr,
     GROUP: tl.constexpr,
-    RUN: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """Program (outputs, tile): neighbours read the same matrix where an expert has several tiles.
@@ -179,16 +179,14 @@ def _grouped_kernel(
         up_sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
         if GROUP:
             byte = tl.arange(0, DEPTH // 2)
-            low = byte // (RUN // 2) * RUN + byte % (RUN // 2)
+            low = byte // 16 * 32 + byte % 16  # the columns of low nibbles, in order
             for start in range(0, depth, DEPTH):
                 here = columns + (start + low)[:, None]
-                lows, highs = tl.load(here), tl.load(here + RUN // 2)
-                now = start // 2 + byte
-                sums = _add_coded(weight, scales, zeros, line, depth, now, start // GROUP, lows, highs, sums, GROUP)
+                lows, highs = tl.load(here), tl.load(here + 16)
+                now, group = start // 2 + byte, start // GROUP * all_lines
+                sums = _add_coded(weight, scales, zeros, line, depth, now, group, lows, highs, sums)
                 if GATED:
-                    up_sums = _add_coded(
-                        weight, scales, zeros, up_line, depth, now, start // GROUP, lows, highs, up_sums, GROUP
-                    )
+                    up_sums = _add_coded(weight, scales, zeros, up_line, depth, now, group, lows, highs, up_sums)
         else:
             lines, up_lines = weight + line[:, None] * depth, weight + up_line[:, None] * depth
             at = tl.arange(0, DEPTH)
@@ -213,13 +211,14 @@ def _grouped_kernel(
 
 
 @triton.jit
-def _add_coded(weight, scales, zeros, line, depth, byte, group, lows, highs, sums, GROUP: tl.constexpr):
+def _add_coded(weight, scales, zeros, line, depth, byte, group, lows, highs, sums):
     """sums [OUTPUTS, ROWS] plus the codes in these bytes of each line, decoded, times x.
 
-    lows, highs: [bytes, ROWS], the columns of x that the halves of a byte meet.
+    lows, highs: [bytes, ROWS], the columns of x that low and high nibbles meet.
     """
     codes = tl.load(weight + line[:, None] * (depth // 2) + byte[None, :])
-    own = line * (depth // GROUP) + group
-    scale, zero = tl.load(scales + own)[:, None], tl.load(zeros + own)[:, None]
+    runs = tl.reshape(codes, (codes.shape[0], codes.shape[1] // 16, 4, 2, 2))  # of `pack_w4`: [OUTPUTS, runs, t, e, j]
+    codes = tl.reshape(tl.permute(runs, (0, 1, 4, 2, 3)), codes.shape)
+    scale, zero = tl.load(scales + group + line)[:, None], tl.load(zeros + group + line)[:, None]
     sums = tl.dot(((codes & 15).to(scale.dtype) - zero) * scale, lows, sums)
     return tl.dot(((codes >> 4).to(scale.dtype) - zero) * scale, highs, sums)

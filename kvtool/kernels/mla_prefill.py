@@ -110,7 +110,6 @@ def unpack(stream: PackedStream, blocks: Tensor, out: Tensor) -> None:
             blocks,
             stream.codes.stride(0) * stream.codes.itemsize // 16,
             0,
-            1,
             D=dim,
             BLOCK=block_size,
             **{f"{letter}_{name}": value for letter in "KV" for name, value in kind.items()},

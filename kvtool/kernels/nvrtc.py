@@ -119,15 +119,21 @@ class Kernel:
 
 @cache
 def load(
-    source: str, name: str, device: torch.device, macros: tuple[tuple[str, object], ...], **options: int
+    source: str,
+    name: str,
+    device: torch.device,
+    macros: tuple[tuple[str, object], ...],
+    features: str = "",
+    **options: int,
 ) -> Kernel:
     """The kernel `name` of `source` on this device, compiled when it is first asked for.
 
     Args:
         macros: what it is compiled with, WARPS among them.
+        features: of its architecture alone, that it uses: "a" for those of sm_90a.
         options: of `Kernel`.
     """
-    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    architecture = "sm_{}{}{}".format(*torch.cuda.get_device_capability(device), features)
     cubin = compile_cubin(source, architecture, dict(macros))
     with torch.cuda.device(device):
         return Kernel(cubin, name, 32 * int(dict(macros)["WARPS"]), **options)

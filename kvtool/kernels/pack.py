@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kvtool.kernels.launch import await_inputs, chained, power_of_2
+from kvtool.kernels.rope import HEADS, constants, rotated, rotation
+from kvtool.kernels.rotary_heads import RotaryHeads
 
 ELEMENTS_PER_WARP = 4096  # as few warps as registers allow: reductions across warps cost most
 
@@ -53,6 +55,11 @@ class Packing:
         return power_of_2(self.part_dim)
 
     @property
+    def token_width(self) -> int:
+        """Columns of a tile of whole tokens."""
+        return power_of_2(self.dim)
+
+    @property
     def head_rows(self) -> int:
         """Rows of a tile of all heads."""
         return power_of_2(self.heads)
@@ -83,6 +90,8 @@ class Packing:
 class LayerWriter:
     """Writes the keys and values of one layer on the device, without a word from the host.
 
+    Where tokens go is read while earlier kernels of the stream still run, on sm_90: none of them may be writing that.
+
     Attributes:
         blocks: [num_blocks, bytes] uint8, the layer's part of all blocks.
         tails: [slots, n], the layer's part of all tails, at the model's precision.
@@ -108,6 +117,35 @@ class LayerWriter:
         What goes to slot -1 is not kept.
         """
         self._write(key, value, self.tails.view(torch.uint8), tokens, slots, rows, self.tail_key, self.tail_value)
+
+    def rotate_and_write(self, heads: RotaryHeads, owners: Tensor, rows: Tensor, *, to_tails: bool) -> Tensor:
+        """The queries of `heads`, ready [T, Hq, D]; keys, as ready, and values go into the store in the same kernel.
+
+        Args:
+            owners, rows: [T], the tail slot of each token or, unless `to_tails`, its block, -1 being nobody's; and its
+                row there.
+        """
+        memory = self.tails.view(torch.uint8) if to_tails else self.blocks
+        key, value = (self.tail_key, self.tail_value) if to_tails else (self.key, self.value)
+        q = heads.empty()
+        _rotate_and_write[(len(q), 2 + -(-heads.num_heads // HEADS))](
+            heads.made,
+            *rotation(heads),
+            heads.num_heads,
+            q,
+            owners,
+            rows,
+            memory,
+            memory.stride(0),
+            self.faults,
+            KEY=key,
+            VALUE=value,
+            HEADS=HEADS,
+            num_warps=max(2, *(p.warps(p.head_rows) for p in (key, value))),
+            **constants(heads),
+            **chained(q.device),
+        )
+        return q
 
     def read_near(self, key: Tensor, value: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens out of key and value [T, heads, D] and out of tails, as `sources` [n] of `Prompts` say.
@@ -263,13 +301,13 @@ def _write_tokens(
     CHAINED: tl.constexpr,
 ):
     """Program (token, stream)."""
-    await_inputs(CHAINED)
     index = tl.program_id(0).to(tl.int64)
     owner = tl.load(owners + index).to(tl.int64)
-    if owner < 0:  # nobody's
-        return
     token = index if tokens is None else tl.load(tokens + index).to(tl.int64)
     row = tl.load(rows + index)
+    await_inputs(CHAINED)
+    if owner < 0:  # nobody's
+        return
     block = memory + owner * owner_bytes
     if tl.program_id(1) == 0:
         _write_token(key + token * key_token_stride, key_head_stride, block, row, faults, KEY)
@@ -282,6 +320,57 @@ def _write_token(x, head_stride, block, row, faults, packing: tl.constexpr):
     """All heads of one token."""
     head = tl.arange(0, packing.head_rows)[:, None, None]
     _encode(x + head * head_stride, head < packing.heads, block, head * packing.tokens + row, 0, faults, packing)
+
+
+@triton.jit(do_not_specialize=["num_heads"])
+def _rotate_and_write(
+    made,
+    cos,
+    sin,
+    cos_stride,
+    sin_stride,
+    gain,
+    eps,
+    num_heads,
+    q,
+    owners,
+    rows,
+    memory,
+    owner_bytes,
+    faults,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROTATED: tl.constexpr,
+    NORM: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """Program (token, part): its keys, its values, or some of its queries."""
+    token = tl.program_id(0).to(tl.int64)
+    owner = tl.load(owners + token).to(tl.int64)
+    row = tl.load(rows + token)
+    await_inputs(CHAINED)
+    D: tl.constexpr = KEY.dim
+    made += token * (num_heads + KEY.heads + VALUE.heads) * D
+    cos += token * cos_stride
+    sin += token * sin_stride
+    block = memory + owner * owner_bytes
+    if tl.program_id(1) >= 2:
+        head = (tl.program_id(1) - 2) * HEADS + tl.arange(0, HEADS)[:, None, None]
+        channel = tl.arange(0, KEY.token_width)[None, None, :]
+        inside = (head < num_heads) & (channel < D)
+        ready = rotated(made + head * D, channel, inside, cos, sin, gain, eps, D, ROTATED, NORM)
+        tl.store(q + (token * num_heads + head) * D + channel, ready, mask=inside)
+    elif owner >= 0:  # not nobody's
+        if tl.program_id(1) == 0:
+            head = tl.arange(0, KEY.head_rows)[:, None, None]
+            channel = _channels(KEY)
+            inside = (head < KEY.heads) & _in_head(KEY)
+            x = made + (num_heads + head) * D
+            ready = rotated(x, channel, inside, cos, sin, gain + D, eps, D, ROTATED, NORM)
+            _encode_tile(ready, head < KEY.heads, block, head * KEY.tokens + row, 0, faults, KEY)
+        else:
+            _write_token(made + (num_heads + KEY.heads) * D, D, block, row, faults, VALUE)
 
 
 @triton.jit
@@ -410,19 +499,39 @@ def _write_head(x, token_stride, block, head, faults, packing: tl.constexpr):
 
 @triton.jit
 def _encode(x, live, block, row, head, faults, packing: tl.constexpr):
-    """Store a tile of tokens or heads, of each of which `x` points at element 0.
+    """Store a tile of tokens or heads, of each of which `x` [rows, 1, 1] points at element 0; see `_encode_tile`."""
+    elements = tl.load(x + _channels(packing), mask=live & _in_head(packing), other=0.0)
+    _encode_tile(elements, live, block, row, head, faults, packing)
+
+
+@triton.jit
+def _channels(packing: tl.constexpr):
+    """[1, parts, width], those that the bytes of a token hold."""
+    return tl.arange(0, packing.parts)[None, :, None] * packing.part_dim + tl.arange(0, packing.width)[None, None, :]
+
+
+@triton.jit
+def _in_head(packing: tl.constexpr):
+    """[1, 1, width], whether there is such a byte."""
+    return tl.arange(0, packing.width)[None, None, :] < packing.part_dim
+
+
+@triton.jit
+def _encode_tile(elements, live, block, row, head, faults, packing: tl.constexpr):
+    """Store a tile of tokens or heads.
 
     Args:
-        x, live, row: [rows, 1, 1]; `row` counts the tokens of a block head by head.
+        elements: [rows, parts, width], zeros where there are none.
+        live, row: [rows, 1, 1]; `row` counts the tokens of a block head by head.
         head: whose scales these are, on the channel axis.
     """
     part = tl.arange(0, packing.parts)[None, :, None]
     byte = tl.arange(0, packing.width)[None, None, :]
-    channel = part * packing.part_dim + byte
-    inside = live & (byte < packing.part_dim)
-    elements = tl.load(x + channel, mask=inside, other=0.0)
+    channel = _channels(packing)
+    inside = live & _in_head(packing)
     if packing.bits == "16":
-        tl.store((block + packing.codes).to(x.dtype) + row * packing.dim + byte, elements, mask=inside)
+        to = (block + packing.codes).to(tl.pointer_type(elements.dtype))
+        tl.store(to + row * packing.dim + byte, elements, mask=inside)
     else:
         groups: tl.constexpr = packing.groups
         wide = elements.to(tl.float32)

@@ -90,6 +90,22 @@ def verify(token_ids: Tensor, slots: Tensor, firsts: Tensor, counts: Tensor, rec
     return settled
 
 
+def known(ids: Tensor, recent: Tensor) -> Tensor:
+    """What `kvtool.cuda_graph.known` defines, in one launch."""
+    assert ids.is_contiguous() and recent.is_contiguous()
+    out, block = torch.zeros_like(ids), 256  # ids also where kernels are compiled without being run
+    _known[(-(-len(ids) // block),)](ids, recent, out, len(ids), BLOCK=block, num_warps=1)
+    return out
+
+
+@triton.jit(do_not_specialize=["count"])
+def _known(ids, recent, out, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    given = tl.load(ids + at, mask=at < count, other=0)
+    token = tl.load(recent - 1 - given, mask=given < 0, other=0)
+    tl.store(out + at, tl.where(given < 0, token, given), mask=at < count)
+
+
 @triton.jit
 def _verify(
     token_ids, slots, firsts, counts, recent, row_stride, settled, WIDTH: tl.constexpr, VOID: tl.constexpr

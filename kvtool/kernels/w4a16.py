@@ -4,7 +4,6 @@ This module itself needs no triton.
 """
 
 from dataclasses import dataclass
-from math import gcd
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from kvtool.kernels import takes
 
-RUN = 32  # columns whose codes lie together: the first half in the low nibbles of 16 bytes, the second in the high ones
+RUN = 32  # columns whose codes lie together, in 16 bytes
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Int4Weights:
 
     Attributes:
         weight: uint8 [E, N, K / 2], of `pack_w4`.
-        scales, zeros: [E, N, K / G] in x's dtype.
+        scales, zeros: [E, N, K / G] in x's dtype, parts of what `by_group` makes of all [E · N, K / G].
     """
 
     weight: Tensor
@@ -42,15 +41,30 @@ class Int4Weights:
 
 
 def pack_w4(codes: Tensor) -> Tensor:
-    """Codes uint8 [N, K] of 0..15 as the kernels read them: uint8 [N, K / 2]. K is even."""
-    low, high = codes.unflatten(1, (-1, 2, gcd(RUN, codes.shape[1]) // 2)).unbind(2)
-    return (low | high << 4).flatten(1)
+    """Codes uint8 [N, K] of 0..15 as the kernels read them: uint8 [N, K / 2]. K is even.
+
+    A lane t of four holds columns 2t + e + 8j + 16s of each run of 32 where tensor cores multiply them 16 at a time
+    (e, j and s are 0 or 1): word t of its 16 bytes, of which byte 2e + j has s = 0 in its low nibble and s = 1 in its
+    high one. Where K is no multiple of 32, neighbours share a byte.
+    """
+    if codes.shape[1] % RUN:
+        low, high = codes.unflatten(1, (-1, 2)).unbind(2)
+        return low | high << 4
+    low, high = codes.unflatten(1, (-1, 2, 2, 4, 2)).unbind(2)  # [N, runs, j, t, e]
+    return (low | high << 4).permute(0, 1, 3, 4, 2).flatten(1)
 
 
 def unpack_w4(weight: Tensor) -> Tensor:
     """The codes that `pack_w4` was given: uint8 [N, K / 2] → [N, K]."""
-    packed = weight.unflatten(1, (-1, gcd(RUN, 2 * weight.shape[1]) // 2))
+    if weight.shape[1] % (RUN // 2):
+        return torch.stack((weight & 15, weight >> 4), dim=2).flatten(1)
+    packed = weight.unflatten(1, (-1, 4, 2, 2)).permute(0, 1, 4, 2, 3)
     return torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)
+
+
+def by_group(grid: Tensor) -> Tensor:
+    """Scales or zeros [N, K / G] as the kernels read them: those of a group side by side."""
+    return grid.t().contiguous().t()
 
 
 def dequantize_w4(weight: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
@@ -72,7 +86,7 @@ def w4a16_linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias:
     Args:
         x: [M, K].
         weight: uint8 [N, K / 2], of `pack_w4`.
-        scales, zeros: [N, K / G] in x's dtype, for groups of G columns; zeros are in units of codes.
+        scales, zeros: [N, K / G] in x's dtype, of `by_group`, for groups of G columns; zeros are in units of codes.
         bias: [N] in x's dtype.
 
     Returns:
@@ -81,5 +95,6 @@ def w4a16_linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias:
     if takes(x) and x.dtype.itemsize == 2 and 2 * weight.shape[1] // scales.shape[1] % RUN == 0:
         from kvtool.kernels import w4a16_kernels
 
-        return w4a16_kernels.linear(x, weight, scales, zeros, bias)
+        if w4a16_kernels.compiles():
+            return w4a16_kernels.linear(x, weight, scales, zeros, bias)
     return w4a16_reference(x, weight, scales, zeros, bias)

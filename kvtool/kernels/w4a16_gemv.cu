@@ -1,8 +1,8 @@
 // Products of a few rows with 4-bit weights, bound by the rate at which weights are read. `w4a16_gemv.py` says what is
 // computed.
 //
-// Weights are the rows of the tensor cores' first operand, x the columns of the second. Bytes' low nibbles and then their
-// high ones are pairs of OFFSET + code (`w4a16.cuh`):
+// Weights are the rows of the tensor cores' first operand, x the columns of the second. A word has two products' pairs of
+// OFFSET + code (`w4a16.cuh`):
 //
 //   sums [16 outputs, 8 rows] += (OFFSET + codes) [16 outputs, 16 columns] · x [16 columns, 8 rows]
 //
@@ -13,7 +13,7 @@
 // a lane reads of weights and of x lies side by side. A chunk stays within one group of GROUP columns.
 
 constexpr int READ = GROUP % 128 == 0 ? 16 : GROUP % 64 == 0 ? 8 : 4;
-constexpr int CHUNK = 8 * READ, WORDS = READ / 4;  // columns, and of each lane words of 8 codes
+constexpr int CHUNK = 8 * READ, WORDS = READ / 4, BOTH = WORDS == 1 ? 1 : 2;  // columns, and of each lane words of 8 codes
 constexpr int OUTPUTS = 16 * TILES, ROWS = 8 * COLUMNS;
 constexpr int MEETING_ROW = OUTPUTS + 4;  // floats of a row of x where warps meet
 extern "C" __constant__ const int shared_bytes = WARPS * ROWS * MEETING_ROW * 4;
@@ -26,7 +26,7 @@ struct Chunk {
 extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) w4a16_gemv(
     const u16* x,       // [rows, depth]
     const char* weight, // [outputs, depth / 2]
-    const u16* scales,  // [outputs, depth / GROUP]
+    const u16* scales,  // [depth / GROUP, outputs]
     const u16* zeros,
     const u16* bias,    // [outputs], or null
     u16* out,           // [rows, outputs]
@@ -37,23 +37,29 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) w4a16_gemv(
     extern __shared__ Words4 dynamic[];
     const int warp = threadIdx.x / 32, lane = lane_id(), g = lane / 4, t = lane % 4;
     const int first = blockIdx.x * OUTPUTS, chunks = depth / CHUNK;
-    if (CHAINED && threadIdx.x == 0)
-        prefetch(weight + (u64)first * (depth / 2), (u32)min(outputs - first, OUTPUTS) * (depth / 2));
+    if (CHAINED) {
+        if (threadIdx.x == 0)
+            prefetch(weight + (u64)first * (depth / 2), (u32)min(outputs - first, OUTPUTS) * (depth / 2));
+        for (int i = threadIdx.x; i < depth / GROUP * TILES; i += WARPS * 32) {
+            const u64 at = (u64)(i / TILES) * outputs + min(first + i % TILES * 16, outputs - 1);
+            prefetch_sector(scales + at), prefetch_sector(zeros + at);
+        }
+    }
 
     const char* codes_of[TILES][2];
-    u32 groups_of[TILES][2];
+    u32 lines[TILES][2];
     for (int i = 0; i < TILES; i++)
         for (int h = 0; h < 2; h++) {
             u32 line = min(first + i * 16 + h * 8 + g, outputs - 1);
             codes_of[i][h] = weight + (u64)line * (depth / 2) + t * READ;
-            groups_of[i][h] = line * (depth / GROUP);
+            lines[i][h] = line;
         }
     auto fetch = [&](Chunk& chunk, int index) {
         if (index >= chunks) return;
         for (int i = 0; i < TILES; i++)
             for (int h = 0; h < 2; h++) {
                 read_once<READ>(chunk.codes[i][h], codes_of[i][h] + index * (4 * READ));
-                u32 group = groups_of[i][h] + index / (GROUP / CHUNK);
+                u32 group = index / (GROUP / CHUNK) * outputs + lines[i][h];
                 chunk.scale[i][h] = scales[group];
                 chunk.zero[i][h] = zeros[group];
             }
@@ -62,32 +68,35 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) w4a16_gemv(
 #pragma unroll
     for (int stage = 0; stage < STAGES; stage++) fetch(held[stage], warp + stage * WARPS);
 
-    const int column = t * READ / 16 * 32 + t * READ % 16;  // of a chunk, of the first low nibble; the high one's is 16 on
+    const int column = t * READ / 16 * 32 + t * READ % 16 / 2;  // the first of a lane, of a chunk
     const u16* rows_of_x[COLUMNS];  // columns of a product that are no rows of x repeat its last one
     for (int n = 0; n < COLUMNS; n++) rows_of_x[n] = x + (u64)min(n * 8 + g, rows - 1) * depth + column;
     float total[TILES][COLUMNS][4] = {};
     auto add = [&](const Chunk& chunk, int index) {
-        u32 pairs[COLUMNS][2][2 * WORDS];  // of x, for low nibbles and for high ones
-        for (int n = 0; n < COLUMNS; n++)
-            for (int high = 0; high < 2; high++)
-                read<2 * READ>(pairs[n][high], rows_of_x[n] + index * CHUNK + high * 16);
         float sums[TILES][COLUMNS][4] = {}, ones[COLUMNS][4] = {};
 #pragma unroll
-        for (int high = 0; high < 2; high++)
+        for (int s = 0; s < 2; s++)
 #pragma unroll
-            for (int word = 0; word < WORDS; word++) {
-                u32 b[COLUMNS][2];
-                for (int n = 0; n < COLUMNS; n++) {
-                    for (int j = 0; j < 2; j++) b[n][j] = pairs[n][high][2 * word + j];
-                    const u32 rows_of_ones[4] = {ONES<BF16>, ONES<BF16>, ONES<BF16>, ONES<BF16>};
-                    multiply_add<BF16>(ones[n], rows_of_ones, b[n]);
-                }
-                for (int i = 0; i < TILES; i++) {
-                    u32 a[4];
-                    for (int h = 0; h < 2; h++)
-                        for (int j = 0; j < 2; j++)
-                            a[2 * j + h] = code_pair<BF16>(chunk.codes[i][h][word], high, j);
-                    for (int n = 0; n < COLUMNS; n++) multiply_add<BF16>(sums[i][n], a, b[n]);
+            for (int half = 0; half < WORDS; half += BOTH) {
+                u32 pairs[COLUMNS][2][BOTH];  // of x
+                for (int n = 0; n < COLUMNS; n++)
+                    for (int j = 0; j < 2; j++)
+                        read<4 * BOTH>(pairs[n][j], rows_of_x[n] + index * CHUNK + s * 16 + j * 8 + half * 2);
+#pragma unroll
+                for (int word = 0; word < BOTH; word++) {
+                    u32 b[COLUMNS][2];
+                    for (int n = 0; n < COLUMNS; n++) {
+                        for (int j = 0; j < 2; j++) b[n][j] = pairs[n][j][word];
+                        const u32 rows_of_ones[4] = {ONES<BF16>, ONES<BF16>, ONES<BF16>, ONES<BF16>};
+                        multiply_add<BF16>(ones[n], rows_of_ones, b[n]);
+                    }
+                    for (int i = 0; i < TILES; i++) {
+                        u32 a[4];
+                        for (int h = 0; h < 2; h++)
+                            for (int j = 0; j < 2; j++)
+                                a[2 * j + h] = code_pair<BF16>(chunk.codes[i][h][half + word], s, j);
+                        for (int n = 0; n < COLUMNS; n++) multiply_add<BF16>(sums[i][n], a, b[n]);
+                    }
                 }
             }
         for (int i = 0; i < TILES; i++)

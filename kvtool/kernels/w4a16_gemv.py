@@ -5,16 +5,18 @@ The kernel, `w4a16_gemv.cu`, is compiled when it is first called for a shape of 
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 
 import torch
 import triton
 from torch import Tensor
 
 from kvtool.kernels.launch import capability
-from kvtool.kernels.nvrtc import Kernel, compile_cubin, source
+from kvtool.kernels.nvrtc import load, source
 
 SOURCE = source("w4a16.cuh", "w4a16_gemv.cu")
+_kernel = partial(load, SOURCE, "w4a16_gemv", carveout=-1)
+
 MAX_ROWS = 16  # with 32, on an H200, `w4a16_stream` is faster where it matters: for large matrices
 
 
@@ -86,18 +88,10 @@ def arguments(
     x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, out: Tensor
 ) -> list[object]:
     """What the kernel takes, in its order."""
-    assert all(tensor.is_contiguous() for tensor in (x, weight, scales, zeros))
+    assert all(tensor.is_contiguous() for tensor in (x, weight, scales.t(), zeros.t()))
     return [x, weight, scales, zeros, bias, out, *map(ctypes.c_int, (len(x), len(weight), x.shape[1]))]
 
 
 def _columns(rows: int) -> int:
     """Products of 8 rows each."""
     return triton.cdiv(rows, 8)
-
-
-@cache
-def _kernel(device: torch.device, macros: tuple[tuple[str, object], ...]) -> Kernel:
-    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    cubin = compile_cubin(SOURCE, architecture, dict(macros))
-    with torch.cuda.device(device):
-        return Kernel(cubin, "w4a16_gemv", 32 * int(dict(macros)["WARPS"]), carveout=-1)

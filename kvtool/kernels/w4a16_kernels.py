@@ -1,34 +1,39 @@
-"""What `kvtool.kernels.w4a16` defines, by the kernel for so many rows.
+"""What `kvtool.kernels.w4a16` defines, by the kernel for so many rows, in CUDA C++.
 
-Up to a hundred or so, codes are decoded in registers, as operands of the tensor cores; for more the matrix is decoded
-to memory, a piece at a time, and the vendor's product multiplies.
+Up to some number codes are decoded in registers, as operands of the tensor cores; for more the matrix is decoded to
+memory, a piece at a time, and the vendor's product multiplies.
 """
 
-from functools import cache
-from math import gcd
+import ctypes
+from functools import cache, partial
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from kvtool.kernels import w4a16_gemv, w4a16_stream
-from kvtool.kernels.launch import await_inputs, chained
-from kvtool.kernels.nvrtc import refuses_to_compile
+from kvtool.kernels.launch import capability
+from kvtool.kernels.nvrtc import load, refuses_to_compile, source
 
-MOST_ROWS = 128  # for which codes are decoded in registers; for 256 that took longer on an H200, whatever the matrix
 DECODED = 32 << 20  # bytes of a piece that is decoded to memory: it is still in the L2 cache when it is multiplied
+SOURCE = source("w4a16.cuh", "w4a16_decode.cu")
+_kernel = partial(load, SOURCE, "w4a16_decode", carveout=-1)
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # as when a kernel is decorated; it knows no assembly
+LINES, COLUMNS, WARPS = 16, 512, 4  # outputs and columns of a program that decodes, and its warps
+
+# Rows up to which codes are decoded in registers, by whether four warps multiply together there (`w4a16_stream`).
+MOST_ROWS = {False: 128, True: 512}
 
 
 def linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:
     """`w4a16.w4a16_linear` by the kernel for so many rows. x is of 16 bits, groups are multiples of 32."""
-    if not 0 < len(x) <= MOST_ROWS or not _compiles():
+    if not 0 < len(x) <= MOST_ROWS[w4a16_stream.multiplies_together(x.device)]:
         return decoded_product(x, weight, scales, zeros, bias)
-    if len(x) > w4a16_gemv.MAX_ROWS:
-        return w4a16_stream.product(x, weight, scales, zeros, bias, w4a16_stream.tile_for(x))
-    return w4a16_gemv.gemv(x, weight, scales, zeros, bias, w4a16_gemv.tile_for(x, weight))
+    if len(x) <= w4a16_gemv.MAX_ROWS:
+        return w4a16_gemv.gemv(x, weight, scales, zeros, bias, w4a16_gemv.tile_for(x, weight))
+    if len(weight) % w4a16_stream.OUTPUTS:
+        return decoded_product(x, weight, scales, zeros, bias)
+    return w4a16_stream.product(x, weight, scales, zeros, bias, w4a16_stream.tile_for(x, weight))
 
 
 def decoded_product(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,94 +52,37 @@ def decoded_product(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bi
 
 
 def decode(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """`w4a16.dequantize_w4` in the dtype of the scales."""
-    outputs, group = len(weight), _group(weight, scales)
-    depth, step = 2 * weight.shape[1], gcd(group, 512)
-    out = torch.empty(outputs, depth, dtype=scales.dtype, device=weight.device)
-    lines = 2048 // step
-    _dequantize_kernel[(triton.cdiv(outputs, lines), depth // step)](
-        weight,
-        scales,
-        zeros,
-        out,
-        outputs,
-        depth,
-        GROUP=group,
-        OUTPUTS=lines,
-        DEPTH=step,
-        num_warps=4,
-        **chained(weight.device),
-    )
+    """`w4a16.dequantize_w4` in the dtype of the scales, of 16 bits. Groups are multiples of 32; rows may be a part."""
+    out = torch.empty(len(weight), 2 * weight.shape[1], dtype=scales.dtype, device=weight.device)
+    kernel = _kernel(out.device, tuple(constants(out, scales, capability(out.device) >= 9).items()))
+    kernel(grid(out), arguments(weight, scales, zeros, out), chained=capability(out.device) >= 9)
     return out
 
 
+def grid(out: Tensor) -> tuple[int, int]:
+    """Programs that decode what `out` has room for."""
+    return triton.cdiv(len(out), LINES), triton.cdiv(out.shape[1], COLUMNS)
+
+
+def constants(out: Tensor, scales: Tensor, chain: bool) -> dict[str, object]:
+    """Macros that the kernel is compiled with."""
+    return {
+        "GROUP": out.shape[1] // scales.shape[1],
+        "BF16": int(out.dtype == torch.bfloat16),
+        "LINES": LINES,
+        "COLUMNS": COLUMNS,
+        "WARPS": WARPS,
+        "CHAINED": int(chain),
+    }
+
+
+def arguments(weight: Tensor, scales: Tensor, zeros: Tensor, out: Tensor) -> list[object]:
+    """What the kernel takes, in its order."""
+    assert weight.is_contiguous() and scales.stride() == zeros.stride() and (len(scales) == 1 or scales.stride(0) == 1)
+    return [weight, scales, zeros, out, *map(ctypes.c_int, (len(out), scales.stride(1), out.shape[1]))]
+
+
 @cache
-def _compiles() -> bool:
+def compiles() -> bool:
+    """Whether there is what compiles these kernels."""
     return refuses_to_compile() is None
-
-
-def _group(weight: Tensor, scales: Tensor) -> int:
-    """Columns that share a scale."""
-    return 2 * weight.shape[1] // scales.shape[1]
-
-
-@triton.jit
-def _dequantize_kernel(
-    weight,
-    scales,
-    zeros,
-    out,
-    outputs,
-    depth,
-    GROUP: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    CHAINED: tl.constexpr,
-):
-    output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    line = tl.minimum(output, outputs - 1).to(tl.int64)
-    start = tl.program_id(1) * DEPTH
-    byte = tl.arange(0, DEPTH // 2)
-    packed = tl.load(weight + line[:, None] * (depth // 2) + start // 2 + byte[None, :])
-    scale = tl.load(scales + line * (depth // GROUP) + start // GROUP)
-    zero = tl.load(zeros + line * (depth // GROUP) + start // GROUP)
-    to = out + line[:, None] * depth + start + (byte // 16 * 32 + byte % 16)[None, :]
-    await_inputs(CHAINED)
-    tl.store(to, _decoded(packed, scale, zero, 0), mask=(output < outputs)[:, None])
-    tl.store(to + 16, _decoded(packed, scale, zero, 1), mask=(output < outputs)[:, None])
-
-
-@triton.jit
-def _decoded(packed, scale, zero, PART: tl.constexpr):
-    """(codes − zero) · scale of the low (0) or high (1) nibbles, in the dtype of the scales [OUTPUTS]."""
-    if INTERPRETED:
-        return (((packed >> (PART * 4)) & 15).to(scale.dtype) - zero[:, None]) * scale[:, None]
-    asm: tl.constexpr = _decode_asm(PART, scale.dtype == tl.bfloat16)
-    arguments = [packed, _pair(scale)[:, None], _pair(zero)[:, None]]
-    return tl.inline_asm_elementwise(asm, "=r,=r,r,r,r,r,r,r,r,r,r", arguments, scale.dtype, True, 4)
-
-
-@triton.jit
-def _pair(x):
-    """Each of 16 bits twice, in 32."""
-    return (x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001
-
-
-@triton.constexpr_function
-def _decode_asm(part, bfloat):
-    """Four bytes, and a scale and a zero in both halves of a register, to two registers of two numbers each.
-
-    A nibble under 0x43 is a bf16 of 128 + code, under 0x64 an fp16 of 1,024 + code: a permutation and a sum instead of
-    conversions, which take many times as long. Sums and products are `fma`, which sm_89 has for pairs of bf16 too.
-    """
-    kind, byte, one, offset = ("bf16x2", 0x43, 0x3F80, 0x4300) if bfloat else ("f16x2", 0x64, 0x3C00, 0x6400)
-    both = 0x10001
-    asm = ".reg .b32 t, i, m, o, n; "
-    asm += f"mov.b32 i, {one * both:#x}; mov.b32 m, {(one | 0x8000) * both:#x}; "  # 1, -1, -0
-    asm += f"mov.b32 o, {(offset | 0x8000) * both:#x}; mov.b32 n, {0x8000 * both:#x}; "
-    asm += "shr.b32 t, $2, 4; and.b32 t, t, 0x0f0f0f0f; " if part else "and.b32 t, $2, 0x0f0f0f0f; "
-    for register, selector in ((0, "0x4140"), (1, "0x4342")):
-        asm += f"prmt.b32 ${register}, t, {byte * 0x01010101:#x}, {selector}; "
-        for operands in (f"${register}, i, o", f"$7, m, ${register}", f"${register}, $3, n"):
-            asm += f"fma.rn.{kind} ${register}, {operands}; "
-    return "{ " + asm + "}"

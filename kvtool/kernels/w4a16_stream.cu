@@ -2,24 +2,33 @@
 //
 // Weights are the rows of the first operand, rows of x the columns of the second. A program multiplies OUTPUTS by ROWS of
 // them, a step of columns at a time, which come to shared memory in a ring of STAGES; its warps have 16 TILES outputs
-// each, and where PARTS of them have the same, as many blocks of a step. A program's share of all steps may begin and
-// end within a tile: what several have made of one meets in memory, and the last to arrive adds it up, always in the
-// same order.
+// each. A program's share of all steps may begin and end within a tile: what several have made of one meets in memory,
+// and the last to arrive adds it up, always in the same order.
 //
-// Lane 4g + t has of each block the run of 32 columns t, of outputs g and g + 8: its 16 bytes. In a product, which takes
-// columns in any order, they are in turn the low nibbles of a word, and the high ones. OFFSET + code (`w4a16.cuh`), less
-// OFFSET and the zero, times the scale, is the weight. What a zero is more than whole is taken away after the scale.
+// Lane 4g + t gets of outputs g and g + 8 word t of each run of 32 columns (`pack_w4`), which is what two products of 16
+// columns want of it. Codes (`w4a16.cuh`), less the zero, times the scale, are the weights. What a zero is more than
+// whole is taken away after the scale.
+//
+// TOGETHER, four warps multiply what each holds of weights with x as it lies in shared memory, while they decode what
+// comes next; else each warp reads x by itself.
 
-constexpr int THREADS = 32 * WARPS, LINES = WARPS / PARTS, OUTPUTS = 16 * TILES * LINES, ROWS = 8 * COLUMNS;
-constexpr int RUN = 32, BLOCK = 4 * RUN, STEP = PARTS * BLOCK;                // columns
-constexpr int CODES_BYTES = OUTPUTS * BLOCK / 2, X_BYTES = ROWS * BLOCK * 2;  // of a block
-constexpr int STAGE_BYTES = PARTS * (CODES_BYTES + X_BYTES), FRAGMENTS = TILES * COLUMNS;
-extern "C" __constant__ const int shared_bytes = STAGES * STAGE_BYTES + (PARTS - 1) * OUTPUTS * ROWS * 4;
+static_assert(WARPS % 4 == 0);
+constexpr int THREADS = 32 * WARPS, OUTPUTS = 16 * TILES * WARPS, ROWS = 8 * COLUMNS;
+constexpr int RUN = 32, STEP = 4 * RUN, HALF = STEP / 2;                              // columns
+constexpr int GRIDS = GROUP % STEP == 0 ? 1 : GROUP % HALF == 0 ? 2 : 4;              // of a step, with a scale each
+constexpr int HALF_BYTES = ROWS * HALF * 2, CODES_BYTES = OUTPUTS * STEP / 2, GRID_PIECES = GRIDS * OUTPUTS / 4;
+constexpr int STAGE_BYTES = (2 * HALF_BYTES + CODES_BYTES + GRID_PIECES * 16 + 1023) / 1024 * 1024;
+constexpr int AHEAD = TOGETHER ? STAGES - 2 : STAGES - 1;  // steps under way: products may still read the one before
+constexpr int PREFETCHED = 16;  // steps whose codes come to the L2 cache while an earlier kernel runs, at most
+constexpr int HELD = TILES < 2 ? 4 : 2 * TILES;  // operands of 16 weights each way, all but one of them in products under way
+constexpr int FRAGMENTS = TILES * COLUMNS, REGISTERS = 65536 / (THREADS * PER_SM) < 255 ? 65536 / (THREADS * PER_SM) : 255;
+constexpr int AT_ONCE = (REGISTERS - 50) / (4 * FRAGMENTS) - 1;  // programs whose sums there is room for beside a tile's own
+extern "C" __constant__ const int shared_bytes = STAGES * STAGE_BYTES;
 
-struct Place { int output, row, column; };  // of a step, its first ones
-
-struct Grid {
-    u16 scale[TILES][2], zero[TILES][2];
+struct Place {  // of a step: its first ones, and where this thread reads the first of what it fetches
+    int output, row, column;
+    const char* codes;
+    const u16* x;
 };
 
 // `use` of each product's sums and its number. No generic lambda: NVRTC 13.0 takes those for the host's.
@@ -33,206 +42,201 @@ template <class Use> __device__ inline void each(float (&total)[TILES][COLUMNS][
 extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
     const u16* x,       // [rows, depth]
     const char* weight, // [outputs, depth / 2]
-    const u16* scales,  // [outputs, depth / GROUP]
+    const u16* scales,  // [depth / GROUP, outputs]
     const u16* zeros,
     const u16* bias,    // [outputs], or null
     u16* out,           // [rows, outputs]
     float* partial,     // [programs, 2, OUTPUTS · ROWS]: of the tiles in which a share begins, and ends if in another
     int* arrivals,      // [programs] zeros, before and after
     int rows,
-    int outputs,
+    int outputs,        // a multiple of 8
     int depth,
     int share           // steps of a program, of those of all tiles, one tile's after the other's
 ) {
-    extern __shared__ Words4 dynamic[];
-    const int warp = threadIdx.x / 32, line = warp % LINES, part = warp / LINES;
-    const int lane = lane_id(), g = lane / 4, t = lane % 4;
+    extern __shared__ __align__(1024) Words4 dynamic[];
+    const int warp = threadIdx.x / 32, lane = lane_id(), g = lane / 4, t = lane % 4;
     const int steps = (depth + STEP - 1) / STEP, row_tiles = (rows + ROWS - 1) / ROWS;
     const int begin = blockIdx.x * share;
     const int count = min(share, (outputs + OUTPUTS - 1) / OUTPUTS * row_tiles * steps - begin);
-    const Place start = {begin / steps / row_tiles * OUTPUTS, begin / steps % row_tiles * ROWS, begin % steps * STEP};
-    auto behind = [&](Place at) {
-        at.column += STEP;
-        if (at.column >= depth) at.column = 0, at.row += ROWS;
-        if (at.row >= rows) at.row = 0, at.output += OUTPUTS;
-        return at;
+    auto place_of = [&](int output, int row, int column) {
+        const char* codes = weight + ((u64)(output + threadIdx.x / 4) * depth + column) / 2 + t * 16;
+        return Place{output, row, column, codes, x + (u64)(row + threadIdx.x / 16) * depth + column + threadIdx.x % 16 * 8};
+    };
+    auto after = [&](Place at) {
+        at.column += STEP, at.codes += STEP / 2, at.x += STEP;
+        if (at.column < depth) return at;
+        return at.row + ROWS < rows ? place_of(at.output, at.row + ROWS, 0) : place_of(at.output + OUTPUTS, 0, 0);
     };
 
+    // 16 bytes of codes, and of x, lie where eight lanes that read below one another find them in all banks.
+    const int codes_to = 2 * HALF_BYTES + threadIdx.x / 4 * (STEP / 2) + (t ^ threadIdx.x / 8 % 4) * 16;
+    const int x_to = threadIdx.x / 8 % 2 * HALF_BYTES + threadIdx.x / 16 * 128 + (threadIdx.x ^ threadIdx.x / 16) % 8 * 16;
     auto fetch_codes = [&](const Place& at, char* to) {
-        const int of = threadIdx.x / 4 % PARTS, output = threadIdx.x / 4 / PARTS;
-        const int column = at.column + of * BLOCK + t * RUN, left = column < depth ? outputs - at.output - output : 0;
-        const char* from = weight + (u64)(at.output + output) * (depth / 2) + column / 2;
-        to += of * CODES_BYTES + output * (BLOCK / 2) + t * 16;
+        const int left = at.column + t * RUN < depth ? outputs - at.output - (int)threadIdx.x / 4 : 0;
+        const char* from = at.codes;
 #pragma unroll
-        for (int i = 0; i < OUTPUTS; i += 8 * LINES, from += (u64)(8 * LINES) * (depth / 2))
-            copy_async_if(i < left, to + i * (BLOCK / 2), from);
+        for (int i = 0; i < OUTPUTS; i += 8 * WARPS, from += (u64)(8 * WARPS) * (depth / 2))
+            copy_async_if(i < left, to + codes_to + i * (STEP / 2), from);
+#pragma unroll
+        for (int i = 0; i < GRID_PIECES; i += THREADS) {
+            const int piece = i + threadIdx.x, of = piece / (OUTPUTS / 8), first = at.output + piece % (OUTPUTS / 8) * 8;
+            const int start = at.column + of % GRIDS * (STEP / GRIDS);
+            const u16* grid = (of < GRIDS ? scales : zeros) + (u64)(start / GROUP) * outputs + first;
+            if (GRID_PIECES % THREADS == 0 || piece < GRID_PIECES)
+                copy_async_if(start < depth && first < outputs, to + 2 * HALF_BYTES + CODES_BYTES + piece * 16, grid);
+        }
     };
-    // 16 bytes of x are what one lane reads at once. Those of the four runs lie side by side, and change halves from row
-    // to row, so that eight lanes read from all banks.
     auto fetch_x = [&](const Place& at, char* to) {
-        const int of = threadIdx.x / 16 % PARTS, row = threadIdx.x / 16 / PARTS, place = threadIdx.x % 16 ^ row % 2 * 4;
-        const int column = at.column + of * BLOCK + place % 4 * RUN + place / 4 % 2 * 16 + place / 8 * 8;
-        const int left = column < depth ? rows - at.row - row : 0;
-        const u16* from = x + (u64)(at.row + row) * depth + column;
-        to += PARTS * CODES_BYTES + of * X_BYTES + row * (BLOCK * 2) + threadIdx.x % 16 * 16;
+        const int left = at.column + (int)threadIdx.x % 16 * 8 < depth ? rows - at.row - (int)threadIdx.x / 16 : 0;
+        const u16* from = at.x;
 #pragma unroll
-        for (int i = 0; i < ROWS; i += 2 * LINES, from += (u64)(2 * LINES) * depth)
-            if (ROWS % (2 * LINES) == 0 || i + row < ROWS) copy_async_if(i < left, to + i * (BLOCK * 2), from);
-    };
-    auto fetch_grid = [&](const Place& at, Grid& grid) {
-        const int first = at.output + line * (16 * TILES) + g;
-        const int column = min(at.column + part * BLOCK + t * RUN, depth - RUN);
-#pragma unroll
-        for (int i = 0; i < TILES; i++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                u32 group = min(first + i * 16 + h * 8, outputs - 1) * (depth / GROUP) + column / GROUP;
-                grid.scale[i][h] = scales[group];
-                grid.zero[i][h] = zeros[group];
-            }
+        for (int i = 0; i < ROWS; i += 2 * WARPS, from += (u64)(2 * WARPS) * depth)
+            if (ROWS % (2 * WARPS) == 0 || i + threadIdx.x / 16 < ROWS) copy_async_if(i < left, to + x_to + i * 128, from);
     };
 
-    float total[TILES][COLUMNS][4] = {};
-    auto multiply = [&](const Grid& grid, const char* stage) {
-        const char* codes_of = stage + part * CODES_BYTES + line * (16 * TILES * BLOCK / 2) + lane * 16;
-        const char* x_of = stage + PARTS * CODES_BYTES + part * X_BYTES + g * (BLOCK * 2);
-        u32 codes[TILES][2][2], offset[TILES][2], scale[TILES][2], rest[TILES][2];
+    auto stage_of = [&](int index) { return (char*)dynamic + index % STAGES * STAGE_BYTES; };
+    const Place start = place_of(begin / steps / row_tiles * OUTPUTS, begin / steps % row_tiles * ROWS, begin % steps * STEP);
+    Place ahead = start;
+    auto fetch = [&](int index) {  // the step `ahead`
+        if (index < count) fetch_codes(ahead, stage_of(index)), fetch_x(ahead, stage_of(index)), ahead = after(ahead);
+        end_group();
+    };
+
+    // With a step; meanwhile another is fetched.
+    auto multiply = [&](float(&total)[TILES][COLUMNS][4], int index) {
+        const char* stage = stage_of(index);
+        const char* codes_of = stage + 2 * HALF_BYTES + (warp * (16 * TILES) + lane % 16) * (STEP / 2);
+        const u16* grid = (const u16*)(stage + 2 * HALF_BYTES + CODES_BYTES) + warp * (16 * TILES) + g;
+        const u64 columns = TOGETHER ? shared_matrix(stage) : 0;
+        u32 codes[2][TILES][4], offset[TILES][2], scale[TILES][2], rest[TILES][2], a[HELD][4];
 #pragma unroll
-        for (int i = 0; i < TILES; i++)
+        for (int half = 0; half < 2; half++)
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float zero = widen<BF16>(grid.zero[i][h]), whole = rintf(zero);
-                float left = (whole - zero) * widen<BF16>(grid.scale[i][h]);
-                offset[i][h] = round_pair<BF16>(-OFFSET<BF16> - whole, -OFFSET<BF16> - whole);
-                scale[i][h] = grid.scale[i][h] * 0x10001u;
-                rest[i][h] = round_pair<BF16>(left, left);
-            }
+            for (int i = 0; i < TILES; i++)
+                read_matrices(codes[half][i], codes_of + i * 16 * (STEP / 2) + ((half * 2 + lane / 16) ^ lane % 8 / 2) * 16);
 #pragma unroll
-        for (int q = 0; q < 4; q++) {  // words 0 and 1 for low nibbles and for high ones, 2 and 3
-            u32 a[2][TILES][4];
-            if (q % 2 == 0)
-#pragma unroll
-                for (int i = 0; i < TILES; i++)
-#pragma unroll
-                    for (int h = 0; h < 2; h++)
-                        read<8>(codes[i][h], codes_of + (i * 16 + h * 8) * (BLOCK / 2) + q * 4);
-#pragma unroll
-            for (int w = 0; w < 2; w++)
+        for (int run = 0; run < 4; run++) {
+            if (run % (4 / GRIDS) == 0)
 #pragma unroll
                 for (int i = 0; i < TILES; i++)
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        const u16* of = grid + run * GRIDS / 4 * OUTPUTS + i * 16 + h * 8;
+                        const u32 zero = of[GRIDS * OUTPUTS] * 0x10001u, one = of[0] * 0x10001u;
+                        // Rounding to what OFFSET + code can be makes the zero whole, but for its sign.
+                        u32 whole = fused<BF16>(zero, ONES<BF16> ^ SIGNS, OFFSETS<BF16> ^ SIGNS);
+                        whole = fused<BF16>(whole, ONES<BF16>, OFFSETS<BF16>);
+                        const u32 more = fused<BF16>(zero, ONES<BF16> ^ SIGNS, whole ^ SIGNS);
+                        offset[i][h] = fused<BF16>(whole, LOWERED<BF16>, SIGNS);
+                        scale[i][h] = fused<BF16>(one, RAISE_LOWERED<BF16>, SIGNS);
+                        rest[i][h] = fused<BF16>(more, one, SIGNS);
+                    }
+#pragma unroll
+            for (int s = 0; s < 2; s++)
+#pragma unroll
+                for (int i = 0; i < TILES; i++) {
+                    auto& held = a[((run * 2 + s) * TILES + i) % HELD];
 #pragma unroll
                     for (int h = 0; h < 2; h++)
 #pragma unroll
                         for (int j = 0; j < 2; j++) {
-                            u32 pair = fused<BF16>(code_pair<BF16>(codes[i][h][w], q % 2, j), ONES<BF16>, offset[i][h]);
-                            a[w][i][2 * j + h] = fused<BF16>(pair, scale[i][h], rest[i][h]);
+                            u32 pair = lowered_pair<BF16>(codes[run / 2][i][run % 2 * 2 + h], s, j, offset[i][h]);
+                            held[2 * j + h] = fused<BF16>(pair, scale[i][h], rest[i][h]);
                         }
-#pragma unroll
-            for (int n = 0; n < COLUMNS; n++) {
-                u32 pairs[4];
-                read<16>(pairs, x_of + n * (8 * BLOCK * 2) + ((q * 4 + t) ^ g % 2 * 4) * 16);
-#pragma unroll
-                for (int w = 0; w < 2; w++) {
-                    const u32 b[2] = {pairs[2 * w], pairs[2 * w + 1]};
-#pragma unroll
-                    for (int i = 0; i < TILES; i++) multiply_add<BF16>(total[i][n], a[w][i], b);
+                    if constexpr (TOGETHER) {
+                        start_products(held);
+                        const u64 pairs = behind(columns, run / 2 * HALF_BYTES + (run % 2 * 2 + s) * 32);
+                        multiply_add_async<BF16, COLUMNS>(total[i], held, pairs);
+                        end_products();
+                        await_products<HELD - 1>();  // what is decoded next replaces the oldest
+                    }
                 }
-            }
+            if constexpr (!TOGETHER)
+#pragma unroll
+                for (int n = 0; n < COLUMNS; n++) {
+                    u32 pairs[4];
+                    const int piece = run % 2 * 4 + lane / 8;
+                    read_matrices(pairs, stage + run / 2 * HALF_BYTES + (n * 8 + lane % 8) * 128 + (piece ^ lane % 8) * 16);
+#pragma unroll
+                    for (int s = 0; s < 2; s++) {
+                        const u32 b[2] = {pairs[2 * s], pairs[2 * s + 1]};
+#pragma unroll
+                        for (int i = 0; i < TILES; i++)
+                            multiply_add<BF16>(total[i][n], a[((run * 2 + s) * TILES + i) % HELD], b);
+                    }
+                }
+            if (run == 0) fetch(index + AHEAD);
         }
     };
 
-    // Of a fragment, where its four floats lie among those of so many lines of warps.
-    auto place = [&](int of, int fragment) { return ((of * FRAGMENTS + fragment) * 32 + lane) * 4; };
-    // Add to the first part's what the others have.
-    auto meet = [&] {
-        float* meeting = (float*)((char*)dynamic + STAGES * STAGE_BYTES);
-        if (part)
-            each(total, [&](float(&sums)[4], int fragment) {
-                *(Floats4*)(meeting + place(warp - LINES, fragment)) = {sums[0], sums[1], sums[2], sums[3]};
-            });
-        __syncthreads();
-        if (!part)
-            each(total, [&](float(&sums)[4], int fragment) {
-                for (int other = 0; other < PARTS - 1; other++) {
-                    Floats4 more = *(const Floats4*)(meeting + place(other * LINES + line, fragment));
-                    for (int j = 0; j < 4; j++) sums[j] += more.x[j];
-                }
-            });
-    };
+    // Of a fragment, where its four floats lie among those of all warps.
+    auto place = [&](int fragment) { return ((warp * FRAGMENTS + fragment) * 32 + lane) * 4; };
     // Whether `total` is now that of the whole tile.
-    auto gather = [&](int tile) {
+    auto gather = [&](float(&total)[TILES][COLUMNS][4], int tile) {
         const int first = tile * steps / share, last = (tile * steps + steps - 1) / share;  // programs that share it
         if (first == last) return true;
         auto slot = [&](int program) {
             int second = program * share / steps != tile;
             return partial + (u64)(2 * program + second) * (OUTPUTS * ROWS);
         };
-        if (!part)
-            each(total, [&](float(&sums)[4], int fragment) {
-                *(Floats4*)(slot(blockIdx.x) + place(line, fragment)) = {sums[0], sums[1], sums[2], sums[3]};
-            });
+        float* own = slot(blockIdx.x);
+        each(total, [&](float(&sums)[4], int fragment) {
+            *(Floats4*)(own + place(fragment)) = {sums[0], sums[1], sums[2], sums[3]};
+        });
         __threadfence();
         __syncthreads();
         if (!any_member(0, THREADS, threadIdx.x == 0 && atomicAdd(arrivals + first, 1) == last - first)) return false;
         __threadfence();
         if (threadIdx.x == 0) arrivals[first] = 0;  // for the next kernel
         each(total, [&](float(&sums)[4], int) { sums[0] = sums[1] = sums[2] = sums[3] = 0; });
-        if (!part)
-            for (int program = first; program <= last; program++) {
-                const float* from = slot(program);
-                each(total, [&](float(&sums)[4], int fragment) {
-                    Floats4 more = load_written4(from + place(line, fragment));
-                    for (int j = 0; j < 4; j++) sums[j] += more.x[j];
-                });
-            }
+#pragma unroll(AT_ONCE < 1 ? 1 : AT_ONCE < 4 ? AT_ONCE : 4)
+        for (int program = first; program <= last; program++) {
+            const float* from = slot(program);
+            each(total, [&](float(&sums)[4], int fragment) {
+                Floats4 more = load_written4(from + place(fragment));
+                for (int j = 0; j < 4; j++) sums[j] += more.x[j];
+            });
+        }
         return true;
     };
-    auto write = [&](const Place& at) {
-        const int output = at.output + line * (16 * TILES) + g, row = at.row + 2 * t;
+    auto write = [&](float(&total)[TILES][COLUMNS][4], int tile) {
+        const int output = tile / row_tiles * OUTPUTS + warp * (16 * TILES), row = tile % row_tiles * ROWS + g;
         each(total, [&](float(&sums)[4], int fragment) {
-            for (int j = 0; j < 4; j++) {
-                int to = output + fragment / COLUMNS * 16 + j / 2 * 8, of = row + fragment % COLUMNS * 8 + j % 2;
-                if (to >= outputs || of >= rows) continue;
-                float sum = sums[j] + (bias ? widen<BF16>(bias[to]) : 0);
-                out[(u64)of * outputs + to] = (u16)round_pair<BF16>(sum, 0);
+            const int first = output + fragment / COLUMNS * 16, of = row + fragment % COLUMNS * 8;
+            for (int h = 0; h < 2; h++) {
+                const int from = first + h * 8 + g, to = first + h * 8 + 2 * t;
+                float more = bias && from < outputs ? widen<BF16>(bias[from]) : 0;
+                u32 pair = transpose(round_pair<BF16>(sums[2 * h] + more, sums[2 * h + 1] + more));
+                if (of < rows && to < outputs) *(u32*)(out + (u64)of * outputs + to) = pair;
             }
         });
     };
 
-    auto stage_of = [&](int index) { return (char*)dynamic + index % STAGES * STAGE_BYTES; };
-    Place ahead = start;
-    for (int index = 0; index < min(STAGES - 1, count); index++, ahead = behind(ahead))
-        fetch_codes(ahead, stage_of(index));
-    Grid held, next;
-    fetch_grid(start, held);
+    for (int index = 0; index < min(AHEAD, count); index++, ahead = after(ahead)) fetch_codes(ahead, stage_of(index));
     if (CHAINED) {
+        const int bytes = min(depth - start.column, min(count, PREFETCHED) * STEP) / 2;  // of the first tile
+        for (int i = threadIdx.x; i < min(OUTPUTS, outputs - start.output); i += THREADS)
+            prefetch(weight + ((u64)(start.output + i) * depth + start.column) / 2, bytes);
         start_next();
         await_inputs();
     }
     ahead = start;
-    for (int index = 0; index < STAGES - 1; index++) {
-        if (index < count) fetch_x(ahead, stage_of(index)), ahead = behind(ahead);
+    for (int index = 0; index < AHEAD; index++) {
+        if (index < count) fetch_x(ahead, stage_of(index)), ahead = after(ahead);
         end_group();
     }
-    Place at = start;
-    for (int index = 0; index < count; index++) {
-        await_groups<STAGES - 2>();
-        __syncthreads();  // all have come, and the stage before is no longer read
-        if (index + STAGES - 1 < count) {
-            fetch_codes(ahead, stage_of(index + STAGES - 1));
-            fetch_x(ahead, stage_of(index + STAGES - 1));
-            ahead = behind(ahead);
+    for (int index = 0; index < count;) {
+        const int tile = (begin + index) / steps, end = min(count, (tile + 1) * steps - begin);
+        float total[TILES][COLUMNS][4] = {};
+        each(total, [&](float(&sums)[4], int) { settle(sums); });
+        for (; index < end; index++) {
+            await_groups<AHEAD - 1>();
+            if (TOGETHER) publish();
+            __syncthreads();  // all have come, and what comes next replaces what is no longer read
+            multiply(total, index);
         }
-        end_group();
-        const Place behind_it = behind(at);
-        if (index + 1 < count) fetch_grid(behind_it, next);
-        multiply(held, stage_of(index));
-        held = next;
-        if (index + 1 == count || behind_it.column == 0) {
-            if (PARTS > 1) meet();
-            if (gather((begin + index) / steps) && !part) write(at);
-            each(total, [&](float(&sums)[4], int) { sums[0] = sums[1] = sums[2] = sums[3] = 0; });
-        }
-        at = behind_it;
+        if constexpr (TOGETHER) await_products<0>();
+        each(total, [&](float(&sums)[4], int) { settle(sums); });
+        if (gather(total, tile)) write(total, tile);
     }
 }

@@ -6,18 +6,23 @@ the shape ("stream-K", arXiv 2301.03598): no multiprocessor waits for others wit
 """
 
 import ctypes
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from math import gcd
 
 import torch
-import triton
 from torch import Tensor
 
-from kvtool.kernels.launch import capability, num_sms
-from kvtool.kernels.nvrtc import Kernel, compile_cubin, source
+from kvtool.kernels.launch import capability, num_sms, shared_kib
+from kvtool.kernels.nvrtc import load, source
 
 SOURCE = source("w4a16.cuh", "w4a16_stream.cu")
-BLOCK = 128  # columns of a step that one warp multiplies
+_kernel = partial(load, SOURCE, "w4a16", carveout=-1)
+
+STEP = 128  # columns
+OUTPUTS = 8  # of which it takes multiples
+WHOLE = 9 / 8  # of an even share, up to which it rather is of whole tiles, which nobody need add up
+WARPGROUPS = (9, 0)  # the compute capability that has products of four warps with what lies in shared memory
 
 
 @dataclass(frozen=True)
@@ -28,47 +33,57 @@ class Tile:
         tiles: of 16 outputs each, that a warp multiplies.
         columns: of 8 rows of x each, that it multiplies them with.
         warps: of a program.
-        parts: blocks of 128 columns of a step, each of other warps.
-        stages: steps that a program holds, all but one of them under way.
+        stages: steps that a program holds at most, some of them under way.
         per_sm: programs that run at once on a multiprocessor.
     """
 
     tiles: int
     columns: int
     warps: int
-    parts: int
     stages: int
     per_sm: int
 
     @property
     def outputs(self) -> int:
-        return 16 * self.tiles * self.warps // self.parts
+        return 16 * self.tiles * self.warps
 
     @property
     def rows(self) -> int:
         return 8 * self.columns
 
-    @property
-    def shared_bytes(self) -> int:
-        """Of a program, as the kernel has it."""
-        step = self.parts * (self.outputs * BLOCK // 2 + self.rows * BLOCK * 2)
-        return self.stages * step + (self.parts - 1) * self.outputs * self.rows * 4
+    def stage_bytes(self, group: int) -> int:
+        """Of a program, in groups of so many columns, as the kernel has it."""
+        grids = STEP // gcd(group, STEP)
+        return -(-(self.rows * STEP * 2 + self.outputs * (STEP // 2 + 4 * grids)) // 1024) * 1024
+
+    def fitted(self, group: int, shared_kib: int) -> "Tile":
+        """With as many stages as there is room for."""
+        room = ((shared_kib << 10) // self.per_sm - 1024) // self.stage_bytes(group)
+        return replace(self, stages=min(self.stages, room))
 
 
-# By compute capability and products of 8 rows, as wide as registers allow: x is read again for each tile. Timed on an
-# H200 (9) with Qwen2.5-7B's four matrices and 32, 64 and 128 rows: another takes 13 % less at most, and that for the
-# smallest; most take more. Those of 8 are not timed.
-TILES: dict[tuple[int, int], Tile] = {
-    (8, 4): Tile(2, 4, 8, 1, 4, 1),
-    (8, 8): Tile(2, 8, 8, 1, 3, 1),
-    (9, 4): Tile(2, 4, 8, 1, 4, 1),
-    (9, 8): Tile(2, 8, 8, 1, 4, 1),
+# By whether four warps multiply together, and products of 8 rows: the first entry of which a matrix has at least so
+# many outputs.
+TILES: dict[tuple[bool, int], tuple[tuple[int, Tile], ...]] = {
+    (False, 4): ((0, Tile(2, 4, 8, 4, 1)),),
+    (False, 8): ((0, Tile(2, 8, 8, 3, 1)),),
+    (True, 4): ((16384, Tile(2, 4, 4, 6, 2)), (0, Tile(1, 4, 4, 8, 2))),
+    (True, 8): ((16384, Tile(2, 8, 8, 6, 1)), (0, Tile(1, 8, 8, 6, 1))),
+    (True, 16): ((16384, Tile(2, 16, 8, 4, 1)), (0, Tile(1, 16, 8, 5, 1))),
 }
 
 
-def tile_for(x: Tensor) -> Tile:
+def tile_for(x: Tensor, weight: Tensor) -> Tile:
     """The tile for `product`."""
-    return TILES[capability(x.device), 4 if len(x) <= 32 else 8]
+    together = multiplies_together(x.device)
+    columns = 4 if len(x) <= 32 else 8 if len(x) <= 64 or not together else 16
+    return next(tile for least, tile in TILES[together, columns] if len(weight) >= least)
+
+
+@cache
+def multiplies_together(device: torch.device) -> bool:
+    """Whether four warps do, on this device."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == WARPGROUPS
 
 
 def product(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
@@ -77,26 +92,33 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tens
     On sm_90 the matrix is read while earlier kernels of the stream still run: none of them may be writing it.
 
     Args:
-        x: [M, K] of 16 bits; the rest as there, in groups of multiples of 32 columns.
+        x: [M, K] of 16 bits; the rest as there, of a multiple of `OUTPUTS`, in groups of multiples of 32 columns.
+            Scales of fp16 are below 128.
     """
-    out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
-    kernel = _kernel(x.device, tuple(constants(x, scales, tile, x.device).items()))
+    out, chain = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device), capability(x.device) >= 9
+    tile = tile.fitted(x.shape[1] // scales.shape[1], shared_kib(x.device))
+    together = multiplies_together(x.device)
+    macros = constants(x, scales, tile, together, chain)
+    kernel = _kernel(x.device, tuple(macros.items()), features="a" * together)
     programs, share = grid(x, weight, tile, tile.per_sm * num_sms(x.device))
     partial = torch.empty(programs, 2, tile.outputs * tile.rows, dtype=torch.float32, device=x.device)
     values = arguments(x, weight, scales, zeros, bias, out, partial, _arrivals(x.device), share)
-    kernel((programs, 1), values, chained=capability(x.device) >= 9)
+    kernel((programs, 1), values, chained=chain)
     return out
 
 
 def grid(x: Tensor, weight: Tensor, tile: Tile, most: int) -> tuple[int, int]:
     """Programs, of which at most so many run at once, and steps of each."""
-    tiles = triton.cdiv(len(weight), tile.outputs) * triton.cdiv(len(x), tile.rows)
-    steps = tiles * triton.cdiv(x.shape[1], BLOCK * tile.parts)
-    share = triton.cdiv(steps, most)
-    return triton.cdiv(steps, share), share
+    of_tile = -(-x.shape[1] // STEP)
+    steps = -(-len(weight) // tile.outputs) * -(-len(x) // tile.rows) * of_tile
+    share = -(-steps // most)
+    whole = -(-share // of_tile) * of_tile
+    if whole <= WHOLE * share:
+        share = whole
+    return -(-steps // share), share
 
 
-def constants(x: Tensor, scales: Tensor, tile: Tile, device: torch.device) -> dict[str, object]:
+def constants(x: Tensor, scales: Tensor, tile: Tile, together: bool, chain: bool) -> dict[str, object]:
     """Macros that the kernel is compiled with."""
     return {
         "TILES": tile.tiles,
@@ -104,10 +126,10 @@ def constants(x: Tensor, scales: Tensor, tile: Tile, device: torch.device) -> di
         "GROUP": x.shape[1] // scales.shape[1],
         "BF16": int(x.dtype == torch.bfloat16),
         "WARPS": tile.warps,
-        "PARTS": tile.parts,
         "STAGES": tile.stages,
         "PER_SM": tile.per_sm,
-        "CHAINED": int(capability(device) >= 9),
+        "TOGETHER": int(together),
+        "CHAINED": int(chain),
     }
 
 
@@ -123,7 +145,7 @@ def arguments(
     share: int,
 ) -> list[object]:
     """What the kernel takes, in its order."""
-    assert all(tensor.is_contiguous() for tensor in (x, weight, scales, zeros))
+    assert all(tensor.is_contiguous() for tensor in (x, weight, scales.t(), zeros.t())) and len(weight) % OUTPUTS == 0
     numbers = map(ctypes.c_int, (len(x), len(weight), x.shape[1], share))
     return [x, weight, scales, zeros, bias, out, partial, arrivals, *numbers]
 
@@ -132,11 +154,3 @@ def arguments(
 def _arrivals(device: torch.device) -> Tensor:
     """Zeros between kernels, which must run one at a time: programs that share a tile count here who is done."""
     return torch.zeros(16 * num_sms(device), dtype=torch.int32, device=device)
-
-
-@cache
-def _kernel(device: torch.device, macros: tuple[tuple[str, object], ...]) -> Kernel:
-    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    cubin = compile_cubin(SOURCE, architecture, dict(macros))
-    with torch.cuda.device(device):
-        return Kernel(cubin, "w4a16", 32 * int(dict(macros)["WARPS"]), carveout=-1)

@@ -28,6 +28,12 @@ __device__ inline u32 multiply(u32 a, u32 b) {
     return d;
 }
 
+__device__ inline u32 negative(u32 x) {
+    u32 d;
+    asm("neg.f16x2 %0, %1;" : "=r"(d) : "r"(x));
+    return d;
+}
+
 // Two of a · b + c, each rounded once.
 template <bool BFLOAT> __device__ inline u32 fused(u32 a, u32 b, u32 c) {
     u32 d;
@@ -66,11 +72,68 @@ template <bool BFLOAT> __device__ inline void multiply_add(float (&d)[4], const 
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// What four warps multiply at once (sm_90a): d += a · b, each warp's own `a`, as above, with the same `b` of 8 WIDE columns,
+// a `shared_matrix`. It is under way until it is awaited; until then nobody else may use `d` and `a`, nor change `b`.
+#define FOUR(d) "+f"((d)[0]), "+f"((d)[1]), "+f"((d)[2]), "+f"((d)[3])
+#define SIXTEEN(d) FOUR((d)[0]), FOUR((d)[1]), FOUR((d)[2]), FOUR((d)[3])
+#define SUMS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define SUMS_32 SUMS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SUMS_64                                                                                                        \
+    SUMS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "    \
+            "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define MULTIPLY_ASYNC(COLUMNS, TYPE, SUMS, A, B, ...)                                                                 \
+    asm volatile("{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE "."   \
+        TYPE " {" SUMS "}, {" A "}, " B ", p, 1, 1, 0; }"                                                              \
+        : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define MULTIPLY_ASYNC_WIDE(TYPE)                                                                                      \
+    if constexpr (WIDE == 4) MULTIPLY_ASYNC("32", TYPE, SUMS_16, "%16, %17, %18, %19", "%20", SIXTEEN(d));             \
+    else if constexpr (WIDE == 8)                                                                                      \
+        MULTIPLY_ASYNC("64", TYPE, SUMS_32, "%32, %33, %34, %35", "%36", SIXTEEN(d), SIXTEEN(d + 4));                  \
+    else                                                                                                               \
+        MULTIPLY_ASYNC("128", TYPE, SUMS_64, "%64, %65, %66, %67", "%68", SIXTEEN(d), SIXTEEN(d + 4), SIXTEEN(d + 8),  \
+                       SIXTEEN(d + 12))
+template <bool BFLOAT, int WIDE>
+__device__ inline void multiply_add_async(float (*d)[4], const u32 (&a)[4], u64 b) {
+    static_assert(WIDE == 4 || WIDE == 8 || WIDE == 16);
+    if constexpr (BFLOAT) { MULTIPLY_ASYNC_WIDE("bf16"); }
+    else { MULTIPLY_ASYNC_WIDE("f16"); }
+}
+
+// A second operand in shared memory, 16 deep: column n's 32 bytes are 128 n from the first one's, and of each multiple of
+// 1,024 bytes those 16 numbered p of the 128 numbered q lie where p ^ q would.
+__device__ inline u64 shared_matrix(const void* from) {
+    u64 address = (u32)__cvta_generic_to_shared(from) >> 4 & 0x3fff;
+    return address | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+// That which lies so many bytes behind another.
+__device__ inline u64 behind(u64 matrix, int bytes) { return matrix >> 32 << 32 | ((u32)matrix + bytes / 16); }
+
+// Registers that products under way have used, or will, are what they are by now.
+__device__ inline void settle(float (&d)[4]) { asm volatile("" : FOUR(d) : : "memory"); }
+__device__ inline void start_products(u32 (&a)[4]) {
+    asm volatile("wgmma.fence.sync.aligned;" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]) : : "memory");
+}
+__device__ inline void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> __device__ inline void await_products() {  // all but the newest N groups
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// Let such products see what this thread has written to shared memory.
+__device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Lane 4g + t gives elements 2t and 2t + 1 of row g of an 8 × 8 matrix, and gets those of its transpose.
 __device__ inline u32 transpose(u32 x) {
     u32 d;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(x));
     return d;
+}
+
+// 8 × 8 matrices of 16 bits: lane 8i + j says where row j of matrix i is, and lane 4g + t gets of each elements 2t and
+// 2t + 1 of row g.
+__device__ inline void read_matrices(u32 (&to)[4], const void* row) {
+    u32 from = (u32)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
 }
 
 // 8 × 8 matrices of 16 bits, transposed, as a product wants them: lane 8i + j says where row j of matrix i is, and lane
@@ -141,6 +204,11 @@ __device__ inline void prefetch(const void* from, u32 bytes) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 #endif
+}
+
+// Ask for the 32 bytes around here, too.
+__device__ inline void prefetch_sector(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
 }
 
 // What another program has written, past this multiprocessor's own cache.

@@ -1,9 +1,11 @@
 """Where one step's tokens stand in the store."""
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from kvtool.kv.format import KVFormat
 Integers = NDArray[np.int64]
 KEPT = ("kept_tokens", "kept_slots", "kept_rows")
 ALIGNED = 2  # int64 of 16 bytes: where every array starts, or kernels are compiled again for those that do not
+PIECE_STEP = 128  # keys: pieces of a tile end where a block and a kernel's step over keys do
+SHORTEST_PIECE = 512  # keys, fewer of which are read before two pieces could be merged
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,19 @@ class Span:
         return self.end - self.start
 
 
+class Cut(NamedTuple):
+    """How a kernel shares prompts out among its programs.
+
+    Attributes:
+        tokens: in a tile of queries.
+        most_pieces: that run at once. Where there are fewer tiles, these are cut into pieces of the keys they read, as
+            short as may be with all of them running at once; 0: tiles stay whole.
+    """
+
+    tokens: int
+    most_pieces: int = 0
+
+
 @dataclass(frozen=True)
 class Prompts:
     """What the P spans behind the decodes need beside `KVBatch`, whose tokens are counted here as there.
@@ -49,8 +66,8 @@ class Prompts:
             -1 - (s * tail_tokens + r); empty where the near tokens are the spans' own.
         sealed_blocks, sealed_rows: [n] int64, blocks that the spans complete, and the near row each one starts in.
         kept_tokens, kept_slots, kept_rows: [n] int64, tokens of the whole batch that are written to a tail, and where.
-        far_blocks: [F] int64, the blocks that the spans read, each once.
-        far_table: [P, N] int64, each span's blocks as indices into `far_blocks`.
+        far_blocks: [F] int64, the blocks that the spans read, span behind span.
+        far_table: [P, N] int64, each span's blocks as indices into `far_blocks`, one behind the other.
     """
 
     spans: Integers
@@ -62,7 +79,7 @@ class Prompts:
     kept_rows: Tensor
     far_blocks: Tensor
     far_table: Tensor
-    _tiles: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _tiles: dict[Cut, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def cu_seqlens(self) -> tuple[Tensor, Tensor]:
@@ -73,16 +90,17 @@ class Prompts:
         both = on_device({"sums": sums}, self.far_table.device)["sums"].int()
         return both[0], both[1]
 
-    def tiles(self, num_tokens: int) -> Tensor:
-        """The spans cut into tiles of up to `num_tokens` queries, those that read most first.
+    def tiles(self, tokens: int, most_pieces: int = 0) -> Tensor:
+        """The spans cut into tiles and pieces as `Cut` says, the tiles that read most first.
 
         Returns:
-            [n, 7] int64: span, the tile's first position, then the span's row of `spans`. The same tensor each time.
+            [n, 10] int64: span, the tile's first position, then the span's row of `spans`; which piece of the tile it
+            is, of how many, which lie behind each other, and the keys of each but the last. The same tensor each time.
         """
-        if num_tokens not in self._tiles:
-            tiles = cut(self.spans, num_tokens)
-            self._tiles[num_tokens] = on_device({"tiles": tiles}, self.far_table.device)["tiles"]
-        return self._tiles[num_tokens]
+        how = Cut(tokens, most_pieces)
+        if how not in self._tiles:
+            self._tiles[how] = on_device({"tiles": cut(self.spans, how)}, self.far_table.device)["tiles"]
+        return self._tiles[how]
 
 
 @dataclass(frozen=True)
@@ -139,8 +157,8 @@ class KVBatch:
         if (first_near == start).all():
             laid.of_prompts["near_sources"] = start[:0]
         read = laid.read_columns
-        far_table = np.zeros_like(laid.prompt_table)
-        far_blocks, far_table[read] = np.unique(laid.prompt_table[read], return_inverse=True)
+        far_blocks, far_table = laid.prompt_table[read], np.zeros_like(laid.prompt_table)
+        far_table[read] = np.arange(len(far_blocks))
         of_prompts = laid.of_prompts | {"far_blocks": far_blocks, "far_table": far_table}
         tensors = on_device(laid.arrays | of_prompts, torch.device(device))
         prompts = Prompts(laid.spans, **{name: tensors.pop(name) for name in of_prompts})
@@ -268,13 +286,28 @@ class LaidOut:
         return read
 
 
-def cut(spans: Integers, num_tokens: int) -> Integers:
+def cut(spans: Integers, how: Cut) -> Integers:
     """`Prompts.tiles` of `spans`, on the host."""
     _, start, end = spans.T[:3]
-    span, index = each(np.zeros_like(start), -(-(end - start) // num_tokens))
-    position = start[span] + num_tokens * index
-    order = np.argsort(-position, kind="stable")
-    return np.concatenate([np.stack([span, position], 1), spans[span]], 1)[order]
+    span, index = each(np.zeros_like(start), -(-(end - start) // how.tokens))
+    first = start[span] + how.tokens * index
+    order = np.argsort(-first, kind="stable")
+    span, first = span[order], first[order]
+    past = np.minimum(first + how.tokens, end[span])  # the keys that a tile reads
+    length = _piece_length(past, how.most_pieces)
+    counts = -(-past // length)
+    tile, index = each(np.zeros_like(counts), counts)
+    piece = np.stack([index, counts[tile], np.full_like(index, length)], 1)
+    return np.concatenate([np.stack([span, first], 1)[tile], spans[span[tile]], piece], 1)
+
+
+def _piece_length(keys: Integers, most: int) -> int:
+    """The shortest pieces of tiles that read so many `keys` each, so that there are no more than `most` of them."""
+    longest = int(keys.max(initial=0))
+    if most <= len(keys) or longest <= SHORTEST_PIECE:
+        return max(1, longest)
+    lengths = range(SHORTEST_PIECE, longest + PIECE_STEP, PIECE_STEP)
+    return lengths[bisect_left(lengths, -most, key=lambda length: -int((-(-keys // length)).sum()))]
 
 
 def _near_sources(

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvtool.kv.batch import KEPT, Integers, KVBatch, LaidOut, Prompts, Span, cut, exclusive_sums
+from kvtool.kernels import MOST_PIECES
+from kvtool.kv.batch import KEPT, Cut, Integers, KVBatch, LaidOut, Prompts, Span, cut, exclusive_sums
 from kvtool.kv.format import KVFormat
 
 MOST_PROMPTS = 32
@@ -59,14 +60,14 @@ class Room:
             "kept_rows": (kept,),
             "far_blocks": (MOST_FAR,),
             "far_firsts": (MOST_PROMPTS,),
-            "tiles": (self.tokens // LEAST_TILE + MOST_PROMPTS, 7),
+            "tiles": (max(self.tokens // LEAST_TILE + MOST_PROMPTS, MOST_PIECES), 10),
         }
 
-    def lay_out(self, fmt: KVFormat, spans: Sequence[Span], tile: int) -> dict[str, Integers]:
+    def lay_out(self, fmt: KVFormat, spans: Sequence[Span], how: Cut) -> dict[str, Integers]:
         """`spans` as `KVBatch.build` lays them out, and how many of them decode.
 
         Args:
-            tile: tokens in a tile of queries.
+            how: the kernels cut prompts.
 
         Returns:
             arrays no longer than `shapes` says. Behind them -1 must stand, which kernels take for nobody's.
@@ -77,7 +78,7 @@ class Room:
         far = {"far_blocks": laid.prompt_table[laid.read_columns], "far_firsts": exclusive_sums(laid.num_far)}
         arrays = {name: laid.arrays[name] for name in ("positions", "rows", "visible", "token_blocks")}
         arrays["num_decodes"] = np.array([laid.num_decodes])
-        return arrays | laid.of_prompts | far | {"tiles": cut(laid.spans, tile)}
+        return arrays | laid.of_prompts | far | {"tiles": cut(laid.spans, how)}
 
     def _most_old(self, fmt: KVFormat) -> int:
         """Near tokens of earlier steps: those of two tails, as few spans start between blocks."""
@@ -90,23 +91,25 @@ class FixedPrompts(Prompts):
 
     Attributes:
         num_tokens: of the spans, at most.
-        tile_memory: [n, 7] int64, for tiles of any size; that of the kernels is known once they have asked for it.
+        tile_memory: [n, 10] int64, for tiles of any size; how the kernels cut is known once they have asked for it.
     """
 
     num_tokens: int
     tile_memory: Tensor
 
     @property
-    def tile(self) -> int:
-        """Tokens in a tile."""
-        (tile,) = self._tiles
-        return tile
+    def how(self) -> Cut:
+        """Kernels cut them."""
+        (how,) = self._tiles
+        return how
 
-    def tiles(self, num_tokens: int) -> Tensor:
-        if num_tokens not in self._tiles:
-            assert not self._tiles and num_tokens >= LEAST_TILE, "all layers take the same tile"
-            self._tiles[num_tokens] = self.tile_memory[: -(-self.num_tokens // num_tokens) + MOST_PROMPTS]
-        return self._tiles[num_tokens]
+    def tiles(self, tokens: int, most_pieces: int = 0) -> Tensor:
+        how = Cut(tokens, most_pieces)
+        if how not in self._tiles:
+            assert not self._tiles and tokens >= LEAST_TILE, "all layers cut alike"
+            most = max(-(-self.num_tokens // tokens) + MOST_PROMPTS, most_pieces)
+            self._tiles[how] = self.tile_memory[:most]
+        return self._tiles[how]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from kvtool.ranges import Range
 
 if TYPE_CHECKING:
     from kvtool.kernels.pack import LayerWriter, Packing, Sealer
+    from kvtool.kernels.rotary_heads import RotaryHeads
     from kvtool.kernels.streams import PackedStream
 
 ARRIVALS = 4096  # more results than have two programs that run at once, on any GPU
@@ -289,6 +290,13 @@ class LayerKV:
                 self.write_blocks(near, prompts.sealed_rows, prompts.sealed_blocks)
         self._write_tails(key, value, prompts.kept_tokens, prompts.kept_slots, prompts.kept_rows)
         return near
+
+    def rotate_and_write(self, heads: "RotaryHeads", batch: KVBatch) -> Tensor:
+        """`write` of keys and values of a step without prompts, and its queries [T, Hq, D], ready, in one kernel."""
+        assert self.writer and not batch.prompts
+        to_tails = not self.format.packs_on_write
+        owners = batch.tail_slots if to_tails else batch.token_blocks
+        return self.writer.rotate_and_write(heads, owners, batch.rows, to_tails=to_tails)
 
     def _read_near(self, key: Tensor, value: Tensor, batch: KVBatch) -> Near:
         prompts = batch.prompts

@@ -10,6 +10,8 @@ from kvtool.layers.linear import Slot, empty_parameter, linear
 from kvtool.layers.quantized import Matrix
 from kvtool.parallel import Group
 
+FEW_ROWS = 64  # of scores: they are copied in no time, and `linear` has kernels of its own for them
+
 
 class Embedding(nn.Module):
     """One row per token id, to look ids up or to score them. Each rank has as many rows, the last ones fewer.
@@ -40,10 +42,13 @@ class Embedding(nn.Module):
         found = F.embedding(rows.masked_fill(theirs, 0), self.weight)
         return self.tp.all_reduce(found.masked_fill_(theirs[:, None], 0))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of all ids: hidden [N, hidden_size] → [N, vocab_size]."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Scores of all ids: hidden [N, hidden_size] → [N, vocab_size], in `out` if that is given."""
         rows = self.weight if self.scorer is None else self.scorer
-        return self.tp.all_gather(linear(hidden, rows))[:, : self.vocab_size].contiguous()
+        if out is not None and len(hidden) > FEW_ROWS and self.tp.size == 1 and isinstance(rows, Tensor):
+            return torch.mm(hidden, rows.t(), out=out)
+        scores = self.tp.all_gather(linear(hidden, rows))[:, : self.vocab_size]
+        return scores.contiguous() if out is None else out.copy_(scores)
 
     def slots(self, path: str) -> Iterator[tuple[str, Slot]]:
         """Checkpoint name of the weight, and where it goes."""

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from kvtool.attention.latents import LatentQueries
 from kvtool.kernels import takes
+from kvtool.kernels.rotary_heads import rotate
 from kvtool.layers.linear import MergedLinear, RowLinear, Slot, empty_parameter
 from kvtool.layers.norm import RMSNorm
-from kvtool.layers.rotary import rotate
 from kvtool.parallel import Group, Shard
 
 LATENT_EPS = 1e-6  # of the norms of latents, whatever the config says of the others

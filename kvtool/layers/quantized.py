@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kvtool.kernels import takes
 from kvtool.kernels.quantized_rows import FP8, Activations, quantize_rows
-from kvtool.kernels.w4a16 import RUN, dequantize_w4, pack_w4, unpack_w4, w4a16_linear
+from kvtool.kernels.w4a16 import RUN, by_group, dequantize_w4, pack_w4, unpack_w4, w4a16_linear
 from kvtool.kernels.w8a8 import w8a8_linear
 from kvtool.parallel import Shard
 
@@ -76,8 +76,8 @@ class Int4Matrix(Matrix):
     def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, order: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("weight", pack_w4(codes))
-        self.register_buffer("scales", scales.contiguous())
-        self.register_buffer("zeros", zeros.contiguous())
+        self.register_buffer("scales", by_group(scales))
+        self.register_buffer("zeros", by_group(zeros))
         self.register_buffer("order", order)
 
     @property
@@ -98,13 +98,17 @@ class Int4Matrix(Matrix):
         return w4a16_linear(x, self.weight, self.scales, self.zeros, bias)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        if takes(self.scales) and dtype == self.scales.dtype and dtype.itemsize == 2 and self.group_size % RUN == 0:
-            from kvtool.kernels.w4a16_kernels import decode
-
-            matrix = decode(self.weight, self.scales, self.zeros)
-        else:
-            matrix = dequantize_w4(self.weight, self.scales, self.zeros, dtype)
+        matrix = self._decoded(dtype)
         return matrix if self.order is None else torch.empty_like(matrix).index_copy_(1, self.order, matrix)
+
+    def _decoded(self, dtype: torch.dtype) -> Tensor:
+        """`dense`, of columns in the order of codes."""
+        if takes(self.scales) and dtype == self.scales.dtype and dtype.itemsize == 2 and self.group_size % RUN == 0:
+            from kvtool.kernels import w4a16_kernels
+
+            if w4a16_kernels.compiles():
+                return w4a16_kernels.decode(self.weight, self.scales, self.zeros)
+        return dequantize_w4(self.weight, self.scales, self.zeros, dtype)
 
     def cuts(self, columns: Shard) -> bool:
         whole = columns.size == columns.total

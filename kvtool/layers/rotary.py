@@ -6,10 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kvtool.kernels import takes
-from kvtool.layers.norm import QKNorm
-from kvtool.ranges import Range
-
 
 @dataclass(frozen=True)
 class Rope:
@@ -134,36 +130,3 @@ class Rotary(nn.Module):
         """cos and signed sin [T, 1, 2, dim / 2] of positions [T] int64, to be used by all layers of a step."""
         table = self.table[positions][:, None]
         return table[:, :, :2], table[:, :, 2:]
-
-
-def queries_and_keys(
-    heads: Tensor, num_heads: int, cos: Tensor, sin: Tensor, norm: QKNorm | None
-) -> tuple[Tensor, Tensor]:
-    """Queries [T, Hq, D] and keys [T, Hkv, D], normalised where the model does that, and rotated.
-
-    Args:
-        heads: [T, Hq + 2 · Hkv, D]: queries, keys and values.
-        num_heads: Hq.
-        cos, sin: as `Rotary` gives them.
-    """
-    if takes(heads):
-        from kvtool.kernels.rope import norm_rotate
-
-        return norm_rotate(heads, num_heads, cos, sin, norm.weight if norm else None, norm.eps if norm else 0.0)
-    num_kv_heads = (heads.shape[1] - num_heads) // 2
-    x = heads[:, :-num_kv_heads]
-    with Range("kvtool::rope"):
-        x = rotate(norm(x) if norm else x, cos, sin)
-    return x[:, :num_heads], x[:, num_heads:]
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first `dim` elements of every head, pairing element i with i + dim / 2.
-
-    Shapes: x [T, H, D]; cos and sin [T, 1, 2, dim / 2] as `Rotary` gives them. Returns [T, H, D].
-    """
-    dim = 2 * cos.shape[-1]
-    if dim < x.shape[-1]:
-        return torch.cat((rotate(x[..., :dim], cos, sin), x[..., dim:]), dim=-1)
-    halves = x.view(*x.shape[:-1], 2, -1)
-    return torch.addcmul(halves * cos, halves.flip(-2), sin).flatten(-2)

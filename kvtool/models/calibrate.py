@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvtool.attention.queries import prepared
 from kvtool.errors import UnsupportedError
 from kvtool.kernels.quantized_rows import FP8, LARGEST, quantize_rows
 from kvtool.layers.linear import Linear
@@ -61,10 +62,10 @@ class Calibration:
             every = -(-len(self.x) // SAMPLE)
             with _met(linears, lambda linear, x: samples.update({linear: x[::every].float()})):
                 residual = None if self.residual is None else self.residual.clone()
-                layer(self.x.clone(), residual, *self.rotations, self._attend)
+                layer(self.x.clone(), residual, *self.rotations, prepared(self._attend))
             _fold(layer, weights, samples, self.group, getattr(torch, self.config.dtype))
         with _met(linears, lambda linear, x: linear.replace(self._form(weights.pop(linear), x))):
-            self.x, self.residual = layer(self.x, self.residual, *self.rotations, self._attend)
+            self.x, self.residual = layer(self.x, self.residual, *self.rotations, prepared(self._attend))
 
     def _attend(self, layer: int, q: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention within each window."""

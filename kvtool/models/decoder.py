@@ -7,22 +7,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvtool.attention.latents import LatentQueries
+from kvtool.attention.queries import Queries
+from kvtool.kernels.rotary_heads import RotaryHeads
 from kvtool.layers.embedding import Embedding
 from kvtool.layers.linear import GatedLinear, Linear, MergedLinear, RowLinear, Slot
 from kvtool.layers.mla import MLA, LatentProducts
 from kvtool.layers.moe import Experts, Gate, MoE, Router
 from kvtool.layers.norm import QKNorm, RMSNorm
 from kvtool.layers.quantized import Matrix, SideBySide
-from kvtool.layers.rotary import Rotary, queries_and_keys
+from kvtool.layers.rotary import Rotary
 from kvtool.models.architectures import ARCHITECTURES
 from kvtool.models.config import ModelConfig
 from kvtool.parallel import ONE_RANK, Group, Parallel
 
-# (layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) → [T, Hq, D]. q and k come normalised and rotated, all three as
-# strided views; scale, mask, sliding window and the KV store are the callee's. Latent attention (`kvtool.layers.mla`)
-# gives the rope key as k and the latent as v, and gets values of all heads.
-Attend = Callable[[int, Tensor | LatentQueries, Tensor, Tensor], Tensor]
+# (layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D]) → [T, Hq, D]. q and k are yet to be normalised and rotated, k and
+# v are strided views; scale, mask, sliding window and the KV store are the callee's. Latent attention
+# (`kvtool.layers.mla`) gives the rope key as k, rotated, and the latent as v, and gets values of all heads.
+# `kvtool.attention.queries.prepared` makes one of a function of plain tensors.
+Attend = Callable[[int, Queries, Tensor, Tensor], Tensor]
 
 
 class Attention(nn.Module):
@@ -55,9 +57,9 @@ class Attention(nn.Module):
         self, norm: RMSNorm, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor]:
         qkv, residual = norm.into(self.qkv_proj, x, residual)
-        heads = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-        q, k = queries_and_keys(heads, self.num_heads, cos, sin, self.qk_norm)
-        return self.o_proj(attend(self.layer, q, k, heads[:, -self.num_kv_heads :]).flatten(1)), residual
+        made = qkv.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+        heads = RotaryHeads(made, self.num_heads, cos, sin, self.qk_norm)
+        return self.o_proj(attend(self.layer, heads, heads.key, heads.value).flatten(1)), residual
 
     def project(self, attended: Tensor) -> Tensor:
         """What heads have gathered [..., Hq, D] as they add it to the stream [..., hidden_size], in its own dtype."""
@@ -192,10 +194,10 @@ class Decoder(nn.Module):
         x, _ = self.norm(x, residual)
         return x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token: hidden [N, hidden_size] → [N, vocab_size], in the model's dtype."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Scores of the next token: hidden [N, hidden_size] → [N, vocab_size], in the model's dtype, or in `out`."""
         assert self.head is not None, "the last stage has one"
-        return self.head.logits(hidden)
+        return self.head.logits(hidden, out)
 
     @property
     def head(self) -> Embedding | None:

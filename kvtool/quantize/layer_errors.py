@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvtool.attention.latents import absorbing
 from kvtool.attention.layer import AttentionLayer, operands
+from kvtool.attention.queries import prepared
 from kvtool.errors import UnsupportedError
 from kvtool.kv.codecs import CODECS
 from kvtool.kv.format import KVFormat, StreamFormat
@@ -206,7 +206,7 @@ def _reconstruction_error(x: Tensor, fmt: StreamFormat, kv: KVFormat) -> float:
 def _run(model: Decoder | WholeModel, windows: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> None:
     """One pass over `windows` [W, T], laid end to end; queries over latents come absorbed."""
     positions = torch.arange(windows.shape[1], device=windows.device).repeat(windows.shape[0])
-    model(windows.flatten(), positions, absorbing(attend))
+    model(windows.flatten(), positions, prepared(attend))
 
 
 def _wide(x: Tensor) -> Tensor:
