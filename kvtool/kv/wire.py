@@ -109,9 +109,7 @@ class Identity(msgspec.Struct, frozen=True):
         if self.model != other.model:
             theirs, ours = other.model.partition(" ")[0], self.model.partition(" ")[0]
             if theirs == ours:
-                return (
-                    "it keeps the model's weights otherwise; start both with the same options of it"
-                )
+                return "it keeps the model's weights otherwise; start both with the same options of it"
             return f"it has another model ({theirs[:12]}, here {ours[:12]}); start both with one --model"
         return (
             f"its KV format is {other.kv_format}; here it is {self.kv_format}; start both with the same options, or "
