@@ -140,12 +140,13 @@ def serve(
     run(engine, config, on_ready=lambda info, url: put(start_card(info, url, config.api_key is not None)))
 
 
-# Which options belong to which role, and which of them it needs.
+# Which options belong to which role, and which of them it needs. The secret is for some, but may stand in the
+# environment of all.
 ROLES: dict[str | None, tuple[set[str], set[str]]] = {
-    None: (set(), set()),
+    None: ({"kv-secret"}, set()),
     "prefill": ({"peer", "kv-secret", "kv-transfer", "kv-timeout"}, {"peer", "kv-secret"}),
     "decode": ({"kv-port", "kv-secret", "kv-timeout"}, {"kv-secret"}),
-    "router": ({"prefill", "decode"}, {"prefill", "decode"}),
+    "router": ({"prefill", "decode", "kv-secret"}, {"prefill", "decode"}),
 }
 
 

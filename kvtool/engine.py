@@ -157,10 +157,10 @@ class Engine:
 
     def _hand_off(self, config: EngineConfig, handoff: HandoffConfig) -> None:
         """Find the engines to share requests with, or let them come."""
-        weights = f"seed {config.seed} " if config.load_format == "dummy" else ""
-        weights += f"{self.runner.quantization} {config.quantize_head} {config.keep_layers} {config.calibration} "
+        weights = f"{self.runner.quantization} {config.quantize_head} {config.keep_layers} {config.calibration}"
+        weights += f" seed {config.seed}" if config.load_format == "dummy" else ""
         store = WholeStore(self.runner.store, self.runner.whole_layout, self.runner.parallel.tp)
-        identity = Identity.of(weights + fingerprint(self.runner.path), store.layout, self.runner.dtype)
+        identity = Identity.of(f"{fingerprint(self.runner.path)} {weights}", store.layout, self.runner.dtype)
         most_bytes = max(config.swap_space, LEAST_HANDOFF_BYTES)
         if handoff.role == "prefill":
             self._pusher = Pusher(handoff, store, identity, most_bytes)

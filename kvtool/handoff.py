@@ -7,6 +7,7 @@ prefill, and may differ from the one that the decode side gives alone, as it doe
 """
 
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -344,8 +345,9 @@ class Inlet:
         try:
             listener = socket.create_server((config.host, config.port))
         except OSError as error:
+            why = os.strerror(error.errno) if error.errno else error.strerror  # Python adds the address once more
             raise ConfigError(
-                f"cannot listen for KV on {config.host}, port {config.port}: {error.strerror}; change --kv-port"
+                f"cannot listen for KV on {config.host}, port {config.port}: {why}; change --kv-port"
             ) from error
         self.address = f"{config.host}:{listener.getsockname()[1]}"
         self._receiver.listen(listener)

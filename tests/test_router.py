@@ -13,6 +13,7 @@ import httpx
 import pytest
 from conftest import ServerProcess, events, kvtool, serving
 
+from commands.serve import check_role
 from kvtool.disagg.router import Prefixes, Side, base, prompt_of
 from kvtool.errors import ConfigError
 
@@ -163,6 +164,13 @@ def test_roles_that_cannot_be_are_refused_in_a_line(options: list[str], says: st
     assert process.returncode == 2 and stdout == ""
     (error,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert says in error
+
+
+@pytest.mark.parametrize("role", ["router", None])
+def test_the_secret_of_a_shell_bothers_nobody_who_has_no_use_for_it(role: str | None) -> None:
+    """README exports KVTOOL_KV_SECRET and starts all three roles below."""
+    options = {"peer": None, "kv-secret": "abc", "prefill": role and "http://h:1", "decode": role and "http://h:2"}
+    check_role(role, options)
 
 
 def test_a_prompt_goes_where_its_beginning_is_unless_that_side_is_busy() -> None:

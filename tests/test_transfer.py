@@ -328,7 +328,8 @@ def test_tables_say_why_a_transfer_is_refused():
     ("settings", "says"),
     [
         ({"secret": b"another"}, "another --kv-secret"),
-        ({"model": "other"}, "it has another model"),
+        ({"model": "other"}, r"it has another model \(other, here "),
+        ({"model": "m w8a8"}, "it keeps the model's weights otherwise"),
         ({"name": "2, window"}, "its KV format is K 2 bits"),
         ({"name": "16"}, "its KV format is K and V at the model's precision"),
     ],

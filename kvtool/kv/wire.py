@@ -80,7 +80,7 @@ class Identity(msgspec.Struct, frozen=True):
     """What must fit at both ends.
 
     Attributes:
-        model: fingerprint of configuration and weights.
+        model: fingerprint of configuration and weights; behind a space, how weights are kept.
         values: fingerprint of what is cached of a token, before it is packed: shape and dtype.
         kv_format: for people.
         layout: fingerprint of all bytes: values and format.
@@ -107,7 +107,10 @@ class Identity(msgspec.Struct, frozen=True):
     def difference(self, other: "Identity") -> str:
         """How `other` is not like this."""
         if self.model != other.model:
-            return f"it has another model ({other.model[:12]}, here {self.model[:12]}); start both with one --model"
+            theirs, ours = other.model.partition(" ")[0], self.model.partition(" ")[0]
+            if theirs == ours:
+                return "it keeps the model's weights otherwise; start both with the same options of it"
+            return f"it has another model ({theirs[:12]}, here {ours[:12]}); start both with one --model"
         return (
             f"its KV format is {other.kv_format}; here it is {self.kv_format}; start both with the same options, or "
             "prefill with 16 bits"
