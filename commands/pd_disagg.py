@@ -286,7 +286,8 @@ def notes(found: "Found", summary: dict[str, Any]) -> list[str]:
     if found.residual is not None:
         lines.append(f"The stages add up to {1 - found.residual:.2%} of the TTFT; the rest is the way to the client.")
     if "formats" in summary:
-        tokens, large = summary["break_even_tokens"], f"{summary['large_gb_s']:.2f} GB/s of a sequence of 64 MiB"
+        tokens = summary["break_even_tokens"]
+        large = f"{summary['large_gb_s']:.2f} GB/s of a sequence of 64 MiB in parts, as an engine sends it"
         lines += [
             f"From {tokens:,.0f} tokens on this link brings a prompt's KV sooner than the decode side computes it."
             if tokens
