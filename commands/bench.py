@@ -346,7 +346,7 @@ def instead(form: Form, options: BenchOptions, results: ResultOptions, output: O
         columns = (Column("result", "result"), *form.columns)
         stems = [Path(name).stem for name in drawn]
         charts = form.charts(list(zip(stems if len({*stems}) == len(stems) else drawn, drawn.values(), strict=True)))
-        notes = () if output.output else ("Only a table: charts are drawn with --output picture.html or .png.",)
+        notes = [] if output.output else ["Only a table: charts are drawn with --output picture.html or .png."]
         show(report(form.command, {"plot": list(drawn)}, rows, columns, (), charts, notes), output)
     return bool(options.events or options.lint_stream or results.plot)
 

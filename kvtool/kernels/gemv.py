@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvtool.kernels.activation import silu
-from kvtool.kernels.launch import await_inputs, capability, chained, power_of_2, prefetch
+from kvtool.kernels.launch import await_inputs, capability, chained, power_of_2
 
 MAX_ROWS = 64
 
@@ -26,8 +26,6 @@ class Tile:
         depth: elements of each that it reads at a time.
         warps, stages: of a program; `stages` reads are under way at once.
         dot: on tensor cores.
-        ahead: bytes of the matrix, those that the first programs read, which they fetch to L2 while the kernels before
-            still run. It helps where memory is idle meanwhile, and nowhere else.
     """
 
     outputs: int
@@ -35,7 +33,6 @@ class Tile:
     warps: int
     stages: int = 1
     dot: bool = False
-    ahead: int = 0
 
 
 # By compute capability and rows, rounded up to a power of 2: the first entry of which a matrix has at least so many
@@ -151,7 +148,6 @@ def _launch(
         "EVEN": depth % tile.depth == 0 and outputs % tile.outputs == 0,
         "BIAS": bias is not None,
         "GATED": gated,
-        "AHEAD": tile.ahead if depth % 8 == 0 else 0,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         **chained(x.device),
@@ -195,7 +191,6 @@ def _multiply_kernel(
     EVEN: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
-    AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
     NORM: tl.constexpr,
     ADD: tl.constexpr,
@@ -205,8 +200,6 @@ def _multiply_kernel(
     at = tl.arange(0, DEPTH)
     lines = weight + tl.minimum(output, outputs - 1).to(tl.int64)[:, None] * depth
     up_lines = lines + outputs.to(tl.int64) * depth
-    if CHAINED and AHEAD:
-        _prefetch_rows(weight, outputs, depth, OUTPUTS, GATED, AHEAD)
     held = ()
     ups = ()
     for stage in tl.static_range(STAGES):
@@ -288,17 +281,6 @@ def _stream_piece(x, residual, row, at, rows, depth, ADD: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_rows(weight, outputs, depth, OUTPUTS: tl.constexpr, GATED: tl.constexpr, MOST: tl.constexpr):
-    """Ask for all that this program reads of the matrix, if it is among the first, who read `MOST` bytes together."""
-    first = tl.program_id(0) * OUTPUTS
-    nbytes = tl.minimum(outputs - first, OUTPUTS) * depth * 2
-    if first * (1 + GATED) < MOST // 2 // depth:
-        prefetch(weight + first.to(tl.int64) * depth, nbytes)
-        if GATED:
-            prefetch(weight + (outputs + first).to(tl.int64) * depth, nbytes)
-
-
-@triton.jit
 def _piece(lines, at, depth, EVEN: tl.constexpr):
     """[OUTPUTS, DEPTH] of the matrix, which no other program reads."""
     if EVEN:
@@ -321,7 +303,6 @@ def _dot_kernel(
     EVEN: tl.constexpr,
     BIAS: tl.constexpr,
     GATED: tl.constexpr,
-    AHEAD: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -330,8 +311,6 @@ def _dot_kernel(
     lines = weight + tl.minimum(output, outputs - 1).to(tl.int64)[:, None] * depth
     up_lines = lines + outputs.to(tl.int64) * depth
     columns = x + tl.minimum(row, rows - 1) * depth
-    if CHAINED and AHEAD:
-        _prefetch_rows(weight, outputs, depth, OUTPUTS, GATED, AHEAD)
     await_inputs(CHAINED)
     sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
     up_sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
