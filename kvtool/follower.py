@@ -86,7 +86,7 @@ def follow(seat: Seat) -> NoReturn:
         parallel = take_place(store, seat.rank, config)
         work = {"steps": follow_steps, "scores": follow_scores}[start.work]
         work(config, parallel, link, inbox)
-        leave()
+        leave(parallel)
         os._exit(0)
     except Exception as error:
         # Rank 0 may have met the same, or be about to hear of the rank whose end has ended this one.

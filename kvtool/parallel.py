@@ -349,9 +349,13 @@ def _sums_alike(tp: Group, device: torch.device) -> bool:
     return True
 
 
-def leave() -> None:
+def leave(parallel: Parallel) -> None:
     """Give the place up, when all that was begun together is done; all ranks do."""
-    dist.destroy_process_group()
+    if parallel.tp.one_shot:  # NCCL's orderly end may not come back where ranks map each other's memory
+        torch.cuda.synchronize()
+        abort()
+    else:
+        dist.destroy_process_group()
 
 
 def abort() -> None:

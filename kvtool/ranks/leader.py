@@ -132,7 +132,7 @@ class Ranks:
             who = f"rank 0 {failed.error} and" if failed else "rank 0"
             # NCCL may wait for ranks that are no more, or for a graph that holds its calls.
             with self.within(f"{who} has not got away from the others", LEAVE_SECONDS):
-                abort() if failed else leave()
+                abort() if failed else leave(self.parallel)
         self._closed.set()
         for variable in INTERFACES - self._named_by_the_user:
             os.environ.pop(variable, None)
