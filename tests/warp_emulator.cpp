@@ -171,7 +171,7 @@ template <bool BFLOAT, int WIDE> static void multiply_add_async(float (*d)[4], c
 }
 
 static void settle(float (&d)[4]) {}
-static void start_products(u32 (&a)[4]) {}
+template <int N> static void start_products(u32 (&a)[N][4]) {}
 static void end_products() { fibers[current].products.emplace_back(); }
 
 template <int N> static void await_products() {

@@ -19,8 +19,6 @@ constexpr int GRIDS = GROUP % STEP == 0 ? 1 : GROUP % HALF == 0 ? 2 : 4;        
 constexpr int HALF_BYTES = ROWS * HALF * 2, CODES_BYTES = OUTPUTS * STEP / 2, GRID_PIECES = GRIDS * OUTPUTS / 4;
 constexpr int STAGE_BYTES = (2 * HALF_BYTES + CODES_BYTES + GRID_PIECES * 16 + 1023) / 1024 * 1024;
 constexpr int AHEAD = TOGETHER ? STAGES - 2 : STAGES - 1;  // steps under way: products may still read the one before
-constexpr int PREFETCHED = 16;  // steps whose codes come to the L2 cache while an earlier kernel runs, at most
-constexpr int HELD = TILES < 2 ? 4 : 2 * TILES;  // operands of 16 weights each way, all but one of them in products under way
 constexpr int FRAGMENTS = TILES * COLUMNS, REGISTERS = 65536 / (THREADS * PER_SM) < 255 ? 65536 / (THREADS * PER_SM) : 255;
 constexpr int AT_ONCE = (REGISTERS - 50) / (4 * FRAGMENTS) - 1;  // programs whose sums there is room for beside a tile's own
 extern "C" __constant__ const int shared_bytes = STAGES * STAGE_BYTES;
@@ -108,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
         const char* codes_of = stage + 2 * HALF_BYTES + (warp * (16 * TILES) + lane % 16) * (STEP / 2);
         const u16* grid = (const u16*)(stage + 2 * HALF_BYTES + CODES_BYTES) + warp * (16 * TILES) + g;
         const u64 columns = TOGETHER ? shared_matrix(stage) : 0;
-        u32 codes[2][TILES][4], offset[TILES][2], scale[TILES][2], rest[TILES][2], a[HELD][4];
+        u32 codes[2][TILES][4], offset[TILES][2], scale[TILES][2], rest[TILES][2], a[2][TILES][4];
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
@@ -132,25 +130,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
                         rest[i][h] = fused<BF16>(more, one, SIGNS);
                     }
 #pragma unroll
-            for (int s = 0; s < 2; s++)
+            for (int s = 0; s < 2; s++) {
 #pragma unroll
-                for (int i = 0; i < TILES; i++) {
-                    auto& held = a[((run * 2 + s) * TILES + i) % HELD];
+                for (int i = 0; i < TILES; i++)
 #pragma unroll
                     for (int h = 0; h < 2; h++)
 #pragma unroll
                         for (int j = 0; j < 2; j++) {
                             u32 pair = lowered_pair<BF16>(codes[run / 2][i][run % 2 * 2 + h], s, j, offset[i][h]);
-                            held[2 * j + h] = fused<BF16>(pair, scale[i][h], rest[i][h]);
+                            a[s][i][2 * j + h] = fused<BF16>(pair, scale[i][h], rest[i][h]);
                         }
-                    if constexpr (TOGETHER) {
-                        start_products(held);
-                        const u64 pairs = behind(columns, run / 2 * HALF_BYTES + (run % 2 * 2 + s) * 32);
-                        multiply_add_async<BF16, COLUMNS>(total[i], held, pairs);
-                        end_products();
-                        await_products<HELD - 1>();  // what is decoded next replaces the oldest
-                    }
+                if constexpr (TOGETHER) {
+                    const u64 pairs = behind(columns, run / 2 * HALF_BYTES + (run % 2 * 2 + s) * 32);
+                    start_products(a[s]);
+#pragma unroll
+                    for (int i = 0; i < TILES; i++) multiply_add_async<BF16, COLUMNS>(total[i], a[s][i], pairs);
+                    end_products();
+                    await_products<1>();  // what comes next is decoded into the registers of the one before
                 }
+            }
             if constexpr (!TOGETHER)
 #pragma unroll
                 for (int n = 0; n < COLUMNS; n++) {
@@ -162,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
                         const u32 b[2] = {pairs[2 * s], pairs[2 * s + 1]};
 #pragma unroll
                         for (int i = 0; i < TILES; i++)
-                            multiply_add<BF16>(total[i][n], a[((run * 2 + s) * TILES + i) % HELD], b);
+                            multiply_add<BF16>(total[i][n], a[s][i], b);
                     }
                 }
             if (run == 0) fetch(index + AHEAD);
@@ -214,9 +212,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
 
     for (int index = 0; index < min(AHEAD, count); index++, ahead = after(ahead)) fetch_codes(ahead, stage_of(index));
     if (CHAINED) {
-        const int bytes = min(depth - start.column, min(count, PREFETCHED) * STEP) / 2;  // of the first tile
-        for (int i = threadIdx.x; i < min(OUTPUTS, outputs - start.output); i += THREADS)
-            prefetch(weight + ((u64)(start.output + i) * depth + start.column) / 2, bytes);
         start_next();
         await_inputs();
     }

@@ -110,8 +110,11 @@ __device__ inline u64 behind(u64 matrix, int bytes) { return matrix >> 32 << 32 
 
 // Registers that products under way have used, or will, are what they are by now.
 __device__ inline void settle(float (&d)[4]) { asm volatile("" : FOUR(d) : : "memory"); }
-__device__ inline void start_products(u32 (&a)[4]) {
-    asm volatile("wgmma.fence.sync.aligned;" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]) : : "memory");
+template <int N> __device__ inline void start_products(u32 (&a)[N][4]) {
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3]) : : "memory");
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 __device__ inline void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N> __device__ inline void await_products() {  // all but the newest N groups
