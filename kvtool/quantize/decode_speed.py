@@ -1,6 +1,7 @@
 """How fast a GPU's decode steps read a cache in some format."""
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ from kvtool.kv.store import KVStore, LayerKV
 
 FOOTPRINT = 4 << 30  # bytes read in turn, so that no cache holds them
 DTYPE = torch.bfloat16
+WARM_UP_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,12 @@ def graph_seconds(run: Callable[[int], object], indices: range) -> float:
 
 
 def replay_seconds(run: Callable[[], object], repeats: int = 10) -> float:
-    """Mean seconds of `run()` on the GPU."""
+    """Mean seconds of `run()` on the GPU, whose clock has risen as it does under load."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    run()
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < WARM_UP_SECONDS:
+        run()
+        torch.cuda.synchronize()
     start.record()
     for _ in range(repeats):
         run()
