@@ -312,7 +312,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from kvtool.kernels import pack
+from kvtool.kernels import encode, pack
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ELEMENTS = {"key", "value", "tails", "near_key", "near_value", "made", "q", "cos", "sin", "gain"}
@@ -338,7 +338,7 @@ def resources(kernel, element, constants, num_warps):
 
 def packing(bits, axis, symmetric, dim):
     group = {"16": 0, "fp8": dim}.get(bits, max(d for d in range(1, 65) if dim % d == 0))
-    return pack.Packing(bits, axis, group, symmetric, 4, 64, dim, 0, 64 * dim * 4, 64 * dim * 5)
+    return encode.Packing(bits, axis, group, symmetric, 4, 64, dim, 0, 64 * dim * 4, 64 * dim * 5)
 
 def check(kernel, element, key, value, rows, **constants):
     constants |= {"KEY": key, "VALUE": value}
@@ -346,7 +346,7 @@ def check(kernel, element, key, value, rows, **constants):
     assert shared <= 99 << 10 and not spilled, (kernel, element, key, value, shared, spilled)
 
 dim = int(sys.argv[1])
-tail = pack.Packing("16", "token", 0, True, 4, 64, dim, 0)
+tail = encode.Packing("16", "token", 0, True, 4, 64, dim, 0)
 seal = {"TAIL_KEY": tail, "TAIL_VALUE": tail, "RESIDUAL": 0}
 check(pack._read_near, "bf16", tail, tail, 4)
 token = {bits: [packing(bits, "token", symmetric, dim) for symmetric in (True, False)] for bits in sys.argv[2:]}

@@ -27,6 +27,7 @@ from kvtool.parallel import ONE_RANK, Shard
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = [torch.bfloat16, torch.float16]
+ROUNDED = DTYPES if ON_GPU else DTYPES[1:]  # Triton's interpreter cuts off what a GPU rounds to bf16
 KINDS = [torch.int8, FP8]
 TILES = [kernels.Tile(16, 8, 64, 1, 2), kernels.Tile(32, 16, 128, 2, 3)]
 TABLED = {tile for by in kernels.TILES.values() for tiles in by.values() for tile in tiles if tile}
@@ -148,7 +149,7 @@ def test_an_activation_gives_what_is_quantised_after_it(rows, size, kind, dtype,
     rows=rows_of_x,
     shape=st.sampled_from(SHAPES),
     kind=st.sampled_from(KINDS),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(ROUNDED),
     bias=st.booleans(),
     tile=st.sampled_from(TILES),
     seed=seeds,

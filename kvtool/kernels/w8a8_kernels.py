@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvtool.kernels.encode import e4m3
 from kvtool.kernels.launch import INTERPRETED, await_inputs, capability, chained, next_power_of_2, num_sms, power_of_2
-from kvtool.kernels.pack import e4m3
 from kvtool.kernels.quantized_rows import FP8, LARGEST, Activations, QuantizedRows
 from kvtool.kernels.sums import finish, steps_of_part
 

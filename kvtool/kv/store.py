@@ -16,7 +16,8 @@ from kvtool.kv.spec import StreamSpec
 from kvtool.ranges import Range
 
 if TYPE_CHECKING:
-    from kvtool.kernels.pack import LayerWriter, Packing, Sealer
+    from kvtool.kernels.encode import Packing
+    from kvtool.kernels.pack import LayerWriter, Sealer
     from kvtool.kernels.rotary_heads import RotaryHeads
     from kvtool.kernels.streams import PackedStream
 
@@ -356,7 +357,7 @@ def runs_kernels(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _packing(stream: StreamSpec, fmt: StreamFormat, tokens: int, offsets: dict[str, int]) -> "Packing":
     """How a kernel finds the arrays of a stream, which start `offsets` bytes into a layer's part of a block."""
-    from kvtool.kernels.pack import Packing
+    from kvtool.kernels.encode import Packing
 
     shape = (stream.heads, tokens, stream.dim)
     return Packing(fmt.bits, fmt.axis, fmt.group, fmt.symmetric, *shape, **offsets)
