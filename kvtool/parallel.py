@@ -54,18 +54,35 @@ class OneShot:
     """All-reduce of a few rows in memory that the GPUs of a group map from each other (torch's symmetric memory, over
     NVLink or P2P): each reads what all have written and sums it up in the order of the ranks, with one kernel.
 
+    Args:
+        number: rendezvous that the rank with most of them has had in its process. torch counts them, and ranks whose
+            counts differ never meet: a process started for the first rank's second engine makes up for its fewer alone.
+
     Raises:
         RuntimeError: the GPUs cannot map each other's memory.
     """
 
-    def __init__(self, ranks: dist.ProcessGroup, device: torch.device) -> None:
-        import torch.distributed._symmetric_memory as symmetric
+    rendezvous = 0  # of this process so far
 
+    def __init__(self, ranks: dist.ProcessGroup, device: torch.device, number: int) -> None:
         # Multicast is not used here, and setting it up may fail where plain mappings work.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        self._buffer = symmetric.empty(ONE_SHOT_BYTES // 2, dtype=torch.bfloat16, device=device)
-        symmetric.rendezvous(self._buffer, ranks)
+        if OneShot.rendezvous < number:
+            alone = dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+            while OneShot.rendezvous < number:
+                self._map(alone, device)
+            dist.destroy_process_group(alone)
+        self._buffer = self._map(ranks, device)
         self._name = ranks.group_name
+
+    @staticmethod
+    def _map(ranks: dist.ProcessGroup, device: torch.device) -> Tensor:
+        import torch.distributed._symmetric_memory as symmetric
+
+        OneShot.rendezvous += 1
+        buffer = symmetric.empty(ONE_SHOT_BYTES // 2, dtype=torch.bfloat16, device=device)
+        symmetric.rendezvous(buffer, ranks)
+        return buffer
 
     def takes(self, x: Tensor) -> bool:
         """It fits, and its rows are whole 16-byte words."""
@@ -322,8 +339,9 @@ def use_one_shot(parallel: Parallel, device: torch.device) -> str:
     if parallel.least(not problem) == (0,):
         return problem or "another rank cannot"
     assert tp.ranks is not None
+    (fewest,) = parallel.least(-OneShot.rendezvous)
     try:
-        tp.one_shot = OneShot(tp.ranks, device)
+        tp.one_shot = OneShot(tp.ranks, device, -fewest)
         right = _sums_alike(tp, device)
     except RuntimeError as error:
         right, problem = False, str(error).partition("\n")[0]
