@@ -234,11 +234,11 @@ def w4a16_tiles(rows: int) -> Iterator[w4a16_gemv.Tile | w4a16_stream.Tile]:
 
 
 def gemv_tiles(rows: int) -> Iterator[w4a16_gemv.Tile]:
-    """Of up to 128 registers of a thread, or 80 where that may do."""
-    for tiles, warps, stages in pairs_of((1, 2, 4), (2, 4, 8, 16), (1, 2, 3, 4)):
-        for resident in (16, 24) if tiles == 1 and rows <= 8 else (8, 16) if tiles < 4 else (8,):
-            if tiles * stages in (2, 3, 4, 6, 8) and resident >= warps:
-                yield w4a16_gemv.Tile(tiles, warps, stages, resident // warps)
+    """Of up to 128 registers of a thread, or 64 where that may do; as many stages as there is room for, up to eight."""
+    for tiles, warps, stages, programs in pairs_of((1, 2), (4, 8, 16), (2, 4, 8), (1, 2)):
+        for per_sm in {programs, 2}:
+            if per_sm * warps <= 16 * (1 + (tiles * rows <= 8)):
+                yield w4a16_gemv.Tile(tiles, warps, stages, per_sm, programs)
 
 
 def stream_tiles(rows: int) -> Iterator[w4a16_stream.Tile]:

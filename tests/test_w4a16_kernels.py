@@ -30,15 +30,15 @@ TILES += [
     for _, tile in entries
     if together == w4a16_stream.multiplies_together(DEVICE)
 ]
-GEMV_TILES = [w4a16_gemv.Tile(1, 2, 2, 1), w4a16_gemv.Tile(2, 4, 1, 1)]
+GEMV_TILES = [w4a16_gemv.Tile(1, 2, 2, 1), w4a16_gemv.Tile(2, 4, 1, 1, 2)]
 GEMV_TILES += [tile for entries in w4a16_gemv.TILES.values() if ON_GPU for _, tile in entries]
 # Outputs, columns and how many of these share a scale.
 SHAPES = [(40, 64, 32), (17, 192, 64), (33, 256, 128), (48, 384, 384), (16, 160, 160), (24, 1024, 64)]
 # What the emulator is compiled for: a shape, a dtype, products of 8 rows and a tile.
 GEMV_VARIANTS = [
     (SHAPES[0], torch.float16, 1, w4a16_gemv.Tile(1, 2, 2, 1)),
-    (SHAPES[1], torch.bfloat16, 2, w4a16_gemv.Tile(2, 4, 1, 1)),
-    (SHAPES[2], torch.float16, 2, w4a16_gemv.Tile(2, 2, 3, 1)),
+    ((70, 192, 64), torch.bfloat16, 2, w4a16_gemv.Tile(2, 4, 1, 1)),
+    ((50, 256, 128), torch.float16, 2, w4a16_gemv.Tile(2, 2, 3, 1)),
     (SHAPES[3], torch.bfloat16, 1, w4a16_gemv.Tile(1, 4, 2, 1)),
 ]
 # A shape, a dtype, a tile, and whether four warps multiply together.
@@ -51,6 +51,7 @@ VARIANTS = [
 ]
 SHAPES += [(4608, 3584, 128), (3584, 18944, 128), (1000, 1056, 32), (50000, 896, 896)] if ON_GPU else []
 STREAMED = [shape for shape in SHAPES if shape[0] % w4a16_stream.OUTPUTS == 0]
+EVEN = [shape for shape in SHAPES if shape[0] % w4a16_gemv.OUTPUTS == 0]
 on_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 seeds = st.integers(0, 2**31 - 1)
 examples = settings(deadline=None, max_examples=int(os.environ.get("KVTOOL_TEST_EXAMPLES", 100)) if ON_GPU else 12)
@@ -130,16 +131,16 @@ def test_product_of_a_matrix_decoded_to_memory(case: Case, piece: int) -> None:
 
 
 @settings(deadline=None, max_examples=12)
-@given(case=cases, variant=st.sampled_from(GEMV_VARIANTS), seed=seeds)
-def test_warps_share_columns(case: Case, variant: GemvVariant, seed: int) -> None:
+@given(case=cases, variant=st.sampled_from(GEMV_VARIANTS), programs=st.integers(1, 3), seed=seeds)
+def test_warps_share_chunks(case: Case, variant: GemvVariant, programs: int, seed: int) -> None:
     case.shape, case.dtype, columns, tile = variant
     case.rows = 8 * columns - case.rows % 8
     x, weight, scales, *_ = arguments = case.arguments(torch.device("cpu"))
-    macros = w4a16_gemv.constants(x, scales, tile, x.device) | {"CHAINED": 1}
+    parts = w4a16_gemv.cut(len(weight), tile, programs)
+    macros = w4a16_gemv.constants(x, scales, tile, parts, x.device) | {"CHAINED": 1}
     out = torch.full((len(x), len(weight)), float("nan"), dtype=case.dtype)
     library = emulator.build("w4a16_gemv.cu", "w4a16_gemv", tuple(macros.items()))
-    grid = (-(-len(weight) // (16 * tile.tiles)), 1)
-    emulator.launch(library, grid, w4a16_gemv.arguments(*arguments, out), seed)
+    emulator.launch(library, (parts.programs, 1), w4a16_gemv.arguments(*arguments, out, parts), seed)
     assert error(out, arguments) < 5e-3
 
 
@@ -164,7 +165,7 @@ def test_programs_share_tiles(case: Case, variant: Variant, programs: int, seed:
 @examples
 @given(cases, st.sampled_from(GEMV_TILES))
 def test_gemv(case: Case, tile: w4a16_gemv.Tile) -> None:
-    case.rows = 1 + case.rows % w4a16_gemv.MAX_ROWS
+    case.rows, case.shape = 1 + case.rows % w4a16_gemv.MAX_ROWS, EVEN[case.seed % len(EVEN)]
     arguments = case.arguments()
     assert error(w4a16_gemv.gemv(*arguments, tile), arguments) < 5e-3
 
@@ -220,7 +221,8 @@ def programs(major: int) -> Iterator[tuple[str, str, dict[str, object]]]:
     x, _, scales, *_ = Case(16, (16, 256, 128), torch.bfloat16, True, True, 0).arguments(torch.device("cpu"))
     for (of, columns), entries in w4a16_gemv.TILES.items():
         for _, tile in entries if of == major else ():
-            macros = w4a16_gemv.constants(x[: 8 * columns], scales, tile, x.device) | {"CHAINED": int(chain)}
+            parts = w4a16_gemv.cut(16, tile, 1)
+            macros = w4a16_gemv.constants(x[: 8 * columns], scales, tile, parts, x.device) | {"CHAINED": int(chain)}
             yield w4a16_gemv.SOURCE, architecture, macros
     for (together, _), entries in w4a16_stream.TILES.items():
         for _, tile in entries if major >= 9 or not together else ():

@@ -37,7 +37,7 @@ static Index3 threadIdx, blockIdx, gridDim;
 static int current, num_threads;
 static bool eager, prompt;
 
-struct Copy { void* to; const void* from; };
+struct Copy { void* to; const void* from; int bytes; };
 struct Product { void (*multiply)(const Product&); float (*d)[4]; u32 a[4]; u64 b; };
 struct Fiber {
     ucontext_t context;
@@ -237,11 +237,13 @@ static bool any_member(int barrier, int threads, bool x) {
     return x;
 }
 
-static void copy_async(void* to, const void* from) {
-    if (((uintptr_t)to | (uintptr_t)from) % 16) fputs("a copy is not aligned\n", stderr), abort();
-    if (eager) memcpy(to, from, 16);
-    else fibers[current].groups.back().push_back({to, from});
+template <int BYTES> static void copy_async(void* to, const void* from) {
+    if (((uintptr_t)to | (uintptr_t)from) % BYTES) fputs("a copy is not aligned\n", stderr), abort();
+    if (eager) memcpy(to, from, BYTES);
+    else fibers[current].groups.back().push_back({to, from, BYTES});
 }
+
+static void copy_async(void* to, const void* from) { copy_async<16>(to, from); }
 
 static void copy_async_if(bool inside, void* to, const void* from) {
     static const Words4 zeros = {};
@@ -253,7 +255,7 @@ static void end_group() { fibers[current].groups.emplace_back(); }
 template <int N> static void await_groups() {
     auto& groups = fibers[current].groups;
     while ((int)groups.size() - 1 > N) {
-        for (auto& copy : groups[0]) memcpy(copy.to, copy.from, 16);
+        for (auto& copy : groups[0]) memcpy(copy.to, copy.from, copy.bytes);
         groups.erase(groups.begin());
     }
     __syncwarp();

@@ -106,14 +106,21 @@ class Kernel:
         _check(count(ctypes.byref(resident), self._function, threads, size), "CUDA")
         self.programs_per_sm = resident.value
 
-    def __call__(self, grid: tuple[int, int], arguments: Sequence[Any], *, chained: bool) -> None:
-        """Launch on the current stream; `arguments` are ctypes values, tensors for their addresses, None for null."""
+    def __call__(
+        self, grid: tuple[int, int], arguments: Sequence[Any], *, chained: bool, shared: int | None = None
+    ) -> None:
+        """Launch on the current stream; `arguments` are ctypes values, tensors for their addresses, None for null.
+
+        Args:
+            shared: bytes of shared memory, `shared_bytes` at most and by default.
+        """
         _check(_driver().cuCtxSetCurrent(self._context), "CUDA")
         values = [pointer(x) if x is None or isinstance(x, Tensor) else x for x in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         attribute = _Attribute(_STREAM_SERIALIZATION, 0, 1)
         stream = torch.cuda.current_stream().cuda_stream
-        config = _Config(*grid, 1, self._threads, 1, 1, self._shared, stream, ctypes.pointer(attribute), int(chained))
+        shared = self._shared if shared is None else shared
+        config = _Config(*grid, 1, self._threads, 1, 1, shared, stream, ctypes.pointer(attribute), int(chained))
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None), "CUDA")
 
 

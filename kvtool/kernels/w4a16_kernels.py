@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tenso
     """`w4a16.w4a16_linear` by the kernel for so many rows. x is of 16 bits, groups are multiples of 32."""
     if not 0 < len(x) <= MOST_ROWS[w4a16_stream.multiplies_together(x.device)]:
         return decoded_product(x, weight, scales, zeros, bias)
-    if len(x) <= w4a16_gemv.MAX_ROWS:
+    if len(x) <= w4a16_gemv.MAX_ROWS and len(weight) % w4a16_gemv.OUTPUTS == 0:
         return w4a16_gemv.gemv(x, weight, scales, zeros, bias, w4a16_gemv.tile_for(x, weight))
     if len(weight) % w4a16_stream.OUTPUTS:
         return decoded_product(x, weight, scales, zeros, bias)
