@@ -116,27 +116,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16_gemv(
         const int row = at / (depth / 8), piece = at % (depth / 8);
         u32 held[4];
         read<16>(held, x + (u64)at * 8);
-        *(Words4*)(xs + row * row_bytes + piece / 16 * 256 + piece % 4 * 64 + piece / 4 % 4 * 16) = {held[0], held[1], held[2], held[3]};
+        const int s = piece / 2 % 2, j = piece % 2;
+        char* to = xs + row * row_bytes + piece / 16 * 256 + s * 128 + piece / 4 % 4 * 16 + j * 4;
+        for (int word = 0; word < 4; word++) *(u32*)(to + word / 2 * 64 + word % 2 * 8) = held[word];
     }
     __syncthreads();
     float* const sums_of_x = (float*)(xs + rows * row_bytes);
     float* const meeting = sums_of_x + chunks * ROWS;
     const char* rows_of_x[COLUMNS];
-    for (int n = 0; n < COLUMNS; n++) rows_of_x[n] = xs + min(n * 8 + g, rows - 1) * row_bytes + within;
-    auto read_x = [&](u32 (&pairs)[2][WORDS], int n, int chunk, int s) {
-        const int at = READ == 16 ? chunk * 4 + run : READ == 8 ? chunk * 2 + run : chunk;
-        for (int j = 0; j < 2; j++)
-            read<READ>(pairs[j], rows_of_x[n] + at / 4 * 256 + at % 4 * 16 + (2 * s + j) * 64);
+    for (int n = 0; n < COLUMNS; n++) rows_of_x[n] = xs + min(n * 8 + g, rows - 1) * row_bytes + within / 8 * 64 + within % 8 * 2;
+    auto read_x = [&](u32 (&pairs)[WORDS][2], int n, int chunk, int s) {
+        const u32 at = READ == 16 ? chunk * 4 + run : READ == 8 ? chunk * 2 + run : chunk;
+        const char* from = rows_of_x[n] + at / 4 * 256 + at % 4 * 16 + s * 128;
+        for (int word = 0; word < WORDS; word += 2) read<WORDS == 1 ? 8 : 16>(pairs[word], from + word * 32);
     };
     for (int chunk = warp; chunk < chunks; chunk += WARPS)
         for (int n = 0; n < COLUMNS; n++) {
             float ones[4] = {};
             for (int s = 0; s < 2; s++) {
-                u32 pairs[2][WORDS];
+                u32 pairs[WORDS][2];
                 read_x(pairs, n, chunk, s);
                 for (int word = 0; word < WORDS; word++) {
-                    const u32 a[4] = {ONES<BF16>, ONES<BF16>, ONES<BF16>, ONES<BF16>}, b[2] = {pairs[0][word], pairs[1][word]};
-                    multiply_add<BF16>(ones, a, b);
+                    const u32 a[4] = {ONES<BF16>, ONES<BF16>, ONES<BF16>, ONES<BF16>};
+                    multiply_add<BF16>(ones, a, pairs[word]);
                 }
             }
             if (g == 0) for (int e = 0; e < 2; e++) sums_of_x[chunk * ROWS + n * 8 + 2 * t + e] = ones[e];
@@ -146,8 +148,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16_gemv(
     float* const meeting = (float*)((char*)dynamic + RING * (WARPS * STAGES * STAGE_BYTES));
     const u16* rows_of_x[COLUMNS];  // columns of a product that are no rows of x repeat its last one
     for (int n = 0; n < COLUMNS; n++) rows_of_x[n] = x + (u64)min(n * 8 + g, rows - 1) * depth + run * 32 + within / 2;
-    auto read_x = [&](u32 (&pairs)[2][WORDS], int n, int chunk, int s) {
-        for (int j = 0; j < 2; j++) read<READ>(pairs[j], rows_of_x[n] + chunk * CHUNK + s * 16 + j * 8);
+    auto read_x = [&](u32 (&pairs)[WORDS][2], int n, int chunk, int s) {
+        for (int j = 0; j < 2; j++) {
+            u32 held[WORDS];
+            read<READ>(held, rows_of_x[n] + chunk * CHUNK + s * 16 + j * 8);
+            for (int word = 0; word < WORDS; word++) pairs[word][j] = held[word];
+        }
     };
 #endif
 
@@ -156,21 +162,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16_gemv(
         float sums[TILES][COLUMNS][4] = {}, ones[COLUMNS][4] = {};
 #pragma unroll
         for (int s = 0; s < 2; s++) {
-            u32 pairs[COLUMNS][2][WORDS];  // of x
+            u32 pairs[COLUMNS][WORDS][2];  // of x
             for (int n = 0; n < COLUMNS; n++) read_x(pairs[n], n, chunk, s);
 #pragma unroll
             for (int word = 0; word < WORDS; word++) {
-                u32 b[COLUMNS][2];
                 for (int n = 0; n < COLUMNS; n++) {
-                    for (int j = 0; j < 2; j++) b[n][j] = pairs[n][j][word];
                     const u32 rows_of_ones[4] = {ONES<BF16>, ONES<BF16>, ONES<BF16>, ONES<BF16>};
-                    if (!SHARED_X) multiply_add<BF16>(ones[n], rows_of_ones, b[n]);
+                    if (!SHARED_X) multiply_add<BF16>(ones[n], rows_of_ones, pairs[n][word]);
                 }
                 for (int i = 0; i < TILES; i++) {
                     u32 a[4];
                     for (int h = 0; h < 2; h++)
                         for (int j = 0; j < 2; j++) a[2 * j + h] = code_pair<BF16>(held.codes[i][h][word], s, j);
-                    for (int n = 0; n < COLUMNS; n++) multiply_add<BF16>(sums[i][n], a, b[n]);
+                    for (int n = 0; n < COLUMNS; n++) multiply_add<BF16>(sums[i][n], a, pairs[n][word]);
                 }
             }
         }
