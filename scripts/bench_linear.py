@@ -235,10 +235,12 @@ def w4a16_tiles(rows: int) -> Iterator[w4a16_gemv.Tile | w4a16_stream.Tile]:
 
 def gemv_tiles(rows: int) -> Iterator[w4a16_gemv.Tile]:
     """Of up to 128 registers of a thread, or 64 where that may do; as many stages as there is room for, up to eight."""
-    for tiles, warps, stages, programs in pairs_of((1, 2), (4, 8, 16), (2, 4, 8), (1, 2)):
+    for tiles, warps, width, programs in pairs_of((1, 2), (4, 8, 16), (64, 128, 256), (1, 2)):
         for per_sm in {programs, 2}:
-            if per_sm * warps <= 16 * (1 + (tiles * rows <= 8)):
-                yield w4a16_gemv.Tile(tiles, warps, stages, per_sm, programs)
+            room = (shared_kib(DEVICE) << 10) // per_sm - (24 << 10)  # beside what x and the sums take
+            stages = min(8, room // (warps * tiles * 17 * width))
+            if stages >= 2 and per_sm * warps <= 16 * (1 + (tiles * rows <= 8)):
+                yield w4a16_gemv.Tile(tiles, warps, stages, width, per_sm, programs)
 
 
 def stream_tiles(rows: int) -> Iterator[w4a16_stream.Tile]:

@@ -20,6 +20,7 @@ import emulator
 from compiled import ON_GPU, STACK, usage
 
 from kvtool.kernels import nvrtc, w4a16, w4a16_gemv, w4a16_kernels, w4a16_stream
+from kvtool.kernels.launch import capability
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = [torch.bfloat16, torch.float16]
@@ -30,16 +31,16 @@ TILES += [
     for _, tile in entries
     if together == w4a16_stream.multiplies_together(DEVICE)
 ]
-GEMV_TILES = [w4a16_gemv.Tile(1, 2, 2, 1), w4a16_gemv.Tile(2, 4, 1, 1, 2)]
+GEMV_TILES = [w4a16_gemv.Tile(1, 2, 2, 64, 1), w4a16_gemv.Tile(2, 4, 1, 256, 1, 2)]
 GEMV_TILES += [tile for entries in w4a16_gemv.TILES.values() if ON_GPU for _, tile in entries]
 # Outputs, columns and how many of these share a scale.
 SHAPES = [(40, 64, 32), (17, 192, 64), (33, 256, 128), (48, 384, 384), (16, 160, 160), (24, 1024, 64)]
 # What the emulator is compiled for: a shape, a dtype, products of 8 rows and a tile.
 GEMV_VARIANTS = [
-    (SHAPES[0], torch.float16, 1, w4a16_gemv.Tile(1, 2, 2, 1)),
-    ((70, 192, 64), torch.bfloat16, 2, w4a16_gemv.Tile(2, 4, 1, 1)),
-    ((50, 256, 128), torch.float16, 2, w4a16_gemv.Tile(2, 2, 3, 1)),
-    (SHAPES[3], torch.bfloat16, 1, w4a16_gemv.Tile(1, 4, 2, 1)),
+    (SHAPES[0], torch.float16, 1, w4a16_gemv.Tile(1, 2, 2, 64, 1)),
+    ((70, 192, 64), torch.bfloat16, 2, w4a16_gemv.Tile(2, 4, 1, 256, 1)),
+    ((50, 256, 128), torch.float16, 2, w4a16_gemv.Tile(2, 2, 3, 128, 1)),
+    (SHAPES[3], torch.bfloat16, 1, w4a16_gemv.Tile(1, 4, 2, 128, 1)),
 ]
 # A shape, a dtype, a tile, and whether four warps multiply together.
 VARIANTS = [
@@ -130,17 +131,39 @@ def test_product_of_a_matrix_decoded_to_memory(case: Case, piece: int) -> None:
         assert error(w4a16_kernels.decoded_product(*arguments), arguments) < 5e-3
 
 
-@settings(deadline=None, max_examples=12)
-@given(case=cases, variant=st.sampled_from(GEMV_VARIANTS), programs=st.integers(1, 3), seed=seeds)
-def test_warps_share_chunks(case: Case, variant: GemvVariant, programs: int, seed: int) -> None:
+@given(st.integers(1, 1 << 17), st.integers(1, 300), st.sampled_from(GEMV_TILES))
+def test_programs_have_even_shares(pairs: int, most: int, tile: w4a16_gemv.Tile) -> None:
+    outputs = 2 * pairs
+    share = w4a16_gemv.share_of(outputs, tile, most)
+    each = share.tiles * tile.tiles * share.lines
+    assert 0 < share.lines <= 16 and share.lines % 2 == 0
+    assert share.programs <= most and (share.programs - 1) * each < outputs <= share.programs * each
+    assert each - outputs / most < 2 * share.tiles * tile.tiles + 1  # an even number of lines, as many of each tile
+
+
+@pytest.mark.parametrize("outputs", [16, 37888, 1 << 20])
+def test_sums_have_room(outputs: int) -> None:
+    weight, scales = (torch.empty(shape, device="meta") for shape in ((outputs, 48), (outputs, 3)))
+    for (major, columns), entries in w4a16_gemv.TILES.items():
+        x = torch.empty(8 * columns, 96, device="meta")
+        for _, tile in entries if major == capability(DEVICE) else ():
+            share = w4a16_gemv.share_for(x, weight, scales, tile, DEVICE)
+            assert share.programs * share.tiles * tile.tiles * share.lines >= outputs
+
+
+@settings(deadline=None, max_examples=24)
+@given(
+    case=cases, variant=st.sampled_from(GEMV_VARIANTS), programs=st.integers(1, 3), shared_x=st.booleans(), seed=seeds
+)
+def test_warps_share_steps(case: Case, variant: GemvVariant, programs: int, shared_x: bool, seed: int) -> None:
     case.shape, case.dtype, columns, tile = variant
     case.rows = 8 * columns - case.rows % 8
     x, weight, scales, *_ = arguments = case.arguments(torch.device("cpu"))
-    parts = w4a16_gemv.cut(len(weight), tile, programs)
-    macros = w4a16_gemv.constants(x, scales, tile, parts, x.device) | {"CHAINED": 1}
+    share = w4a16_gemv.share_of(len(weight), tile, programs)
+    macros = w4a16_gemv.constants(x, scales, tile, share, x.device) | {"CHAINED": 1, "SHARED_X": int(shared_x)}
     out = torch.full((len(x), len(weight)), float("nan"), dtype=case.dtype)
     library = emulator.build("w4a16_gemv.cu", "w4a16_gemv", tuple(macros.items()))
-    emulator.launch(library, (parts.programs, 1), w4a16_gemv.arguments(*arguments, out, parts), seed)
+    emulator.launch(library, (share.programs, 1), w4a16_gemv.arguments(*arguments, out, share), seed)
     assert error(out, arguments) < 5e-3
 
 
@@ -221,9 +244,15 @@ def programs(major: int) -> Iterator[tuple[str, str, dict[str, object]]]:
     x, _, scales, *_ = Case(16, (16, 256, 128), torch.bfloat16, True, True, 0).arguments(torch.device("cpu"))
     for (of, columns), entries in w4a16_gemv.TILES.items():
         for _, tile in entries if of == major else ():
-            parts = w4a16_gemv.cut(16, tile, 1)
-            macros = w4a16_gemv.constants(x[: 8 * columns], scales, tile, parts, x.device) | {"CHAINED": int(chain)}
-            yield w4a16_gemv.SOURCE, architecture, macros
+            few = x[: 8 * columns]
+            macros = w4a16_gemv.constants(few, scales, tile, w4a16_gemv.Share(1, 16, 1), x.device)
+            room = ({8: 100, 9: 228}[major] // tile.per_sm - 1) << 10
+            for shared_x in (0, 1):
+                yield (
+                    w4a16_gemv.SOURCE,
+                    architecture,
+                    macros | {"CHAINED": int(chain), "ROOM": room, "SHARED_X": shared_x},
+                )
     for (together, _), entries in w4a16_stream.TILES.items():
         for _, tile in entries if major >= 9 or not together else ():
             for group in (128, 32):

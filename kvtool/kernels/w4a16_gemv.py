@@ -1,7 +1,7 @@
 """What `kvtool.kernels.w4a16` defines for a few rows, in CUDA C++: bound by the rate at which weights are read.
 
-The kernel, `w4a16_gemv.cu`, is compiled when it is first called for a shape of its work. Each multiprocessor has an
-even share of the outputs, and each of its warps an even share of their columns, which it reads without a pause.
+The kernel, `w4a16_gemv.cu`, is compiled when it is first called for a shape of its work. Programs that all run at once
+have even shares of the outputs, and a program's warps even shares of what must be read for those, each without a pause.
 """
 
 import ctypes
@@ -27,40 +27,42 @@ class Tile:
 
     Attributes:
         tiles: of 16 outputs each, that a warp multiplies at once.
-        warps: of a program, which share its columns.
-        stages: reads of each warp that are under way at once.
-        per_sm: programs that there is room for on a multiprocessor.
-        programs: that there are for each.
+        warps: of a program.
+        stages: steps of each warp that are under way at once.
+        width: bytes of each output's codes that a step has.
+        per_sm: programs that there is room for on a multiprocessor, of this kernel and the next.
+        programs: that each multiprocessor has.
     """
 
     tiles: int
     warps: int
     stages: int
+    width: int
     per_sm: int
     programs: int = 1
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Of the outputs.
+class Share:
+    """What a program has of the outputs.
 
     Attributes:
-        programs: of all multiprocessors.
-        tiles: of a program, each of `Tile.tiles` 16 outputs.
-        lines: an even number, that are used of these 16.
+        tiles: each of 16 `Tile.tiles` outputs.
+        lines: of 16 outputs, how many are used: an even number.
+        programs: that have all outputs.
     """
 
-    programs: int
     tiles: int
     lines: int
+    programs: int
 
 
 # By compute capability and products of 8 rows: the first entry of which a matrix has at least so many outputs.
 TILES: dict[tuple[int, int], tuple[tuple[int, Tile], ...]] = {
-    (8, 1): ((0, Tile(1, 8, 4, 1)),),
-    (8, 2): ((0, Tile(1, 8, 4, 1)),),
-    (9, 1): ((0, Tile(1, 16, 4, 2)),),
-    (9, 2): ((0, Tile(2, 16, 2, 1)),),
+    (8, 1): ((0, Tile(1, 8, 2, 128, 2)),),
+    (8, 2): ((0, Tile(1, 8, 2, 128, 1)),),
+    (9, 1): ((0, Tile(1, 8, 3, 128, 2)),),
+    (9, 2): ((0, Tile(1, 8, 4, 128, 1)),),
 }
 
 
@@ -76,76 +78,73 @@ def gemv(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor 
     On sm_90 the matrix is read while earlier kernels of the stream still run: none of them may be writing it.
 
     Args:
-        x: [M, K], M at most `MAX_ROWS`, of 16 bits; the rest as there, of an even number of outputs, in groups of
+        x: [M, K], M at most `MAX_ROWS`, of 16 bits; the rest as there, of a multiple of `OUTPUTS`, in groups of
             multiples of 32 columns.
     """
     out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
-    parts = cut(len(weight), tile, tile.programs * num_sms(x.device))
-    macros = constants(x, scales, tile, parts, x.device)
+    share = share_for(x, weight, scales, tile, x.device)
+    macros = constants(x, scales, tile, share, x.device)
+    shared = shared_bytes(x, scales, tile, share, bool(macros["SHARED_X"]))
     kernel = _kernel(x.device, tuple(macros.items()))
-    shared = shared_bytes(x, tile, parts, macros)
-    kernel(
-        (parts.programs, 1),
-        arguments(x, weight, scales, zeros, bias, out, parts),
-        chained=capability(x.device) >= 9,
-        shared=shared,
-    )
+    values = arguments(x, weight, scales, zeros, bias, out, share)
+    kernel((share.programs, 1), values, chained=capability(x.device) >= 9, shared=shared)
     return out
 
 
-def cut(outputs: int, tile: Tile, most: int) -> Cut:
-    """Even shares for `most` programs."""
+def share_for(x: Tensor, weight: Tensor, scales: Tensor, tile: Tile, device: torch.device) -> Share:
+    """An even one for as many programs as run at once, or a few times as many if there is no room for its sums."""
+    at_once = tile.programs * num_sms(device)
+    shares = (share_of(len(weight), tile, most) for most in range(at_once, at_once + len(weight), at_once))
+    return next(share for share in shares if shared_bytes(x, scales, tile, share, False) <= room(tile, device))
+
+
+def share_of(outputs: int, tile: Tile, most: int) -> Share:
+    """An even one for each of `most` programs at most."""
     share = -(-outputs // most)
     tiles = -(-share // (16 * tile.tiles))
     lines = -(-share // (2 * tiles * tile.tiles)) * 2
-    return Cut(-(-outputs // (tiles * tile.tiles * lines)), tiles, lines)
+    return Share(tiles, lines, -(-outputs // (tiles * tile.tiles * lines)))
 
 
-def constants(x: Tensor, scales: Tensor, tile: Tile, parts: Cut, device: torch.device) -> dict[str, int]:
+def room(tile: Tile, device: torch.device) -> int:
+    """Bytes of shared memory that a program may use."""
+    return (shared_kib(device) // tile.per_sm - 1) << 10
+
+
+def constants(x: Tensor, scales: Tensor, tile: Tile, share: Share, device: torch.device) -> dict[str, object]:
     """Macros that the kernel is compiled with."""
-    room = (min(227, shared_kib(device) // tile.per_sm - 1)) << 10
-    macros = {
+    return {
         "TILES": tile.tiles,
         "COLUMNS": _columns(len(x)),
         "GROUP": x.shape[1] // scales.shape[1],
         "BF16": int(x.dtype == torch.bfloat16),
         "WARPS": tile.warps,
         "STAGES": tile.stages,
+        "WIDTH": tile.width,
         "PER_SM": tile.per_sm,
+        "SHARED_X": int(shared_bytes(x, scales, tile, share, True) <= room(tile, device)),
+        "ROOM": room(tile, device),
         "CHAINED": int(capability(device) >= 9),
-        "SHARED": room,
-        "RING": 1,
-        "SHARED_X": 1,
     }
-    if shared_bytes(x, tile, parts, macros) > room:
-        macros["SHARED_X"] = 0
-    return macros
 
 
-def shared_bytes(x: Tensor, tile: Tile, parts: Cut, macros: dict[str, int]) -> int:
-    rows, depth = x.shape
-    group = macros["GROUP"]
-    read = 16 if group % 128 == 0 else 8 if group % 64 == 0 else 4
-    ring = macros["RING"] * tile.warps * tile.stages * (tile.tiles * 64 * read + 128)
-    xs = rows * (-(-depth // 128) * 256 + 64) + depth // (8 * read) * 8 * _columns(rows) * 4
-    meeting = (tile.warps + parts.tiles - 1) * rows * (16 * tile.tiles + 4) * 4
-    return ring + macros["SHARED_X"] * xs + meeting
+def shared_bytes(x: Tensor, scales: Tensor, tile: Tile, share: Share, shared_x: bool) -> int:
+    """Of a program, as the kernel has it; `shared_x`: x comes there too."""
+    (rows, depth), group = x.shape, x.shape[1] // scales.shape[1]
+    chunk = next(columns for columns in (128, 64, 32) if group % columns == 0)
+    ring = tile.warps * tile.stages * tile.tiles * (16 * tile.width + 2 * tile.width // chunk * 64)
+    meeting = (tile.warps + share.tiles - 1) * rows * (16 * tile.tiles + 4) * 4
+    of_x = rows * (-(-depth // 128) * 256 + 64) + depth // chunk * 8 * _columns(rows) * 4
+    return ring + meeting + shared_x * of_x
 
 
 def arguments(
-    x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, out: Tensor, parts: Cut
+    x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, out: Tensor, share: Share
 ) -> list[object]:
     """What the kernel takes, in its order."""
     assert all(tensor.is_contiguous() for tensor in (x, weight, scales.t(), zeros.t())) and len(weight) % OUTPUTS == 0
-    return [
-        x,
-        weight,
-        scales,
-        zeros,
-        bias,
-        out,
-        *map(ctypes.c_int, (len(x), len(weight), x.shape[1], parts.tiles, parts.lines)),
-    ]
+    numbers = map(ctypes.c_int, (len(x), len(weight), x.shape[1], share.tiles, share.lines))
+    return [x, weight, scales, zeros, bias, out, *numbers]
 
 
 def _columns(rows: int) -> int:
