@@ -234,13 +234,13 @@ def w4a16_tiles(rows: int) -> Iterator[w4a16_gemv.Tile | w4a16_stream.Tile]:
 
 
 def gemv_tiles(rows: int) -> Iterator[w4a16_gemv.Tile]:
-    """Of up to 128 registers of a thread, or 64 where that may do; as many stages as there is room for, up to eight."""
-    for tiles, warps, width, programs in pairs_of((1, 2), (4, 8, 16), (64, 128, 256), (1, 2)):
+    """Of 64 registers of a thread at least; as many stages as there is room for, up to eight."""
+    for tiles, warps, programs in pairs_of((1, 2), (4, 8, 16), (1, 2)):
         for per_sm in {programs, 2}:
-            room = (shared_kib(DEVICE) << 10) // per_sm - (24 << 10)  # beside what x and the sums take
-            stages = min(8, room // (warps * tiles * 17 * width))
-            if stages >= 2 and per_sm * warps <= 16 * (1 + (tiles * rows <= 8)):
-                yield w4a16_gemv.Tile(tiles, warps, stages, width, per_sm, programs)
+            room = (shared_kib(DEVICE) << 10) // per_sm - (24 << 10)  # beside sums
+            stages = min(8, room // (warps * (tiles * 1088 + 256 * rows)))
+            if stages >= 2 and per_sm * warps <= 32 // tiles:
+                yield w4a16_gemv.Tile(tiles, warps, stages, per_sm, programs)
 
 
 def stream_tiles(rows: int) -> Iterator[w4a16_stream.Tile]:
@@ -274,7 +274,7 @@ def w8a8_tiles(rows: int) -> Iterator[w8a8_kernels.Tile]:
 def compile_all(kinds: list[str], matrices: Iterable[Matrix], rows: list[int], sweep: bool) -> None:
     """Compile in parallel what will be timed: Triton's kernels to its cache, in processes, NVRTC's here, in threads."""
     jobs = [(kind, matrix.outputs, matrix.depth, n, sweep) for matrix in matrices for kind in kinds for n in rows]
-    tiles = {(8 if n <= 8 else 16, tile) for n in rows for tile in w4a16_tiles(n)} if sweep and "w4a16" in kinds else ()
+    tiles = {(min(n, 16), tile) for n in rows for tile in w4a16_tiles(n)} if sweep and "w4a16" in kinds else ()
     workers = min(16, os.cpu_count() or 1)
     with multiprocessing.get_context("spawn").Pool(workers) as pool, ThreadPoolExecutor(workers) as threads:
         done = pool.starmap_async(run_once, jobs, chunksize=1)

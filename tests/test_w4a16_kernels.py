@@ -31,16 +31,17 @@ TILES += [
     for _, tile in entries
     if together == w4a16_stream.multiplies_together(DEVICE)
 ]
-GEMV_TILES = [w4a16_gemv.Tile(1, 2, 2, 64, 1), w4a16_gemv.Tile(2, 4, 1, 256, 1, 2)]
+GEMV_TILES = [w4a16_gemv.Tile(1, 2, 2, 1), w4a16_gemv.Tile(2, 4, 1, 1, 2)]
 GEMV_TILES += [tile for entries in w4a16_gemv.TILES.values() if ON_GPU for _, tile in entries]
 # Outputs, columns and how many of these share a scale.
 SHAPES = [(40, 64, 32), (17, 192, 64), (33, 256, 128), (48, 384, 384), (16, 160, 160), (24, 1024, 64)]
-# What the emulator is compiled for: a shape, a dtype, products of 8 rows and a tile.
+# What the emulator is compiled for: a shape, a dtype, most rows and a tile.
 GEMV_VARIANTS = [
-    (SHAPES[0], torch.float16, 1, w4a16_gemv.Tile(1, 2, 2, 64, 1)),
-    ((70, 192, 64), torch.bfloat16, 2, w4a16_gemv.Tile(2, 4, 1, 256, 1)),
-    ((50, 256, 128), torch.float16, 2, w4a16_gemv.Tile(2, 2, 3, 128, 1)),
-    (SHAPES[3], torch.bfloat16, 1, w4a16_gemv.Tile(1, 4, 2, 128, 1)),
+    (SHAPES[0], torch.float16, 4, w4a16_gemv.Tile(1, 2, 2, 1)),
+    ((70, 192, 64), torch.bfloat16, 8, w4a16_gemv.Tile(2, 4, 1, 1)),
+    ((50, 256, 128), torch.float16, 8, w4a16_gemv.Tile(2, 2, 3, 1)),
+    (SHAPES[3], torch.bfloat16, 1, w4a16_gemv.Tile(1, 4, 2, 1)),
+    ((100, 640, 128), torch.bfloat16, 2, w4a16_gemv.Tile(1, 4, 4, 1)),
 ]
 # A shape, a dtype, a tile, and whether four warps multiply together.
 VARIANTS = [
@@ -144,23 +145,20 @@ def test_programs_have_even_shares(pairs: int, most: int, tile: w4a16_gemv.Tile)
 @pytest.mark.parametrize("outputs", [16, 37888, 1 << 20])
 def test_sums_have_room(outputs: int) -> None:
     weight, scales = (torch.empty(shape, device="meta") for shape in ((outputs, 48), (outputs, 3)))
-    for (major, columns), entries in w4a16_gemv.TILES.items():
-        x = torch.empty(8 * columns, 96, device="meta")
-        for _, tile in entries if major == capability(DEVICE) else ():
-            share = w4a16_gemv.share_for(x, weight, scales, tile, DEVICE)
-            assert share.programs * share.tiles * tile.tiles * share.lines >= outputs
+    x = torch.empty(w4a16_gemv.MAX_ROWS, 96, device="meta")
+    for _, tile in w4a16_gemv.TILES[capability(DEVICE)]:
+        share = w4a16_gemv.share_for(x, weight, scales, tile, DEVICE)
+        assert share.programs * share.tiles * tile.tiles * share.lines >= outputs
 
 
 @settings(deadline=None, max_examples=24)
-@given(
-    case=cases, variant=st.sampled_from(GEMV_VARIANTS), programs=st.integers(1, 3), shared_x=st.booleans(), seed=seeds
-)
-def test_warps_share_steps(case: Case, variant: GemvVariant, programs: int, shared_x: bool, seed: int) -> None:
-    case.shape, case.dtype, columns, tile = variant
-    case.rows = 8 * columns - case.rows % 8
+@given(case=cases, variant=st.sampled_from(GEMV_VARIANTS), programs=st.integers(1, 3), seed=seeds)
+def test_warps_share_chunks(case: Case, variant: GemvVariant, programs: int, seed: int) -> None:
+    case.shape, case.dtype, rows, tile = variant
+    case.rows = rows - case.rows % (rows // 2 or 1)  # of which no power of 2 below is enough
     x, weight, scales, *_ = arguments = case.arguments(torch.device("cpu"))
     share = w4a16_gemv.share_of(len(weight), tile, programs)
-    macros = w4a16_gemv.constants(x, scales, tile, share, x.device) | {"CHAINED": 1, "SHARED_X": int(shared_x)}
+    macros = w4a16_gemv.constants(x, scales, tile, x.device) | {"CHAINED": 1}
     out = torch.full((len(x), len(weight)), float("nan"), dtype=case.dtype)
     library = emulator.build("w4a16_gemv.cu", "w4a16_gemv", tuple(macros.items()))
     emulator.launch(library, (share.programs, 1), w4a16_gemv.arguments(*arguments, out, share), seed)
@@ -214,8 +212,8 @@ def test_linear(case: Case) -> None:
     ("rows", "has_nvrtc", "together", "chosen"),
     [
         (1, True, False, "gemv"),
-        (16, True, False, "gemv"),
-        (17, True, False, "product"),
+        (8, True, False, "gemv"),
+        (9, True, False, "product"),
         (128, True, False, "product"),
         (129, True, False, "decoded_product"),
         (129, True, True, "product"),
@@ -242,17 +240,11 @@ def programs(major: int) -> Iterator[tuple[str, str, dict[str, object]]]:
     """Source, architecture and macros of all that the tables have, in wide groups, which take the most registers."""
     architecture, chain = {8: "sm_89", 9: "sm_90"}[major], major >= 9
     x, _, scales, *_ = Case(16, (16, 256, 128), torch.bfloat16, True, True, 0).arguments(torch.device("cpu"))
-    for (of, columns), entries in w4a16_gemv.TILES.items():
-        for _, tile in entries if of == major else ():
-            few = x[: 8 * columns]
-            macros = w4a16_gemv.constants(few, scales, tile, w4a16_gemv.Share(1, 16, 1), x.device)
-            room = ({8: 100, 9: 228}[major] // tile.per_sm - 1) << 10
-            for shared_x in (0, 1):
-                yield (
-                    w4a16_gemv.SOURCE,
-                    architecture,
-                    macros | {"CHAINED": int(chain), "ROOM": room, "SHARED_X": shared_x},
-                )
+    for _, tile in w4a16_gemv.TILES[major]:
+        room = ({8: 100, 9: 228}[major] // tile.per_sm - 1) << 10
+        for rows in (1, w4a16_gemv.MAX_ROWS):
+            macros = w4a16_gemv.constants(x[:rows], scales, tile, x.device) | {"CHAINED": int(chain), "ROOM": room}
+            yield w4a16_gemv.SOURCE, architecture, macros
     for (together, _), entries in w4a16_stream.TILES.items():
         for _, tile in entries if major >= 9 or not together else ():
             for group in (128, 32):

@@ -9,9 +9,10 @@ template <bool BFLOAT> constexpr u32 ONES = BFLOAT ? 0x3f803f80 : 0x3c003c00;
 template <bool BFLOAT> constexpr float OFFSET = BFLOAT ? 128 : 1024;
 template <bool BFLOAT> constexpr u32 OFFSETS = BFLOAT ? 0x43004300 : 0x64006400;
 
-// OFFSET + code of two columns.
-template <bool BFLOAT> __device__ inline u32 code_pair(u32 word, int s, int j) {
-    return permute(word >> 4 * s & 0x0f0f0f0f, OFFSETS<BFLOAT> >> 8 | OFFSETS<BFLOAT>, j ? 0x4341 : 0x4240);
+// OFFSET + code of two columns; `upper` is that power's upper byte, four times.
+template <bool BFLOAT> constexpr u32 UPPER = OFFSETS<BFLOAT> >> 8 | OFFSETS<BFLOAT>;
+template <bool BFLOAT> __device__ inline u32 code_pair(u32 word, int s, int j, u32 upper = UPPER<BFLOAT>) {
+    return permute(word >> 4 * s & 0x0f0f0f0f, upper, j ? 0x4341 : 0x4240);
 }
 
 // Without a power of two above them, bits 0 to 7 count in units of the least number there is, 2^-133 (2^-24). Codes of

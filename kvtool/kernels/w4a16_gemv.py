@@ -7,18 +7,19 @@ have even shares of the outputs, and a program's warps even shares of what must 
 import ctypes
 from dataclasses import dataclass
 from functools import partial
+from math import gcd
 
 import torch
 from torch import Tensor
 
-from kvtool.kernels.launch import capability, num_sms, shared_kib
+from kvtool.kernels.launch import capability, num_sms, power_of_2, shared_kib
 from kvtool.kernels.nvrtc import load, source
 
 SOURCE = source("w4a16.cuh", "w4a16_gemv.cu")
 _kernel = partial(load, SOURCE, "w4a16_gemv", carveout=-1)
 
 OUTPUTS = 2  # of which it takes multiples
-MAX_ROWS = 16  # with 32, on an H200, `w4a16_stream` is faster where it matters: for large matrices
+MAX_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,16 @@ class Tile:
     """How the work is cut.
 
     Attributes:
-        tiles: of 16 outputs each, that a warp multiplies at once.
+        tiles: of 16 outputs each, that a warp multiplies at once: 1 or 2.
         warps: of a program.
-        stages: steps of each warp that are under way at once.
-        width: bytes of each output's codes that a step has.
-        per_sm: programs that there is room for on a multiprocessor, of this kernel and the next.
+        stages: chunks of columns of each warp that are under way at once.
+        per_sm: programs that there is room for on a multiprocessor.
         programs: that each multiprocessor has.
     """
 
     tiles: int
     warps: int
     stages: int
-    width: int
     per_sm: int
     programs: int = 1
 
@@ -57,19 +56,16 @@ class Share:
     programs: int
 
 
-# By compute capability and products of 8 rows: the first entry of which a matrix has at least so many outputs.
-TILES: dict[tuple[int, int], tuple[tuple[int, Tile], ...]] = {
-    (8, 1): ((0, Tile(1, 8, 2, 128, 2)),),
-    (8, 2): ((0, Tile(1, 8, 2, 128, 1)),),
-    (9, 1): ((0, Tile(1, 8, 3, 128, 2)),),
-    (9, 2): ((0, Tile(1, 8, 4, 128, 1)),),
+# By compute capability: the first entry of which a matrix has at least so many outputs.
+TILES: dict[int, tuple[tuple[int, Tile], ...]] = {
+    8: ((0, Tile(1, 8, 3, 2)),),
+    9: ((16384, Tile(2, 8, 3, 2, 2)), (4096, Tile(1, 16, 4, 1)), (0, Tile(2, 16, 2, 1))),
 }
 
 
 def tile_for(x: Tensor, weight: Tensor) -> Tile:
     """The tile for `gemv`."""
-    entries = TILES[capability(x.device), _columns(len(x))]
-    return next(tile for least, tile in entries if len(weight) >= least)
+    return next(tile for least, tile in TILES[capability(x.device)] if len(weight) >= least)
 
 
 def gemv(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
@@ -83,10 +79,8 @@ def gemv(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor 
     """
     out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
     share = share_for(x, weight, scales, tile, x.device)
-    macros = constants(x, scales, tile, share, x.device)
-    shared = shared_bytes(x, scales, tile, share, bool(macros["SHARED_X"]))
-    kernel = _kernel(x.device, tuple(macros.items()))
-    values = arguments(x, weight, scales, zeros, bias, out, share)
+    kernel = _kernel(x.device, tuple(constants(x, scales, tile, x.device).items()))
+    values, shared = arguments(x, weight, scales, zeros, bias, out, share), shared_bytes(x, scales, tile, share)
     kernel((share.programs, 1), values, chained=capability(x.device) >= 9, shared=shared)
     return out
 
@@ -95,7 +89,7 @@ def share_for(x: Tensor, weight: Tensor, scales: Tensor, tile: Tile, device: tor
     """An even one for as many programs as run at once, or a few times as many if there is no room for its sums."""
     at_once = tile.programs * num_sms(device)
     shares = (share_of(len(weight), tile, most) for most in range(at_once, at_once + len(weight), at_once))
-    return next(share for share in shares if shared_bytes(x, scales, tile, share, False) <= room(tile, device))
+    return next(share for share in shares if shared_bytes(x, scales, tile, share) <= room(tile, device))
 
 
 def share_of(outputs: int, tile: Tile, most: int) -> Share:
@@ -111,31 +105,27 @@ def room(tile: Tile, device: torch.device) -> int:
     return (shared_kib(device) // tile.per_sm - 1) << 10
 
 
-def constants(x: Tensor, scales: Tensor, tile: Tile, share: Share, device: torch.device) -> dict[str, object]:
+def constants(x: Tensor, scales: Tensor, tile: Tile, device: torch.device) -> dict[str, object]:
     """Macros that the kernel is compiled with."""
     return {
         "TILES": tile.tiles,
-        "COLUMNS": _columns(len(x)),
+        "ROWS": power_of_2(len(x)),
         "GROUP": x.shape[1] // scales.shape[1],
         "BF16": int(x.dtype == torch.bfloat16),
         "WARPS": tile.warps,
         "STAGES": tile.stages,
-        "WIDTH": tile.width,
         "PER_SM": tile.per_sm,
-        "SHARED_X": int(shared_bytes(x, scales, tile, share, True) <= room(tile, device)),
         "ROOM": room(tile, device),
         "CHAINED": int(capability(device) >= 9),
     }
 
 
-def shared_bytes(x: Tensor, scales: Tensor, tile: Tile, share: Share, shared_x: bool) -> int:
-    """Of a program, as the kernel has it; `shared_x`: x comes there too."""
-    (rows, depth), group = x.shape, x.shape[1] // scales.shape[1]
-    chunk = next(columns for columns in (128, 64, 32) if group % columns == 0)
-    ring = tile.warps * tile.stages * tile.tiles * (16 * tile.width + 2 * tile.width // chunk * 64)
-    meeting = (tile.warps + share.tiles - 1) * rows * (16 * tile.tiles + 4) * 4
-    of_x = rows * (-(-depth // 128) * 256 + 64) + depth // chunk * 8 * _columns(rows) * 4
-    return ring + meeting + shared_x * of_x
+def shared_bytes(x: Tensor, scales: Tensor, tile: Tile, share: Share) -> int:
+    """Of a program, as the kernel has it: the rings, and where warps meet."""
+    chunk = gcd(x.shape[1] // scales.shape[1], 128)
+    stage = tile.tiles * (8 * chunk + 64) + power_of_2(len(x)) * chunk * 2
+    meeting = (tile.warps + share.tiles - 1) * len(x) * (16 * tile.tiles + 4) * 4
+    return tile.warps * tile.stages * stage + meeting
 
 
 def arguments(
@@ -145,8 +135,3 @@ def arguments(
     assert all(tensor.is_contiguous() for tensor in (x, weight, scales.t(), zeros.t())) and len(weight) % OUTPUTS == 0
     numbers = map(ctypes.c_int, (len(x), len(weight), x.shape[1], share.tiles, share.lines))
     return [x, weight, scales, zeros, bias, out, *numbers]
-
-
-def _columns(rows: int) -> int:
-    """Products of 8 rows each."""
-    return -(-rows // 8)
