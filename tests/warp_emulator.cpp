@@ -237,13 +237,14 @@ static bool any_member(int barrier, int threads, bool x) {
     return x;
 }
 
-template <int BYTES> static void copy_async(void* to, const void* from) {
+template <int BYTES> static void copy_async_once(void* to, const void* from) {
     if (((uintptr_t)to | (uintptr_t)from) % BYTES) fputs("a copy is not aligned\n", stderr), abort();
     if (eager) memcpy(to, from, BYTES);
     else fibers[current].groups.back().push_back({to, from, BYTES});
 }
 
-static void copy_async(void* to, const void* from) { copy_async<16>(to, from); }
+template <int BYTES> static void copy_async_cached(void* to, const void* from) { copy_async_once<BYTES>(to, from); }
+static void copy_async(void* to, const void* from) { copy_async_once<16>(to, from); }
 
 static void copy_async_if(bool inside, void* to, const void* from) {
     static const Words4 zeros = {};

@@ -11,7 +11,8 @@
 //
 // A program has `tiles` of OUTPUTS outputs, of which it uses `lines` of each 16. The chunks of columns of all its tiles,
 // one tile's after the other's, are its warps' to share, a run of them each: a warp's reads are STAGES chunks ahead, in a
-// ring of its own, whatever tile they are of, and warps meet once, at the end.
+// ring of its own, whatever tile they are of, and warps meet once, at the end. All multiprocessors read the same x at once,
+// for which the L2 cache is slow: a multiprocessor's own cache must hold it.
 //
 // A lane is 4g + t. Outputs 2g and 2g + 1 of 16 are rows g and g + 8 of a product, which takes its columns in any order:
 // each t has READ neighbouring bytes of a chunk. A chunk stays within one group of GROUP columns.
@@ -65,11 +66,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16_gemv(
         for (int i = 0; i < TILES; i++) {
 #pragma unroll
             for (int h = 0; h < 2; h++)
-                copy_async<READ>(to + ((i * 2 + h) * 32 + lane) * READ, codes_of[i] + h * (depth / 2));
+                copy_async_once<READ>(to + ((i * 2 + h) * 32 + lane) * READ, codes_of[i] + h * (depth / 2));
             codes_of[i] += 4 * READ;
         }
         if (t < 2 * TILES)
-            copy_async<4>(to + CODES_BYTES + t / 2 * 64 + g * 8 + t % 2 * 4, grid + (u32)(its_chunk / (GROUP / CHUNK) * outputs));
+            copy_async_cached<4>(to + CODES_BYTES + t / 2 * 64 + g * 8 + t % 2 * 4, grid + (u32)(its_chunk / (GROUP / CHUNK) * outputs));
         ahead++;
         if (++its_chunk == chunks) its_chunk = 0, its_tile++, find();
     };
@@ -82,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16_gemv(
         for (int i = 0; i < ROWS; i += 32 / PIECES, from += (u64)(32 / PIECES) * depth) {
             const int row = i + lane / PIECES, q = lane % 4 ^ row % 2 * odd, place = q * RUNS + lane % PIECES / 4;
             if (row < rows)
-                copy_async<16>(ring + stage * STAGE_BYTES + CODES_BYTES + GRID_BYTES + (row * PIECES + place) * 16, from);
+                copy_async_cached<16>(ring + stage * STAGE_BYTES + CODES_BYTES + GRID_BYTES + (row * PIECES + place) * 16, from);
         }
     };
 #pragma unroll

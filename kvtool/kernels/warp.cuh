@@ -174,18 +174,21 @@ __device__ inline void copy_async(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
 }
 
-// As above, so many bytes; of 16 the rest of a line of 128 comes to the L2 cache.
-#ifndef HINT
-#define HINT ".L2::128B"
-#endif
-template <int BYTES> __device__ inline void copy_async(void* to, const void* from) {
+// As above, so many bytes that are read this once: of 16 the rest of a line of 128 comes to the L2 cache.
+template <int BYTES> __device__ inline void copy_async_once(void* to, const void* from) {
     u32 shared = (u32)__cvta_generic_to_shared(to);
     if constexpr (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global" HINT " [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
     else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(BYTES) : "memory");
 }
 
-// As above, where `inside`, else 16 zeros. The rest of a line of 128 bytes comes to the L2 cache.
+// As above, so many bytes that the multiprocessor's own cache keeps.
+template <int BYTES> __device__ inline void copy_async_cached(void* to, const void* from) {
+    u32 shared = (u32)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(from), "n"(BYTES) : "memory");
+}
+
+// 16 bytes where `inside`, else as many zeros. The rest of a line of 128 bytes comes to the L2 cache.
 __device__ inline void copy_async_if(bool inside, void* to, const void* from) {
     u32 shared = (u32)__cvta_generic_to_shared(to);
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(inside ? 16 : 0)
