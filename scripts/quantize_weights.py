@@ -23,16 +23,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from kvtool.calibration import choose_quantization
+from kvtool.chosen_model import choose_model
 from kvtool.config import EngineConfig
-from kvtool.device import choose_device, choose_dtype
 from kvtool.errors import ConfigError, KVToolError
 from kvtool.layers.moe import PackedExperts
 from kvtool.layers.quantized import Int4Matrix, Matrix
-from kvtool.models import Decoder, ModelConfig, load_config, load_model, resolve_model
+from kvtool.models import Decoder, ModelConfig
 from kvtool.models.quantization import named
 from kvtool.models.stored import Kind, StoredQuantization, pieces_of, write_matrix
-from kvtool.parallel import Shard
+from kvtool.parallel import ONE_RANK, Shard
 
 KINDS: dict[str, Kind] = {"gptq": "gptq", "awq": "awq", "w4a16": "gptq", "w8a8": "int8", "fp8": "fp8"}
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model")  # beside the weights: tokenizer, template, generation defaults
@@ -71,13 +70,11 @@ def save(engine: EngineConfig, output: Path) -> None:
     """
     if output.exists():
         raise ConfigError(f"--output {output}: exists; give a new folder")
-    folder, device = resolve_model(engine.model), choose_device(engine.device)
-    config = load_config(folder)
+    chosen = choose_model(engine)
+    folder, config = chosen.path, chosen.config
     if config.quantization:
         raise ConfigError(f"--model {engine.model}: its weights are quantised already, as {config.quantization.method}")
-    dtype, quantization = choose_dtype(engine, config, device), choose_quantization(engine, config, folder, device)
-    with torch.inference_mode():
-        model = load_model(folder, config, dtype=dtype, device=device, quantization=quantization)
+    model = chosen.load(engine, ONE_RANK)
     method = engine.quantization
     stored = StoredQuantization(KINDS[method], less_one=True)
     tensors = dict(stored_tensors(model, config, stored))

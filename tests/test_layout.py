@@ -26,7 +26,7 @@ ROWS = [
     {"ranks"},
     {"runner"},
     {"draft_model"},
-    {"memory", "profiling", "calibration", "cuda_graph", "token_scores", "device"},
+    {"memory", "profiling", "calibration", "cuda_graph", "token_scores", "device", "chosen_model", "paged_model"},
     {"sampler", "grammar", "tokenizer", "chat_template"},
     {"speculation"},
     {"models"},
