@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 import httpx
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -22,8 +21,8 @@ from starlette.routing import Route
 
 from kvtool.config import ServerConfig
 from kvtool.errors import ConfigError, KVToolError
-from kvtool.server.guard import MAX_HEADER_BYTES, Guard
-from kvtool.server.lifecycle import address_of
+from kvtool.server.guard import Guard
+from kvtool.server.lifecycle import GuardedServer, address_of
 from kvtool.server.responses import SHARED_HEADER, error_body
 from kvtool.server.streaming import EventStream, event, while_connected
 
@@ -371,28 +370,12 @@ def run_router(
             raise KeyboardInterrupt
 
 
-class RouterServer(uvicorn.Server):
-    """uvicorn's, which lets answers under way finish when it is told to stop, and ends at once when told again."""
+class RouterServer(GuardedServer):
+    """Lets answers under way finish when it is told to stop, and ends at once when told again."""
 
     def __init__(self, guard: Guard, shutdown_timeout: float) -> None:
-        super().__init__(
-            uvicorn.Config(
-                guard,
-                http="h11",
-                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-                ws="none",
-                lifespan="off",
-                proxy_headers=False,
-                log_level="warning",
-                access_log=False,
-                timeout_graceful_shutdown=int(shutdown_timeout),
-            )
-        )
-        self.guard, self.received, self.stopped = guard, list[signal.Signals](), asyncio.Event()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield  # `run_router` has them
+        super().__init__(guard, int(shutdown_timeout))
+        self.received, self.stopped = list[signal.Signals](), asyncio.Event()
 
     def stop(self, number: signal.Signals) -> None:
         self.force_exit = bool(self.received)

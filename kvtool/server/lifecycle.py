@@ -175,26 +175,36 @@ async def running(config: EngineConfig, preflight: bool) -> AsyncIterator[Engine
         await client.close()
 
 
-class Server(uvicorn.Server):
-    """uvicorn's, stopped by `serve` and by the engine's end."""
+class GuardedServer(uvicorn.Server):
+    """uvicorn's, as all that kvtool serves is served; whoever starts it also says when it stops."""
 
-    def __init__(self, guard: Guard, client: EngineClient) -> None:
-        config = uvicorn.Config(
-            guard,
-            http="h11",  # whatever else is installed: its limit on headers is the one that is tested
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            ws="none",
-            lifespan="off",
-            proxy_headers=False,
-            log_level="warning",
-            access_log=False,
+    def __init__(self, guard: Guard, shutdown_timeout: int | None = None) -> None:
+        super().__init__(
+            uvicorn.Config(
+                guard,
+                http="h11",  # whatever else is installed: its limit on headers is the one that is tested
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                ws="none",
+                lifespan="off",
+                proxy_headers=False,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=shutdown_timeout,
+            )
         )
-        super().__init__(config)
-        self.guard, self.client = guard, client
+        self.guard = guard
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # `serve` has them, also while the model loads
+        yield  # whoever starts it has them, also while a model loads
+
+
+class Server(GuardedServer):
+    """Stopped by `serve` and by the engine's end."""
+
+    def __init__(self, guard: Guard, client: EngineClient) -> None:
+        super().__init__(guard)
+        self.client = client
 
     async def serve_beside(self, listener: socket.socket) -> None:
         """Serve as long as the engine lives.
