@@ -85,14 +85,14 @@ class Engine:
         has_ranks = config.num_ranks * config.ep * config.nnodes > 1  # or they would have, and are told what is missing
         self.ranks = RunnerRanks(config) if has_ranks else None
         self.runner = self.ranks.runner if self.ranks else Runner(config)
-        store, model = self.runner.store, self.runner.model_config
+        store = self.runner.store
         self.scheduler = Scheduler(
             store.format,
             num_blocks=store.num_blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.runner.max_model_len,
-            eos_token_ids=model.eos_token_ids,
+            eos_token_ids=self.runner.model_config.eos_token_ids,
             num_swap_units=len(self.runner.swap_space.units),
             tail_units=store.layout.tail_units,
             cache_identity=_cache_identity(self.runner) if config.prefix_caching else None,
@@ -116,8 +116,13 @@ class Engine:
         self.arrivals = self.losses = 0  # of requests that other engines have begun, or should have
         self._imported: dict[str, Arrival] = {}  # of requests that have no token of ours yet
         self._arrivals: dict[str, deque[Tokens]] = {}  # of `generate` and `stream`, by request
+        self.info = self._describe(config, time.perf_counter() - start)
+
+    def _describe(self, config: EngineConfig, start_seconds: float) -> EngineInfo:
+        """What others are told of this engine."""
+        store, model = self.runner.store, self.runner.model_config
         elements, block_bytes, tail_bytes, kv_bytes, weight_bytes, step_bytes = self.runner.on_all_ranks
-        self.info = EngineInfo(
+        return EngineInfo(
             model=config.model,
             path=str(self.runner.path),
             max_model_len=self.runner.max_model_len,
@@ -143,7 +148,7 @@ class Engine:
             kv_bytes=kv_bytes,
             kv_tokens=store.num_blocks * store.format.block_size + config.max_num_seqs * store.format.tail_tokens,
             kv_tokens_16bit=kv_bytes // (2 * elements),
-            start_seconds=time.perf_counter() - start,
+            start_seconds=start_seconds,
             compile_seconds=self.runner.compile_seconds,
             draft_kv_bytes=self.runner.draft.store.nbytes if self.runner.draft else 0,
             kv_address=self._inlet.address if self._inlet else "",
