@@ -20,7 +20,7 @@ from kvtool.kv.format import resolve
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.store import KVStore
 from kvtool.models import load_config
-from kvtool.models.config import Fields
+from kvtool.models.fields import Fields
 from kvtool.models.resolve import EMBEDDED, resolve_config
 from kvtool.sizing.latency import Step, StoredLatents, latencies, native_layout
 from kvtool.sizing.measured import measured_size
