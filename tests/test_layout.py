@@ -16,7 +16,7 @@ ROWS = [
     {"server"},
     {"engine_process"},
     {"quantize", "expert_parallel", "sizing"},
-    {"perplexity"},
+    {"perplexity", "protocols"},
     {"client", "engine", "follower"},
     {"handoff"},
     {"scheduler"},

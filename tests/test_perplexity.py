@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.errors import ConfigError
 from kvtool.models.resolve import EMBEDDED
-from kvtool.perplexity import SAMPLE, FormatScore, Interrupted, make_task, read_documents, score_formats
+from kvtool.perplexity import FormatScore, Interrupted, score_formats
+from kvtool.protocols import SAMPLE, make_task, read_documents
 from kvtool.scoring import SIXTEEN_BITS, ScoringModel
 from kvtool.tokenizer import Tokenizer
 

@@ -17,7 +17,8 @@ from kvtool.kv.codecs import CODECS
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
-from kvtool.perplexity import SAMPLE, make_task, score_formats
+from kvtool.perplexity import score_formats
+from kvtool.protocols import SAMPLE, make_task
 from kvtool.quantize.ablate import ABLATIONS, ablate, variants
 from kvtool.quantize.cache_file import read_cache
 from kvtool.quantize.decode_speed import step_bytes

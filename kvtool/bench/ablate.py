@@ -276,7 +276,8 @@ def _against(first: Row) -> Callable[[Row], Row]:
 def format_scores(variants: Variants) -> dict[str, Row]:
     """Perplexity and KLD of each variant's KV format and weights on the built-in sample, held against the first one's
     weights and a 16-bit cache. Loads the models here, not more than two at once."""
-    from kvtool.perplexity import SAMPLE, make_task, read_documents, score_formats
+    from kvtool.perplexity import score_formats
+    from kvtool.protocols import SAMPLE, make_task, read_documents
     from kvtool.scoring import ScoringModel
     from kvtool.tokenizer import Tokenizer
 
