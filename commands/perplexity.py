@@ -102,9 +102,9 @@ def perplexity(
 
     Example: kvtool perplexity --data wiki.test.raw --protocol gptq --formats 16,8,4,2,k8v4,plan:plan.yaml
     """
-    from kvtool.perplexity import Interrupted, score_formats
+    from kvtool.perplexity import Interrupted, parse_formats, score_formats
     from kvtool.protocols import SAMPLE, make_task, read_documents
-    from kvtool.scoring import ScoringModel, parse_formats
+    from kvtool.scoring import ScoringModel
     from kvtool.tokenizer import Tokenizer
 
     if baseline and save_baseline:

@@ -1,12 +1,10 @@
 """Teacher-forced scoring through the packed store: every token reads exactly what decoding would let it read."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
-from typing import cast
 
 import msgspec
 import torch
@@ -15,13 +13,11 @@ from torch import Tensor
 from kvtool.attention import block_size
 from kvtool.attention.queries import prepared
 from kvtool.chosen_model import choose_model
-from kvtool.config import Bits, EngineConfig, KVOptions
-from kvtool.errors import ConfigError
+from kvtool.config import EngineConfig, KVOptions
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
-from kvtool.kv.plan import BITS
 from kvtool.kv.store import KVStore
 from kvtool.memory import MemoryParts, allocate
 from kvtool.models import Attend, ModelConfig, weight_bytes
@@ -34,7 +30,6 @@ from kvtool.ranks.leader import Ranks
 from kvtool.token_scores import SCORED_ROWS
 
 SIXTEEN_BITS = KVOptions()
-DEFAULT_FORMATS = "16,8,4,2"
 
 
 @dataclass(frozen=True)
@@ -399,54 +394,3 @@ def _batches(windows: Sequence[Window], most: int) -> list[list[Window]]:
         batches[-1].append(window)
         room -= window.num_read
     return batches
-
-
-def parse_formats(text: str | None, base: KVOptions) -> dict[str, KVOptions]:
-    """Formats by the words of a list such as "16,8,4,2,fp8,k8v4,plan:FILE", in its order.
-
-    Args:
-        text: None is 16 bits and what `base` asks for; if that is nothing, 16, 8, 4 and 2 bits.
-        base: the options that all of them share; what means nothing for a word is left out of it.
-
-    Raises:
-        ConfigError: a word that names no bits, one that comes twice, or bits in `base` as well as in `text`.
-    """
-    asked = _word(base)
-    if text is None and asked is not None:
-        return {"16": SIXTEEN_BITS} if asked == "16" else {"16": SIXTEEN_BITS, asked: base}
-    if asked is not None:
-        raise ConfigError("--formats names the bits of every format; leave out --nbits and --kv-plan")
-    words = [word.strip() for word in (text if text is not None else DEFAULT_FORMATS).split(",")]
-    formats = {word: _format(word, base) for word in words}
-    if len(formats) < len(words):
-        raise ConfigError(f"--formats {text}: names a format twice")
-    return formats
-
-
-def _word(kv: KVOptions) -> str | None:
-    """The word for the bits of `kv`; None where it asks for none."""
-    if kv.plan:
-        return f"plan:{kv.plan}"
-    if not (kv.nbits or kv.nbits_key or kv.nbits_value):
-        return None
-    key, value = (bits or kv.nbits or "16" for bits in (kv.nbits_key, kv.nbits_value))
-    return key if key == value else f"k{key}v{value}"
-
-
-def _format(word: str, base: KVOptions) -> KVOptions:
-    if word.startswith("plan:"):
-        return replace(base, plan=word.removeprefix("plan:"))
-    pair = re.fullmatch("k(.+)v(.+)", word, re.IGNORECASE)
-    key, value = pair.groups() if pair else (word, word)
-    if key not in BITS or value not in BITS:
-        raise ConfigError(f"--formats {word!r:.40}: write {', '.join(BITS)}, a pair such as k8v4, or plan:FILE")
-    kv = replace(
-        base,
-        nbits_key=cast(Bits, key),
-        nbits_value=cast(Bits, value),
-        axis_key=None if key == "fp8" else base.axis_key,
-        axis_value=None if value == "fp8" else base.axis_value,
-    )
-    if {key, value} == {"16"}:
-        return SIXTEEN_BITS
-    return kv if {key, value} - {"16", "fp8"} else replace(kv, rotate=None, symmetric=None, q_group_size=None)
