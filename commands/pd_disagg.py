@@ -10,8 +10,9 @@ import typer
 from kvtool.config import EngineConfig
 from kvtool.errors import ConfigError
 
+from .charts import Chart, Series
 from .options import MOST, option
-from .output import Chart, Column, OutputOptions, Report, Series, Table, progress, show
+from .output import Column, OutputOptions, Report, Table, progress, show
 
 if TYPE_CHECKING:
     from kvtool.disagg.link import Case, Link
