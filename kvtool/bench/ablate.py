@@ -198,7 +198,7 @@ async def measure_variants(
             rows = [*await _transformers(info, workload, concurrency, how), *rows]
         except asyncio.CancelledError:
             stopped = "interrupted"
-    return Measured(list(map(_against(rows[0]), rows)) if rows else [], target | {"refused": refused}, stopped)
+    return Measured([with_ratio(row, rows[0]) for row in rows], target | {"refused": refused}, stopped)
 
 
 def _on_a_cpu(engine: EngineConfig) -> EngineConfig:
@@ -259,18 +259,15 @@ async def _transformers(info: EngineInfo, workload: Workload, concurrency: int, 
     return rows
 
 
-def _against(first: Row) -> Callable[[Row], Row]:
-    """Adds what a row is to the first one, as multiples of it."""
+def with_ratio(row: Row, first: Row) -> Row:
+    """A row with its figures as multiples of the first one's."""
 
     def figures(row: Row) -> dict[str, float | None]:
         p50 = {name: (row[f"{name}_ms"] or {}).get("p50") for name in ("ttft", "tpot")}
         return p50 | {"total_tok_s": row["total_tok_s"]}
 
-    def add(row: Row) -> Row:
-        pairs = zip(figures(first).items(), figures(row).values(), strict=True)
-        return row | {"ratio": {name: new / old if new and old else None for (name, old), new in pairs}}
-
-    return add
+    pairs = zip(figures(first).items(), figures(row).values(), strict=True)
+    return row | {"ratio": {name: new / old if new and old else None for (name, old), new in pairs}}
 
 
 def format_scores(variants: Variants) -> dict[str, Row]:
