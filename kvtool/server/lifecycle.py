@@ -116,31 +116,13 @@ async def serve(
     async def serve_engine() -> None:
         nonlocal server
         async with running(engine, config.preflight) as client:
-            info = client.info
-            tokenizer = await asyncio.to_thread(Tokenizer.load, Path(info.path), info.vocab_size)
-            name = config.served_model_name or info.model
-            handoff = engine.handoff and replace(engine.handoff, secret="")
-            configuration = {
-                "engine": asdict(replace(engine, handoff=handoff)),
-                "server": asdict(replace(config, api_key=None)),
-            }
-            metrics = Metrics(client, name)
-            text_engine = TextEngine(
-                client,
-                tokenizer,
-                name,
-                observer=metrics,
-                max_queue=config.max_queue,
-                trust_request_chat_template=config.trust_request_chat_template,
-            )
-            app = create_app(text_engine, metrics, configuration)
-            server = Server(Guard(app, config.api_key), client)
+            server = await server_of(client, engine, config)
             host, port = config.host, listener.getsockname()[1]
             try:
                 listener.listen()
             except OSError as error:  # somebody was faster
                 raise unusable(host, port, error) from error
-            on_ready(info, f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            on_ready(client.info, f"http://{f'[{host}]' if ':' in host else host}:{port}")
             await server.serve_beside(listener.dup())
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -159,6 +141,26 @@ async def serve(
         if not received:
             raise
     return received
+
+
+async def server_of(client: EngineClient, engine: EngineConfig, config: ServerConfig) -> "Server":
+    """What answers requests with this engine; it tells its configuration, but for secrets."""
+    info, name = client.info, config.served_model_name or client.info.model
+    handoff = engine.handoff and replace(engine.handoff, secret="")
+    configuration = {
+        "engine": asdict(replace(engine, handoff=handoff)),
+        "server": asdict(replace(config, api_key=None)),
+    }
+    metrics = Metrics(client, name)
+    text_engine = TextEngine(
+        client,
+        await asyncio.to_thread(Tokenizer.load, Path(info.path), info.vocab_size),
+        name,
+        observer=metrics,
+        max_queue=config.max_queue,
+        trust_request_chat_template=config.trust_request_chat_template,
+    )
+    return Server(Guard(create_app(text_engine, metrics, configuration), config.api_key), client)
 
 
 @contextlib.asynccontextmanager
