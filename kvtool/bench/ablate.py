@@ -244,7 +244,7 @@ def _drafts(row: Row) -> Row:
 
 async def _transformers(info: EngineInfo, workload: Workload, concurrency: int, how: How) -> list[Row]:
     """Of `generate`: one request after the other, then as many as run at once padded to none."""
-    if workload.dataset != "random" or workload.prompt.kind != "fixed" or workload.output.kind != "fixed":
+    if not workload.has_one_length:
         raise ConfigError("--ablate stack: a static batch needs random prompts and answers of one length")
     prompts = [item.prompt for item in islice(workload.items(prompt_ids(info.vocab_size)), concurrency)]
     output = int(workload.output.first)

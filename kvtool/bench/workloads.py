@@ -164,6 +164,11 @@ class Workload:
         """Its requests come with times of their own."""
         return self.dataset in ("azure", "mooncake")
 
+    @property
+    def has_one_length(self) -> bool:
+        """All of its prompts have one length, and all answers, so that a static batch pads none of them."""
+        return self.dataset == "random" and self.prompt.kind == self.output.kind == "fixed"
+
     def items(
         self, vocabulary: Vocabulary, repeat: int = 0, on_left_out: Callable[[], None] = lambda: None
     ) -> Iterator[WorkItem]:
