@@ -29,6 +29,12 @@ class ChosenModel:
     dtype: torch.dtype
     quantization: Quantization | None
 
+    @property
+    def method(self) -> str:
+        """How its weights will be kept, as `--quantization` names it; "none": in 16 bits, or as the dtype says."""
+        kept = self.config.quantization or self.quantization
+        return kept.method if kept else "none"
+
     def load(self, engine: EngineConfig, parallel: Parallel) -> Decoder:
         """The model, or this rank's part of it; all ranks call this.
 

@@ -121,7 +121,7 @@ class Engine:
     def _describe(self, config: EngineConfig, start_seconds: float) -> EngineInfo:
         """What others are told of this engine."""
         store, model = self.runner.store, self.runner.model_config
-        elements, block_bytes, tail_bytes, kv_bytes, weight_bytes, step_bytes = self.runner.on_all_ranks
+        totals = self.runner.totals
         return EngineInfo(
             model=config.model,
             path=str(self.runner.path),
@@ -132,22 +132,22 @@ class Engine:
             device=str(self.runner.device),
             num_ranks=config.num_ranks,
             quantization=self.runner.quantization,
-            weight_bytes=weight_bytes,
-            step_bytes=step_bytes,
+            weight_bytes=totals.weight_bytes,
+            step_bytes=totals.step_bytes,
             num_experts=max((experts.routing.num_experts for experts in model.experts if experts), default=0),
             ep=config.ep,
             kv_format=self.runner.format.describe(),
-            bits_per_element=8 * block_bytes / (store.format.block_size * elements),
+            bits_per_element=8 * totals.block_bytes / (store.format.block_size * totals.elements),
             block_size=store.format.block_size,
             num_blocks=store.num_blocks,
-            block_bytes=block_bytes,
+            block_bytes=totals.block_bytes,
             max_num_seqs=config.max_num_seqs,
-            tail_bytes=tail_bytes,
+            tail_bytes=totals.tail_bytes,
             num_swap_units=len(self.runner.swap_space.units),
             prefix_caching=self.scheduler.prefixes.identity is not None,
-            kv_bytes=kv_bytes,
+            kv_bytes=totals.kv_bytes,
             kv_tokens=store.num_blocks * store.format.block_size + config.max_num_seqs * store.format.tail_tokens,
-            kv_tokens_16bit=kv_bytes // (2 * elements),
+            kv_tokens_16bit=totals.kv_bytes // (2 * totals.elements),
             start_seconds=start_seconds,
             compile_seconds=self.runner.compile_seconds,
             draft_kv_bytes=self.runner.draft.store.nbytes if self.runner.draft else 0,

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -63,6 +64,24 @@ class Handle:
     ready: torch.cuda.Event | None
 
 
+class Totals(NamedTuple):
+    """What ranks have of a model and its cache: one, or all together.
+
+    Attributes:
+        elements: that are stored of a token.
+        block_bytes, tail_bytes: of a block, and of a sequence's tail.
+        kv_bytes, weight_bytes: of the cache, and of the weights.
+        step_bytes: of the weights that a step reads.
+    """
+
+    elements: int
+    block_bytes: int
+    tail_bytes: int
+    kv_bytes: int
+    weight_bytes: int
+    step_bytes: int
+
+
 class Runner:
     """Model, KV store and sampler of one process. Where several ranks share a model, each has one of these, they are
     made at the same time, and all of them launch every step.
@@ -71,7 +90,7 @@ class Runner:
         parallel: this rank's place among all.
         path: local folder of the model.
         model_config: what the checkpoint is.
-        quantization: how weights are kept, as `--quantization` names it; "none": in 16 bits, or as the dtype says.
+        quantization: how weights are kept, as `ChosenModel.method` names it.
         max_model_len: tokens of prompt and answer together, as asked for or as model and cache allow.
         format: of the cache of all layers.
         paged: the model over this rank's part of the cache; all ranks' parts have as many blocks.
@@ -83,8 +102,7 @@ class Runner:
         compile_seconds: that it took to compile the kernels of all steps, or to find them compiled; 0: each is compiled
             when it is first launched.
         expert_load: of the layers of this rank's stage that have experts, kept by the first rank of its group.
-        on_all_ranks: elements of a token, bytes of a block, of a tail, of the cache, of the weights and of those that a
-            step reads, of all ranks together.
+        totals: of all ranks together.
     """
 
     def __init__(self, config: EngineConfig, parallel: Parallel = ONE_RANK) -> None:
@@ -93,8 +111,7 @@ class Runner:
         self.path, self.model_config, self.device, self.dtype = chosen.path, chosen.config, chosen.device, chosen.dtype
         check_context(config, self.model_config)
         draft_path = find_draft(config, self.path, self.model_config)
-        kept = self.model_config.quantization or chosen.quantization
-        self.quantization = kept.method if kept else "none"
+        self.quantization = chosen.method
         spec = kv_spec(self.model_config, self.dtype)
         self.format = resolve(config.kv, spec, block_size(config.attention_backend))
         self._layers = parallel.stage.layers(self.model_config.num_layers)
@@ -120,15 +137,8 @@ class Runner:
             routers = self.model.routers() if parallel.tp.rank == 0 else {}
             self.expert_load = ExpertLoad(routers, most_rows(config.max_num_batched_tokens)) if routers else None
             self.memory = self._measure(config, layout) if self.device.type == "cuda" else None
-            with parallel.agreeing():
-                memory = cache_memory(config, layout, self.memory)
-                fits = capacity(config, self.model_config, layout, memory)
-            num_units = config.swap_space // len(config.ranks_here) // layout.block_bytes
-            num_blocks, self.max_model_len, num_units = parallel.least(*fits, num_units)
-            self._hold(config, layout, num_blocks)
-            with parallel.agreeing():
-                self.swap_space = SwapSpace(self.store, num_units)
-            self.on_all_ranks = parallel.total(
+            self._allocate(config, layout)
+            own = Totals(
                 layout.spec.elements,
                 layout.block_bytes,
                 layout.tail_bytes,
@@ -136,6 +146,7 @@ class Runner:
                 self.model.weight_bytes,
                 self.model.step_bytes,
             )
+            self.totals = Totals(*parallel.total(*own))
             if self.graphs:
                 self._capture(self.graphs)
         if folder:
@@ -416,6 +427,21 @@ class Runner:
         finally:
             self.model.layers = layers
         self.compile_seconds = time.perf_counter() - start
+
+    def _allocate(self, config: EngineConfig, layout: KVLayout) -> None:
+        """Hold a cache, and space to swap to, as large as every rank has room for.
+
+        Raises:
+            CapacityError: not even one request fits.
+        """
+        with self.parallel.agreeing():
+            memory = cache_memory(config, layout, self.memory)
+            fits = capacity(config, self.model_config, layout, memory)
+        num_units = config.swap_space // len(config.ranks_here) // layout.block_bytes
+        num_blocks, self.max_model_len, num_units = self.parallel.least(*fits, num_units)
+        self._hold(config, layout, num_blocks)
+        with self.parallel.agreeing():
+            self.swap_space = SwapSpace(self.store, num_units)
 
     def _hold(self, config: EngineConfig, layout: KVLayout, num_blocks: int) -> None:
         """Put the model over a store of so many blocks, with graphs of its steps, yet to be captured."""
