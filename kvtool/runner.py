@@ -96,6 +96,8 @@ class Runner:
         paged: the model over this rank's part of the cache; all ranks' parts have as many blocks.
         graphs: of its steps; None: each kernel is launched by itself.
         draft: the model that drafts for it, whole on every rank; None: there is none.
+        recent: [1 + K, max_num_seqs + 1] int64, by slot: the id sampled last, and K drafted behind it; the last slot is
+            nobody's. `newest` is its first row.
         swap_space: for sequences that must make room.
         memory: what a GPU holds beside the store.
         largest_step_seconds: that the largest step took behind its launch, as tried on a GPU.
