@@ -101,9 +101,11 @@ def pd_disagg(
 
     Example: kvtool pd-disagg --nbits 4 --prompt-tokens 256,1024 --output timeline.png
     """
-    from kvtool.disagg.link import survey
+    from kvtool.disagg.link import check_transfer, survey
     from kvtool.disagg.measure import Found, Load, measure, model_context
 
+    if bake_off and fault:
+        raise ConfigError("--bake-off and --fault do not go together: a bake-off serves no requests; leave one out")
     lengths = length_list(prompt_tokens)
     devices = device_pair(engine, prefill_device, decode_device)
     config = {
@@ -121,14 +123,15 @@ def pd_disagg(
         return
     found, load = Found(), Load(tuple(lengths), output_tokens, requests, decodes)
     load.check(engine.max_model_len or model_context(engine))
+    check_transfer(devices, kv_transfer)
     link = None
-    if fault is None:
-        with progress("link") as on_progress:
-            link = survey(engine, max(lengths), devices, kv_transfer, on_progress)
     try:
         with progress("serving") as on_progress:
             settings = {"devices": devices, "transfer": kv_transfer, "fault": fault, "on_progress": on_progress}
             asyncio.run(measure(engine, load, found, **settings))  # type: ignore[arg-type]
+        if fault is None:
+            with progress("link") as on_progress:
+                link = survey(engine, max(lengths), devices, kv_transfer, on_progress)
     except KeyboardInterrupt:
         if found.shared.outcomes:
             show(report(config, found, link), output)
