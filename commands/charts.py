@@ -27,13 +27,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart; `x` and `y` name its axes. In a heat map `y` names the colours and `log_y` makes them logarithmic."""
+    """A chart; `x` and `y` name its axes. In a heat map `y` names the colours and `log_y` makes them logarithmic. In a
+    timeline series follow each other from left to right in the rows that their `x` names, each `y` long."""
 
     title: str
     x: str
     y: str
     series: Sequence[Series]
-    kind: Literal["line", "bar", "scatter", "heat"] = "line"
+    kind: Literal["line", "bar", "scatter", "heat", "timeline"] = "line"
     log_x: bool = False
     log_y: bool = False
 
@@ -87,8 +88,13 @@ def draw(chart: Chart, figure: "Figure", ax: "Axes") -> None:
             ax.scatter(series.x, y, label=series.label)
             if named and math.isfinite(y[0]):
                 ax.annotate(f" {series.label}", (series.x[0], y[0]), va="bottom", fontsize="small")
+        elif chart.kind == "timeline":
+            before = [sum(other.y[row] or 0 for other in chart.series[:index]) for row in range(len(y))]
+            ax.barh(list(map(str, series.x)), y, left=before, label=series.label)
         else:
             ax.plot(series.x, y, marker="o", label=series.label)
+    if chart.kind == "timeline":
+        ax.invert_yaxis()  # the first above
     if chart.log_x:
         ax.set_xscale("log")
         _plain_numbers(ax.xaxis)

@@ -37,6 +37,7 @@ REPORT = Report(
         Chart("lines", "bits", "PPL", [Series("a & b", [2, 4, 8], [3.0, None, 1.0])], log_x=True, log_y=True),
         Chart("bars", "format", "ms", [Series("x", ["4", "2"], [1, 2]), Series("y", ["4", "2"], [2, 3])], kind="bar"),
         Chart("points", "bits", "PPL", [Series("c", [4.5], [2.0])], kind="scatter"),
+        Chart("times", "ms", "request", [Series("a", ["0", "1"], [1, 2]), Series("b", ["0", "1"], [3, 4])], "timeline"),
         Chart("map", "layer", "error", [Series("K4", ["0", "1"], [1e-3, 2e-2])], kind="heat", log_y=True),
     ],
     notes=["KLD in nats."],
@@ -114,7 +115,7 @@ def test_html_needs_nothing_else(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert "4 | &lt;bits&gt;" in page
     assert not re.search(r'(?:src|href)="(?!#|data:)', page)
     charts = re.findall(r"<svg.*?</svg>", page, re.S)
-    assert len(charts) == 4
+    assert len(charts) == 5
     for chart in charts:
         ElementTree.fromstring(chart)
 
