@@ -19,8 +19,9 @@
 
 constexpr int THREADS = 32 * WARPS, OUTPUTS = 16 * TILES;
 constexpr int READ = GROUP % 128 == 0 ? 16 : GROUP % 64 == 0 ? 8 : 4;
-constexpr int CHUNK = 8 * READ, WORDS = READ / 4, RUNS = READ / 4;  // columns, of each lane words of 8 codes, runs of 32 columns
-constexpr int CODES_BYTES = OUTPUTS * CHUNK / 2, GRID_BYTES = OUTPUTS * 4, PIECES = CHUNK / 8;  // of a row of x, of 16 bytes
+constexpr int CHUNK = 8 * READ, WORDS = READ / 4;         // columns, and of each lane words of 8 codes
+constexpr int RUNS = CHUNK / 32, PIECES = CHUNK / 8;      // of a chunk: runs of columns, and of a row of x 16 bytes each
+constexpr int CODES_BYTES = OUTPUTS * CHUNK / 2, GRID_BYTES = OUTPUTS * 4;  // of a chunk, with scales and zeros
 constexpr int STAGE_BYTES = CODES_BYTES + GRID_BYTES + ROWS * CHUNK * 2;
 constexpr int MEETING_ROW = OUTPUTS + 4;  // floats of a row of x where warps meet
 static_assert(TILES <= 2 && ROWS <= 8);   // lanes t have scales and zeros of a tile each, and all g a row
@@ -69,8 +70,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16_gemv(
                 copy_async_once<READ>(to + ((i * 2 + h) * 32 + lane) * READ, codes_of[i] + h * (depth / 2));
             codes_of[i] += 4 * READ;
         }
+        const u32 group = its_chunk / (GROUP / CHUNK);
         if (t < 2 * TILES)
-            copy_async_cached<4>(to + CODES_BYTES + t / 2 * 64 + g * 8 + t % 2 * 4, grid + (u32)(its_chunk / (GROUP / CHUNK) * outputs));
+            copy_async_cached<4>(to + CODES_BYTES + t / 2 * 64 + g * 8 + t % 2 * 4, grid + group * (u32)outputs);
         ahead++;
         if (++its_chunk == chunks) its_chunk = 0, its_tile++, find();
     };
@@ -78,12 +80,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16_gemv(
     const u16* const pieces = x + (u64)(lane / PIECES) * depth + lane % PIECES * 8;
     const int run = t * READ / 16, row_of_x = g % ROWS, odd = READ == 16 && ROWS > 1;
     auto fetch_x = [&](int stage, int chunk) {
+        char* const to = ring + stage * STAGE_BYTES + CODES_BYTES + GRID_BYTES;
         const u16* from = pieces + chunk * CHUNK;
 #pragma unroll
         for (int i = 0; i < ROWS; i += 32 / PIECES, from += (u64)(32 / PIECES) * depth) {
             const int row = i + lane / PIECES, q = lane % 4 ^ row % 2 * odd, place = q * RUNS + lane % PIECES / 4;
-            if (row < rows)
-                copy_async_cached<16>(ring + stage * STAGE_BYTES + CODES_BYTES + GRID_BYTES + (row * PIECES + place) * 16, from);
+            if (row < rows) copy_async_cached<16>(to + (row * PIECES + place) * 16, from);
         }
     };
 #pragma unroll
