@@ -61,20 +61,19 @@ def error(out: torch.Tensor, case: Decoding) -> float:
     return ((out.double() - exact).norm(dim=-1) / exact.norm(dim=-1)).max().item()
 
 
-def emulated(case: Decoding, splits: int, merges: bool, seed: int) -> torch.Tensor:
-    """What the kernel makes of `case`, written over NaN; `merges`: its last programs merge, or the test does."""
+def emulated(case: Decoding, programs: int, seed: int) -> torch.Tensor:
+    """What so many programs of the kernel make of `case`, written over NaN."""
     q, key, value, *tables = case.arguments()
-    n, num_heads, head_dim = q.shape
+    macros = macros_of(case) | {"CHAINED": 1}
     out = torch.full_like(q, float("nan"))
-    partial, lse = torch.full((n, num_heads, splits, head_dim), float("nan")), torch.full((n, num_heads, splits), 7.0)
-    arrivals = torch.zeros(n * key.codes.shape[1], dtype=torch.int32) if merges else None
+    fragments = torch.full((cuda_decode.fragment_floats(programs, macros),), float("nan"))
+    arrivals = torch.zeros(programs, dtype=torch.int32)
     options = {"scale": case.layer.scale, "sliding_window": case.layer.sliding_window}
-    values = cuda_decode.arguments(q, [out, partial, lse, arrivals], tables, key, value, **options)
-    library = emulator.build("decode.cu", "paged_decode", tuple((macros_of(case) | {"CHAINED": 1}).items()))
-    emulator.launch(library, (n * key.codes.shape[1], splits), values, seed)
-    if arrivals is not None:
-        assert not arrivals.any()
-    return out if merges or splits == 1 else emulator.merged(partial, lse)
+    values = cuda_decode.arguments(q, [out, fragments, arrivals], tables, key, value, **options)
+    library = emulator.build("decode.cu", "paged_decode", tuple(macros.items()))
+    emulator.launch(library, (programs, 1), values, seed)
+    assert not arrivals.any()
+    return out
 
 
 @settings(deadline=None, max_examples=25)
@@ -83,15 +82,14 @@ def emulated(case: Decoding, splits: int, merges: bool, seed: int) -> torch.Tens
     kv_heads=st.integers(1, 2),
     lengths=st.lists(st.integers(1, 400), min_size=1, max_size=2),
     window=st.sampled_from([None, None, 1, 100]),
-    splits=st.sampled_from([1, 2, 3, 9]),
-    merges=st.booleans(),
+    programs=st.sampled_from([1, 2, 3, 9]),
     seed=st.integers(0, 2**31 - 1),
 )
 # Its scores are large, and rounding that tells one block from another shows.
-@example(variant=VARIANTS[1], kv_heads=2, lengths=[168], window=None, splits=1, merges=True, seed=1001)
-def test_the_source_computes_its_definition(variant, kv_heads, lengths, window, splits, merges, seed):
+@example(variant=VARIANTS[1], kv_heads=2, lengths=[168], window=None, programs=1, seed=1001)
+def test_the_source_computes_its_definition(variant, kv_heads, lengths, window, programs, seed):
     case = case_of(variant, kv_heads, lengths, window, seed)
-    assert error(emulated(case, splits, merges, seed), case) < 5e-3
+    assert error(emulated(case, programs, seed), case) < 5e-3
 
 
 @pytest.mark.parametrize("bits", ["8", "4", "2"])
@@ -138,14 +136,11 @@ def test_refusals_say_why(options, layer, reason):
     lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=9),
     window=st.sampled_from([None, None, 1, 100]),
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
-    within=st.sampled_from([0, 32, 1000]),
     seed=st.integers(0, 2**31),
 )
-def test_decode_equals_its_definition(options, head_dim, heads, lengths, window, dtype, within, seed):
+def test_decode_equals_its_definition(options, head_dim, heads, lengths, window, dtype, seed):
     case = case_of((options, head_dim, heads[1], dtype), heads[0], lengths, window, seed, "cuda")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_decode, "MERGED_WITHIN", within)
-        assert error(decoded(case), case) < 5e-3
+    assert error(decoded(case), case) < 5e-3
 
 
 def decoded(case: Decoding) -> torch.Tensor:

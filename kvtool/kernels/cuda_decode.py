@@ -6,13 +6,13 @@ kernel, `decode.cu`, is compiled when it is first called for a format and a shap
 
 import ctypes
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvtool.kernels.launch import capability, num_sms, num_splits, shared_kib
+from kvtool.kernels.launch import capability, num_sms, shared_kib
 from kvtool.kernels.nvrtc import load, source
-from kvtool.kernels.splits import merge
 from kvtool.kernels.streams import PackedStream, refuses_heads
 
 HEAD_DIMS = (64, 128)
@@ -21,7 +21,6 @@ MAX_GROUP_HEADS = 16
 KEYS = (("8", "channel"), ("4", "channel"), ("2", "channel"))
 VALUES = (("8", "token"), ("4", "token"), ("2", "token"))
 MIN_PIECE = 16  # channels of a row of bytes that share a token's scale
-MERGED_WITHIN = 4  # splits that the last program of a sequence merges; of more, a kernel of many programs is quicker
 
 # Warps, pipeline stages of each, programs per SM and tokens of a tile for up to 8 query heads to a KV head, by (KiB of
 # shared memory of an SM, bits of the wider stream); and for more heads. 100 KiB has an RTX 4090, which was never timed:
@@ -73,29 +72,24 @@ def paged_decode(
     """`decode.paged_decode`, into `out`. As the tables, so the blocks below `visible` are read ahead.
 
     Args:
-        arrivals: int32, as many zeros as sequences times KV heads of which two programs can run at once; zeros
-            afterwards. Kernels of one stream can share them.
+        arrivals: int32, as many zeros as programs run at once, or more; zeros afterwards. Kernels of one stream can
+            share them.
     """
-    n, num_heads, head_dim = q.shape
-    kv_heads = key.codes.shape[1]
-    kernel = _kernel(q.device, tuple(constants(key, value, block_table, num_heads, q.device).items()))
+    macros = constants(key, value, block_table, q.shape[1], q.device)
+    kernel = _kernel(q.device, tuple(macros.items()))
     programs = kernel.programs_per_sm * num_sms(q.device)
-    splits = num_splits(n * kv_heads, block_table.shape[1], key.tail.shape[2] > 0, programs)
-    assert splits == 1 or n * kv_heads <= len(arrivals)
-    partial = torch.empty(n, num_heads, splits, head_dim, dtype=torch.float32, device=q.device) if splits > 1 else None
-    lse = torch.empty(n, num_heads, splits, dtype=torch.float32, device=q.device) if splits > 1 else None
-    merged_apart = splits > MERGED_WITHIN
-    outputs = [out, partial, lse, None if merged_apart else arrivals]
+    assert programs <= len(arrivals)
+    size = fragment_floats(programs, macros)
+    fragments = torch.empty(size, dtype=torch.float32, device=q.device)
+    outputs = [out, fragments, arrivals]
     tables = [block_table, positions, visible, tail_slots]
     values = arguments(q.contiguous(), outputs, tables, key, value, scale=scale, sliding_window=sliding_window)
-    kernel((n * kv_heads, splits), values, chained=capability(q.device) >= 9)
-    if merged_apart:
-        merge(partial, lse, out)
+    kernel((programs, 1), values, chained=capability(q.device) >= 9)
 
 
 def constants(
     key: PackedStream, value: PackedStream, block_table: Tensor, num_heads: int, device: torch.device
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Macros that the kernel is compiled with."""
     columns = -(-num_heads // key.tail.shape[1] // 8)
     warps, stages, per_sm, tokens = _tile(max(key.bits, value.bits, key=int), columns, shared_kib(device))
@@ -116,9 +110,14 @@ def constants(
     }
 
 
+def fragment_floats(programs: int, macros: dict[str, Any]) -> int:
+    """Of what `programs` may leave for each other: two rows each, and one of each warp."""
+    return programs * (2 + macros["WARPS"]) * macros["COLUMNS"] * (macros["D"] // 16 + 2) * 128
+
+
 def arguments(
     q: Tensor,
-    outputs: list[Tensor | None],
+    outputs: list[Tensor],
     tables: list[Tensor],
     key: PackedStream,
     value: PackedStream,
@@ -135,6 +134,7 @@ def arguments(
         StreamPointers.of(key),
         StreamPointers.of(value),
         ctypes.c_float(scale * 1.4426950408889634),  # exp2 is what the hardware has
+        ctypes.c_int(len(q)),
         ctypes.c_int(tables[0].stride(0)),
         ctypes.c_int(key.codes.stride(0) // 16),
         ctypes.c_int(key.tail.stride(0) * key.tail.itemsize // 16),
