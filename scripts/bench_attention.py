@@ -9,9 +9,9 @@ Each figure is the mean of a CUDA graph that runs layers one behind the other: f
 no cache helps. Its bytes are those that must be read: sealed blocks below v(t) with their scales, and the tail from
 v(t) to t. Prefill is one prompt behind a context that was computed before, beside torch written out ("naive") and,
 where there is no context, its scaled_dot_product_attention; workspace is what a call allocates besides its result.
---sweep: by how kernels cut the work: warps, stages, programs per SM and tokens of a tile (in Triton, which reads 16
-bits and fp8, registers); and the programs that share a sequence and KV head: one, and as many as one to four to an SM
-make.
+--sweep: by how kernels cut the work: warps, stages, programs per SM and tokens of a tile; in Triton, which reads 16
+bits and fp8, registers in place of tokens, and the programs that share a sequence and KV head: one, and as many as one
+to four to an SM make.
 """
 
 import argparse
@@ -95,13 +95,13 @@ def sweep_table(layer: AttentionLayer, formats: list[str], workloads: Workloads)
             kernel, sweep = (decode, SWEEP_TRITON) if in_triton else (cuda_decode, SWEEP)
             tiles, key = kernel.TILES, (9 if in_triton else 228, nbits)
             for tile in dict.fromkeys([tiles[key], *sweep]):
-                for splits in sorted(filling):
+                for splits in sorted(filling) if in_triton else [0]:
                     with (
                         mock.patch.dict(tiles, {key: tile}),
-                        mock.patch.object(kernel, "num_splits", return_value=splits),
+                        mock.patch.object(decode, "num_splits", return_value=splits),
                     ):
                         seconds = graph_seconds(run, layers)
-                    cut = f"{' '.join(map(str, tile))}, {splits}"
+                    cut = " ".join(map(str, tile)) + (f", {splits}" if splits else "")
                     show(f"{num_seqs}×{length}", nbits, seconds, nbytes, bandwidth, peer, cut)
 
 
