@@ -23,6 +23,7 @@ from test_kernels import Decoding, attention_layer
 from kvtool.kernels import cuda_decode, decode, nvrtc
 
 OPTIONS = [
+    KVOptions(),
     KVOptions(nbits="8"),
     KVOptions(nbits="4"),
     KVOptions(nbits="2"),
@@ -35,10 +36,12 @@ OPTIONS = [
 # Options, head_dim, query heads to a KV head and dtype: all that the kernel is compiled for.
 VARIANTS = [
     (OPTIONS[0], 64, 7, torch.bfloat16),
-    (OPTIONS[1], 128, 7, torch.bfloat16),
-    (OPTIONS[2], 128, 1, torch.float16),
-    (OPTIONS[3], 64, 12, torch.float16),
-    (OPTIONS[7], 64, 16, torch.bfloat16),
+    (OPTIONS[0], 128, 12, torch.float16),
+    (OPTIONS[1], 64, 7, torch.bfloat16),
+    (OPTIONS[2], 128, 7, torch.bfloat16),
+    (OPTIONS[3], 128, 1, torch.float16),
+    (OPTIONS[4], 64, 12, torch.float16),
+    (OPTIONS[8], 64, 16, torch.bfloat16),
 ]
 on_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 
@@ -70,7 +73,7 @@ def emulated(case: Decoding, programs: int, seed: int) -> torch.Tensor:
     arrivals = torch.zeros(programs, dtype=torch.int32)
     options = {"scale": case.layer.scale, "sliding_window": case.layer.sliding_window}
     values = cuda_decode.arguments(q, [out, fragments, arrivals], tables, key, value, **options)
-    library = emulator.build("decode.cu", "paged_decode", tuple(macros.items()))
+    library = emulator.build(cuda_decode.FILES[key.bits], "paged_decode", tuple(macros.items()))
     emulator.launch(library, (programs, 1), values, seed)
     assert not arrivals.any()
     return out
@@ -86,13 +89,13 @@ def emulated(case: Decoding, programs: int, seed: int) -> torch.Tensor:
     seed=st.integers(0, 2**31 - 1),
 )
 # Its scores are large, and rounding that tells one block from another shows.
-@example(variant=VARIANTS[1], kv_heads=2, lengths=[168], window=None, programs=1, seed=1001)
+@example(variant=VARIANTS[3], kv_heads=2, lengths=[168], window=None, programs=1, seed=1001)
 def test_the_source_computes_its_definition(variant, kv_heads, lengths, window, programs, seed):
     case = case_of(variant, kv_heads, lengths, window, seed)
     assert error(emulated(case, programs, seed), case) < 5e-3
 
 
-@pytest.mark.parametrize("bits", ["8", "4", "2"])
+@pytest.mark.parametrize("bits", ["16", "8", "4", "2"])
 @pytest.mark.parametrize("group_heads", [7, 12])
 @pytest.mark.parametrize(("architecture", "shared_kib"), [("sm_89", 100), ("sm_90", 228)])
 def test_programs_fit_a_multiprocessor_without_spills(architecture, shared_kib, group_heads, bits, monkeypatch):
@@ -104,7 +107,7 @@ def test_programs_fit_a_multiprocessor_without_spills(architecture, shared_kib, 
     bounds = (
         f"{macros['PER_SM']} * (shared_bytes + 1024) <= {shared_kib << 10} && shared_bytes <= {shared_kib - 1 << 10}"
     )
-    used = usage(nvrtc.compile_cubin(f"{cuda_decode.SOURCE} static_assert({bounds});", architecture, macros))
+    used = usage(nvrtc.compile_cubin(f"{cuda_decode.SOURCES[bits]} static_assert({bounds});", architecture, macros))
     assert used["REG"] * macros["WARPS"] * 32 * macros["PER_SM"] <= 65536
     assert used["STACK"] == used["LOCAL"] == 0
 
@@ -112,7 +115,9 @@ def test_programs_fit_a_multiprocessor_without_spills(architecture, shared_kib, 
 @pytest.mark.parametrize(
     ("options", "layer", "reason"),
     [
-        (KVOptions(), attention_layer((1, 4), 64), "no kernel for keys of 16 bits"),
+        (KVOptions(nbits="fp8"), attention_layer((1, 4), 64), "no kernel for keys of fp8 bits"),
+        (KVOptions(nbits_value="4"), attention_layer((1, 4), 64), "keys of 16 bits beside values of 4"),
+        (KVOptions(), attention_layer((1, 4), 64), None),
         (KVOptions(nbits="4", symmetric=True), attention_layer((1, 4), 64), "symmetric"),
         (KVOptions(nbits="4", axis_key="token"), attention_layer((1, 4), 64), "no kernel for keys of 4 bits per token"),
         (KVOptions(nbits="4", axis_value="channel"), attention_layer((1, 4), 64), "no kernel for values"),
@@ -154,7 +159,7 @@ def decoded(case: Decoding) -> torch.Tensor:
 @on_gpu
 def test_a_captured_step_serves_other_sequences():
     """Replayed on longer sequences, a graph gives what a new call gives, again and again, bit for bit."""
-    case = case_of(VARIANTS[1], 2, (3000, 40, 129), device="cuda")
+    case = case_of(VARIANTS[3], 2, (3000, 40, 129), device="cuda")
     assert select(case.layer, case.kv).name == "cuda"
     static = [x.clone() if isinstance(x, torch.Tensor) else x for x in case.arguments()]
     out, options = torch.empty_like(case.q), {"scale": case.layer.scale}
@@ -174,7 +179,7 @@ def test_a_captured_step_serves_other_sequences():
 
 @on_gpu
 def test_programs_that_run_at_once_are_as_many_as_the_table_says():
-    for bits in ("8", "4", "2"):
+    for bits in ("16", "8", "4", "2"):
         case = case_of((KVOptions(nbits=bits), 128, 7, torch.bfloat16), device="cuda")
         macros = macros_of(case)
         assert cuda_decode._kernel(case.q.device, tuple(macros.items())).programs_per_sm >= macros["PER_SM"]

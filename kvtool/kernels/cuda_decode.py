@@ -5,7 +5,6 @@ kernel, `decode.cu`, is compiled when it is first called for a format and a shap
 """
 
 import ctypes
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +16,10 @@ from kvtool.kernels.streams import PackedStream, refuses_heads
 
 HEAD_DIMS = (64, 128)
 MAX_GROUP_HEADS = 16
-# What the kernel reads, as (bits, axis); a key and a value of it go together as they please. All are asymmetric.
-KEYS = (("8", "channel"), ("4", "channel"), ("2", "channel"))
-VALUES = (("8", "token"), ("4", "token"), ("2", "token"))
+# What the kernel reads, as (bits, axis); a key and a value of it go together as they please, but both are 16 bits or
+# neither. Integers are asymmetric.
+KEYS = (("16", "token"), ("8", "channel"), ("4", "channel"), ("2", "channel"))
+VALUES = (("16", "token"), ("8", "token"), ("4", "token"), ("2", "token"))
 MIN_PIECE = 16  # channels of a row of bytes that share a token's scale
 
 # Warps, pipeline stages of each, programs per SM and tokens of a tile for up to 8 query heads to a KV head, by (KiB of
@@ -27,17 +27,22 @@ MIN_PIECE = 16  # channels of a row of bytes that share a token's scale
 # its rows are those of which two programs or more fit. Those of 228 KiB are as large as two programs may be: were there
 # room for a third, 256 programs would not be dealt out evenly.
 TILES: dict[tuple[int, str], tuple[int, int, int, int]] = {
+    (100, "16"): (2, 3, 2, 16),
     (100, "8"): (2, 2, 2, 32),
     (100, "4"): (4, 2, 2, 32),
     (100, "2"): (4, 2, 3, 32),
+    (228, "16"): (4, 3, 2, 16),
     (228, "8"): (6, 2, 2, 32),
     (228, "4"): (6, 2, 2, 64),
     (228, "2"): (6, 2, 2, 64),
 }
 WIDE_TILES: dict[int, tuple[int, int, int, int]] = {100: (2, 2, 2, 32), 228: (4, 2, 2, 32)}
 
-SOURCE = source("decode.cuh", "decode.cu")
-_kernel = partial(load, SOURCE, "paged_decode")
+FILES = {
+    bits: ("decode.cuh", "decode_found.cuh", "decode_16.cuh" if bits == "16" else "decode_codes.cuh", "decode.cu")
+    for bits, _ in KEYS
+}
+SOURCES = {bits: source(*files) for bits, files in FILES.items()}
 
 
 def refuses(key: PackedStream, value: PackedStream, num_heads: int) -> str | None:
@@ -48,8 +53,10 @@ def refuses(key: PackedStream, value: PackedStream, num_heads: int) -> str | Non
     for name, stream, known in (("key", key, KEYS), ("value", value, VALUES)):
         if (stream.bits, stream.axis) not in known:
             return f"no kernel for {name}s of {stream.bits} bits per {stream.axis}"
-        if stream.zero is None:
+        if stream.zero is None and stream.bits != "16":
             return f"no kernel for symmetric {name}s"
+    if (key.bits == "16") != (value.bits == "16"):
+        return f"no kernel for keys of {key.bits} bits beside values of {value.bits}"
     if value.piece(head_dim) < MIN_PIECE:
         return f"groups of {value.group} cut values of head_dim {head_dim} into pieces under {MIN_PIECE} channels"
     return None
@@ -76,7 +83,7 @@ def paged_decode(
             share them.
     """
     macros = constants(key, value, block_table, q.shape[1], q.device)
-    kernel = _kernel(q.device, tuple(macros.items()))
+    kernel = load(SOURCES[key.bits], "paged_decode", q.device, tuple(macros.items()))
     programs = kernel.programs_per_sm * num_sms(q.device)
     assert programs <= len(arrivals)
     size = fragment_floats(programs, macros)
@@ -136,7 +143,7 @@ def arguments(
         ctypes.c_float(scale * 1.4426950408889634),  # exp2 is what the hardware has
         ctypes.c_int(len(q)),
         ctypes.c_int(tables[0].stride(0)),
-        ctypes.c_int(key.codes.stride(0) // 16),
+        ctypes.c_int(key.codes.stride(0) * key.codes.itemsize // 16),
         ctypes.c_int(key.tail.stride(0) * key.tail.itemsize // 16),
         ctypes.c_int(key.codes.shape[1]),
         ctypes.c_int(q.shape[1] // key.codes.shape[1]),
@@ -154,4 +161,4 @@ class StreamPointers(ctypes.Structure):
 
 
 def _tile(bits: str, columns: int, shared_kib: int) -> tuple[int, int, int, int]:
-    return TILES[shared_kib, bits] if columns == 1 else WIDE_TILES[shared_kib]
+    return TILES[shared_kib, bits] if columns == 1 or bits == "16" else WIDE_TILES[shared_kib]
