@@ -139,7 +139,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) paged_decode(
         end_group();
     };
     if (begin < end) look_ahead(0);
-    if (!TAIL && CHAINED) await_inputs();  // who writes to blocks
+    if (!TAIL && CHAINED) {  // that kernel writes to blocks
+        if (lane < STAGES && begin + lane < end) {
+            u64 tile = (u64)block * block_units * 16 + (row % kv_heads * BLOCK + at % BLOCK) * (2 * D);
+            prefetch(key.codes + tile, TOKENS * 2 * D);
+            prefetch(value.codes + tile, TOKENS * 2 * D);
+        }
+        await_inputs();
+    }
     for (int k = 0; k < STAGES; k++) fetch_unit(k);
     if (TAIL && CHAINED) await_inputs();
 
