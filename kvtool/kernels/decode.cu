@@ -157,28 +157,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) paged_decode(
     Warp w;
     w.g = lane / 4, w.t = lane % 4;
     int position = 0, first = 0;  // of the row at hand
-    auto add_unit = [&](auto& w, int stage, int row, int from, u64 slot) {
-        if constexpr (!TAIL) {
-            w.add_tile(own + stage, first - from, position + 1 - from);
-        } else if (from >= 0) {
-            w.add_tile(own + stage, first - from);
-        } else {
-            u64 rows = slot * slot_units * 16 + (u64)(row % kv_heads) * tail_tokens * D * 2;
-            w.add_tail(query + (u64)row * group_heads * D, (const u16*)(key.tail + rows), (const u16*)(value.tail + rows),
-                       ~from, position, tail_tokens, group_heads, scale);
-        }
-    };
     int open_row = -1, open_first = 0, open_last = 0, closed_row = -1, closed_first = 0;
     bool begins = true;
     for (int k = 0; begin + k < end; k++) {
         const int place = k - looked, current = shuffle(row, place), from = shuffle(at, place);
+        const u16* queries = query + (u64)current * group_heads * D;
+        const u64 rows = (u64)shuffle(block, place) * slot_units * 16 + (u64)(current % kv_heads) * tail_tokens * D * 2;
+        const Tail tail = {(const u16*)(key.tail + rows), (const u16*)(value.tail + rows), tail_tokens};
         if (begins) {
             position = positions[current / kv_heads];
             first = max(0, position + 1 - window);
-            w.begin(query + (u64)current * group_heads * D, group_heads, scale);
+            w.begin(queries, group_heads, scale);
         }
         await_groups<STAGES - 1>();
-        add_unit(w, k % STAGES * STAGE, current, from, shuffle(block, place));
+        w.add_unit(own + k % STAGES * STAGE, from, first, position, tail, queries, group_heads, scale);
         const int follow = shuffle(left, place), precede = shuffle(passed, place);
         begins = follow == 0;
         open_row = -1;

@@ -38,8 +38,10 @@ struct Warp : Found {
         clear();
     }
 
-    // Tokens before `first` of the tile, and from `past` on, are not seen.
-    __device__ inline void add_tile(const char* stage, int first, int past) {
+    // The tile at position `from` of a sequence of which `first` to `position` are seen.
+    __device__ inline void add_unit(
+        const char* stage, int from, int first, int position, Tail, const u16* query, int group_heads, float scale
+    ) {
         const int lane = lane_id(), token = lane % 8, matrix = lane / 8;
         float s[COLUMNS][STEPS][4] = {}, largest[COLUMNS][2];
 #pragma unroll
@@ -50,11 +52,11 @@ struct Warp : Found {
                 read_matrices(keys, stage + place(i * 16 + matrix % 2 * 8 + token, 2 * c + matrix / 2));
                 for (int n = 0; n < COLUMNS; n++) multiply_add<BF16>(s[n][i], keys, q[n][c]);
             }
-        if (first > 0 || past < TOKENS)
+        if (from < first || from + TOKENS > position + 1)
             for (int i = 0; i < STEPS; i++)
                 for (int h = 0; h < 2; h++) {
-                    int own = i * 16 + h * 8 + g;
-                    if (own < first || own >= past)
+                    int at = from + i * 16 + h * 8 + g;
+                    if (at < first || at > position)
                         for (int n = 0; n < COLUMNS; n++) s[n][i][2 * h] = s[n][i][2 * h + 1] = -1.0f / 0.0f;
                 }
         for (int n = 0; n < COLUMNS; n++)

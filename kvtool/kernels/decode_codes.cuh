@@ -214,20 +214,17 @@ struct Warp : Found {
     }
 
     // 16 tokens of the tail, at the model's precision, from position `from` on; those behind `position` are not there.
-    __device__ inline void add_tail(
-        const u16* query, const u16* key, const u16* value, int from, int position, int tail_tokens, int group_heads,
-        float scale
-    ) {
-        const int start = from % tail_tokens, seen = position - from;
+    __device__ inline void add_tail(Tail tail, int from, int position, const u16* query, int group_heads, float scale) {
+        const int start = from % tail.tokens, seen = position - from;
         auto row_of = [&](int token) {
             int row = start + min(token, seen);
-            return (row < tail_tokens ? row : row - tail_tokens) * D;
+            return (row < tail.tokens ? row : row - tail.tokens) * D;
         };
         float s[COLUMNS][4] = {};
 #pragma unroll
         for (int c = 0; c < D; c += 32) {
             u32 words[2][4];
-            for (int h = 0; h < 2; h++) read<16>(words[h], key + row_of(g / 2 * 4 + 2 * h + g % 2) + c + 8 * t);
+            for (int h = 0; h < 2; h++) read<16>(words[h], tail.key + row_of(g / 2 * 4 + 2 * h + g % 2) + c + 8 * t);
             for (int n = 0; n < COLUMNS; n++) {
                 u32 heads[4] = {};
                 if (n * 8 + g < group_heads) read<16>(heads, query + (n * 8 + g) * D + c + 8 * t);
@@ -265,7 +262,7 @@ struct Warp : Found {
 #pragma unroll
                 for (int part = 0; part < V_PARTS; part++) {
                     u32 x[4];
-                    for (int j = 0; j < 4; j++) read<4>(x + j, value + row_of(4 * t + j) + channel_of(piece, b, part));
+                    for (int j = 0; j < 4; j++) read<4>(x + j, tail.value + row_of(4 * t + j) + channel_of(piece, b, part));
                     u32 rows[4] = {
                         permute(x[0], x[1], 0x5410), permute(x[0], x[1], 0x7632),
                         permute(x[2], x[3], 0x5410), permute(x[2], x[3], 0x7632),
@@ -277,6 +274,14 @@ struct Warp : Found {
                             acc[n][tile_of(piece, b, part)][j] += sum[j] * power_of_2(V_BITS * part - 24);
                     }
                 }
+    }
+
+    // The tile at position `from` of a sequence of which `first` to `position` are seen; or of its tail, what is at ~`from`.
+    __device__ inline void add_unit(
+        const char* stage, int from, int first, int position, Tail tail, const u16* query, int group_heads, float scale
+    ) {
+        if (from >= 0) add_tile(stage, first - from);
+        else add_tail(tail, ~from, position, query, group_heads, scale);
     }
 
     // A row of which nothing was found yet.

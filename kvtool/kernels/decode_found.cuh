@@ -2,6 +2,11 @@
 //
 // A lane is 4g + t, and heads 8n + 2t and 8n + 2t + 1 are its own.
 
+struct Tail {
+    const u16 *key, *value;  // [tokens, D], position p in row p mod tokens
+    int tokens;
+};
+
 struct Found {
     int g, t;
     float m[COLUMNS][2];           // the largest score so far, at least, to the exponent of 2
