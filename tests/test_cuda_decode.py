@@ -21,6 +21,10 @@ from compiled import ON_GPU, usage
 from test_kernels import Decoding, attention_layer
 
 from kvtool.kernels import cuda_decode, decode, nvrtc
+from kvtool.kv.format import resolve
+from kvtool.kv.layout import KVLayout
+from kvtool.kv.spec import KVSpec, StreamSpec
+from kvtool.kv.store import KVStore
 
 OPTIONS = [
     KVOptions(),
@@ -83,9 +87,10 @@ def emulated(case: Decoding, programs: int, seed: int) -> torch.Tensor:
 @given(
     variant=st.sampled_from(VARIANTS),
     kv_heads=st.integers(1, 2),
-    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=2),
+    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=2)
+    | st.lists(st.integers(1, 20), min_size=30, max_size=50),
     window=st.sampled_from([None, None, 1, 100]),
-    programs=st.sampled_from([1, 2, 3, 9]),
+    programs=st.sampled_from([1, 2, 3, 9, 30]),
     seed=st.integers(0, 2**31 - 1),
 )
 # Its scores are large, and rounding that tells one block from another shows.
@@ -132,13 +137,24 @@ def test_refusals_say_why(options, layer, reason):
     assert refused is None if reason is None else reason in refused
 
 
+def test_a_layer_of_16_bits_among_packed_ones_is_refused():
+    """Its newest tokens are in a tail, as theirs are."""
+    stream = StreamSpec(1, 64)
+    spec = KVSpec(2, stream, stream, 2)
+    layout = KVLayout(spec, resolve(KVOptions(layer_bits=(("16", "16"), ("4", "4"))), spec))
+    first, second = KVStore(layout, 2, 1, torch.bfloat16).layers
+    assert "beside a tail" in cuda_decode.refuses(first.key.packed, first.value.packed, 4)
+    assert cuda_decode.refuses(second.key.packed, second.value.packed, 4) is None
+
+
 @on_gpu
 @settings(deadline=None, max_examples=int(os.environ.get("KVTOOL_TEST_EXAMPLES", 60)))
 @given(
     options=st.sampled_from(OPTIONS),
     head_dim=st.sampled_from(cuda_decode.HEAD_DIMS),
     heads=st.tuples(st.integers(1, 4), st.sampled_from([1, 7, 8, 9, 16])),
-    lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=9),
+    lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=9)
+    | st.lists(st.integers(1, 300), min_size=30, max_size=99),
     window=st.sampled_from([None, None, 1, 100]),
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
     seed=st.integers(0, 2**31),

@@ -1,6 +1,7 @@
-"""Decode attention over integer codes in CUDA C++, which chooses what lies in which register as Triton cannot.
+"""Decode attention in CUDA C++, which chooses what lies in which register, and who computes what, as Triton cannot.
 
-It computes what `decode.paged_decode` computes, under the same definition, where `refuses` does not say otherwise; the
+It computes what `decode.paged_decode` computes, under the same definition, where `refuses` does not say otherwise. As
+many programs as a GPU runs at once share the tiles of a whole batch evenly, whatever the lengths of its sequences. The
 kernel, `decode.cu`, is compiled when it is first called for a format and a shape of heads.
 """
 
@@ -57,6 +58,8 @@ def refuses(key: PackedStream, value: PackedStream, num_heads: int) -> str | Non
             return f"no kernel for symmetric {name}s"
     if (key.bits == "16") != (value.bits == "16"):
         return f"no kernel for keys of {key.bits} bits beside values of {value.bits}"
+    if key.bits == "16" and key.tail.shape[2]:
+        return "no kernel for blocks of 16 bits beside a tail"
     if value.piece(head_dim) < MIN_PIECE:
         return f"groups of {value.group} cut values of head_dim {head_dim} into pieces under {MIN_PIECE} channels"
     return None
