@@ -18,13 +18,11 @@ _FOLDER = TemporaryDirectory(prefix="kvtool-emulator-")
 
 
 @cache
-def build(sources: tuple[str, ...], kernel: str, macros: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
-    """`kernel` of these files of `kvtool.kernels`, compiled with `macros`."""
+def build(source: str, kernel: str, macros: tuple[tuple[str, object], ...]) -> ctypes.CDLL:
+    """`kernel` of the file `source`, compiled with `macros`."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     library = Path(_FOLDER.name) / f"{len(list(Path(_FOLDER.name).iterdir()))}.so"
-    source = library.with_suffix(".cu")
-    source.write_text("".join(f'#include "{name}"\n' for name in sources))
     defined = [f"-D{name}={value}" for name, value in (*macros, ("KERNEL", kernel), ("SOURCE", f'"{source}"'))]
     flags = ["-O1", "-std=c++17", "-w", "-shared", "-fPIC", f"-I{KERNELS}", *defined]
     subprocess.run(["g++", *flags, "-o", library, Path(__file__).with_name("warp_emulator.cpp")], check=True)

@@ -67,7 +67,7 @@ def emulated(case: Decoding, splits: int, merges: bool, seed: int) -> torch.Tens
     partial, lse = torch.full((*shape, DIMS[0]), float("nan")), torch.full(shape, 7.0)
     arrivals = torch.zeros(rows, dtype=torch.int32) if merges else None
     values = cuda_mla_decode.arguments(q, [out, partial, lse, arrivals], tables, key, value, scale=case.layer.scale)
-    library = emulator.build(("decode.cuh", "mla_decode.cu"), "latent_decode", tuple(macros_of(case).items()))
+    library = emulator.build("mla_decode.cu", "latent_decode", tuple(macros_of(case).items()))
     emulator.launch(library, (rows, splits), values, seed)
     if arrivals is not None:
         assert not arrivals.any()

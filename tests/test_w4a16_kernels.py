@@ -114,7 +114,7 @@ def test_matrix_decoded_to_memory(case: Case, rows: bool, seed: int) -> None:
     some = [x[3:] for x in grids]  # of all outputs
     out = torch.full((len(some[0]), case.shape[1]), float("nan"), dtype=case.dtype)
     macros = w4a16_kernels.constants(out, some[1], True) | {"CHAINED": 1}
-    library = emulator.build(("w4a16.cuh", "w4a16_decode.cu"), "w4a16_decode", tuple(macros.items()))
+    library = emulator.build("w4a16_decode.cu", "w4a16_decode", tuple(macros.items()))
     emulator.launch(library, w4a16_kernels.grid(out), w4a16_kernels.arguments(*some, out), seed)
     assert torch.equal(out, w4a16.dequantize_w4(*grids, case.dtype)[3:])
 
@@ -137,7 +137,7 @@ def test_warps_share_columns(case: Case, variant: GemvVariant, seed: int) -> Non
     x, weight, scales, *_ = arguments = case.arguments(torch.device("cpu"))
     macros = w4a16_gemv.constants(x, scales, tile, x.device) | {"CHAINED": 1}
     out = torch.full((len(x), len(weight)), float("nan"), dtype=case.dtype)
-    library = emulator.build(("w4a16.cuh", "w4a16_gemv.cu"), "w4a16_gemv", tuple(macros.items()))
+    library = emulator.build("w4a16_gemv.cu", "w4a16_gemv", tuple(macros.items()))
     grid = (-(-len(weight) // (16 * tile.tiles)), 1)
     emulator.launch(library, grid, w4a16_gemv.arguments(*arguments, out), seed)
     assert error(out, arguments) < 5e-3
@@ -154,7 +154,7 @@ def test_programs_share_tiles(case: Case, variant: Variant, programs: int, seed:
     partial = torch.full((programs, 2, tile.outputs * tile.rows), float("nan"))
     arrivals = torch.zeros(programs, dtype=torch.int32)
     values = w4a16_stream.arguments(*arguments, out, partial, arrivals, share)
-    library = emulator.build(("w4a16.cuh", "w4a16_stream.cu"), "w4a16", tuple(macros.items()))
+    library = emulator.build("w4a16_stream.cu", "w4a16", tuple(macros.items()))
     emulator.launch(library, (programs, 1), values, seed)
     assert error(out, arguments) < 5e-3
     assert not arrivals.any()

@@ -269,6 +269,8 @@ static Floats4 load_written4(const float* from) { return *(const Floats4*)from; 
 static void await_inputs() {}
 static void start_next() {}
 
+#include "decode.cuh"
+#include "w4a16.cuh"
 #include SOURCE
 
 static const void* const* arguments;

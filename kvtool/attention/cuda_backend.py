@@ -1,4 +1,4 @@
-"""Single queries by kernels in CUDA C++, straight from integer codes, which NVRTC compiles for the GPU at hand.
+"""Single queries straight from integer codes by kernels in CUDA C++, which NVRTC compiles for the GPU at hand.
 
 Latents (MLA) have a kernel of their own.
 """

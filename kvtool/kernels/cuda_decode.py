@@ -1,49 +1,44 @@
-"""Decode attention in CUDA C++, which chooses what lies in which register, and who computes what, as Triton cannot.
+"""Decode attention over integer codes in CUDA C++, which chooses what lies in which register as Triton cannot.
 
-It computes what `decode.paged_decode` computes, under the same definition, where `refuses` does not say otherwise. As
-many programs as a GPU runs at once share the tiles of a whole batch evenly, whatever the lengths of its sequences. The
+It computes what `decode.paged_decode` computes, under the same definition, where `refuses` does not say otherwise; the
 kernel, `decode.cu`, is compiled when it is first called for a format and a shape of heads.
 """
 
 import ctypes
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from kvtool.kernels.launch import capability, num_sms, shared_kib
+from kvtool.kernels.launch import capability, num_sms, num_splits, shared_kib
 from kvtool.kernels.nvrtc import load, source
+from kvtool.kernels.splits import merge
 from kvtool.kernels.streams import PackedStream, refuses_heads
 
 HEAD_DIMS = (64, 128)
 MAX_GROUP_HEADS = 16
-# What the kernel reads, as (bits, axis); a key and a value of it go together as they please, but both are 16 bits or
-# neither. Integers are asymmetric.
-KEYS = (("16", "token"), ("8", "channel"), ("4", "channel"), ("2", "channel"))
-VALUES = (("16", "token"), ("8", "token"), ("4", "token"), ("2", "token"))
+# What the kernel reads, as (bits, axis); a key and a value of it go together as they please. All are asymmetric.
+KEYS = (("8", "channel"), ("4", "channel"), ("2", "channel"))
+VALUES = (("8", "token"), ("4", "token"), ("2", "token"))
 MIN_PIECE = 16  # channels of a row of bytes that share a token's scale
+MERGED_WITHIN = 4  # splits that the last program of a sequence merges; of more, a kernel of many programs is quicker
 
 # Warps, pipeline stages of each, programs per SM and tokens of a tile for up to 8 query heads to a KV head, by (KiB of
 # shared memory of an SM, bits of the wider stream); and for more heads. 100 KiB has an RTX 4090, which was never timed:
 # its rows are those of which two programs or more fit. Those of 228 KiB are as large as two programs may be: were there
 # room for a third, 256 programs would not be dealt out evenly.
 TILES: dict[tuple[int, str], tuple[int, int, int, int]] = {
-    (100, "16"): (2, 3, 2, 16),
     (100, "8"): (2, 2, 2, 32),
     (100, "4"): (4, 2, 2, 32),
     (100, "2"): (4, 2, 3, 32),
-    (228, "16"): (4, 3, 2, 16),
     (228, "8"): (6, 2, 2, 32),
     (228, "4"): (6, 2, 2, 64),
     (228, "2"): (6, 2, 2, 64),
 }
 WIDE_TILES: dict[int, tuple[int, int, int, int]] = {100: (2, 2, 2, 32), 228: (4, 2, 2, 32)}
 
-FILES = {
-    bits: ("decode.cuh", "decode_found.cuh", "decode_16.cuh" if bits == "16" else "decode_codes.cuh", "decode.cu")
-    for bits, _ in KEYS
-}
-SOURCES = {bits: source(*files) for bits, files in FILES.items()}
+SOURCE = source("decode.cuh", "decode.cu")
+_kernel = partial(load, SOURCE, "paged_decode")
 
 
 def refuses(key: PackedStream, value: PackedStream, num_heads: int) -> str | None:
@@ -54,12 +49,8 @@ def refuses(key: PackedStream, value: PackedStream, num_heads: int) -> str | Non
     for name, stream, known in (("key", key, KEYS), ("value", value, VALUES)):
         if (stream.bits, stream.axis) not in known:
             return f"no kernel for {name}s of {stream.bits} bits per {stream.axis}"
-        if stream.zero is None and stream.bits != "16":
+        if stream.zero is None:
             return f"no kernel for symmetric {name}s"
-    if (key.bits == "16") != (value.bits == "16"):
-        return f"no kernel for keys of {key.bits} bits beside values of {value.bits}"
-    if key.bits == "16" and key.tail.shape[2]:
-        return "no kernel for blocks of 16 bits beside a tail"
     if value.piece(head_dim) < MIN_PIECE:
         return f"groups of {value.group} cut values of head_dim {head_dim} into pieces under {MIN_PIECE} channels"
     return None
@@ -82,24 +73,29 @@ def paged_decode(
     """`decode.paged_decode`, into `out`. As the tables, so the blocks below `visible` are read ahead.
 
     Args:
-        arrivals: int32, as many zeros as programs run at once, or more; zeros afterwards. Kernels of one stream can
-            share them.
+        arrivals: int32, as many zeros as sequences times KV heads of which two programs can run at once; zeros
+            afterwards. Kernels of one stream can share them.
     """
-    macros = constants(key, value, block_table, q.shape[1], q.device)
-    kernel = load(SOURCES[key.bits], "paged_decode", q.device, tuple(macros.items()))
+    n, num_heads, head_dim = q.shape
+    kv_heads = key.codes.shape[1]
+    kernel = _kernel(q.device, tuple(constants(key, value, block_table, num_heads, q.device).items()))
     programs = kernel.programs_per_sm * num_sms(q.device)
-    assert programs <= len(arrivals)
-    size = fragment_floats(programs, macros)
-    fragments = torch.empty(size, dtype=torch.float32, device=q.device)
-    outputs = [out, fragments, arrivals]
+    splits = num_splits(n * kv_heads, block_table.shape[1], key.tail.shape[2] > 0, programs)
+    assert splits == 1 or n * kv_heads <= len(arrivals)
+    partial = torch.empty(n, num_heads, splits, head_dim, dtype=torch.float32, device=q.device) if splits > 1 else None
+    lse = torch.empty(n, num_heads, splits, dtype=torch.float32, device=q.device) if splits > 1 else None
+    merged_apart = splits > MERGED_WITHIN
+    outputs = [out, partial, lse, None if merged_apart else arrivals]
     tables = [block_table, positions, visible, tail_slots]
     values = arguments(q.contiguous(), outputs, tables, key, value, scale=scale, sliding_window=sliding_window)
-    kernel((programs, 1), values, chained=capability(q.device) >= 9)
+    kernel((n * kv_heads, splits), values, chained=capability(q.device) >= 9)
+    if merged_apart:
+        merge(partial, lse, out)
 
 
 def constants(
     key: PackedStream, value: PackedStream, block_table: Tensor, num_heads: int, device: torch.device
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Macros that the kernel is compiled with."""
     columns = -(-num_heads // key.tail.shape[1] // 8)
     warps, stages, per_sm, tokens = _tile(max(key.bits, value.bits, key=int), columns, shared_kib(device))
@@ -120,14 +116,9 @@ def constants(
     }
 
 
-def fragment_floats(programs: int, macros: dict[str, Any]) -> int:
-    """Of what `programs` may leave for each other: two rows each, and one of each warp."""
-    return programs * (2 + macros["WARPS"]) * macros["COLUMNS"] * (macros["D"] // 16 + 2) * 128
-
-
 def arguments(
     q: Tensor,
-    outputs: list[Tensor],
+    outputs: list[Tensor | None],
     tables: list[Tensor],
     key: PackedStream,
     value: PackedStream,
@@ -144,9 +135,8 @@ def arguments(
         StreamPointers.of(key),
         StreamPointers.of(value),
         ctypes.c_float(scale * 1.4426950408889634),  # exp2 is what the hardware has
-        ctypes.c_int(len(q)),
         ctypes.c_int(tables[0].stride(0)),
-        ctypes.c_int(key.codes.stride(0) * key.codes.itemsize // 16),
+        ctypes.c_int(key.codes.stride(0) // 16),
         ctypes.c_int(key.tail.stride(0) * key.tail.itemsize // 16),
         ctypes.c_int(key.codes.shape[1]),
         ctypes.c_int(q.shape[1] // key.codes.shape[1]),
@@ -164,4 +154,4 @@ class StreamPointers(ctypes.Structure):
 
 
 def _tile(bits: str, columns: int, shared_kib: int) -> tuple[int, int, int, int]:
-    return TILES[shared_kib, bits] if columns == 1 or bits == "16" else WIDE_TILES[shared_kib]
+    return TILES[shared_kib, bits] if columns == 1 else WIDE_TILES[shared_kib]

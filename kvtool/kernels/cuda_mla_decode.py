@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvtool.kernels.cuda_decode import StreamPointers
+from kvtool.kernels.cuda_decode import MERGED_WITHIN, StreamPointers
 from kvtool.kernels.launch import capability, num_sms, num_splits, shared_kib
 from kvtool.kernels.nvrtc import load, source
 from kvtool.kernels.splits import merge
@@ -34,7 +34,6 @@ TILES: dict[tuple[int, str], tuple[int, int, int, int, int, int]] = {
     (228, "2"): (4, 4, 128, 3, 1, 0),
 }
 
-MERGED_WITHIN = 4  # splits that the last program of a sequence merges; of more, a kernel of many programs is quicker
 SOURCE = source("decode.cuh", "mla_decode.cu")
 _kernel = partial(load, SOURCE, "latent_decode")
 
