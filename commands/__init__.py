@@ -56,6 +56,8 @@ def root(
 
 def main() -> NoReturn:
     """Run the command line; a failure is one line on stderr and exit code 2."""
+    # What torch warns of in C++ (a peer that DNS has no name for) is for those who ask; it reads this at its import.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

@@ -15,8 +15,9 @@ from kvtool.config import EngineConfig
 from kvtool.errors import ConfigError
 
 from .bench_results import Charts, ResultOptions, compared, keep, results_to_plot
+from .charts import Chart
 from .options import MOST, option, secret
-from .output import Chart, Column, OutputOptions, Report, Row, Table, show, value_at
+from .output import Column, OutputOptions, Report, Row, Table, show, value_at
 
 if TYPE_CHECKING:
     from kvtool.bench.measure import How, Measured, OnProgress, Plan, Point, Where

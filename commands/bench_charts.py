@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .output import Chart, Series, value_at
+from .charts import Chart, Series
+from .output import value_at
 
 Rows = Sequence[dict[str, Any]]
 Results = Sequence[tuple[str, Rows]]  # with names, which one alone does not need

@@ -13,8 +13,9 @@ import typer
 
 from kvtool.errors import ConfigError
 
+from .charts import Chart
 from .options import option
-from .output import Chart, Column, Report, Table, as_json, environment
+from .output import Column, Report, Table, as_json, environment
 
 if TYPE_CHECKING:
     from kvtool.bench.compare import Delta, Gate, Result

@@ -12,8 +12,9 @@ from kvtool.config import EngineConfig, KVOptions
 from kvtool.errors import ConfigError
 
 from .bench import int_list
+from .charts import Chart, Series
 from .options import MOST, memory_size, model_option, option
-from .output import Chart, Column, OutputOptions, Report, Row, Series, Table, progress, show
+from .output import Column, OutputOptions, Report, Row, Table, progress, show
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,9 @@ import typer
 
 from kvtool.errors import ConfigError
 
+from .charts import Chart, Series
 from .options import MOST, model_option, option
-from .output import Chart, Column, OutputOptions, Report, Row, Series, Table, progress, show
+from .output import Column, OutputOptions, Report, Row, Table, progress, show
 
 if TYPE_CHECKING:
     from kvtool.expert_parallel.bench import Findings

@@ -389,7 +389,10 @@ def under_torchrun(engine: EngineConfig) -> EngineConfig:
     """`engine` as one of torchrun's processes: each is a rank, and stands for a node that has no other."""
     rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if size != engine.num_ranks:
-        raise ConfigError(f"torchrun started {size} processes; {engine.rank_options} are {engine.num_ranks}")
+        raise ConfigError(
+            f"torchrun started {size} processes, but {engine.rank_options} make {engine.num_ranks}; add --tp {size}, "
+            "or --tp and --pp whose product it is"
+        )
     return replace(engine, nnodes=size, node_rank=rank, local_rank=local_rank, dist_init_addr="env://")
 
 

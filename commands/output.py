@@ -16,19 +16,14 @@ from dataclasses import dataclass
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from kvtool.errors import ConfigError
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
+from .charts import Chart, png, svg
 
 Row = Mapping[str, Any]
 ABSENT = "n/a"
-MOST_WITHIN = 10  # lines whose names stand inside a chart, not beside it
-MOST_CHARACTERS = 90  # of names below bars, in one line
 PACKAGES = ("kvtool", "torch", "transformers", "triton", "flash-attn", "numpy")
 
 
@@ -68,28 +63,6 @@ class Table:
     title: str
     columns: Sequence[Column]
     rows: Sequence[Row]
-
-
-@dataclass(frozen=True)
-class Series:
-    """Points of a chart, in order; in a heat map one row of cells. `x` are numbers or names, None in `y` is a gap."""
-
-    label: str
-    x: Sequence[float] | Sequence[str]
-    y: Sequence[float | None]
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart; `x` and `y` name its axes. In a heat map `y` names the colours and `log_y` makes them logarithmic."""
-
-    title: str
-    x: str
-    y: str
-    series: Sequence[Series]
-    kind: Literal["line", "bar", "scatter", "heat"] = "line"
-    log_x: bool = False
-    log_y: bool = False
 
 
 @dataclass(frozen=True)
@@ -330,7 +303,7 @@ svg {{ max-width: 100%; height: auto; }}
 <h1>{escape(title)}</h1>
 {"".join(map(_html_table, report.all_tables))}
 {"".join(f"<p>{escape(note)}</p>" for note in report.notes)}
-{"".join(map(_svg, report.charts))}
+{"".join(f"<p>{svg(chart)}</p>" for chart in report.charts)}
 <details><summary>Configuration and environment</summary><pre>{escape(json.dumps(about, indent=2))}</pre></details>
 </html>
 """
@@ -342,17 +315,9 @@ def as_png(report: Report) -> bytes:
     Raises:
         ConfigError: the report has none.
     """
-    from matplotlib.figure import Figure
-
     if not report.charts:
         raise ConfigError("--output FILE.png: there is no chart of this; choose another suffix")
-    figure = Figure(figsize=(7, 4.5 * len(report.charts)), layout="constrained")
-    axes = figure.subplots(len(report.charts), squeeze=False)[:, 0]
-    for chart, ax in zip(report.charts, axes, strict=True):
-        _draw(chart, figure, ax)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
-    return content.getvalue()
+    return png(report.charts)
 
 
 WRITERS: dict[str, Callable[[Report], bytes]] = {
@@ -421,85 +386,3 @@ def _html_table(table: Table) -> str:
         + "".join(line("td", [cell(row, column) for column in table.columns]) for row in table.rows)
         + "</table>\n"
     )
-
-
-def _svg(chart: Chart) -> str:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    _draw(chart, figure, figure.subplots())
-    content = io.StringIO()
-    figure.savefig(content, format="svg", metadata={"Date": None})
-    return "<p>" + content.getvalue()[content.getvalue().index("<svg") :] + "</p>\n"
-
-
-def _draw(chart: Chart, figure: "Figure", ax: "Axes") -> None:
-    import matplotlib
-
-    ax.set_title(chart.title)
-    ax.set_xlabel(chart.x)
-    if chart.kind == "heat":
-        _draw_heat(chart, figure, ax)
-        return
-    ax.set_ylabel(chart.y)
-    if len(chart.series) > MOST_WITHIN:
-        ax.set_prop_cycle(color=matplotlib.colormaps["tab20"](range(20)))
-    named = chart.kind == "scatter" and all(len(series.y) == 1 for series in chart.series)  # each point by its name
-    for index, series in enumerate(chart.series):
-        y = [math.nan if value is None else value for value in series.y]
-        if chart.kind == "bar":
-            width = 0.8 / len(chart.series)
-            ax.bar(
-                [i + (index - (len(chart.series) - 1) / 2) * width for i in range(len(y))], y, width, label=series.label
-            )
-            _name_bars(ax, list(map(str, series.x)))
-        elif chart.kind == "scatter":
-            ax.scatter(series.x, y, label=series.label)
-            if named and math.isfinite(y[0]):
-                ax.annotate(f" {series.label}", (series.x[0], y[0]), va="bottom", fontsize="small")
-        else:
-            ax.plot(series.x, y, marker="o", label=series.label)
-    if chart.log_x:
-        ax.set_xscale("log")
-        _plain_numbers(ax.xaxis)
-    if chart.log_y:
-        ax.set_yscale("log")
-        _plain_numbers(ax.yaxis)
-    ax.grid(alpha=0.3)
-    if not named and any(series.label for series in chart.series):
-        if len(chart.series) <= MOST_WITHIN:
-            ax.legend(fontsize="small")
-        else:
-            ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-
-
-def _name_bars(ax: "Axes", names: Sequence[str]) -> None:
-    """Side by side, or aslant where they would run into each other."""
-    longest = max(len(line) for name in names for line in name.split("\n"))
-    ax.set_xticks(range(len(names)), names)
-    if longest * len(names) > MOST_CHARACTERS:
-        ax.tick_params("x", rotation=45)
-        for label in ax.get_xticklabels():
-            label.set(horizontalalignment="right", rotation_mode="anchor", fontsize="small")
-
-
-def _plain_numbers(axis: "Axis") -> None:
-    """60 and 20,000 beside a logarithmic axis, not 6 × 10¹ and 2e+04."""
-    from matplotlib.ticker import LogFormatter
-
-    class Plain(LogFormatter):
-        def __call__(self, x: float, pos: int | None = None) -> str:
-            return f"{x:,.10g}" if super().__call__(x, pos) else ""
-
-    axis.set_major_formatter(Plain())
-    axis.set_minor_formatter(Plain())
-
-
-def _draw_heat(chart: Chart, figure: "Figure", ax: "Axes") -> None:
-    from matplotlib.colors import LogNorm
-
-    cells = [[math.nan if value is None else value for value in series.y] for series in chart.series]
-    image = ax.imshow(cells, aspect="auto", cmap="viridis", norm=LogNorm() if chart.log_y else None)
-    ax.set_xticks(range(len(chart.series[0].x)), list(map(str, chart.series[0].x)), rotation=90)
-    ax.set_yticks(range(len(chart.series)), [series.label for series in chart.series])
-    figure.colorbar(image, label=chart.y)

@@ -10,8 +10,9 @@ import typer
 from kvtool.config import EngineConfig
 from kvtool.errors import ConfigError
 
+from .charts import Chart, Series
 from .options import MOST, option
-from .output import Chart, Column, OutputOptions, Report, Series, Table, progress, show
+from .output import Column, OutputOptions, Report, Table, progress, show
 
 if TYPE_CHECKING:
     from kvtool.disagg.link import Case, Link
@@ -101,9 +102,11 @@ def pd_disagg(
 
     Example: kvtool pd-disagg --nbits 4 --prompt-tokens 256,1024 --output timeline.png
     """
-    from kvtool.disagg.link import survey
+    from kvtool.disagg.link import check_transfer, survey
     from kvtool.disagg.measure import Found, Load, measure, model_context
 
+    if bake_off and fault:
+        raise ConfigError("--bake-off and --fault do not go together: a bake-off serves no requests; leave one out")
     lengths = length_list(prompt_tokens)
     devices = device_pair(engine, prefill_device, decode_device)
     config = {
@@ -121,14 +124,15 @@ def pd_disagg(
         return
     found, load = Found(), Load(tuple(lengths), output_tokens, requests, decodes)
     load.check(engine.max_model_len or model_context(engine))
+    check_transfer(devices, kv_transfer)
     link = None
-    if fault is None:
-        with progress("link") as on_progress:
-            link = survey(engine, max(lengths), devices, kv_transfer, on_progress)
     try:
         with progress("serving") as on_progress:
             settings = {"devices": devices, "transfer": kv_transfer, "fault": fault, "on_progress": on_progress}
             asyncio.run(measure(engine, load, found, **settings))  # type: ignore[arg-type]
+        if fault is None:
+            with progress("link") as on_progress:
+                link = survey(engine, max(lengths), devices, kv_transfer, on_progress)
     except KeyboardInterrupt:
         if found.shared.outcomes:
             show(report(config, found, link), output)
@@ -305,25 +309,20 @@ def notes(found: "Found", summary: dict[str, Any]) -> list[str]:
 
 def charts(found: "Found") -> list[Chart]:
     """How long each request was in which stage, and how evenly other answers went on meanwhile."""
-    staged = [(index, o.stages) for index, o in enumerate(found.shared.outcomes) if o.stages]
+    staged = [(f"{o.request}: {o.prompt_tokens:,}", o.stages) for o in found.shared.outcomes if o.stages]
     if not staged:
         return []
-    lines: dict[str, tuple[list[float], list[float | None]]] = {stage: ([], []) for stage in STAGES}
-    for index, stages in staged:
-        start = 0.0
-        for stage, seconds in stages.items():
-            x, y = lines[stage]
-            x += [start, start + 1e3 * seconds, start + 1e3 * seconds]
-            y += [float(index), float(index), None]
-            start += 1e3 * seconds
+    names = [name for name, _ in staged]
+    timeline = [
+        Series(stage.replace("_", " "), names, [1e3 * stages[stage] for _, stages in staged]) for stage in STAGES
+    ]
     gaps = [
         Series(name, [at - phase.gaps[0][0] for at, _ in phase.gaps], [1e3 * gap for _, gap in phase.gaps])
         for name, phase in (("colocated", found.colocated), ("disaggregated", found.shared))
         if phase.gaps
     ]
-    timeline = [Series(stage.replace("_", " "), x, y) for stage, (x, y) in lines.items()]
     return [
-        Chart("Requests until their first token", "ms since they were sent", "request", timeline),
+        Chart("Requests until their first token", "ms since they were sent", "request: tokens", timeline, "timeline"),
         *(
             [Chart("Gaps between tokens of other answers", "seconds", "ms", gaps, "scatter", log_y=True)]
             if gaps

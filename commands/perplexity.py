@@ -1,6 +1,6 @@
 """`kvtool perplexity`: what KV formats do to a model's predictions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from kvtool.config import EngineConfig
 from kvtool.errors import ConfigError
 
+from .charts import Chart, Series
 from .options import MOST, option
-from .output import Chart, Column, OutputOptions, Report, Series, Table, progress, show
+from .output import Column, OutputOptions, Report, Table, progress, show
 
 if TYPE_CHECKING:
     from kvtool.perplexity import FormatScore
+    from kvtool.protocols import Task
+    from kvtool.scoring import ScoringModel
 
 COLUMNS = (
     Column("format", "format.name"),
@@ -102,8 +105,9 @@ def perplexity(
 
     Example: kvtool perplexity --data wiki.test.raw --protocol gptq --formats 16,8,4,2,k8v4,plan:plan.yaml
     """
-    from kvtool.perplexity import SAMPLE, Interrupted, make_task, read_documents, score_formats
-    from kvtool.scoring import ScoringModel, parse_formats
+    from kvtool.perplexity import Interrupted, parse_formats, score_formats
+    from kvtool.protocols import SAMPLE, make_task, read_documents
+    from kvtool.scoring import ScoringModel
     from kvtool.tokenizer import Tokenizer
 
     if baseline and save_baseline:
@@ -112,11 +116,9 @@ def perplexity(
     documents = read_documents(Path(data) if data else SAMPLE, field)
     with ExitStack() as models:
         model = models.enter_context(closing(ScoringModel(engine)))
-        plain, reference = (
-            replace(engine, quantization="auto", quantize_head=False, keep_layers=(), calibration=None),
-            None,
-        )
+        reference = None
         if model.quantization and engine.num_ranks == 1:
+            plain = replace(engine, quantization="auto", quantize_head=False, keep_layers=(), calibration=None)
             reference = models.enter_context(closing(ScoringModel(plain)))
         task = make_task(
             protocol,
@@ -138,17 +140,6 @@ def perplexity(
             "formats": list(kv_formats),
             "baseline": baseline,
         }
-
-        def show_scores(scores: "list[FormatScore]") -> None:
-            rows = [asdict(score) for score in scores]
-            name = f"{engine.model} with weights in {engine.quantization}" if model.quantization else engine.model
-            what = (
-                f"{name} in {model.dtype_name} on {model.device}, protocol {protocol}: {len(task.windows):,} windows "
-                f"of {task.window:,} tokens, {scores[0].tokens:,} of {task.num_tokens:,} places scored."
-            )
-            notes = [what, *DEFINITIONS]
-            show(Report("perplexity", config, rows, COLUMNS, tables(rows), charts(rows), notes), output)
-
         kept, keep = (Path(file) if file else None for file in (baseline, save_baseline))
         try:
             with progress("scoring") as on_progress:
@@ -162,9 +153,23 @@ def perplexity(
                     on_progress=on_progress,
                 )
         except Interrupted as interrupt:
-            show_scores(interrupt.scores)
+            show(score_report(model, task, config, interrupt.scores), output)
             raise
-        show_scores(scores)
+        show(score_report(model, task, config, scores), output)
+
+
+def score_report(
+    model: "ScoringModel", task: "Task", config: Mapping[str, Any], scores: "Sequence[FormatScore]"
+) -> Report:
+    """Formats side by side; of a run that was stopped, as far as it came."""
+    rows = [asdict(score) for score in scores]
+    weights = f" with weights in {model.config.quantization}" if model.quantization else ""
+    what = (
+        f"{model.config.model}{weights} in {model.dtype_name} on {model.device}, protocol {config['protocol']}: "
+        f"{len(task.windows):,} windows of {task.window:,} tokens, "
+        f"{scores[0].tokens:,} of {task.num_tokens:,} places scored."
+    )
+    return Report("perplexity", config, rows, COLUMNS, tables(rows), charts(rows), [what, *DEFINITIONS])
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from kvtool.config import Bits, EngineConfig, KVOptions
 from kvtool.errors import ConfigError
 
+from .charts import Chart, Series
 from .options import MOST, memory_size, option
-from .output import Chart, Column, OutputOptions, Report, Row, Series, Table, progress, show
+from .output import Column, OutputOptions, Report, Row, Table, progress, show
 
 if TYPE_CHECKING:
     from kvtool.quantize.report import Exam

@@ -106,7 +106,7 @@ class EngineClient:
             EngineDeadError: the engine ended meanwhile.
         """
         if not self.alive:
-            raise EngineDeadError("the engine has ended; restart the server")
+            raise EngineDeadError("the engine has ended; try again when another has been started")
         assert request.id not in self._queues, "request ids are unique"
         queue = self._queues[request.id] = asyncio.Queue()
         finished = False

@@ -201,9 +201,10 @@ class DecodeGraphs:
             self._captured[size] = Captured(graph, *outputs)
 
     def rehearse(self) -> None:
-        """Launch what all graphs would hold."""
+        """Launch what all graphs would hold; no memory of it stays."""
         for size in reversed(self.sizes):
             self._run(size)
+        self._logits = self._logits.new_empty(0)
 
     def holds(self, batch: ScheduledBatch) -> bool:
         """Graphs have been captured, it is not too much, and what runs of prompts needs no more than their rows."""
@@ -381,9 +382,10 @@ class PromptGraphs:
             self._captured[room] = CapturedRoom(graph, how, inputs, staged)
 
     def rehearse(self) -> None:
-        """Launch what all graphs would hold."""
+        """Launch what all graphs would hold; no memory of it stays."""
         for room in reversed(self.rooms):
             self._run(room, self._cleared(room))
+        self._hidden = self._hidden.new_empty(0)
 
     def room(self, batch: ScheduledBatch) -> Room | None:
         """Where the step runs, None if nowhere."""

@@ -85,14 +85,14 @@ class Engine:
         has_ranks = config.num_ranks * config.ep * config.nnodes > 1  # or they would have, and are told what is missing
         self.ranks = RunnerRanks(config) if has_ranks else None
         self.runner = self.ranks.runner if self.ranks else Runner(config)
-        store, model = self.runner.store, self.runner.model_config
+        store = self.runner.store
         self.scheduler = Scheduler(
             store.format,
             num_blocks=store.num_blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.runner.max_model_len,
-            eos_token_ids=model.eos_token_ids,
+            eos_token_ids=self.runner.model_config.eos_token_ids,
             num_swap_units=len(self.runner.swap_space.units),
             tail_units=store.layout.tail_units,
             cache_identity=_cache_identity(self.runner) if config.prefix_caching else None,
@@ -116,8 +116,13 @@ class Engine:
         self.arrivals = self.losses = 0  # of requests that other engines have begun, or should have
         self._imported: dict[str, Arrival] = {}  # of requests that have no token of ours yet
         self._arrivals: dict[str, deque[Tokens]] = {}  # of `generate` and `stream`, by request
-        elements, block_bytes, tail_bytes, kv_bytes, weight_bytes, step_bytes = self.runner.on_all_ranks
-        self.info = EngineInfo(
+        self.info = self._describe(config, time.perf_counter() - start)
+
+    def _describe(self, config: EngineConfig, start_seconds: float) -> EngineInfo:
+        """What others are told of this engine."""
+        store, model = self.runner.store, self.runner.model_config
+        totals = self.runner.totals
+        return EngineInfo(
             model=config.model,
             path=str(self.runner.path),
             max_model_len=self.runner.max_model_len,
@@ -127,23 +132,23 @@ class Engine:
             device=str(self.runner.device),
             num_ranks=config.num_ranks,
             quantization=self.runner.quantization,
-            weight_bytes=weight_bytes,
-            step_bytes=step_bytes,
+            weight_bytes=totals.weight_bytes,
+            step_bytes=totals.step_bytes,
             num_experts=max((experts.routing.num_experts for experts in model.experts if experts), default=0),
             ep=config.ep,
             kv_format=self.runner.format.describe(),
-            bits_per_element=8 * block_bytes / (store.format.block_size * elements),
+            bits_per_element=8 * totals.block_bytes / (store.format.block_size * totals.elements),
             block_size=store.format.block_size,
             num_blocks=store.num_blocks,
-            block_bytes=block_bytes,
+            block_bytes=totals.block_bytes,
             max_num_seqs=config.max_num_seqs,
-            tail_bytes=tail_bytes,
+            tail_bytes=totals.tail_bytes,
             num_swap_units=len(self.runner.swap_space.units),
             prefix_caching=self.scheduler.prefixes.identity is not None,
-            kv_bytes=kv_bytes,
+            kv_bytes=totals.kv_bytes,
             kv_tokens=store.num_blocks * store.format.block_size + config.max_num_seqs * store.format.tail_tokens,
-            kv_tokens_16bit=kv_bytes // (2 * elements),
-            start_seconds=time.perf_counter() - start,
+            kv_tokens_16bit=totals.kv_bytes // (2 * totals.elements),
+            start_seconds=start_seconds,
             compile_seconds=self.runner.compile_seconds,
             draft_kv_bytes=self.runner.draft.store.nbytes if self.runner.draft else 0,
             kv_address=self._inlet.address if self._inlet else "",

@@ -286,9 +286,9 @@ class Pusher:
         push = self._senders[address].begin(request.id, request.prompt)
         self._pushed[request.id] = Pushed(request, push, self._packers.get(address))
 
-    def abort(self, request_id: str, reason: str = "it was aborted") -> None:
+    def abort(self, request_id: str) -> None:
         if pushed := self._pushed.pop(request_id, None):
-            pushed.push.drop(reason)
+            pushed.push.drop("it was aborted")
 
     def outgoing(self, batch: ScheduledBatch) -> Outgoing | None:
         """What a step is to yield; None: nothing."""

@@ -3,20 +3,18 @@
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate, islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvtool.attention import PagedAttention, block_size
-from kvtool.attention.queries import Queries
-from kvtool.calibration import choose_quantization
+from kvtool.attention import block_size
+from kvtool.chosen_model import choose_model
 from kvtool.config import EngineConfig
 from kvtool.cuda_graph import StepGraphs, as_kv_span, known, most_rows, place, prompt_rooms, worthwhile_tokens
-from kvtool.device import choose_device, choose_dtype
 from kvtool.draft_model import DraftModel, find_draft, share_cache
 from kvtool.errors import CapacityError
 from kvtool.gpus import find_gpu
@@ -24,6 +22,7 @@ from kvtool.kv.batch import KVBatch, on_device, to_host
 from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
+from kvtool.kv.store import KVStore
 from kvtool.kv.swap import SwapSpace
 from kvtool.layers.moe import ExpertLoad
 from kvtool.memory import (
@@ -36,19 +35,14 @@ from kvtool.memory import (
     largest_step,
     size,
 )
-from kvtool.models import load_config, load_model, resolve_model, weight_bytes
-from kvtool.models.kv import attention_layers, kv_spec
+from kvtool.models import weight_bytes
+from kvtool.models.kv import kv_spec
+from kvtool.paged_model import PagedModel
 from kvtool.parallel import ONE_RANK, Parallel
 from kvtool.processes import cpu_threads
 from kvtool.profiling import StepProfiler, traces_folder
 from kvtool.ranges import Range
-from kvtool.request import (
-    Draft,
-    Import,
-    Sample,
-    ScheduledBatch,
-    StepResult,
-)
+from kvtool.request import Draft, Import, Sample, ScheduledBatch, StepResult
 from kvtool.sampler import Drafts, Sampler, is_greedy, verify
 from kvtool.token_scores import Scores, score_prompts, score_samples
 
@@ -70,6 +64,24 @@ class Handle:
     ready: torch.cuda.Event | None
 
 
+class Totals(NamedTuple):
+    """What ranks have of a model and its cache: one, or all together.
+
+    Attributes:
+        elements: that are stored of a token.
+        block_bytes, tail_bytes: of a block, and of a sequence's tail.
+        kv_bytes, weight_bytes: of the cache, and of the weights.
+        step_bytes: of the weights that a step reads.
+    """
+
+    elements: int
+    block_bytes: int
+    tail_bytes: int
+    kv_bytes: int
+    weight_bytes: int
+    step_bytes: int
+
+
 class Runner:
     """Model, KV store and sampler of one process. Where several ranks share a model, each has one of these, they are
     made at the same time, and all of them launch every step.
@@ -78,49 +90,36 @@ class Runner:
         parallel: this rank's place among all.
         path: local folder of the model.
         model_config: what the checkpoint is.
-        quantization: how weights are kept, as `--quantization` names it; "none": in 16 bits, or as the dtype says.
+        quantization: how weights are kept, as `ChosenModel.method` names it.
         max_model_len: tokens of prompt and answer together, as asked for or as model and cache allow.
         format: of the cache of all layers.
-        store: this rank's part of it, sized from the configuration; all have as many blocks.
+        paged: the model over this rank's part of the cache; all ranks' parts have as many blocks.
+        graphs: of its steps; None: each kernel is launched by itself.
         draft: the model that drafts for it, whole on every rank; None: there is none.
+        recent: [1 + K, max_num_seqs + 1] int64, by slot: the id sampled last, and K drafted behind it; the last slot is
+            nobody's. `newest` is its first row.
         swap_space: for sequences that must make room.
         memory: what a GPU holds beside the store.
         largest_step_seconds: that the largest step took behind its launch, as tried on a GPU.
         compile_seconds: that it took to compile the kernels of all steps, or to find them compiled; 0: each is compiled
             when it is first launched.
         expert_load: of the layers of this rank's stage that have experts, kept by the first rank of its group.
-        on_all_ranks: elements of a token, bytes of a block, of a tail, of the cache, of the weights and of those that a
-            step reads, of all ranks together.
+        totals: of all ranks together.
     """
 
     def __init__(self, config: EngineConfig, parallel: Parallel = ONE_RANK) -> None:
         folder = traces_folder(config.profile) if config.profile else None
-        self.parallel, self.device = parallel, choose_device(config.device)
-        self.path = resolve_model(config.model)
-        self.model_config = load_config(self.path)
-        self.dtype = choose_dtype(config, self.model_config, self.device)
+        self.parallel, chosen = parallel, choose_model(config)
+        self.path, self.model_config, self.device, self.dtype = chosen.path, chosen.config, chosen.device, chosen.dtype
         check_context(config, self.model_config)
         draft_path = find_draft(config, self.path, self.model_config)
-        quantization = choose_quantization(config, self.model_config, self.path, self.device)
-        stored = self.model_config.quantization
-        self.quantization = stored.method if stored else quantization.method if quantization else "none"
+        self.quantization = chosen.method
         spec = kv_spec(self.model_config, self.dtype)
         self.format = resolve(config.kv, spec, block_size(config.attention_backend))
         self._layers = parallel.stage.layers(self.model_config.num_layers)
         layout = KVLayout(kv_spec(self.model_config, self.dtype, parallel), self.format.of_layers(self._layers))
         with torch.inference_mode():
-            with parallel.agreeing():
-                self.model = load_model(
-                    self.path,
-                    self.model_config,
-                    dtype=self.dtype,
-                    device=self.device,
-                    load_format=config.load_format,
-                    seed=config.seed,
-                    max_model_len=config.max_model_len,
-                    parallel=parallel,
-                    quantization=quantization,
-                )
+            self.model = chosen.load(config, parallel)
             self.draft: Runner | None = None
             if draft_path:
                 asked, config = share_cache(draft_path, config, layout, self.dtype, self.device, parallel)
@@ -140,16 +139,8 @@ class Runner:
             routers = self.model.routers() if parallel.tp.rank == 0 else {}
             self.expert_load = ExpertLoad(routers, most_rows(config.max_num_batched_tokens)) if routers else None
             self.memory = self._measure(config, layout) if self.device.type == "cuda" else None
-            with parallel.agreeing():
-                memory = cache_memory(config, layout, self.memory)
-                fits = capacity(config, self.model_config, layout, memory)
-            num_units = config.swap_space // len(config.ranks_here) // layout.block_bytes
-            num_blocks, self.max_model_len, num_units = parallel.least(*fits, num_units)
-            with parallel.agreeing():
-                self._hold(layout, num_blocks, config)
-                self.swap_space = SwapSpace(self.store, num_units)
-            self.graphs = self._graphs(config)
-            self.on_all_ranks = parallel.total(
+            self._allocate(config, layout)
+            own = Totals(
                 layout.spec.elements,
                 layout.block_bytes,
                 layout.tail_bytes,
@@ -157,6 +148,7 @@ class Runner:
                 self.model.weight_bytes,
                 self.model.step_bytes,
             )
+            self.totals = Totals(*parallel.total(*own))
             if self.graphs:
                 self._capture(self.graphs)
         if folder:
@@ -167,6 +159,11 @@ class Runner:
         """What the device holds, of this rank."""
         weights = self.memory.weights if self.memory else weight_bytes(self.model)
         return MemoryParts.of(self.store.layout, self.store.num_blocks, len(self.newest) - 1, weights, self.memory)
+
+    @property
+    def store(self) -> KVStore:
+        """This rank's part of the cache."""
+        return self.paged.store
 
     @property
     def whole_layout(self) -> KVLayout:
@@ -287,11 +284,10 @@ class Runner:
         if self.graphs and self.graphs.decodes.holds(batch):
             kv_batch, logits, greedy = self.graphs.decodes.launch(batch)
             self._count_experts(kv_batch.num_decodes)
-            self.store.seal(kv_batch)
+            self.paged.seal(kv_batch)
             return logits, greedy, []
         kv_batch, hidden = self._hidden_states(batch, on_layer)
-        with self.parallel.faults_noted(self.store.note_fault):
-            self.store.seal(kv_batch)
+        self.paged.seal(kv_batch)
         for fork in batch.forks:
             self.store.fork(fork.source_block, fork.source_slot, fork.block, fork.slot)
         if self.graphs:
@@ -316,33 +312,9 @@ class Runner:
         width = self.recent.shape[1]
         ids = [token for span in batch.spans for token in span.token_ids or [place(span, width)]]
         sent = on_device({"ids": np.array(ids, np.int64)}, self.device)["ids"]
-        hidden = self._compute(known(sent, self.recent), kv_batch, on_layer)
+        hidden = self.paged(known(sent, self.recent), kv_batch, on_layer)
         self._count_experts(len(ids))
         return kv_batch, hidden
-
-    def _compute(self, ids: Tensor, kv_batch: KVBatch, on_layer: Callable[[int], None] | None = None) -> Tensor:
-        """Hidden states of the tokens `ids`."""
-        hidden: Tensor = self.model(ids, kv_batch.positions, partial(self._attend, kv_batch, on_layer))
-        return hidden
-
-    def _attend(
-        self,
-        batch: KVBatch,
-        on_layer: Callable[[int], None] | None,
-        layer: int,
-        q: Queries,
-        key: Tensor,
-        value: Tensor,
-    ) -> Tensor:
-        index, out = layer - self._layers.start, None
-        with self.parallel.faults_noted(self.store.note_fault):
-            out = self.attention(index, q, key, value, batch)
-        if on_layer:
-            on_layer(index)
-        if out is None:
-            out = torch.empty_like(q) if isinstance(q, Tensor) else q.empty()
-            out.zero_()
-        return out
 
     def _count_experts(self, tokens: int) -> None:
         """So many have been computed; what stands behind them fills up a graph."""
@@ -396,11 +368,10 @@ class Runner:
         weights = torch.cuda.memory_allocated(self.device)
         largest = largest_step(config, layout.format, self.max_model_len)
         try:
-            self._hold(layout, sum(len(span.blocks) for span in largest.spans) + 1, config)
-            self.graphs = None
-            self._compile(config, largest)
+            self._hold(config, layout, sum(len(span.blocks) for span in largest.spans) + 1)
+            if self.graphs:
+                self._compile(config, self.graphs, largest)
             torch.cuda.empty_cache()
-            self.graphs = self._graphs(config)
             torch.cuda.reset_peak_memory_stats(self.device)
             handle, launched = self.launch(largest), time.perf_counter()
             self.collect(handle)
@@ -424,23 +395,21 @@ class Runner:
         workspace = step - weights - self.store.nbytes
         free, _ = torch.cuda.mem_get_info(self.device)
         others = total - free - torch.cuda.memory_reserved(self.device)
-        del self.store, self.attention, self.graphs
+        del self.paged, self.graphs
         torch.cuda.empty_cache()
         self.recent.zero_()
         if self.expert_load:
             self.expert_load.reset()
         return DeviceMemory(int(total * config.gpu_memory_utilization), others, weights, workspace, graphs)
 
-    def _compile(self, config: EngineConfig, largest: ScheduledBatch) -> None:
-        """Compile the kernels of all steps side by side, if there will be graphs of them, where each would otherwise be
-        waited for when it is first launched.
+    def _compile(self, config: EngineConfig, graphs: StepGraphs, largest: ScheduledBatch) -> None:
+        """Compile the kernels of all steps side by side, where each would otherwise be waited for when it is first
+        launched.
 
         Which ones those are the steps themselves tell, launched with none of Triton's kernels run, and so on numbers
         that mean nothing: no step here looks at what it has computed. Of layers that are alike one is launched; the
         first is unlike all others, as nothing stands in the residual stream before it.
         """
-        if (graphs := self._graphs(config)) is None:
-            return
         from kvtool.kernels.launch import compiling
 
         start, layers = time.perf_counter(), self.model.layers
@@ -461,18 +430,35 @@ class Runner:
             self.model.layers = layers
         self.compile_seconds = time.perf_counter() - start
 
-    def _hold(self, layout: KVLayout, num_blocks: int, config: EngineConfig) -> None:
-        """Give the model a store, and attention over it."""
-        self.store = allocate(layout, num_blocks, config.max_num_seqs, self.dtype, self.device)
-        layers = attention_layers(self.model_config, self.parallel)
-        self.attention = PagedAttention(self.store, layers, config.attention_backend)
+    def _allocate(self, config: EngineConfig, layout: KVLayout) -> None:
+        """Hold a cache, and space to swap to, as large as every rank has room for.
+
+        Raises:
+            CapacityError: not even one request fits.
+        """
+        with self.parallel.agreeing():
+            memory = cache_memory(config, layout, self.memory)
+            fits = capacity(config, self.model_config, layout, memory)
+        num_units = config.swap_space // len(config.ranks_here) // layout.block_bytes
+        num_blocks, self.max_model_len, num_units = self.parallel.least(*fits, num_units)
+        self._hold(config, layout, num_blocks)
+        with self.parallel.agreeing():
+            self.swap_space = SwapSpace(self.store, num_units)
+
+    def _hold(self, config: EngineConfig, layout: KVLayout, num_blocks: int) -> None:
+        """Put the model over a store of so many blocks, with graphs of its steps, yet to be captured."""
+        with self.parallel.agreeing():
+            store = allocate(layout, num_blocks, config.max_num_seqs, self.dtype, self.device)
+            self.paged = PagedModel(self.model, store, config.attention_backend, self.parallel)
+        self.graphs = self._graphs(config)
 
     def _graphs(self, config: EngineConfig) -> StepGraphs | None:
         """Graphs of steps, yet to be captured; all ranks have the same ones, or none."""
-        (is_capturable,) = self.parallel.least(config.cuda_graph and self.attention.is_capturable)
+        attention = self.paged.attention
+        (is_capturable,) = self.parallel.least(config.cuda_graph and attention.is_capturable)
         if not is_capturable:
             return None
-        fmt, captured = self.store.format, self.attention.captured_tokens
+        fmt, captured = self.store.format, attention.captured_tokens
         gpu = find_gpu(torch.cuda.get_device_name(self.device))
         worthwhile = worthwhile_tokens(self.model.products / len(self._layers), gpu[1] if gpu else None)
         (worthwhile,) = self.parallel.least(worthwhile if captured is None else min(worthwhile, captured))
@@ -480,7 +466,7 @@ class Runner:
         # Stages but the last have no logits, and nobody looks at what comes of their hidden states.
         head = self.model.logits if self.parallel.stage.is_last else _kept
         return StepGraphs(
-            self._compute,
+            self.paged,
             head,
             fmt,
             self.recent,

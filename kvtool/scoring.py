@@ -1,40 +1,35 @@
 """Teacher-forced scoring through the packed store: every token reads exactly what decoding would let it read."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
-from typing import cast
 
 import msgspec
 import torch
 from torch import Tensor
 
-from kvtool.attention import PagedAttention, block_size
-from kvtool.attention.queries import Queries, prepared
-from kvtool.calibration import choose_quantization
-from kvtool.config import Bits, EngineConfig, KVOptions
-from kvtool.device import choose_device, choose_dtype
-from kvtool.errors import ConfigError
+from kvtool.attention import block_size
+from kvtool.attention.queries import prepared
+from kvtool.chosen_model import choose_model
+from kvtool.config import EngineConfig, KVOptions
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
-from kvtool.kv.plan import BITS
 from kvtool.kv.store import KVStore
 from kvtool.memory import MemoryParts, allocate
-from kvtool.models import Attend, ModelConfig, load_config, load_model, resolve_model, weight_bytes
+from kvtool.models import Attend, ModelConfig, weight_bytes
 from kvtool.models.kv import attention_layers, kv_spec
 from kvtool.models.resolve import fingerprint
+from kvtool.paged_model import PagedModel
 from kvtool.parallel import ONE_RANK, Parallel, Stage
 from kvtool.profiling import StepProfiler, traces_folder
 from kvtool.ranks.leader import Ranks
 from kvtool.token_scores import SCORED_ROWS
 
 SIXTEEN_BITS = KVOptions()
-DEFAULT_FORMATS = "16,8,4,2"
 
 
 @dataclass(frozen=True)
@@ -141,29 +136,15 @@ class ScoringModel:
             config, parallel = self._ranks.config, self._ranks.parallel
         self.config, self.parallel = config, parallel
         with self._ranks.starting() if self._ranks else nullcontext():
-            self.device = choose_device(config.device)
-            self.path = resolve_model(config.model)
-            self.model_config = load_config(self.path)
-            self.dtype = choose_dtype(config, self.model_config, self.device)
-            self.quantization = choose_quantization(config, self.model_config, self.path, self.device)
-            with torch.inference_mode(), parallel.agreeing():
-                self.model = load_model(
-                    self.path,
-                    self.model_config,
-                    dtype=self.dtype,
-                    device=self.device,
-                    load_format=config.load_format,
-                    seed=config.seed,
-                    max_model_len=config.max_model_len,
-                    parallel=parallel,
-                    quantization=self.quantization,
-                )
+            chosen = choose_model(config)
+            self.model = chosen.load(config, parallel)
             if self._ranks:
                 self._ranks.await_ready()
+        self.path, self.model_config, self.device, self.dtype = chosen.path, chosen.config, chosen.device, chosen.dtype
+        self.quantization = chosen.quantization
         self.max_model_len = min(config.max_model_len or self.model_config.max_position, self.model_config.max_position)
-        self._attention_layers = attention_layers(self.model_config, parallel)
         self._layers = parallel.stage.layers(self.model_config.num_layers)
-        self._attentions: dict[int, PagedAttention] = {}
+        self._paged: dict[int, PagedModel] = {}  # by the numbers of their stores
         self._numbers = count()
         name = "scoring" if parallel.size == 1 else f"scoring-rank{parallel.rank}"
         is_follower = parallel.rank > 0
@@ -265,15 +246,15 @@ class ScoringModel:
         """
         match order:
             case OpenStore():
-                self._attentions[order.number] = self._opened(order)
+                self._paged[order.number] = self._opened(order)
             case Read():
-                return self._forward(order.windows, self._attentions[order.number])
+                return self._forward(order.windows, self._paged[order.number])
             case Predict():
                 return [self._logits(order.num_rows, rows)]
             case DropStore():
-                attention = self._attentions.pop(order.number, None)
-                if attention and self._profiler and self.parallel.rank == 0:
-                    self._profiler.rest(partial(self._held, attention.store))
+                paged = self._paged.pop(order.number, None)
+                if paged and self._profiler and self.parallel.rank == 0:
+                    self._profiler.rest(partial(self._held, paged.store))
             case Walk():
                 ids, positions = (torch.tensor(x, device=self.device) for x in (order.token_ids, order.positions))
                 self.model(ids, positions, prepared(SharedHeads(self.model_config, self.parallel)))
@@ -292,17 +273,17 @@ class ScoringModel:
             for layer in range(self._layers.stop, self.model_config.num_layers):
                 shared.serve(layer, len(ids), self.dtype, self.device)
 
-    def _opened(self, order: OpenStore) -> PagedAttention:
+    def _opened(self, order: OpenStore) -> PagedModel:
         layout = KVLayout(
             kv_spec(self.model_config, self.dtype, self.parallel), self.layout(order.kv).format.of_layers(self._layers)
         )
         with self.parallel.agreeing():
             store = allocate(layout, order.num_blocks, order.num_tail_slots, self.dtype, self.device)
-            return PagedAttention(store, self._attention_layers, self.config.attention_backend)
+            return PagedModel(self.model, store, self.config.attention_backend, self.parallel)
 
-    def _forward(self, batch: Sequence[Window], attention: PagedAttention) -> list[Tensor]:
+    def _forward(self, batch: Sequence[Window], paged: PagedModel) -> list[Tensor]:
         """Run windows together, each from its own empty memory; one that is longer than a step goes in pieces."""
-        store, step = attention.store, self.config.max_num_batched_tokens
+        store, step = paged.store, self.config.max_num_batched_tokens
         free = iter(range(store.num_blocks))
         owned = [list(islice(free, store.format.num_blocks(window.num_read))) for window in batch]
         pieces: list[list[Tensor]] = [[] for _ in batch]
@@ -315,10 +296,8 @@ class ScoringModel:
                 self._profiler.begin_step()
             kv_batch = KVBatch.build(store.format, spans, self.device)
             read = [token for w, span in zip(batch, spans, strict=True) for token in w.token_ids[span.start : span.end]]
-            ids = torch.tensor(read, device=self.device)
-            hidden = self.model(ids, kv_batch.positions, partial(self._attend, attention, kv_batch))
-            with self.parallel.faults_noted(store.note_fault):
-                store.seal(kv_batch)
+            hidden = paged(torch.tensor(read, device=self.device), kv_batch)
+            paged.seal(kv_batch)
             if self._profiler:
                 self._profiler.end_step(partial(self._held, store))
             for rows, piece in zip(hidden.split([span.length for span in spans]), pieces, strict=True):
@@ -343,23 +322,6 @@ class ScoringModel:
         else:
             logits = torch.empty(num_rows, config.vocab_size, dtype=self.dtype, device=self.device)
         return logits if parallel.stage.count == 1 else parallel.broadcast(logits, parallel.first_of_last_stage)
-
-    def _attend(
-        self,
-        attention: PagedAttention,
-        batch: KVBatch,
-        layer: int,
-        q: Queries,
-        key: Tensor,
-        value: Tensor,
-    ) -> Tensor:
-        out = None
-        with self.parallel.faults_noted(attention.store.note_fault):
-            out = attention(layer - self._layers.start, q, key, value, batch)
-        if out is None:
-            out = torch.empty_like(q) if isinstance(q, Tensor) else q.empty()
-            out.zero_()
-        return out
 
     def _held(self, store: KVStore) -> MemoryParts:
         """What the device holds for the model and this store."""
@@ -432,54 +394,3 @@ def _batches(windows: Sequence[Window], most: int) -> list[list[Window]]:
         batches[-1].append(window)
         room -= window.num_read
     return batches
-
-
-def parse_formats(text: str | None, base: KVOptions) -> dict[str, KVOptions]:
-    """Formats by the words of a list such as "16,8,4,2,fp8,k8v4,plan:FILE", in its order.
-
-    Args:
-        text: None is 16 bits and what `base` asks for; if that is nothing, 16, 8, 4 and 2 bits.
-        base: the options that all of them share; what means nothing for a word is left out of it.
-
-    Raises:
-        ConfigError: a word that names no bits, one that comes twice, or bits in `base` as well as in `text`.
-    """
-    asked = _word(base)
-    if text is None and asked is not None:
-        return {"16": SIXTEEN_BITS} if asked == "16" else {"16": SIXTEEN_BITS, asked: base}
-    if asked is not None:
-        raise ConfigError("--formats names the bits of every format; leave out --nbits and --kv-plan")
-    words = [word.strip() for word in (text if text is not None else DEFAULT_FORMATS).split(",")]
-    formats = {word: _format(word, base) for word in words}
-    if len(formats) < len(words):
-        raise ConfigError(f"--formats {text}: names a format twice")
-    return formats
-
-
-def _word(kv: KVOptions) -> str | None:
-    """The word for the bits of `kv`; None where it asks for none."""
-    if kv.plan:
-        return f"plan:{kv.plan}"
-    if not (kv.nbits or kv.nbits_key or kv.nbits_value):
-        return None
-    key, value = (bits or kv.nbits or "16" for bits in (kv.nbits_key, kv.nbits_value))
-    return key if key == value else f"k{key}v{value}"
-
-
-def _format(word: str, base: KVOptions) -> KVOptions:
-    if word.startswith("plan:"):
-        return replace(base, plan=word.removeprefix("plan:"))
-    pair = re.fullmatch("k(.+)v(.+)", word, re.IGNORECASE)
-    key, value = pair.groups() if pair else (word, word)
-    if key not in BITS or value not in BITS:
-        raise ConfigError(f"--formats {word!r:.40}: write {', '.join(BITS)}, a pair such as k8v4, or plan:FILE")
-    kv = replace(
-        base,
-        nbits_key=cast(Bits, key),
-        nbits_value=cast(Bits, value),
-        axis_key=None if key == "fp8" else base.axis_key,
-        axis_value=None if value == "fp8" else base.axis_value,
-    )
-    if {key, value} == {"16"}:
-        return SIXTEEN_BITS
-    return kv if {key, value} - {"16", "fp8"} else replace(kv, rotate=None, symmetric=None, q_group_size=None)

@@ -28,7 +28,8 @@ from kvtool.kv.format import StreamFormat, resolve
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.layers.rotary import Rope, Rotary
 from kvtool.models.resolve import EMBEDDED
-from kvtool.perplexity import Task, make_task, read_documents, score_formats
+from kvtool.perplexity import score_formats
+from kvtool.protocols import Task, make_task, read_documents
 from kvtool.quantize.layer_errors import LayerActivations, attend_packed, layer_errors
 from kvtool.quantize.preflight import LIMIT, examine
 from kvtool.quantize.tasks import RETRIEVAL, answer_all, load_task

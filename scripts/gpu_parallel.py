@@ -222,7 +222,18 @@ def timed(call: Callable[[], object]) -> float:
 
 def show(figures: dict[str, Any]) -> None:
     console = Console(width=None if os.isatty(1) else 110)
-    model, one = KNOWN[figures["model"]], figures["runs"].get("one", {})
+    console.print(runs_table(figures))
+    for name, run in figures["runs"].items():
+        if "error" in run:
+            print(f"{name} {run['error']}:", *run["said"], sep="\n  ")
+    console.print(collectives_table(figures["collectives"], KNOWN[figures["model"]]["num_hidden_layers"]))
+    if figures["collectives"] and (refusal := figures["collectives"][0]["refusal"]):
+        print(f"symmetric memory was refused: {refusal}")
+
+
+def runs_table(figures: dict[str, Any]) -> Table:
+    """Each run beside that of one GPU."""
+    one = figures["runs"].get("one", {})
     first: list[float] = next((run["logprobs"] for run in figures["runs"].values() if "logprobs" in run), [])
     title = f"{figures['model']}, {figures['nbits']} bits, {figures['gpu']}, torch {figures['torch']}"
     table = Table(title=title, box=None)
@@ -242,11 +253,12 @@ def show(figures: dict[str, Any]) -> None:
             f"{sum(gaps) / len(gaps):.4f}" if gaps else "",
         ]
         table.add_row(*cells, str(run.get("start_s", "")))
-    console.print(table)
-    for name, run in figures["runs"].items():
-        if "error" in run:
-            print(f"{name} {run['error']}:", *run["said"], sep="\n  ")
-    calls = 2 * model["num_hidden_layers"] + 1
+    return table
+
+
+def collectives_table(rows: list[dict[str, Any]], num_layers: int) -> Table:
+    """What ranks say to each other, once, and in a step of all layers."""
+    calls = 2 * num_layers + 1
     table = Table(title=f"A step: {calls} all-reduces and 1 gather (tensor parallel), 1 hand-over (pipeline)", box=None)
     for heading in (
         "rows",
@@ -260,7 +272,7 @@ def show(figures: dict[str, Any]) -> None:
         "symm. ms",
     ):
         table.add_column(heading, justify="right")
-    for row in figures["collectives"]:
+    for row in rows:
         symmetric = row.get("symmetric_us")
         table.add_row(
             f"{row['rows']:,}",
@@ -273,9 +285,7 @@ def show(figures: dict[str, Any]) -> None:
             f"{(calls * row['nccl_us'] + row['gather_us']) / 1e3:,.2f}",
             "" if symmetric is None else f"{(calls * symmetric + row['gather_us']) / 1e3:,.2f}",
         )
-    console.print(table)
-    if figures["collectives"] and (refusal := figures["collectives"][0]["refusal"]):
-        print(f"symmetric memory was refused: {refusal}")
+    return table
 
 
 if __name__ == "__main__":

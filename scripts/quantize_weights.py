@@ -5,16 +5,17 @@
     kvtool serve --model Qwen2.5-7B-AWQ
 
 awq is saved as an AWQ checkpoint (gemm), gptq and w4a16 as GPTQ (its first format), w8a8 and fp8 as compressed-tensors.
-Embedding and output projection stay as they are; so do layers that --keep-layers names, which loaders tell by their
-tensors. Nothing is written before all is computed.
+Embedding and output projection stay as they are, and so do layers that --keep-layers names; config.json lists what has
+stayed in the words of each format. Nothing is at --output before all is computed.
 """
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from kvtool.calibration import choose_quantization
+from kvtool.chosen_model import choose_model
 from kvtool.config import EngineConfig
-from kvtool.device import choose_device, choose_dtype
 from kvtool.errors import ConfigError, KVToolError
 from kvtool.layers.moe import PackedExperts
 from kvtool.layers.quantized import Int4Matrix, Matrix
-from kvtool.models import Decoder, ModelConfig, load_config, load_model, resolve_model
+from kvtool.models import Decoder, ModelConfig
 from kvtool.models.quantization import named
-from kvtool.models.stored import Kind, StoredQuantization, pieces_of, write_matrix
-from kvtool.parallel import Shard
+from kvtool.models.stored import Kind, StoredQuantization, marker, pieces_of, write_matrix
+from kvtool.parallel import ONE_RANK, Shard
 
 KINDS: dict[str, Kind] = {"gptq": "gptq", "awq": "awq", "w4a16": "gptq", "w8a8": "int8", "fp8": "fp8"}
+WEIGHTS = "model.safetensors"
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model")  # beside the weights: tokenizer, template, generation defaults
 
 
@@ -60,7 +61,10 @@ def main() -> None:
     try:
         save(config, args.output)
     except KVToolError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def save(engine: EngineConfig, output: Path) -> None:
@@ -71,19 +75,10 @@ def save(engine: EngineConfig, output: Path) -> None:
     """
     if output.exists():
         raise ConfigError(f"--output {output}: exists; give a new folder")
-    folder, device = resolve_model(engine.model), choose_device(engine.device)
-    config = load_config(folder)
+    chosen = choose_model(engine)
+    folder, config = chosen.path, chosen.config
     if config.quantization:
         raise ConfigError(f"--model {engine.model}: its weights are quantised already, as {config.quantization.method}")
-    dtype, quantization = choose_dtype(engine, config, device), choose_quantization(engine, config, folder, device)
-    with torch.inference_mode():
-        model = load_model(folder, config, dtype=dtype, device=device, quantization=quantization)
-    method = engine.quantization
-    stored = StoredQuantization(KINDS[method], less_one=True)
-    tensors = dict(stored_tensors(model, config, stored))
-    groups = {m.group_size for m in model.modules() if isinstance(m, Int4Matrix)}
-    fields = json.loads((folder / "config.json").read_text())
-    fields["quantization_config"] = quantization_config(method, max(groups, default=0), list(engine.keep_layers))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as private:
@@ -93,12 +88,21 @@ def save(engine: EngineConfig, output: Path) -> None:
                 for file in folder.glob(pattern):
                     if not file.name.endswith(".safetensors.index.json"):
                         shutil.copy(file, made)
+            model = chosen.load(engine, ONE_RANK)
+            stored = StoredQuantization(KINDS[engine.quantization], less_one=True)
+            tensors = dict(stored_tensors(model, config, stored))
+            groups = {m.group_size for m in model.modules() if isinstance(m, Int4Matrix)}
+            fields = json.loads((folder / "config.json").read_text())
+            fields["quantization_config"] = quantization_config(
+                engine.quantization, max(groups, default=0), *layers_of(tensors, stored)
+            )
             (made / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-            save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+            save_file(tensors, made / WEIGHTS, metadata={"format": "pt"})
+            (made / WEIGHTS).chmod((made / "config.json").stat().st_mode)  # safetensors makes it its owner's alone
             made.rename(output)
     except OSError as error:
         raise ConfigError(f"--output {output}: {error.strerror}") from error
-    print(f"{output}: {method}, {sum(tensor.nbytes for tensor in tensors.values()):,} bytes of weights")
+    print(f"{output}: {engine.quantization}, {sum(tensor.nbytes for tensor in tensors.values()):,} bytes of weights")
 
 
 def stored_tensors(model: Decoder, config: ModelConfig, stored: StoredQuantization) -> Iterator[tuple[str, Tensor]]:
@@ -138,14 +142,31 @@ def as_stored(name: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
-def quantization_config(method: str, group: int, keep: list[str]) -> dict[str, Any]:
-    """What config.json says of it, in the words of the tools that others read it with."""
+def layers_of(tensors: Mapping[str, Tensor], stored: StoredQuantization) -> tuple[list[str], list[str]]:
+    """Names of the layers whose matrices are stored in fewer bits, and of those whose are not."""
+    end, matrices = f".{marker(stored)}", [name for name, tensor in tensors.items() if tensor.ndim == 2]
+    quantized = {name.removesuffix(end) for name in tensors if name.endswith(end)}
+    plain = {x.removesuffix(".weight") for x in matrices if x.startswith("model.layers.") and x.endswith(".weight")}
+    return sorted(quantized), sorted(plain - quantized)
+
+
+def quantization_config(method: str, group: int, quantized: list[str], plain: list[str]) -> dict[str, Any]:
+    """What config.json says of it, in the words of the tools that others read it with.
+
+    Args:
+        group: columns to a scale.
+        quantized, plain: names of the layers that are and that are not.
+    """
     if method in ("gptq", "w4a16"):
         common = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "static_groups": True}
-        return common | {"sym": False, "lm_head": False, "checkpoint_format": "gptq", "pack_dtype": "int32"}
+        common |= {"sym": False, "lm_head": False, "checkpoint_format": "gptq", "pack_dtype": "int32"}
+        if plain:  # gptqmodel reads the first, optimum the second
+            common["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in plain}
+            common["modules_in_block_to_quantize"] = [quantized]
+        return common
     if method == "awq":
         common = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
-        return common | {"modules_to_not_convert": keep or None}
+        return common | {"modules_to_not_convert": plain or None}
     eight_bits = {"num_bits": 8, "type": "int" if method == "w8a8" else "float", "symmetric": True}
     scheme = {
         "targets": ["Linear"],
@@ -158,7 +179,7 @@ def quantization_config(method: str, group: int, keep: list[str]) -> dict[str, A
         "format": "int-quantized" if method == "w8a8" else "float-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": scheme},
-        "ignore": ["lm_head", *keep],
+        "ignore": ["lm_head", *plain],
         "kv_cache_scheme": None,
     }
 

@@ -55,6 +55,14 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     return run
 
 
+def error_line(ended: tuple[int, str, str]) -> str:
+    """What a command says that could not run: one line on stderr, and nothing else."""
+    status, stdout, stderr = ended
+    assert (status, stdout) == (2, "")
+    assert re.fullmatch(r"error: [^\n]+\n", stderr), stderr
+    return stderr
+
+
 def kvtool(*arguments: str, **settings: object) -> "subprocess.Popen[str]":
     """`kvtool` from the checkout, installed or not, without the caller's KVTOOL_ variables."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("KVTOOL_")}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from commands import app
 from kvtool.bench import ablate
-from kvtool.bench.ablate import FORMATS, KNOBS, _against, format_scores, kv_allocation, stack
+from kvtool.bench.ablate import FORMATS, KNOBS, format_scores, kv_allocation, stack, with_ratio
 from kvtool.bench.events import WorkItem
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.errors import ConfigError
@@ -98,7 +98,7 @@ def test_each_step_of_the_stack_changes_one_thing() -> None:
 def test_rows_are_held_against_the_first() -> None:
     first = {"ttft_ms": {"p50": 10.0}, "tpot_ms": None, "total_tok_s": 50.0}
     row = {"ttft_ms": {"p50": 5.0}, "tpot_ms": {"p50": 1.0}, "total_tok_s": 75.0}
-    assert _against(first)(row)["ratio"] == {"ttft": 0.5, "tpot": None, "total_tok_s": 1.5}
+    assert with_ratio(row, first)["ratio"] == {"ttft": 0.5, "tpot": None, "total_tok_s": 1.5}
 
 
 def test_a_prefix_cache_is_seen_to_hit() -> None:

@@ -119,14 +119,14 @@ def test_all_that_steps_launch_is_compiled_and_loaded_once(gpu: Loading, monkeyp
     with torch.inference_mode():
         with monkeypatch.context() as patch:
             patch.setattr(JITFunction, "run", counting)
-            runner._compile(config, largest)
+            graphs = runner._graphs(config)
+            assert graphs is not None
+            runner._compile(config, graphs, largest)
         count = len(gpu.loaded)
         assert set(gpu.loaded) == set(launched)
         assert set(launched) >= {"_decode_kernel", "_prefill_kernel", "_largest", "_choose"}
         assert runner.compile_seconds > 0 and not runner.store.blocks.any()
         assert len(runner.model.layers) == 4
-        graphs = runner._graphs(config)
-        assert graphs is not None
         with compiling(1):  # of all layers
             graphs.rehearse()
             runner._hidden_states(largest, None)

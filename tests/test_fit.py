@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import MLA, QWEN_MOE, SHAPE
-from conftest import Command
+from conftest import Command, error_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -196,9 +196,7 @@ def test_the_default_is_the_embedded_model_at_its_context(command: Command) -> N
     ids=" ".join,
 )
 def test_bad_input_is_one_line(command: Command, arguments: list[str], said: str) -> None:
-    status, out, err = command("mla-size", *arguments)
-    assert (status, out) == (2, "")
-    assert err.startswith("error: ") and said in err and err.count("\n") == 1
+    assert said in error_line(command("mla-size", *arguments))
 
 
 def test_an_architecture_that_the_engine_does_not_know(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_an_engine_answers_as_with_torch():
     for name in ("flash-attn", "torch"):
         config = EngineConfig(device="cuda", dtype="bfloat16", kv_cache_memory=64 << 20, attention_backend=name)
         engine = Engine(config)
-        assert {backend.name for backend in engine.runner.attention.backends} == {name}
+        assert {backend.name for backend in engine.runner.paged.attention.backends} == {name}
         answers.append([completion.token_ids for completion in engine.generate(prompts, params)])
     same = sum(a == b for first, second in zip(*answers, strict=True) for a, b in zip(first, second, strict=True))
     assert same >= 0.8 * 7 * 24  # bf16 may tip a token over, after which answers part

@@ -13,7 +13,8 @@ from commands.output import Column, Report, as_text
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.kv.codecs import CODECS, Arrays, pack, unpack
 from kvtool.kv.format import StreamFormat
-from kvtool.perplexity import SAMPLE, FormatScore, make_task, score_formats
+from kvtool.perplexity import FormatScore, score_formats
+from kvtool.protocols import SAMPLE, make_task
 from kvtool.scoring import ScoringModel
 from kvtool.tokenizer import Tokenizer
 

@@ -18,8 +18,9 @@ from conftest import REPOSITORY
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from commands.charts import Chart, Series, draw
 from commands.options import Command, shared
-from commands.output import Chart, Column, OutputOptions, Report, Series, Table, _draw, check_output, show
+from commands.output import Column, OutputOptions, Report, Table, check_output, show
 from kvtool.errors import ConfigError
 
 ROWS: list[dict[str, Any]] = [
@@ -36,6 +37,7 @@ REPORT = Report(
         Chart("lines", "bits", "PPL", [Series("a & b", [2, 4, 8], [3.0, None, 1.0])], log_x=True, log_y=True),
         Chart("bars", "format", "ms", [Series("x", ["4", "2"], [1, 2]), Series("y", ["4", "2"], [2, 3])], kind="bar"),
         Chart("points", "bits", "PPL", [Series("c", [4.5], [2.0])], kind="scatter"),
+        Chart("times", "ms", "request", [Series("a", ["0", "1"], [1, 2]), Series("b", ["0", "1"], [3, 4])], "timeline"),
         Chart("map", "layer", "error", [Series("K4", ["0", "1"], [1e-3, 2e-2])], kind="heat", log_y=True),
     ],
     notes=["KLD in nats."],
@@ -113,7 +115,7 @@ def test_html_needs_nothing_else(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert "4 | &lt;bits&gt;" in page
     assert not re.search(r'(?:src|href)="(?!#|data:)', page)
     charts = re.findall(r"<svg.*?</svg>", page, re.S)
-    assert len(charts) == 4
+    assert len(charts) == 5
     for chart in charts:
         ElementTree.fromstring(chart)
 
@@ -175,7 +177,7 @@ def test_many_lines_over_logarithmic_axes_can_be_read() -> None:
     figure = Figure()
     ax = figure.subplots()
     lines = [Series(f"line {i}", [4000, 30000], [1.0, 60.0 + i]) for i in range(12)]
-    _draw(Chart("", "tokens", "ms", lines, log_x=True, log_y=True), figure, ax)
+    draw(Chart("", "tokens", "ms", lines, log_x=True, log_y=True), figure, ax)
     figure.draw_without_rendering()
     numbers = {text.get_text() for axis in (ax.xaxis, ax.yaxis) for text in axis.get_ticklabels(which="both")}
     assert {"10", "20,000"} <= numbers
@@ -188,5 +190,5 @@ def test_names_below_bars_do_not_run_into_each_other() -> None:
     figure = Figure()
     ax = figure.subplots()
     names = [f"a model with a long name, {i}" for i in range(9)]
-    _draw(Chart("", "", "bytes", [Series("MHA", names, [1.0] * 9)], kind="bar"), figure, ax)
+    draw(Chart("", "", "bytes", [Series("MHA", names, [1.0] * 9)], kind="bar"), figure, ax)
     assert {label.get_rotation() for label in ax.get_xticklabels()} == {45.0}

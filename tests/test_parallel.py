@@ -21,7 +21,8 @@ from kvtool.models import Decoder, load_config, load_model, resolve_model
 from kvtool.models.kv import kv_spec
 from kvtool.p2p import wrong_copies
 from kvtool.parallel import Group, Parallel, Stage
-from kvtool.perplexity import SAMPLE, make_task, read_documents, score_formats
+from kvtool.perplexity import score_formats
+from kvtool.protocols import SAMPLE, make_task, read_documents
 from kvtool.quantize.layer_errors import calibrate, layer_errors, propagated_errors
 from kvtool.request import Request, SamplingParams, Tokens
 from kvtool.scoring import ScoringModel, Window

@@ -55,6 +55,7 @@ def test_a_fault_costs_at_most_what_was_half_said(fault):
     [
         (["--prompt-tokens", "10,x"], "--prompt-tokens 10,x: write lengths"),
         (["--kv-transfer", "pigeon"], "--kv-transfer pigeon: must be one of auto, in-process"),
+        (["--bake-off", "--fault", "drop"], "--bake-off and --fault do not go together"),
         (["--kv-transfer", "nccl"], "nccl: it moves memory of GPUs"),
         (["--prompt-tokens", "5000"], "--prompt-tokens 5000: with an answer of 16 it exceeds the context of 2048"),
     ],

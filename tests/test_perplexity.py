@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import make_checkpoint
-from conftest import Command
+from conftest import Command, error_line
 from pyarrow import parquet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.errors import ConfigError
 from kvtool.models.resolve import EMBEDDED
-from kvtool.perplexity import SAMPLE, FormatScore, Interrupted, make_task, read_documents, score_formats
+from kvtool.perplexity import FormatScore, Interrupted, parse_formats, score_formats
+from kvtool.protocols import SAMPLE, make_task, read_documents
 from kvtool.scoring import SIXTEEN_BITS, ScoringModel
 from kvtool.tokenizer import Tokenizer
 
@@ -417,10 +418,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
     }
     for name, content in files.items():
         (tmp_path / name).write_text(content, "latin-1" if name == "latin.txt" else "utf-8")
-    status, out, err = command("perplexity", *(word.replace("FOLDER", str(tmp_path)) for word in arguments))
-    assert (status, out) == (2, "")
-    assert re.fullmatch(r"error: [^\n]+\n", err)
-    assert said in err and "bug" not in err
+    error = error_line(command("perplexity", *(word.replace("FOLDER", str(tmp_path)) for word in arguments)))
+    assert said in error and "bug" not in error
 
 
 def test_windows_follow_the_model(llama: Pair, tiny: Pair) -> None:
@@ -429,3 +428,32 @@ def test_windows_follow_the_model(llama: Pair, tiny: Pair) -> None:
         assert make_task(protocol, [TEXT], llama.tokenizer, 300).window == 300
     with pytest.raises(ConfigError, match="--window 301: the model's context is 300"):
         score(llama, "gptq", [TEXT], window=301)
+
+
+def test_format_words() -> None:
+    base = KVOptions(axis_key="token", q_group_size=32, rotate=True)
+    formats = parse_formats("16, 4,fp8,K8V2,kfp8v4,plan:a/plan.yaml", base)
+    four = KVOptions(nbits_key="4", nbits_value="4", axis_key="token", q_group_size=32, rotate=True)
+    assert list(formats) == ["16", "4", "fp8", "K8V2", "kfp8v4", "plan:a/plan.yaml"]
+    assert list(formats.values()) == [
+        SIXTEEN_BITS,
+        four,
+        KVOptions(nbits_key="fp8", nbits_value="fp8"),
+        KVOptions(nbits_key="8", nbits_value="2", axis_key="token", q_group_size=32, rotate=True),
+        KVOptions(nbits_key="fp8", nbits_value="4", q_group_size=32, rotate=True),
+        KVOptions(plan="a/plan.yaml", axis_key="token", q_group_size=32, rotate=True),
+    ]
+
+
+@pytest.mark.parametrize("text", ["3", "", "4,,2", "k4", "k4v3", "v4k4", "4 bits", "k4v4v4"])
+def test_words_that_name_no_bits(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--formats .*k8v4"):
+        parse_formats(text, KVOptions())
+
+
+def test_bits_are_named_once() -> None:
+    with pytest.raises(ConfigError, match="twice"):
+        parse_formats("4,2,4", KVOptions())
+    for base in (KVOptions(nbits="4"), KVOptions(plan="plan.yaml")):
+        with pytest.raises(ConfigError, match="--nbits"):
+            parse_formats("4,2", base)

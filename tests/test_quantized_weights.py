@@ -1,5 +1,8 @@
 """Weights in fewer bits: as checkpoints store them, against transformers; as they are rounded; saved; shared out."""
 
+import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +309,63 @@ def test_saved_weights_are_those_that_were_computed(method: Any, model_type: str
     assert (tmp_path / "to" / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("method", ["w4a16", "awq", "w8a8"])
+def test_what_stays_is_told_to_other_loaders(method: Any, tmp_path: Path) -> None:
+    """By whole names: none of them knows globs, or that q, k and v are kept together. And others may read the files."""
+    make_checkpoint("qwen2", tmp_path / "from", **SHAPE)
+    text = short_text(tmp_path) if method == "awq" else None
+    engine = EngineConfig(
+        model=str(tmp_path / "from"),
+        device="cpu",
+        quantization=method,
+        keep_layers=("*.down_proj", "layers.0.self_attn.q_proj"),
+        calibration=text,
+    )
+    script("quantize_weights").save(engine, tmp_path / "to")
+    kept = {f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)}
+    kept |= {f"model.layers.0.self_attn.{part}_proj" for part in "qkv"}
+    names = {name.removesuffix(".weight") for name in load_file(tmp_path / "from" / "model.safetensors")}
+    rounded_names = {name for name in names if name.endswith("_proj")} - kept
+    told = json.loads((tmp_path / "to" / "config.json").read_text())["quantization_config"]
+    if method == "w8a8":
+        assert set(told["ignore"]) == {"lm_head", *kept}
+    elif method == "awq":
+        assert set(told["modules_to_not_convert"]) == kept
+    else:
+        assert set(told["modules_in_block_to_quantize"][0]) == rounded_names
+        patterns = [pattern.removeprefix("-:") for pattern in told["dynamic"]]
+        assert {name for name in names if any(re.match(pattern, name) for pattern in patterns)} == kept
+    assert len({file.stat().st_mode for file in (tmp_path / "to").iterdir()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "why"),
+    [
+        ("{here}", [], "--output {here}: exists; give a new folder"),
+        ("/dev/null/a/to", [], "--output /dev/null/a/to: Not a directory"),
+        ("{here}/to", ["--calibration", "{here}"], "--calibration {here}: cannot be read"),
+    ],
+)
+def test_saving_what_cannot_be_is_refused(
+    output: str,
+    options: list[str],
+    why: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Before anything is computed, with status 2, and nothing is left behind."""
+    quantize_weights = script("quantize_weights")
+    words = ["quantize_weights", "--method", "awq", "--output", output, *options]
+    monkeypatch.setattr(sys, "argv", [word.format(here=tmp_path) for word in words])
+    monkeypatch.setattr(quantize_weights, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(SystemExit) as ended:
+        quantize_weights.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {why.format(here=tmp_path)}")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("method", "tolerance"), [("fp8", 1e-5), ("w8a8", 0.06)])
 def test_transformers_opens_what_was_saved(method: Any, tolerance: float, tmp_path: Path) -> None:
     """fp8 to the digit; int8 activations reach to max|x| / 127.5 there."""
@@ -318,6 +378,7 @@ def test_transformers_opens_what_was_saved(method: Any, tolerance: float, tmp_pa
         dtype="float32",
         device="cpu",
         quantization=method,
+        keep_layers=("layers.0.*",),
         calibration=short_text(tmp_path) if method == "fp8" else None,
     )
     script("quantize_weights").save(engine, tmp_path / "to")

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
@@ -384,6 +385,35 @@ def test_a_first_node_that_does_not_answer_is_named() -> None:
     assert (process.returncode, stdout) == (2, "")
     _, error = stderr.splitlines()
     assert error.startswith(f"error: --dist-init-addr 127.0.0.1:{port} did not answer within --dist-timeout 1 s")
+
+
+def test_a_first_node_that_is_something_else_is_told_in_one_line() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as other:
+        Thread(target=other.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{other.server_port}"
+        options = ["--tp", "2", "--nnodes", "2", "--node-rank", "1", "--dist-init-addr", address, "--dist-timeout", "1"]
+        process = kvtool("serve", *options)
+        stdout, stderr = process.communicate(timeout=100)
+        other.shutdown()
+    assert (process.returncode, stdout) == (2, "")
+    assert stderr.splitlines()[-1].startswith(f"error: --dist-init-addr {address}: what answers there is not node 0")
+    assert "Traceback" not in stderr
+
+
+def test_every_node_hears_which_rank_is_lost() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    options = ["--pp", "3", "--nnodes", "3", "--dist-init-addr", address]
+    others = [kvtool("serve", *options, "--node-rank", str(node)) for node in (1, 2)]
+    with serving(*SMALL, *options) as server:
+        (lost,) = children(others[1].pid)
+        os.kill(lost, signal.SIGKILL)
+        _, first = server.end()
+    (_, second), (_, third) = (node.communicate(timeout=30) for node in others)
+    why = f"rank 2 (process {lost} on {socket.gethostname()}) has ended"
+    assert f"error: {why}; all ranks end with it" in first.splitlines()
+    assert second.splitlines()[-1] == f"error: rank 0 ends, because {why}; rank 1 ends with it"
+    assert third.splitlines()[-1] == "error: signal 9 has ended rank 2"
+    assert [node.returncode for node in others] == [1, 1]
 
 
 def test_a_node_that_does_not_come_is_named() -> None:

@@ -155,7 +155,7 @@ def test_ends_of_servers_cost_what_was_half_said(cluster: Cluster) -> None:
             "--peer: is for --role prefill; --role decode has no use for it",
         ),
         (["--role", "prefill", *SECRET, "--peer", "h"], "--peer h: is no address; write HOST:PORT"),
-        (["--role", "prefill", *SECRET, "--peer", "127.0.0.1:9", "--kv-timeout", "0.5"], "nobody answers"),
+        (["--role", "prefill", *SECRET, "--peer", "127.0.0.1:9", "--kv-timeout", "0.5"], "no decode side answers"),
     ],
 )
 def test_roles_that_cannot_be_are_refused_in_a_line(options: list[str], says: str) -> None:
@@ -189,6 +189,6 @@ def test_prompts_of_all_apis_are_seen() -> None:
     assert prompt_of(b'{"prompt": "abc"}') == prompt_of(b'{"text": "abc"}') == "abc"
     assert prompt_of(b'{"input_ids": [1, 2]}') == "[1, 2]"
     assert prompt_of(b"[1]") == prompt_of(b"{") == prompt_of(b"{}") == ""
-    assert base("host:1") == "http://host:1" == base("http://host:1/v1")
-    with pytest.raises(ConfigError, match="no address"):
-        base("ftp://x")
+    assert base("--decode", "host:1") == "http://host:1" == base("--decode", "http://host:1/v1")
+    with pytest.raises(ConfigError, match="--decode ftp://x: is no address"):
+        base("--decode", "ftp://x")

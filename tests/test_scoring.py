@@ -10,9 +10,9 @@ from checkpoints import make_checkpoint
 
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
-from kvtool.errors import ConfigError, UnsupportedError
+from kvtool.errors import UnsupportedError
 from kvtool.request import Request, SamplingParams
-from kvtool.scoring import SIXTEEN_BITS, ScoringModel, Window, parse_formats
+from kvtool.scoring import SIXTEEN_BITS, ScoringModel, Window
 
 KV = {
     "16": SIXTEEN_BITS,
@@ -92,32 +92,3 @@ def test_what_a_format_cannot_hold_is_an_error(tmp_path: Path) -> None:
             layer.self_attn.qkv_proj.weight.mul_(1e6)  # keys beyond fp16
     with pytest.raises(UnsupportedError):
         list(model.log_probs(windows(100), KVOptions(nbits="4")))
-
-
-def test_format_words() -> None:
-    base = KVOptions(axis_key="token", q_group_size=32, rotate=True)
-    formats = parse_formats("16, 4,fp8,K8V2,kfp8v4,plan:a/plan.yaml", base)
-    four = KVOptions(nbits_key="4", nbits_value="4", axis_key="token", q_group_size=32, rotate=True)
-    assert list(formats) == ["16", "4", "fp8", "K8V2", "kfp8v4", "plan:a/plan.yaml"]
-    assert list(formats.values()) == [
-        SIXTEEN_BITS,
-        four,
-        KVOptions(nbits_key="fp8", nbits_value="fp8"),
-        KVOptions(nbits_key="8", nbits_value="2", axis_key="token", q_group_size=32, rotate=True),
-        KVOptions(nbits_key="fp8", nbits_value="4", q_group_size=32, rotate=True),
-        KVOptions(plan="a/plan.yaml", axis_key="token", q_group_size=32, rotate=True),
-    ]
-
-
-@pytest.mark.parametrize("text", ["3", "", "4,,2", "k4", "k4v3", "v4k4", "4 bits", "k4v4v4"])
-def test_words_that_name_no_bits(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"^--formats .*k8v4"):
-        parse_formats(text, KVOptions())
-
-
-def test_bits_are_named_once() -> None:
-    with pytest.raises(ConfigError, match="twice"):
-        parse_formats("4,2,4", KVOptions())
-    for base in (KVOptions(nbits="4"), KVOptions(plan="plan.yaml")):
-        with pytest.raises(ConfigError, match="--nbits"):
-            parse_formats("4,2", base)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtool.config import KVOptions
-from kvtool.errors import UnsupportedError
+from kvtool.errors import ConfigError, UnsupportedError
 from kvtool.kv import receiver as receiving
 from kvtool.kv import sender as sending
 from kvtool.kv import transfer, wire
@@ -355,9 +355,18 @@ def test_nobody_at_the_other_end_is_an_error_within_its_time():
         port = listener.getsockname()[1]
     sender = Sender("127.0.0.1:9", lambda: transfer.dial_tcp("127.0.0.1", port), layout("4"), identity("4"), SECRET)
     started = time.monotonic()
-    with pytest.raises(Exception, match=r"--peer 127\.0\.0\.1:9: nobody answers"):
+    with pytest.raises(Exception, match=r"--peer 127\.0\.0\.1:9: no decode side answers there"):
         sender.connect(0.5)
     assert time.monotonic() - started < 10
+
+
+def test_something_else_at_the_other_end_that_says_nothing_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(transfer, "CONNECT_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        dial = lambda: transfer.dial_tcp(*listener.getsockname())  # noqa: E731
+        sender = Sender("127.0.0.1:9", dial, layout("4"), identity("4"), SECRET)
+        with pytest.raises(ConfigError, match=r"no decode side answers there \(it says nothing; tried for 0.1 s\)"):
+            sender.connect(0.1)
 
 
 @pytest.fixture

@@ -198,7 +198,7 @@ async def measure_variants(
             rows = [*await _transformers(info, workload, concurrency, how), *rows]
         except asyncio.CancelledError:
             stopped = "interrupted"
-    return Measured(list(map(_against(rows[0]), rows)) if rows else [], target | {"refused": refused}, stopped)
+    return Measured([with_ratio(row, rows[0]) for row in rows], target | {"refused": refused}, stopped)
 
 
 def _on_a_cpu(engine: EngineConfig) -> EngineConfig:
@@ -244,7 +244,7 @@ def _drafts(row: Row) -> Row:
 
 async def _transformers(info: EngineInfo, workload: Workload, concurrency: int, how: How) -> list[Row]:
     """Of `generate`: one request after the other, then as many as run at once padded to none."""
-    if workload.dataset != "random" or workload.prompt.kind != "fixed" or workload.output.kind != "fixed":
+    if not workload.has_one_length:
         raise ConfigError("--ablate stack: a static batch needs random prompts and answers of one length")
     prompts = [item.prompt for item in islice(workload.items(prompt_ids(info.vocab_size)), concurrency)]
     output = int(workload.output.first)
@@ -259,24 +259,22 @@ async def _transformers(info: EngineInfo, workload: Workload, concurrency: int, 
     return rows
 
 
-def _against(first: Row) -> Callable[[Row], Row]:
-    """Adds what a row is to the first one, as multiples of it."""
+def with_ratio(row: Row, first: Row) -> Row:
+    """A row with its figures as multiples of the first one's."""
 
     def figures(row: Row) -> dict[str, float | None]:
         p50 = {name: (row[f"{name}_ms"] or {}).get("p50") for name in ("ttft", "tpot")}
         return p50 | {"total_tok_s": row["total_tok_s"]}
 
-    def add(row: Row) -> Row:
-        pairs = zip(figures(first).items(), figures(row).values(), strict=True)
-        return row | {"ratio": {name: new / old if new and old else None for (name, old), new in pairs}}
-
-    return add
+    pairs = zip(figures(first).items(), figures(row).values(), strict=True)
+    return row | {"ratio": {name: new / old if new and old else None for (name, old), new in pairs}}
 
 
 def format_scores(variants: Variants) -> dict[str, Row]:
     """Perplexity and KLD of each variant's KV format and weights on the built-in sample, held against the first one's
     weights and a 16-bit cache. Loads the models here, not more than two at once."""
-    from kvtool.perplexity import SAMPLE, make_task, read_documents, score_formats
+    from kvtool.perplexity import score_formats
+    from kvtool.protocols import SAMPLE, make_task, read_documents
     from kvtool.scoring import ScoringModel
     from kvtool.tokenizer import Tokenizer
 

@@ -39,9 +39,7 @@ async def measure_offline(
     Raises:
         ConfigError: transformers would have to pad.
     """
-    if baseline and (
-        workload.dataset != "random" or workload.prompt.kind != "fixed" or workload.output.kind != "fixed"
-    ):
+    if baseline and not workload.has_one_length:
         raise ConfigError("--baseline transformers: a static batch needs random prompts and answers of one length")
     engine = replace(engine, max_num_seqs=max(engine.max_num_seqs, *sizes))
 

@@ -15,6 +15,8 @@ METRICS = ("ttft", "tpot", "itl", "e2e")
 UNITS = {"ms": 1e-3, "s": 1.0}
 # Prompts below so many tokens, and the seconds until their first token.
 DEFAULT_TTFT = ((100, 0.05), (500, 0.2), (2000, 1.0))
+LEAST_RATE, MOST_RATE = 0.01, 1e5  # requests/s; a search gives up there
+RATE_PRECISION = 0.05  # the rate found and the lowest one missed differ by so much at most
 
 
 @dataclass(frozen=True)
@@ -117,32 +119,29 @@ def goodput(records: Iterable[RequestRecord], slo: SLO) -> Goodput:
     return total
 
 
-def max_rate(
-    start: float = 1.0, *, precision: float = 0.05, least: float = 0.01, most: float = 1e5
-) -> Generator[float, bool, float | None]:
-    """Search the highest rate that is kept up with: yields a rate to try, is sent whether it was; returns the highest.
+def max_rate(start: float) -> Generator[float, bool, float | None]:
+    """Search the highest rate that is kept up with: yields a rate to try, is sent whether it was; returns the highest,
+    or None if not even `LEAST_RATE` was.
 
     It doubles or halves until the answer changes, then closes in between (in ratios). Since rates are measured with
     noise, what it returns was itself kept, and the lowest rate above it that was tried was not.
 
     Args:
         start: the first rate, requests/s.
-        precision: the rate returned and the lowest one missed differ by so much at most.
-        least, most: rates to give up at; None is returned if not even the least was kept.
     """
     kept, missed = 0.0, math.inf
-    rate = _rounded(min(max(start, least), most))
+    rate = _rounded(min(max(start, LEAST_RATE), MOST_RATE))
     while True:
         if (yield rate):
             kept = rate
         else:
             missed = rate
-        if kept >= most or missed <= least or missed <= kept * (1 + precision):
+        if kept >= MOST_RATE or missed <= LEAST_RATE or missed <= kept * (1 + RATE_PRECISION):
             return kept or None
         if missed == math.inf:
-            rate = _rounded(min(2 * kept, most))
+            rate = _rounded(min(2 * kept, MOST_RATE))
         else:
-            rate = _rounded(math.sqrt(kept * missed) if kept else max(missed / 2, least))
+            rate = _rounded(math.sqrt(kept * missed) if kept else max(missed / 2, LEAST_RATE))
 
 
 def _rounded(rate: float) -> float:

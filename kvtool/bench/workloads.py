@@ -1,29 +1,36 @@
-"""What is asked: prompts made up to a length, data sets and traces. Seeded, and made as they are needed."""
+"""What is asked: prompts made up to a length, of data sets and of traces. Seeded, and made as they are needed."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtool.bench.events import Message, WorkItem
+from kvtool.bench.datasets import (
+    MOONCAKE_BLOCK,
+    MOST_TOKENS,
+    Asked,
+    Conversation,
+    Problem,
+    TraceRequest,
+    azure_lines,
+    digest,
+    json_array,
+    json_lines,
+    mooncake_lines,
+)
+from kvtool.bench.events import WorkItem
 from kvtool.errors import ConfigError
 
-MOST_TOKENS = 2**24  # of a prompt or an answer
-MOONCAKE_BLOCK = 512  # tokens to a hash id
 FEW_SHOT = 5  # solved problems before each question, as in SGLang's bench_gsm8k
-MOST_CHARACTERS = 64 << 20  # of one conversation
 MOST_MISSES = 10_000  # requests in a row that may not fit
 FEWEST_TOKENS = 4  # of a ShareGPT question or answer, as in vLLM's benchmark_serving
 
@@ -157,6 +164,11 @@ class Workload:
         """Its requests come with times of their own."""
         return self.dataset in ("azure", "mooncake")
 
+    @property
+    def has_one_length(self) -> bool:
+        """All of its prompts have one length, and all answers, so that a static batch pads none of them."""
+        return self.dataset == "random" and self.prompt.kind == self.output.kind == "fixed"
+
     def items(
         self, vocabulary: Vocabulary, repeat: int = 0, on_left_out: Callable[[], None] = lambda: None
     ) -> Iterator[WorkItem]:
@@ -216,7 +228,7 @@ class Workload:
             for name, value in vars(self).items()
             if name != "path"
         }
-        return options | {"data_sha256": _digest(Path(self.path))} if self.path else options
+        return options | {"data_sha256": digest(Path(self.path))} if self.path else options
 
 
 class Hashed:
@@ -235,7 +247,7 @@ class Hashed:
             yield item
 
 
-# --- data sets --------------------------------------------------------------------------------------------------------
+# --- requests of data sets -------------------------------------------------------------------------------------------
 
 
 def _random(workload: Workload, vocabulary: Vocabulary, repeat: int) -> Iterator[WorkItem]:
@@ -263,7 +275,7 @@ def _sharegpt(workload: Workload, vocabulary: Vocabulary, repeat: int) -> Iterat
         return tokens is None or all(tokens(text) >= FEWEST_TOKENS for text in texts)
 
     def conversations() -> Iterator[list[tuple[str, str]]]:
-        for _, conversation in _json_array(path, _Conversation):
+        for _, conversation in json_array(path, Conversation):
             if (pairs := conversation.pairs()) and long_enough(*pairs[0]):
                 yield pairs
 
@@ -286,7 +298,7 @@ def _output(workload: Workload, lengths: np.random.Generator, said: int | None) 
 def _jsonl(workload: Workload, vocabulary: Vocabulary, repeat: int) -> Iterator[WorkItem]:
     """A user's own: `{"prompt": text or ids}` or `{"messages": [...]}`, with `"output_tokens"` if it is to differ."""
     path, lengths = _path(workload), _lengths(workload)
-    for line, asked in _again(lambda: _json_lines(path, _Asked), path, "prompt"):
+    for line, asked in _again(lambda: json_lines(path, Asked), path, "prompt"):
         prompt = asked.messages if asked.prompt is None else asked.prompt
         if not prompt or (asked.prompt and asked.messages):
             raise ConfigError(f"{path}, line {line}: give either a prompt or messages, and not empty")
@@ -300,7 +312,7 @@ def _gsm8k(workload: Workload, vocabulary: Vocabulary, repeat: int) -> Iterator[
 
     def questions() -> Iterator[str]:
         shots: list[str] = []
-        for _, problem in _json_lines(path, _Problem):
+        for _, problem in json_lines(path, Problem):
             if len(shots) < FEW_SHOT:
                 shots.append(f"Question: {problem.question}\nAnswer: {problem.answer}\n\n")
             else:
@@ -313,7 +325,7 @@ def _gsm8k(workload: Workload, vocabulary: Vocabulary, repeat: int) -> Iterator[
 def _azure(workload: Workload, vocabulary: Vocabulary, repeat: int) -> Iterator[WorkItem]:
     """Azure's LLM inference traces (Patel et al., Splitwise, ISCA 2024): times and lengths, prompts of random ids."""
     ids, lengths = _Ids(vocabulary, workload.seed, 1, repeat), _lengths(workload)
-    for seconds, asked in _in_time(workload, _azure_lines(_path(workload))):
+    for seconds, asked in _in_time(workload, azure_lines(_path(workload))):
         prompt = ids.draw(_scaled(workload, asked.input_length))
         output = _output(workload, lengths, _scaled(workload, asked.output_length))
         yield WorkItem(id=0, prompt=prompt, output_tokens=output, scheduled=seconds)
@@ -327,7 +339,7 @@ def _mooncake(workload: Workload, vocabulary: Vocabulary, repeat: int) -> Iterat
     def block(hash_id: int) -> list[int]:
         return _Ids(vocabulary, workload.seed, 2, repeat, hash_id).draw(size)
 
-    for seconds, asked in _in_time(workload, _mooncake_lines(_path(workload))):
+    for seconds, asked in _in_time(workload, mooncake_lines(_path(workload))):
         prompt = [token_id for hash_id in asked.hash_ids for token_id in block(hash_id)]
         yield WorkItem(
             id=0,
@@ -376,6 +388,32 @@ class _Prefixes:
         return self._made[group]
 
 
+def _path(workload: Workload) -> Path:
+    assert workload.path is not None
+    return Path(workload.path)
+
+
+def _again(read: Callable[[], Iterator[T]], path: Path, what: str) -> Iterator[T]:
+    """A data set from its beginning whenever it ends."""
+    while True:
+        element = None
+        for element in read():
+            yield element
+        if element is None:
+            raise ConfigError(f"--dataset-path {path}: holds no {what}; choose another file")
+
+
+def _in_time(workload: Workload, lines: Iterator[tuple[int, TraceRequest]]) -> Iterator[tuple[float, TraceRequest]]:
+    """Seconds after the first request, by the trace's clock at `trace_speed`."""
+    first, last = None, 0.0
+    for number, asked in lines:
+        if asked.timestamp < last:
+            raise ConfigError(f"{workload.path}, line {number}: is earlier than the line before; sort the file by time")
+        last = asked.timestamp
+        first = last if first is None else first
+        yield (last - first) / 1000 / workload.trace_speed, asked
+
+
 def _lengths(workload: Workload) -> np.random.Generator:
     """Apart from the ids' source, so that every repeat asks for the same lengths."""
     return np.random.default_rng([workload.seed, 0])
@@ -401,184 +439,3 @@ def _tokens(item: WorkItem, vocabulary: Vocabulary) -> int:
     else:
         texts = [message["content"] for message in item.prompt]
     return sum(map(vocabulary.count, texts) if vocabulary.count else ()) + item.output_tokens
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-class _Problem(msgspec.Struct):
-    """A line of GSM8K."""
-
-    question: str
-    answer: str
-
-
-Tokens = Annotated[int, msgspec.Meta(ge=1, le=MOST_TOKENS)]
-
-
-class _Asked(msgspec.Struct):
-    """A line of a user's own file."""
-
-    prompt: str | list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]] | None = None
-    messages: list[Message] | None = None
-    output_tokens: Tokens | None = None
-
-
-class _Turn(msgspec.Struct):
-    speaker: str = msgspec.field(name="from")
-    value: str
-
-
-class _Conversation(msgspec.Struct):
-    """An element of ShareGPT's array."""
-
-    conversations: list[_Turn] = []
-
-    def pairs(self) -> list[tuple[str, str]]:
-        """Questions and their answers, as long as user and model take turns."""
-        turns = [turn for turn in self.conversations if turn.speaker != "system"]
-        pairs = []
-        for question, answer in zip(turns[::2], turns[1::2], strict=False):
-            if question.speaker not in ("human", "user") or answer.speaker in ("human", "user"):
-                break
-            pairs.append((question.value, answer.value))
-        return pairs
-
-
-class _TraceRequest(msgspec.Struct):
-    """A line of Mooncake's trace; one of Azure's has no hash ids."""
-
-    timestamp: Annotated[float, msgspec.Meta(ge=0)]  # milliseconds
-    input_length: Tokens
-    output_length: Tokens
-    hash_ids: list[Annotated[int, msgspec.Meta(ge=0)]] = []
-
-
-def _path(workload: Workload) -> Path:
-    assert workload.path is not None
-    return Path(workload.path)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[TextIO]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            yield file
-    except OSError as error:
-        raise ConfigError(f"--dataset-path {path}: cannot be read: {error.strerror}; correct it") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--dataset-path {path}: is no UTF-8 text ({error.reason}); convert it") from error
-
-
-def _digest(path: Path) -> str:
-    digest = sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        raise ConfigError(f"--dataset-path {path}: cannot be read: {error.strerror}; correct it") from error
-    return digest.hexdigest()
-
-
-def _again(read: Callable[[], Iterator[T]], path: Path, what: str) -> Iterator[T]:
-    """A data set from its beginning whenever it ends."""
-    while True:
-        element = None
-        for element in read():
-            yield element
-        if element is None:
-            raise ConfigError(f"--dataset-path {path}: holds no {what}; choose another file")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers."""
-    with _opened(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, line
-
-
-def _json_lines(path: Path, kind: type[T]) -> Iterator[tuple[int, T]]:
-    decoder = msgspec.json.Decoder(kind)
-    for number, line in _lines(path):
-        try:
-            yield number, decoder.decode(line)
-        except (ValueError, RecursionError) as error:  # noqa: PERF203 (it ends the loop)
-            raise ConfigError(f"{path}, line {number}: {error}; correct it or leave the line out") from error
-
-
-def _json_array(path: Path, kind: type[T]) -> Iterator[tuple[int, T]]:
-    """Elements of one JSON array of objects, with the lines that they begin in; the file is never held whole."""
-    decoder, text, position, line = json.JSONDecoder(), "", 0, 1
-    chunks = _chunks(path)
-    while True:
-        blank = _BETWEEN.match(text, position)
-        assert blank is not None
-        line, position = line + blank[0].count("\n"), blank.end()
-        if text[position : position + 1] == "]":
-            return
-        try:
-            value, end = decoder.raw_decode(text, position)
-            element = msgspec.convert(value, kind)
-        except json.JSONDecodeError as error:  # also an object that goes on behind what was read
-            if len(text) - position > MOST_CHARACTERS or not (more := next(chunks, "")):
-                raise ConfigError(f"{path}, line {line}: {error.msg}; it must be one JSON array of objects") from error
-            text, position = text[position:] + more, 0
-            continue
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}, line {line}: {error}; correct it or leave the element out") from error
-        yield line, element
-        line, position = line + text.count("\n", position, end), end
-
-
-_BETWEEN = re.compile(r"[\s,\[]*")
-
-
-def _chunks(path: Path) -> Iterator[str]:
-    with _opened(path) as file:
-        while chunk := file.read(1 << 20):
-            yield chunk
-
-
-def _azure_lines(path: Path) -> Iterator[tuple[int, _TraceRequest]]:
-    """`TIMESTAMP,ContextTokens,GeneratedTokens`, times as `2023-11-16 18:15:46.6805900`, with or without `+00:00`."""
-    for number, line in _lines(path):
-        if number == 1 and line.startswith("TIMESTAMP,"):
-            continue
-        match = _AZURE.fullmatch(line.strip())
-        try:
-            if match is None:
-                raise ValueError("is no `time,prompt tokens,answer tokens`")
-            date = datetime.fromisoformat(match[1]).replace(tzinfo=timezone.utc)
-            milliseconds = (date.timestamp() + float(match[2] or 0)) * 1000
-            fields = {"timestamp": milliseconds, "input_length": int(match[3]), "output_length": int(match[4])}
-            yield number, msgspec.convert(fields, _TraceRequest)
-        except ValueError as error:
-            raise ConfigError(f"{path}, line {number}: {error}; correct it or leave the line out") from error
-
-
-_AZURE = re.compile(r"(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)(\.\d+)?(?:\+00:00|Z)?,(\d{1,9}),(\d{1,9})")
-
-
-def _mooncake_lines(path: Path) -> Iterator[tuple[int, _TraceRequest]]:
-    """Times in milliseconds, lengths, and a hash id for each 512 tokens of the prompt."""
-    for number, asked in _json_lines(path, _TraceRequest):
-        blocks = -(-asked.input_length // MOONCAKE_BLOCK)
-        if len(asked.hash_ids) != blocks:
-            raise ConfigError(
-                f"{path}, line {number}: {asked.input_length} tokens are {blocks} blocks of {MOONCAKE_BLOCK}, "
-                f"but there are {len(asked.hash_ids)} hash_ids; correct it or leave the line out"
-            )
-        yield number, asked
-
-
-def _in_time(workload: Workload, lines: Iterator[tuple[int, _TraceRequest]]) -> Iterator[tuple[float, _TraceRequest]]:
-    """Seconds after the first request, by the trace's clock at `trace_speed`."""
-    first, last = None, 0.0
-    for number, asked in lines:
-        if asked.timestamp < last:
-            raise ConfigError(f"{workload.path}, line {number}: is earlier than the line before; sort the file by time")
-        last = asked.timestamp
-        first = last if first is None else first
-        yield (last - first) / 1000 / workload.trace_speed, asked

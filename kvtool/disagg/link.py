@@ -18,6 +18,7 @@ from kvtool.attention import block_size
 from kvtool.config import Bits, EngineConfig, KVOptions
 from kvtool.device import choose_device, choose_dtype
 from kvtool.errors import KVToolError, UnsupportedError
+from kvtool.kv.channels import keep_near
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.receiver import Arrival, Receiver
@@ -29,12 +30,12 @@ from kvtool.models import load_config, resolve_model
 from kvtool.models.kv import kv_spec
 from kvtool.processes import command, cpu_threads
 
-PLAIN_BYTES, PLAIN_REPEATS = 64 << 20, 8
+PLAIN_BYTES, PLAIN_REPEATS = 64 << 20, 2
 LIMIT_SECONDS = 60.0
 PAUSE_SECONDS = 0.03  # in which a sequence is announced, as one that is queued, and the one before it is stored
 BITS: tuple[Bits, ...] = ("16", "8", "4", "2")
 PART_BYTES = (64 << 10, 1 << 20, 16 << 20)  # that a bake-off sends at once
-LARGE_BYTES = 64 << 20
+LARGE_BYTES, LARGE_REPEATS = 64 << 20, 16
 SHORT = 8  # times shorter than the longest prompt
 
 
@@ -82,11 +83,12 @@ class Speed(msgspec.Struct, frozen=True):
 
 
 class Job(msgspec.Struct):
-    """What the process at the other end does next: push a case, or write plain bytes."""
+    """What the process at the other end does next: push a case, or write plain bytes, `near` as our sockets are."""
 
     port: int
-    secret: str
-    case: Case | None
+    secret: str = ""
+    case: Case | None = None
+    near: bool = False
 
 
 class OtherEnd:
@@ -113,12 +115,17 @@ class OtherEnd:
 
     def plain_speed(self) -> float:
         """GB/s of the best of a few times that 64 MiB come from memory to memory through a TCP socket."""
+        return max(self._plain_speed(near) for near in (False, True))
+
+    def _plain_speed(self, near: bool) -> float:
         buffer, best = memoryview(bytearray(PLAIN_BYTES)), 0.0
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.settimeout(LIMIT_SECONDS)
-            self._begin(Job(listener.getsockname()[1], "", None))
+            self._begin(Job(listener.getsockname()[1], near=near))
             connection, _ = listener.accept()
             with connection:
+                if near:
+                    keep_near(connection)
                 for _ in range(PLAIN_REPEATS):
                     started = time.perf_counter()
                     connection.sendall(b"!")
@@ -200,16 +207,18 @@ def main(threads: str) -> None:
     for line in sys.stdin.buffer:
         job = msgspec.json.decode(line, type=Job)
         if job.case is None:
-            _write_plainly(job.port)
+            _write_plainly(job.port, job.near)
         else:
             _push(job, job.case)
         print("done", flush=True)
 
 
-def _write_plainly(port: int) -> None:
+def _write_plainly(port: int, near: bool) -> None:
     data = memoryview(bytearray(PLAIN_BYTES))
     with socket.create_connection(("127.0.0.1", port), LIMIT_SECONDS) as connection:
         connection.settimeout(None)
+        if near:
+            keep_near(connection)
         while connection.recv(1):
             connection.sendall(data)
 
@@ -260,6 +269,12 @@ class Link:
     lengths: list[tuple[Case, Speed]]
 
 
+def check_transfer(devices: tuple[str, str], transfer: str) -> None:
+    """Raises UnsupportedError where a transfer cannot go from one device to another."""
+    here, there = (torch.device(choose_device(device)).type for device in devices)
+    select(Route(here, there, False), transfer)
+
+
 def survey(
     engine: EngineConfig,
     longest: int,
@@ -274,7 +289,6 @@ def survey(
     """
     source, target = (str(choose_device(device)) for device in devices)
     dtype = _dtype(engine, source)
-    select(Route(torch.device(source).type, torch.device(target).type, False), transfer)
     layouts = [layout_of(engine, KVOptions(nbits=bits), dtype) for bits in BITS]
     whole = [
         Case(layout, dtype, tokens, source, target, transfer)
@@ -289,13 +303,14 @@ def survey(
         asked,
         # In parts, as an engine sends it: what is gathered on a CPU must not hold up what is sent.
         msgspec.structs.replace(
-            asked, num_tokens=large, part_bytes=PART_BYTES[-1] if source == "cpu" else 0, repeats=2 * PLAIN_REPEATS
+            asked, num_tokens=large, part_bytes=PART_BYTES[-1] if source == "cpu" else 0, repeats=LARGE_REPEATS
         ),
     ]
     speeds: list[tuple[Case, Speed]] = []
     with OtherEnd() as other:
-        plain = other.plain_speed()
-        for case in cases:
+        plain = 0.0
+        for case in cases:  # each beside the other, as the machine may have other work to do
+            plain = max(plain, other.plain_speed())
             speeds.append((case, other.speed(case)))
             on_progress(len(speeds), len(cases))
         plain = max(plain, other.plain_speed())
@@ -327,8 +342,9 @@ def bake_off(
     ]
     found: list[tuple[Case, Speed | str]] = []
     with OtherEnd() as other:
-        plain = other.plain_speed()
+        plain = 0.0
         for case in cases:
+            plain = max(plain, other.plain_speed())
             found.append((case, _speed_or_why(other, case)))
             on_progress(len(found), len(cases))
     return plain, found

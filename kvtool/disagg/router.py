@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 import httpx
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -22,8 +21,8 @@ from starlette.routing import Route
 
 from kvtool.config import ServerConfig
 from kvtool.errors import ConfigError, KVToolError
-from kvtool.server.guard import MAX_HEADER_BYTES, Guard
-from kvtool.server.lifecycle import address_of
+from kvtool.server.guard import Guard
+from kvtool.server.lifecycle import GuardedServer, address_of
 from kvtool.server.responses import SHARED_HEADER, error_body
 from kvtool.server.streaming import EventStream, event, while_connected
 
@@ -34,7 +33,7 @@ SHARED_ROUTES = ("/v1/completions", "/v1/chat/completions", "/generate")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 KEPT_HEADERS = ("authorization", "accept", "content-type")
 START_SECONDS, HEALTH_SECONDS, CONNECT_SECONDS = 60.0, 1.0, 5.0
-MAX_SICK = 2  # probes in a row without an answer
+MAX_SICK, SICK_SECONDS = 2, 3.0  # probes in a row without an answer in time: a side that hangs is found in 8 s
 CHUNK_CHARS, MAX_CHUNKS, MAX_KNOWN = 256, 256, 1 << 16  # of prompts, for the choice of a prefill side
 SPREAD = 2  # requests more than the least busy side may have, for the sake of a prefix
 PROBE_SECONDS = 0.25  # at the start
@@ -160,7 +159,7 @@ class Router:
 
     async def _introduce(self, side: Side, seconds: float) -> dict[str, Any]:
         deadline = asyncio.get_running_loop().time() + seconds
-        while await self._status(side, "/ready") != 200:
+        while await self._status(side) != 200:
             if asyncio.get_running_loop().time() > deadline:
                 raise ConfigError(f"--{side.role} {side.url}: nobody answers there, tried for {seconds:g} s; start it")
             await asyncio.sleep(PROBE_SECONDS)
@@ -173,10 +172,10 @@ class Router:
             raise ConfigError(f"--{side.role} {side.url}: says nothing of itself ({error})") from error
         return info
 
-    async def _status(self, side: Side, path: str) -> int | None:
-        """What a side says; None: nothing."""
+    async def _status(self, side: Side) -> int | None:
+        """What a side says when asked whether it is ready; None: nothing."""
         try:
-            return (await self._http.get(f"{side.url}{path}", timeout=CONNECT_SECONDS)).status_code
+            return (await self._http.get(f"{side.url}/ready", timeout=SICK_SECONDS)).status_code
         except httpx.HTTPError:
             return None
 
@@ -184,7 +183,7 @@ class Router:
         """See who is there."""
 
         async def probe(side: Side) -> None:
-            well = await self._status(side, "/ready") == 200
+            well = await self._status(side) == 200
             side.sick = 0 if well else side.sick + 1
             if well and side.gone.is_set():
                 logger.warning("the %s side %s is back", side.role, side.url)
@@ -345,7 +344,9 @@ def run_router(
     with address_of(config) as listener:
 
         async def serve() -> list[signal.Signals]:
-            router = Router(list(map(base, prefill)), list(map(base, decode)), config.api_key)
+            router = Router(
+                [base("--prefill", url) for url in prefill], [base("--decode", url) for url in decode], config.api_key
+            )
             app = Starlette(
                 routes=[Route("/{path:path}", router.handle, methods=METHODS)],
                 exception_handlers={ClientDisconnect: lambda http, error: Response(status_code=499)},
@@ -371,28 +372,12 @@ def run_router(
             raise KeyboardInterrupt
 
 
-class RouterServer(uvicorn.Server):
-    """uvicorn's, which lets answers under way finish when it is told to stop, and ends at once when told again."""
+class RouterServer(GuardedServer):
+    """Lets answers under way finish when it is told to stop, and ends at once when told again."""
 
     def __init__(self, guard: Guard, shutdown_timeout: float) -> None:
-        super().__init__(
-            uvicorn.Config(
-                guard,
-                http="h11",
-                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-                ws="none",
-                lifespan="off",
-                proxy_headers=False,
-                log_level="warning",
-                access_log=False,
-                timeout_graceful_shutdown=int(shutdown_timeout),
-            )
-        )
-        self.guard, self.received, self.stopped = guard, list[signal.Signals](), asyncio.Event()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield  # `run_router` has them
+        super().__init__(guard, int(shutdown_timeout))
+        self.received, self.stopped = list[signal.Signals](), asyncio.Event()
 
     def stop(self, number: signal.Signals) -> None:
         self.force_exit = bool(self.received)
@@ -402,7 +387,7 @@ class RouterServer(uvicorn.Server):
         self.stopped.set()
 
 
-def base(url: str) -> str:
+def base(option: str, url: str) -> str:
     """A server's address without a route.
 
     Raises:
@@ -410,5 +395,5 @@ def base(url: str) -> str:
     """
     parts = urlsplit(url if "//" in url else f"http://{url}")
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"{url}: is no address of a server; write http://HOST:PORT")
+        raise ConfigError(f"{option} {url}: is no address of a server; write http://HOST:PORT")
     return f"{parts.scheme}://{parts.netloc}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvtool.layers.linear import gated_linear
 from kvtool.layers.moe import Experts
-from kvtool.models.config import Fields
+from kvtool.models.fields import Fields
 from kvtool.parallel import Shard
 
 

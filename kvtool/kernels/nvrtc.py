@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import re
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -31,8 +32,13 @@ class _Config(ctypes.Structure):
 
 
 def source(*names: str) -> str:
-    """Of a kernel in these files of this folder, behind what all kernels use."""
-    return "".join((Path(__file__).parent / name).read_text() for name in ("words.cuh", "warp.cuh", *names))
+    """Of a kernel in these files of this folder, and in those that they include, behind what all kernels use."""
+    return "".join(map(_text, ("words.cuh", "warp.cuh", *names)))
+
+
+def _text(name: str) -> str:
+    text = (Path(__file__).parent / name).read_text()
+    return re.sub(r'^#include "(.+)"$', lambda included: _text(included[1]), text, flags=re.MULTILINE)
 
 
 def compile_cubin(source: str, architecture: str, constants: dict[str, object]) -> bytes:

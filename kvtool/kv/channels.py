@@ -112,9 +112,7 @@ class SocketChannel:
     def __init__(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if connection.getsockname()[0] == connection.getpeername()[0]:
-            # On one machine the bytes between two processes are better in a cache than in a long queue.
-            for which in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                connection.setsockopt(socket.SOL_SOCKET, which, NEAR_BYTES)
+            keep_near(connection)
         self.connection = connection
         self._staging: Tensor | None = None
 
@@ -363,6 +361,13 @@ class FaultyChannel:
             pieces = [pieces[0].clone(), *pieces[1:]]
             pieces[0].view(-1)[:1] ^= 1
         self._channel.send(pieces, frame)
+
+
+def keep_near(connection: socket.socket) -> None:
+    """Let little wait in a socket: on one machine the bytes between two processes are better in a cache than in a long
+    queue."""
+    for which in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        connection.setsockopt(socket.SOL_SOCKET, which, NEAR_BYTES)
 
 
 def _with_length(frame: bytes) -> bytes:

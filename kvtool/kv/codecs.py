@@ -103,7 +103,9 @@ def check_fits(fits: bool) -> None:
         UnsupportedError: unless `fits`.
     """
     if not fits:
-        raise UnsupportedError("a key or value is NaN or beyond fp16's 65,504: this model's cache cannot be quantised")
+        raise UnsupportedError(
+            "a key or value is NaN or beyond fp16's 65,504: this model's cache cannot be quantised; use --nbits 16"
+        )
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

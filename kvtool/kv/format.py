@@ -214,7 +214,7 @@ def _stream_format(options: KVOptions, bits: Bits, axis: Axis, block_size: int, 
     if bits == "fp8":
         return StreamFormat("fp8", "token", stream.dim, symmetric=True)
     if stream.dim % (8 // int(bits)):
-        raise UnsupportedError(f"head_dim {stream.dim} is not a whole number of bytes at {bits} bits")
+        raise UnsupportedError(f"head_dim {stream.dim} is not a whole number of bytes at {bits} bits; use more --nbits")
     group = block_size if axis == "channel" else _largest_divisor(stream.dim, options.q_group_size or BLOCK_SIZE)
     return StreamFormat(bits, axis, group, bool(options.symmetric), bool(options.rotate))
 

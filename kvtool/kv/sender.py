@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvtool.errors import ConfigError, UnsupportedError
-from kvtool.kv.channels import Channel, QueueChannel
+from kvtool.kv.channels import Channel, QueueChannel, SocketChannel
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.staging import Staged, Staging
 from kvtool.kv.store import KVStore
@@ -211,8 +211,10 @@ class Sender:
                 break
             except OSError as error:
                 if time.perf_counter() > deadline:
+                    why = "it says nothing" if isinstance(error, BlockingIOError) else error.strerror or str(error)
                     raise ConfigError(
-                        f"--peer {self.name}: nobody answers ({error}; tried for {seconds:g} s); start the decode side"
+                        f"--peer {self.name}: no decode side answers there ({why}; tried for {seconds:g} s); start it, "
+                        "and give the address of its --kv-port"
                     ) from error
                 time.sleep(RETRY_SECONDS)
         self.transfer = link.transfer
@@ -292,6 +294,8 @@ class Sender:
             channel.close()
             raise
         gone, offset = min(offsets)
+        if isinstance(channel, SocketChannel):
+            channel.limit(IDLE_SECONDS)
         # Less than what is uncertain about it is none: on one machine the clock is the same.
         return Link(session, transfer, layout, offset if abs(offset) > gone / 2 else 0.0)
 

@@ -114,7 +114,7 @@ def transfer_names() -> list[str]:
 def dial_tcp(host: str, port: int) -> Channel:
     """Raises an OSError while nobody listens there."""
     channel = SocketChannel(socket.create_connection((host, port), CONNECT_SECONDS))
-    channel.limit(IDLE_SECONDS)
+    channel.limit(CONNECT_SECONDS)  # until both have met: what listens there may be something else, and say nothing
     return channel
 
 

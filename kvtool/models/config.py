@@ -1,18 +1,15 @@
-"""A model folder's config.json, read strictly: what is wrong with it is said in its own terms."""
+"""A model folder's config.json: what it says of the model's shape, or what is wrong with it."""
 
-import json
 import math
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
-from kvtool.errors import ModelError
 from kvtool.layers.mla import MLAShape
 from kvtool.layers.moe import MoEShape, Routing
 from kvtool.layers.rotary import LinearRope, Llama3Rope, LongRope, Rope, YarnRope
 from kvtool.models.architectures import ARCHITECTURES, Architecture, ExpertFields
+from kvtool.models.fields import Fields, read_fields
+from kvtool.models.quantization_config import read_quantization
 from kvtool.models.stored import StoredQuantization
 
 # Beyond any model; tables and lists of weights are built before a weight is seen.
@@ -76,7 +73,7 @@ def load_config(folder: Path) -> ModelConfig:
     return parse_config(read_fields(folder / "config.json"), *more)
 
 
-def parse_config(fields: "Fields", *generation_config: "Fields") -> ModelConfig:
+def parse_config(fields: Fields, *generation_config: Fields) -> ModelConfig:
     """What a config.json, and perhaps a generation_config.json, say of a model.
 
     Fields mean what they mean in Hugging Face transformers, in its old spelling (`rope_theta`, `rope_scaling`,
@@ -119,103 +116,8 @@ def parse_config(fields: "Fields", *generation_config: "Fields") -> ModelConfig:
         mlp_bias=architecture.config_biases and fields.flag("mlp_bias"),
         dtype=_dtype(fields),
         eos_token_ids=_eos_token_ids(fields, *generation_config),
-        quantization=_quantization(fields),
+        quantization=read_quantization(fields),
     )
-
-
-@dataclass(frozen=True)
-class Fields:
-    """A JSON object whose every complaint names the file and the field.
-
-    Attributes:
-        prefix: how the object is reached in the file, "" at the top.
-    """
-
-    path: Path
-    values: Mapping[str, Any]
-    prefix: str = ""
-
-    def refuse(self, name: str, why: str) -> NoReturn:
-        raise ModelError(f"{self.path}: {self.prefix}{name} {why}")
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value, unchecked; null counts as absent."""
-        value = self.values.get(name)
-        return default if value is None else value
-
-    def count(self, name: str, default: int | None = None, least: int = 1, most: int = 2**31 - 1) -> int:
-        """An integer from `least` to `most`."""
-        value = self._present(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            self.refuse(name, f"is {value!r:.40}; it must be an integer of at least {least} and at most {most}")
-        return value
-
-    def number(self, name: str, default: float | None = None, above: float = 0) -> float:
-        """A finite number greater than `above`."""
-        value = self._present(name, default)
-        if not _is_number(value, above):
-            self.refuse(name, f"is {value!r}; it must be a number above {above}")
-        return float(value)
-
-    def numbers(self, name: str, length: int) -> tuple[float, ...]:
-        """A list of positive numbers, of a given length."""
-        value = self._present(name, None)
-        if not isinstance(value, list) or len(value) != length or not all(_is_number(item, 0) for item in value):
-            self.refuse(
-                name, f"must be a list of {length} positive numbers, one for every two rotated elements of a head"
-            )
-        return tuple(map(float, value))
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        """True or false."""
-        value = self.get(name, default)
-        if not isinstance(value, bool):
-            self.refuse(name, f"is {value!r}; it must be true or false")
-        return value
-
-    def nested(self, name: str) -> "Fields":
-        """The object under this name, empty where it is absent."""
-        value = self.get(name, {})
-        if not isinstance(value, dict):
-            self.refuse(name, f"is {value!r}; it must be an object or null")
-        return Fields(self.path, value, f"{self.prefix}{name}.")
-
-    def _present(self, name: str, default: Any) -> Any:
-        value = self.get(name, default)
-        if value is None:
-            self.refuse(name, "is missing; add it, or download the file again")
-        return value
-
-
-def read_fields(path: Path) -> Fields:
-    """The object in a JSON file.
-
-    Raises:
-        ModelError: there is no such file, or it holds something else.
-    """
-    try:
-        content = path.read_bytes()
-        refuse_lfs_pointer(path, content)
-        values = json.loads(content)
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file; --model takes a folder in the Hugging Face layout") from None
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: is no JSON ({error}); download it again") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{path}: holds no JSON object; download it again")
-    return Fields(path, values)
-
-
-def refuse_lfs_pointer(path: Path, content: bytes) -> None:
-    """Refuse a file that git left as a pointer, by its first bytes."""
-    if content.startswith(b"version https://git-lfs"):
-        raise ModelError(f"{path}: is a git-LFS pointer, not the file itself; run `git lfs pull` in its folder")
-
-
-def _is_number(value: object, above: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and above < value <= sys.float_info.max
 
 
 def _architecture(fields: Fields) -> Architecture:
@@ -390,7 +292,6 @@ def _rope(fields: Fields, head_dim: int, max_position: int) -> Rope:
 
 def _yarn_scale(scaling: Fields, factor: float) -> float:
     """YaRN's recommended temperature, with DeepSeek's `mscale` and `mscale_all_dim` where both are given."""
-
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
         mscale, all_dim = scaling.number("mscale"), scaling.number("mscale_all_dim")
         return _yarn_temperature(factor, mscale) / _yarn_temperature(factor, all_dim)
@@ -438,96 +339,3 @@ def _eos_token_ids(*configs: Fields) -> tuple[int, ...]:
             fields.refuse("eos_token_id", f"is {value!r}; it must be a token id or a list of them")
         ids |= dict.fromkeys(several)
     return tuple(ids)
-
-
-def _quantization(fields: Fields) -> StoredQuantization | None:
-    """How the weights are quantised, in the words of the tool that did it."""
-    stored = fields.nested("quantization_config")
-    if not stored.values:
-        return None
-    method = stored.get("quant_method")
-    if method == "gptq":
-        return _gptq(stored)
-    if method == "awq":
-        return _awq(stored)
-    if method == "compressed-tensors":
-        return _compressed_tensors(stored)
-    stored.refuse("quant_method", f"is {method!r:.40}; it must be gptq, awq or compressed-tensors")
-
-
-def _gptq(stored: Fields) -> StoredQuantization:
-    _demand(stored, "bits", 4)
-    formats = {"gptq": True, "gptq_v2": False}
-    name = stored.get("checkpoint_format", "gptq")
-    if name not in formats:
-        stored.refuse("checkpoint_format", f"is {name!r:.40}; it must be {' or '.join(formats)}")
-    _demand(stored, "pack_dtype", "int32", optional=True)
-    return StoredQuantization("gptq", _group_size(stored, "group_size"), less_one=formats[name])
-
-
-def _awq(stored: Fields) -> StoredQuantization:
-    older = stored.get("bits") is None  # AutoAWQ's own names
-    _demand(stored, "w_bit" if older else "bits", 4)
-    version = stored.get("version", "gemm")
-    if str(version).lower() != "gemm":
-        stored.refuse("version", f"is {version!r:.40}; only the gemm packing is supported")
-    return StoredQuantization("awq", _group_size(stored, "q_group_size" if older else "group_size"))
-
-
-def _compressed_tensors(stored: Fields) -> StoredQuantization:
-    """One scheme for all linear layers; those left out hold plain weights."""
-    for name in ("kv_cache_scheme", "sparsity_config", "transform_config"):
-        if stored.get(name):
-            stored.refuse(name, "is set, which is not supported; weights and activations alone can be quantised")
-    _demand(stored, "quantization_status", "compressed", optional=True)
-    groups = stored.nested("config_groups")
-    schemes = [_scheme(groups.nested(name), stored) for name in groups.values]
-    if not schemes:
-        stored.refuse("config_groups", "is missing or empty; it says how weights are quantised")
-    if any(scheme != schemes[0] for scheme in schemes):
-        stored.refuse("config_groups", "holds different schemes; one for all layers is supported")
-    return schemes[0]
-
-
-def _scheme(group: Fields, stored: Fields) -> StoredQuantization:
-    weights, inputs = group.nested("weights"), group.nested("input_activations")
-    bits, kind = weights.count("num_bits"), weights.get("type", "int")
-    named = {"int4": "pack-quantized", "int8": "int-quantized", "float8": "float-quantized"}.get(f"{kind}{bits}")
-    if named is None:
-        weights.refuse("num_bits", f"is {bits} of type {kind!r:.40}; int of 4 or 8 and float of 8 bits are supported")
-    form = group.get("format", stored.get("format"))
-    if form not in (None, named):
-        stored.refuse("format", f"is {form!r:.40}; {kind} of {bits} bits is supported as {named}")
-    strategy, symmetric = weights.get("strategy"), weights.flag("symmetric", default=True)
-    if bits == 4:
-        if inputs.values:
-            group.refuse("input_activations", "are quantised beside 4-bit weights, which is not supported")
-        if strategy not in ("group", "channel"):
-            weights.refuse("strategy", f"is {strategy!r:.40}; it must be group or channel")
-        size = _group_size(weights, "group_size") if strategy == "group" else None
-        return StoredQuantization("int4", size, has_zeros=not symmetric)
-    if strategy not in ("channel", "tensor"):
-        weights.refuse("strategy", f"is {strategy!r:.40}; it must be channel or tensor")
-    if not symmetric:
-        weights.refuse("symmetric", "is false; 8-bit weights are supported without zeros")
-    if inputs.get("num_bits") != bits or inputs.get("type", "int") != kind or inputs.get("dynamic") is not True:
-        inputs.refuse(
-            "dynamic", f"must be true, for {bits} bits of type {kind}: activations are rounded token by token"
-        )
-    return StoredQuantization("int8" if kind == "int" else "fp8")
-
-
-def _group_size(stored: Fields, name: str) -> int | None:
-    """Columns that share a scale; None: all of a row."""
-    if stored.get(name) == -1:
-        return None
-    size = stored.count(name)
-    if size % 32:
-        stored.refuse(name, f"is {size}; it must be a multiple of 32, or -1 for one group")
-    return size
-
-
-def _demand(stored: Fields, name: str, value: object, optional: bool = False) -> None:
-    found = stored.get(name)
-    if found != value and not (optional and found is None):
-        stored.refuse(name, f"is {found!r:.40}; only {value} is supported")

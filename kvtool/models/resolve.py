@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from kvtool.errors import ModelError
-from kvtool.models.config import Fields, read_fields
+from kvtool.models.fields import Fields, read_fields
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = {name: ASSETS / name for name in ("tiny", "tiny-draft")}

@@ -18,8 +18,9 @@ from kvtool.layers.linear import RowLinear, Slot
 from kvtool.layers.moe import PackedExperts
 from kvtool.layers.norm import QKNorm, RMSNorm
 from kvtool.layers.quantized import Dense, EightBitMatrix, Int4Matrix, Matrix, side_by_side
-from kvtool.models.config import ModelConfig, read_fields, refuse_lfs_pointer
+from kvtool.models.config import ModelConfig
 from kvtool.models.decoder import Decoder
+from kvtool.models.fields import read_fields, refuse_lfs_pointer
 from kvtool.models.quantization import Conversion, Quantization, common_group
 from kvtool.models.stored import StoredQuantization, marker, pieces_of, read_matrix
 from kvtool.parallel import ONE_RANK, Parallel, Shard

@@ -13,9 +13,9 @@ from kvtool.config import Axis, EngineConfig, KVOptions
 from kvtool.errors import ConfigError, UnsupportedError
 from kvtool.kv.format import GROUP_SIZES, KEY_AXIS, VALUE_AXIS, KVFormat, resolve
 from kvtool.kv.spec import KVSpec
+from kvtool.perplexity import parse_formats
 from kvtool.quantize.journal import Journal
 from kvtool.quantize.report import Exam, Examiner, OnProgress, Progress, model_spec
-from kvtool.scoring import parse_formats
 
 BITS = "16,8,4,2,k8v4,k4v2"
 RESIDUALS = (0, 32, 128, 512)

@@ -10,7 +10,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from kvtool.attention import PagedAttention
 from kvtool.errors import ConfigError
 from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.codecs import check_fits
@@ -19,7 +18,7 @@ from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.store import KVStore
 from kvtool.models import Decoder
-from kvtool.models.kv import attention_layers
+from kvtool.paged_model import PagedModel
 
 METADATA = "kvtool.cache"
 
@@ -74,14 +73,10 @@ def cache_prompt(model: Decoder, layout: KVLayout, token_ids: list[int], dtype: 
     device = next(model.parameters()).device
     num_blocks = layout.format.num_blocks(len(token_ids))
     store = KVStore(layout, num_blocks, 1, dtype, device)
-    attention = PagedAttention(store, attention_layers(model.config))
+    paged = PagedModel(model, store)
     batch = KVBatch.build(layout.format, [Span(0, len(token_ids), range(num_blocks), 0)], device)
-    model(
-        torch.tensor(token_ids, device=device),
-        batch.positions,
-        lambda index, q, k, v: attention(index, q, k, v, batch),
-    )
-    store.seal(batch)
+    paged(torch.tensor(token_ids, device=device), batch)
+    paged.seal(batch)
     check_fits(not store.take_fault().item())
     return CachedPrompt(store, tuple(token_ids))
 

@@ -21,7 +21,8 @@ from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec
 from kvtool.models import load_config, resolve_model
 from kvtool.models.kv import attention_layers, kv_spec
-from kvtool.perplexity import SAMPLE, FormatScore, Task, make_task, read_documents, score_formats
+from kvtool.perplexity import FormatScore, score_formats
+from kvtool.protocols import SAMPLE, Task, make_task, read_documents
 from kvtool.quantize.cache_file import CachedPrompt, cache_prompt, read_cache, write_cache
 from kvtool.quantize.decode_speed import DecodeSpeed, decode_speed
 from kvtool.quantize.layer_errors import Outlier, calibrate, layer_errors, outlier, propagated_errors

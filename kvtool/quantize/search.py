@@ -20,7 +20,8 @@ from kvtool.kv.plan import Sidecar, write_plan
 from kvtool.kv.spec import KVSpec
 from kvtool.models.kv import kv_spec
 from kvtool.models.resolve import fingerprint
-from kvtool.perplexity import SAMPLE, FormatScore, Task, make_task, read_documents, score_formats
+from kvtool.perplexity import FormatScore, score_formats
+from kvtool.protocols import SAMPLE, Task, make_task, read_documents
 from kvtool.quantize.journal import Journal
 from kvtool.quantize.layer_errors import calibrate, propagated_errors
 from kvtool.quantize.report import Exam, OnProgress, Progress

@@ -28,7 +28,7 @@ from kvtool.processes import frame
 from kvtool.ranks.link import BEAT_SECONDS, SILENT_SECONDS, STARTING_SECONDS, Link, watch
 from kvtool.ranks.messages import Beat, Count, Counted, Done, End, Failed, Launch, Launched, Ready, Start
 from kvtool.ranks.node import END_SECONDS, start_followers
-from kvtool.ranks.rendezvous import INTERFACES, Meeting, open_store, own_address, read_hello, take_place
+from kvtool.ranks.rendezvous import ENV, INTERFACES, Meeting, open_store, own_address, read_hello, take_place
 from kvtool.ranks.topology import check_copies, check_model, check_topology, placed
 from kvtool.request import Export, Import, ScheduledBatch, StepResult
 from kvtool.runner import Handle, Runner
@@ -158,6 +158,8 @@ class Ranks:
             KVToolError: one ended before it came.
         """
         missing = set(range(1, config.num_ranks))
+        if config.nnodes > 1 and address != ENV:
+            print(f"waiting for the other nodes at {address} ...", file=sys.stderr, flush=True)
         deadline = time.monotonic() + config.dist_timeout
         own = own_address(address)
         family = socket.AF_INET6 if ":" in own else socket.AF_INET
@@ -172,8 +174,9 @@ class Ranks:
                     raise KVToolError(f"a rank of this machine ended while it started (status {ended[0]})")
                 if time.monotonic() > deadline:
                     named = ", ".join(f"{rank} (node {rank // len(config.ranks_here)})" for rank in sorted(missing))
+                    ranks = "ranks" if len(missing) > 1 else "rank"
                     raise ConfigError(
-                        f"rank {named} did not come to {address} within --dist-timeout {config.dist_timeout} s: are "
+                        f"{ranks} {named} did not come to {address} within --dist-timeout {config.dist_timeout} s: are "
                         "all nodes started, with the same --tp, --ep, --pp, --nnodes and --dist-init-addr?"
                     )
                 with contextlib.suppress(TimeoutError):
@@ -203,6 +206,7 @@ class Ranks:
     def end(self, why: str) -> NoReturn:
         """End all ranks, as each waits for all."""
         print(f"error: {why}; all ranks end with it", file=sys.stderr, flush=True)
+        self.dismiss(Failed(f"ends, because {why}", 1))
         self._kill()
         os._exit(1)
 

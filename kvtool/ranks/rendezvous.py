@@ -1,5 +1,6 @@
 """How ranks find each other, by which network, and take their places."""
 
+import concurrent.futures
 import contextlib
 import errno
 import fcntl
@@ -8,6 +9,7 @@ import socket
 import struct
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import msgspec
@@ -78,15 +80,22 @@ def open_store(address: str, size: int, timeout: int, rank: int) -> tuple[Store,
                 fd = os.dup(listener.fileno())  # the store owns and closes it
             store = TCPStore(host, port, size, True, seconds, wait_for_workers=False, master_listen_fd=fd)
             return store, f"{host}:{port}"
-        await_port(host, port, timeout)
     except OSError as error:
         reason = "the port is in use" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
         raise ConfigError(f"--dist-init-addr {address}: {reason}; give an address of node 0 and a free port") from error
-    return TCPStore(host, port, size, False, seconds, wait_for_workers=False), address
+    await_port(address, timeout)
+    joining = ThreadPoolExecutor(1).submit(TCPStore, host, port, size, False, seconds, wait_for_workers=False)
+    try:
+        return joining.result(timeout), address  # by itself it would wait for ever for who never says a word
+    except (RuntimeError, concurrent.futures.TimeoutError) as error:
+        raise ConfigError(
+            f"--dist-init-addr {address}: what answers there is not node 0; give the address that node 0 was given"
+        ) from error
 
 
-def await_port(host: str, port: int, timeout: int) -> None:
+def await_port(address: str, timeout: int) -> None:
     """Raises ConfigError if nobody listens there before the time is over."""
+    host, port = split_address(address)
     deadline, reason = time.monotonic() + timeout, "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
@@ -96,7 +105,7 @@ def await_port(host: str, port: int, timeout: int) -> None:
             reason = error.strerror or str(error)
         time.sleep(min(0.2, max(0.0, deadline - time.monotonic())))
     raise ConfigError(
-        f"--dist-init-addr {host}:{port} did not answer within --dist-timeout {timeout} s ({reason}): is node 0 "
+        f"--dist-init-addr {address} did not answer within --dist-timeout {timeout} s ({reason}): is node 0 "
         "running, and can this machine reach it?"
     )
 

@@ -29,7 +29,9 @@ def check_topology(config: EngineConfig) -> None:
     if nodes > 1 and not config.dist_init_addr:
         raise ConfigError(f"--nnodes {nodes}: needs --dist-init-addr HOST:PORT of node 0, the same on all nodes")
     if config.dist_init_addr not in (None, ENV):
-        split_address(config.dist_init_addr or "")
+        _, port = split_address(config.dist_init_addr or "")
+        if port == 0 and nodes > 1:
+            raise ConfigError(f"--dist-init-addr {config.dist_init_addr}: other nodes must know the port; name one")
     device = asked_device(config)
     needed = (device.index or 0) + config.local_rank + len(config.ranks_here)
     if device.type == "cuda" and needed > torch.cuda.device_count():

@@ -26,7 +26,9 @@ class AbortBody(Body):
 async def health(engine: EngineArg) -> Response:
     """200 as long as requests can be served; while the server drains, its guard answers /ready with 503."""
     if not engine.client.alive:
-        return JSONResponse(error_body(503, "the engine has ended; restart the server", code="engine_dead"), 503)
+        return JSONResponse(
+            error_body(503, "the engine has ended; try again when another has been started", code="engine_dead"), 503
+        )
     return Response()
 
 

@@ -116,31 +116,13 @@ async def serve(
     async def serve_engine() -> None:
         nonlocal server
         async with running(engine, config.preflight) as client:
-            info = client.info
-            tokenizer = await asyncio.to_thread(Tokenizer.load, Path(info.path), info.vocab_size)
-            name = config.served_model_name or info.model
-            handoff = engine.handoff and replace(engine.handoff, secret="")
-            configuration = {
-                "engine": asdict(replace(engine, handoff=handoff)),
-                "server": asdict(replace(config, api_key=None)),
-            }
-            metrics = Metrics(client, name)
-            text_engine = TextEngine(
-                client,
-                tokenizer,
-                name,
-                observer=metrics,
-                max_queue=config.max_queue,
-                trust_request_chat_template=config.trust_request_chat_template,
-            )
-            app = create_app(text_engine, metrics, configuration)
-            server = Server(Guard(app, config.api_key), client)
+            server = await server_of(client, engine, config)
             host, port = config.host, listener.getsockname()[1]
             try:
                 listener.listen()
             except OSError as error:  # somebody was faster
                 raise unusable(host, port, error) from error
-            on_ready(info, f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            on_ready(client.info, f"http://{f'[{host}]' if ':' in host else host}:{port}")
             await server.serve_beside(listener.dup())
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -161,6 +143,26 @@ async def serve(
     return received
 
 
+async def server_of(client: EngineClient, engine: EngineConfig, config: ServerConfig) -> "Server":
+    """What answers requests with this engine; it tells its configuration, but for secrets."""
+    info, name = client.info, config.served_model_name or client.info.model
+    handoff = engine.handoff and replace(engine.handoff, secret="")
+    configuration = {
+        "engine": asdict(replace(engine, handoff=handoff)),
+        "server": asdict(replace(config, api_key=None)),
+    }
+    metrics = Metrics(client, name)
+    text_engine = TextEngine(
+        client,
+        await asyncio.to_thread(Tokenizer.load, Path(info.path), info.vocab_size),
+        name,
+        observer=metrics,
+        max_queue=config.max_queue,
+        trust_request_chat_template=config.trust_request_chat_template,
+    )
+    return Server(Guard(create_app(text_engine, metrics, configuration), config.api_key), client)
+
+
 @contextlib.asynccontextmanager
 async def running(config: EngineConfig, preflight: bool) -> AsyncIterator[EngineClient]:
     """An engine, started and closed again."""
@@ -175,26 +177,36 @@ async def running(config: EngineConfig, preflight: bool) -> AsyncIterator[Engine
         await client.close()
 
 
-class Server(uvicorn.Server):
-    """uvicorn's, stopped by `serve` and by the engine's end."""
+class GuardedServer(uvicorn.Server):
+    """uvicorn's, as all that kvtool serves is served; whoever starts it also says when it stops."""
 
-    def __init__(self, guard: Guard, client: EngineClient) -> None:
-        config = uvicorn.Config(
-            guard,
-            http="h11",  # whatever else is installed: its limit on headers is the one that is tested
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-            ws="none",
-            lifespan="off",
-            proxy_headers=False,
-            log_level="warning",
-            access_log=False,
+    def __init__(self, guard: Guard, shutdown_timeout: int | None = None) -> None:
+        super().__init__(
+            uvicorn.Config(
+                guard,
+                http="h11",  # whatever else is installed: its limit on headers is the one that is tested
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+                ws="none",
+                lifespan="off",
+                proxy_headers=False,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=shutdown_timeout,
+            )
         )
-        super().__init__(config)
-        self.guard, self.client = guard, client
+        self.guard = guard
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # `serve` has them, also while the model loads
+        yield  # whoever starts it has them, also while a model loads
+
+
+class Server(GuardedServer):
+    """Stopped by `serve` and by the engine's end."""
+
+    def __init__(self, guard: Guard, client: EngineClient) -> None:
+        super().__init__(guard)
+        self.client = client
 
     async def serve_beside(self, listener: socket.socket) -> None:
         """Serve as long as the engine lives.

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvtool.kv.spec import StreamSpec
-from kvtool.models.config import MAX_LAYERS, Fields
+from kvtool.models.config import MAX_LAYERS
+from kvtool.models.fields import Fields
 
 FULL, SLIDING, CHUNKED, LINEAR = "full_attention", "sliding_attention", "chunked_attention", "linear_attention"
 KINDS = (FULL, SLIDING, CHUNKED, LINEAR)  # as `layer_types` of transformers' configs names them

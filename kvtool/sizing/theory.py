@@ -10,7 +10,7 @@ from kvtool.gpus import asked_gpu
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.layout import KVLayout
 from kvtool.kv.spec import KVSpec, StreamSpec
-from kvtool.models.config import Fields
+from kvtool.models.fields import Fields
 from kvtool.models.resolve import resolve_config
 from kvtool.sizing.shapes import ModelShape, count_parameters, read_shape, scheme_of
 
