@@ -9,9 +9,9 @@ Each figure is the mean of a CUDA graph that runs layers one behind the other: f
 no cache helps. Its bytes are those that must be read: sealed blocks below v(t) with their scales, and the tail from
 v(t) to t. Prefill is one prompt behind a context that was computed before, beside torch written out ("naive") and,
 where there is no context, its scaled_dot_product_attention; workspace is what a call allocates besides its result.
---sweep: by how kernels cut the work: warps, stages, programs per SM and tokens of a tile; in Triton, which reads fp8
-and, if asked for, the rest, registers in place of tokens, and the programs that share a sequence and KV head: one, and
-as many as one to four to an SM make.
+--sweep: by how kernels cut the work: warps, stages, programs per SM and tokens of a tile (in Triton, which reads 16
+bits and fp8, registers); and the programs that share a sequence and KV head: one, and as many as one to four to an SM
+make.
 """
 
 import argparse
@@ -40,8 +40,7 @@ WORKLOADS = "16x32000,64x4096,256x1024,200x100-1700,1x131072"
 PROMPTS = "128,256,512,1024,2048,4096,8192"  # tokens
 PROMPT_LAYERS = 8
 PAGE = 256  # tokens, the least that flash-attn takes
-SWEEP = ((4, 2, 3, 32), (4, 2, 3, 64), (6, 2, 2, 32), (6, 2, 2, 64), (12, 2, 1, 32))  # as `cuda_decode.TILES` has them
-SWEEP_16 = ((4, 3, 2, 16), (6, 2, 2, 16), (3, 2, 2, 32), (12, 2, 1, 16), (8, 3, 1, 16), (6, 2, 1, 32))
+SWEEP = ((4, 2, 3, 32), (4, 2, 3, 64), (6, 2, 2, 32), (6, 2, 2, 64), (8, 2, 2, 32))  # as `cuda_decode.TILES` has them
 SWEEP_TRITON = ((4, 3, 3, None), (4, 5, 2, None), (8, 5, 3, None))  # as `decode.TILES` has them
 
 
@@ -61,7 +60,7 @@ def main() -> None:
     asked = {one: lengths_of(one) for one in args.workloads.split(",")}
     layer = AttentionLayer(args.num_q_heads, args.num_kv_heads, args.head_dim, args.head_dim**-0.5)
     if args.sweep:
-        sweep_table(layer, args.nbits.split(","), asked, args.attention_backend)
+        sweep_table(layer, args.nbits.split(","), asked)
     elif args.phase == "decode":
         decode_table(layer, args.nbits.split(","), asked, args.attention_backend)
     else:
@@ -90,7 +89,7 @@ def decode_table(layer: AttentionLayer, formats: list[str], workloads: Workloads
             show(name, nbits, graph_seconds(run, layers), nbytes, bandwidth, peer)
 
 
-def sweep_table(layer: AttentionLayer, formats: list[str], workloads: Workloads, asked: str) -> None:
+def sweep_table(layer: AttentionLayer, formats: list[str], workloads: Workloads) -> None:
     bandwidth, sms = read_bandwidth(), num_sms(torch.device("cuda"))
     print(f"{torch.cuda.get_device_name()}, {layer.describe()}, read {bandwidth / 1e12:.2f} TB/s")
     print(f"{'workload':>12} {'KV':>10} {'µs':>8} {'GB/s':>7} {'share':>6} {'× flash-attn':>12}  tile, splits")
@@ -98,18 +97,18 @@ def sweep_table(layer: AttentionLayer, formats: list[str], workloads: Workloads,
         peer = flash_attention_seconds(layer, lengths)
         filling = {max(1, programs * sms // (len(lengths) * layer.num_kv_heads)) for programs in range(5)}
         for nbits in formats:
-            in_triton = asked == "triton" or nbits == "fp8"
+            in_triton = nbits in ("16", "fp8")
             run, layers, nbytes = decode_step(layer, nbits, lengths, "triton" if in_triton else "cuda")
-            kernel, key = (decode, (9, nbits)) if in_triton else (cuda_decode, (228, nbits))
-            sweep = SWEEP_TRITON if in_triton else SWEEP_16 if nbits == "16" else SWEEP
-            for tile in dict.fromkeys([kernel.TILES[key], *sweep]):
-                for splits in sorted(filling) if in_triton else [0]:
+            kernel, sweep = (decode, SWEEP_TRITON) if in_triton else (cuda_decode, SWEEP)
+            tiles, key = kernel.TILES, (9 if in_triton else 228, nbits)
+            for tile in dict.fromkeys([tiles[key], *sweep]):
+                for splits in sorted(filling):
                     with (
-                        mock.patch.dict(kernel.TILES, {key: tile}),
-                        mock.patch.object(decode, "num_splits", return_value=splits),
+                        mock.patch.dict(tiles, {key: tile}),
+                        mock.patch.object(kernel, "num_splits", return_value=splits),
                     ):
                         seconds = graph_seconds(run, layers)
-                    cut = " ".join(map(str, tile)) + (f", {splits}" if splits else "")
+                    cut = f"{' '.join(map(str, tile))}, {splits}"
                     show(name, nbits, seconds, nbytes, bandwidth, peer, cut)
 
 
