@@ -94,6 +94,15 @@ def test_the_source_computes_its_definition(variant, kv_heads, lengths, window, 
     assert error(emulated(case, splits, merges, seed), case) < 5e-3
 
 
+def test_a_row_that_is_nobodys_reads_nothing():
+    """A graph of more rows than there are sequences gives the rest position -1."""
+    case = case_of(VARIANTS[1], lengths=(130, 40))
+    alone = emulated(case, 2, True, 0)
+    case.batch.positions[1], case.batch.visible[1], case.batch.tail_slots[1] = -1, 0, 10**6
+    out = emulated(case, 2, True, 0)
+    assert torch.equal(out[0], alone[0]) and not out[1].any()
+
+
 @pytest.mark.parametrize("bits", ["8", "4", "2"])
 @pytest.mark.parametrize("group_heads", [7, 12])
 @pytest.mark.parametrize(("architecture", "shared_kib"), [("sm_89", 100), ("sm_90", 228)])
