@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kvtool.calibration import choose_quantization, text_windows
+from kvtool.chosen_model import ChosenModel
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
 from kvtool.errors import ConfigError
@@ -358,7 +359,7 @@ def test_saving_what_cannot_be_is_refused(
     quantize_weights = script("quantize_weights")
     words = ["quantize_weights", "--method", "awq", "--output", output, *options]
     monkeypatch.setattr(sys, "argv", [word.format(here=tmp_path) for word in words])
-    monkeypatch.setattr(quantize_weights, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(ChosenModel, "load", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(SystemExit) as ended:
         quantize_weights.main()
     assert ended.value.code == 2
