@@ -183,6 +183,8 @@ template <int N> static void await_products() {
 }
 
 static void publish() {}
+template <int N> static void keep_registers() {}
+template <int N> static void take_registers() {}
 
 static u32 transpose(u32 x) {
     Lanes<1> all = exchange({x});

@@ -20,6 +20,7 @@ SOURCE = source("w4a16.cuh", "w4a16_stream.cu")
 _kernel = partial(load, SOURCE, "w4a16", carveout=-1)
 
 STEP = 128  # columns
+FETCHING = 4  # warps of a program, beside those that multiply
 OUTPUTS = 8  # of which it takes multiples
 WHOLE = 9 / 8  # of an even share, up to which it rather is of whole tiles, which nobody need add up
 WARPGROUPS = (9, 0)  # the compute capability that has products of four warps with what lies in shared memory
@@ -32,7 +33,7 @@ class Tile:
     Attributes:
         tiles: of 16 outputs each, that a warp multiplies.
         columns: of 8 rows of x each, that it multiplies them with.
-        warps: of a program.
+        warps: of a program, that multiply.
         stages: steps that a program holds at most, some of them under way.
         per_sm: programs that run at once on a multiprocessor.
     """
@@ -67,7 +68,7 @@ class Tile:
 TILES: dict[tuple[bool, int], tuple[tuple[int, Tile], ...]] = {
     (False, 4): ((0, Tile(2, 4, 8, 4, 1)),),
     (False, 8): ((0, Tile(2, 8, 8, 3, 1)),),
-    (True, 4): ((16384, Tile(2, 4, 4, 6, 2)), (0, Tile(1, 4, 4, 8, 2))),
+    (True, 4): ((16384, Tile(2, 4, 4, 6, 2)), (0, Tile(1, 4, 4, 5, 3))),
     (True, 8): ((16384, Tile(2, 8, 8, 6, 1)), (0, Tile(1, 8, 8, 6, 1))),
     (True, 16): ((16384, Tile(2, 16, 8, 4, 1)), (0, Tile(1, 16, 8, 5, 1))),
 }
@@ -125,7 +126,8 @@ def constants(x: Tensor, scales: Tensor, tile: Tile, together: bool, chain: bool
         "COLUMNS": tile.columns,
         "GROUP": x.shape[1] // scales.shape[1],
         "BF16": int(x.dtype == torch.bfloat16),
-        "WARPS": tile.warps,
+        "WARPS": tile.warps + FETCHING,
+        "FETCHING": FETCHING,
         "STAGES": tile.stages,
         "PER_SM": tile.per_sm,
         "TOGETHER": int(together),
