@@ -209,18 +209,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
             int second = program * share / steps != tile;
             return partial + (u64)(2 * program + second) * (OUTPUTS * ROWS);
         };
-        float* own = slot(blockIdx.x);
-        each(total, [&](float(&sums)[4], int fragment) {
-            *(Floats4*)(own + place(fragment)) = {sums[0], sums[1], sums[2], sums[3]};
-        });
-        __threadfence();
-        meet(0, MULTIPLIERS);
-        if (!any_member(0, MULTIPLIERS, threadIdx.x == 0 && atomicAdd(arrivals + first, 1) == last - first)) return false;
+        auto others_have = [&](int arriving) {
+            return any_member(0, MULTIPLIERS, threadIdx.x == 0 && atomicAdd(arrivals + first, arriving) == last - first);
+        };
+        const bool keeps = blockIdx.x == first && others_have(0);  // its sums, which come first, where they are
+        if (!keeps) {
+            float* own = slot(blockIdx.x);
+            each(total, [&](float(&sums)[4], int fragment) {
+                *(Floats4*)(own + place(fragment)) = {sums[0], sums[1], sums[2], sums[3]};
+            });
+            __threadfence();
+            meet(0, MULTIPLIERS);
+            if (!others_have(1)) return false;
+            each(total, [&](float(&sums)[4], int) { sums[0] = sums[1] = sums[2] = sums[3] = 0; });
+        }
         __threadfence();
         if (threadIdx.x == 0) arrivals[first] = 0;  // for the next kernel
-        each(total, [&](float(&sums)[4], int) { sums[0] = sums[1] = sums[2] = sums[3] = 0; });
 #pragma unroll(AT_ONCE < 1 ? 1 : AT_ONCE < 4 ? AT_ONCE : 4)
-        for (int program = first; program <= last; program++) {
+        for (int program = first + keeps; program <= last; program++) {
             const float* from = slot(program);
             each(total, [&](float(&sums)[4], int fragment) {
                 Floats4 more = load_written4(from + place(fragment));
