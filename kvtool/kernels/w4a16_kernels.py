@@ -22,7 +22,7 @@ LINES, COLUMNS, WARPS = 16, 512, 4  # outputs and columns of a program that deco
 
 # Rows up to which codes are decoded in registers, where warps multiply by themselves and where four do together (see
 # `w4a16_stream`), of matrices that are not large and of those that are.
-MOST_ROWS = {False: (128, 128), True: (256, 1024)}
+MOST_ROWS = {False: (128, 128), True: (512, 1024)}
 
 
 def linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:

@@ -14,14 +14,16 @@
 
 static_assert(WARPS % 4 == 0 && FETCHING % 4 == 0);
 constexpr int MULTIPLYING = WARPS - FETCHING, THREADS = 32 * WARPS, MULTIPLIERS = 32 * MULTIPLYING;
-constexpr int OUTPUTS = 16 * TILES * MULTIPLYING, ROWS = 8 * COLUMNS;
+constexpr int OUTPUTS = 16 * TILES * MULTIPLYING, ROWS = 8 * COLUMNS, FETCHED = OUTPUTS / FETCHING;  // by a warp
 constexpr int RUN = 32, STEP = 4 * RUN, HALF = STEP / 2;                              // columns
+constexpr int X_PIECES = STEP / 8, CODES_PIECES = STEP / RUN;                         // 16 bytes of a row
 constexpr int GRIDS = GROUP % STEP == 0 ? 1 : GROUP % HALF == 0 ? 2 : 4;              // of a step, with a scale each
-constexpr int HALF_BYTES = ROWS * HALF * 2, CODES_BYTES = OUTPUTS * STEP / 2, GRID_PIECES = GRIDS * OUTPUTS / 4;
-constexpr int STAGE_BYTES = (2 * HALF_BYTES + CODES_BYTES + GRID_PIECES * 16 + 1023) / 1024 * 1024;
-constexpr int AHEAD = TOGETHER ? STAGES - 2 : STAGES - 1;  // steps under way: products may still read the one before
-constexpr int UNDER_WAY = TILES;  // products that four warps have at once
-constexpr int HELD = TOGETHER ? UNDER_WAY + 1 : 2 * TILES;  // operands of 16 weights each way, the newest being decoded
+constexpr int HALF_BYTES = ROWS * HALF * 2, CODES_AT = 2 * HALF_BYTES, GRIDS_AT = CODES_AT + OUTPUTS * STEP / 2;
+constexpr int STAGE_BYTES = (GRIDS_AT + 2 * GRIDS * OUTPUTS * 2 + 1023) / 1024 * 1024;
+constexpr int AHEAD = STAGES > 3 ? STAGES - 2 : STAGES - 1;  // steps under way; of many stages, one more has come by then
+constexpr int UNDER_WAY = TILES;                             // products that four warps have at once
+constexpr int HELD = 2 * TILES;                              // operands of 16 weights each way, one of them being decoded
+static_assert(HELD > UNDER_WAY && 8 * TILES % HELD == 0);    // it is none of a product under way, in the next step neither
 constexpr int FRAGMENTS = TILES * COLUMNS;
 
 // Registers of a thread: as many for all, until those that fetch leave most of theirs to the others.
@@ -41,6 +43,25 @@ struct Place {  // of a step: its first ones, and where this thread reads the fi
     int output, row, column;
     const char* codes;
     const u16* x;
+};
+
+// What an output's codes become weights by.
+struct Grid {
+    u32 offset, scale, rest;
+    __device__ Grid() {}
+    __device__ Grid(const u16* at) {
+        const u32 zero = at[GRIDS * OUTPUTS] * 0x10001u, one = at[0] * 0x10001u;
+        // Rounding to what OFFSET + code can be makes the zero whole, but for its sign.
+        u32 whole = fused<BF16>(zero, ONES<BF16> ^ SIGNS, OFFSETS<BF16> ^ SIGNS);
+        whole = fused<BF16>(whole, ONES<BF16>, OFFSETS<BF16>);
+        const u32 more = fused<BF16>(zero, ONES<BF16> ^ SIGNS, whole ^ SIGNS);
+        offset = fused<BF16>(whole, LOWERED<BF16>, SIGNS);
+        scale = fused<BF16>(one, RAISE_LOWERED<BF16>, SIGNS);
+        rest = fused<BF16>(more, one, SIGNS);
+    }
+    __device__ u32 weights(u32 word, int s, int j) const {
+        return fused<BF16>(lowered_pair<BF16>(word, s, j, offset), scale, rest);
+    }
 };
 
 // `use` of each product's sums and its number. No generic lambda: NVRTC 13.0 takes those for the host's.
@@ -67,13 +88,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
 ) {
     extern __shared__ __align__(1024) Words4 dynamic[];
     const int warp = threadIdx.x / 32, lane = lane_id(), g = lane / 4, t = lane % 4;
-    const int fetcher = threadIdx.x % (32 * FETCHING);
+    const int fetcher = threadIdx.x % (32 * FETCHING), fetched = warp % FETCHING * FETCHED;  // the first of this warp
     const int steps = (depth + STEP - 1) / STEP, row_tiles = (rows + ROWS - 1) / ROWS;
     const int begin = blockIdx.x * share;
     const int count = min(share, (outputs + OUTPUTS - 1) / OUTPUTS * row_tiles * steps - begin);
+    const int x_row = fetcher / X_PIECES, x_piece = fetcher % X_PIECES;
+    const int codes_row = fetched + lane / CODES_PIECES, codes_piece = lane % CODES_PIECES;
     auto place_of = [&](int output, int row, int column) {
-        const char* codes = weight + ((u64)(output + fetcher / 4) * depth + column) / 2 + t * 16;
-        return Place{output, row, column, codes, x + (u64)(row + fetcher / 16) * depth + column + fetcher % 16 * 8};
+        const char* codes = weight + ((u64)(output + codes_row) * depth + column) / 2 + codes_piece * 16;
+        return Place{output, row, column, codes, x + (u64)(row + x_row) * depth + column + x_piece * 8};
     };
     auto after = [&](Place at) {
         at.column += STEP, at.codes += STEP / 2, at.x += STEP;
@@ -82,39 +105,50 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
     };
 
     // 16 bytes of codes, and of x, lie where eight lanes that read below one another find them in all banks.
-    const int codes_to = 2 * HALF_BYTES + fetcher / 4 * (STEP / 2) + (t ^ fetcher / 8 % 4) * 16;
-    const int x_to = fetcher / 8 % 2 * HALF_BYTES + fetcher / 16 * 128 + (fetcher ^ fetcher / 16) % 8 * 16;
+    auto codes_at = [](int row, int piece) {
+        return CODES_AT + row * (STEP / 2) + (piece ^ row * CODES_PIECES / 8 % CODES_PIECES) * 16;
+    };
+    const int codes_to = codes_at(codes_row, codes_piece);
+    const int x_to = x_piece / 8 * HALF_BYTES + x_row * 128 + (x_piece ^ x_row) % 8 * 16;
     auto fetch_codes = [&](const Place& at, char* to) {
-        const int left = at.column + t * RUN < depth ? outputs - at.output - fetcher / 4 : 0;
+        const int left = at.column + codes_piece * RUN < depth ? outputs - at.output - codes_row : 0;
         const char* from = at.codes;
+        constexpr int AT_ONCE = 32 / CODES_PIECES;
 #pragma unroll
-        for (int i = 0; i < OUTPUTS; i += 8 * FETCHING, from += (u64)(8 * FETCHING) * (depth / 2))
+        for (int i = 0; i < FETCHED; i += AT_ONCE, from += (u64)AT_ONCE * (depth / 2))
             copy_async_if(i < left, to + codes_to + i * (STEP / 2), from);
+        constexpr int PIECES = FETCHED / 8;  // of a grid
 #pragma unroll
-        for (int i = 0; i < GRID_PIECES; i += 32 * FETCHING) {
-            const int piece = i + fetcher, of = piece / (OUTPUTS / 8), first = at.output + piece % (OUTPUTS / 8) * 8;
+        for (int i = 0; i < 2 * GRIDS * PIECES; i += 32) {
+            const int of = (i + lane) / PIECES, output = fetched + (i + lane) % PIECES * 8, first = at.output + output;
             const int start = at.column + of % GRIDS * (STEP / GRIDS);
             const u16* grid = (of < GRIDS ? scales : zeros) + (u64)(start / GROUP) * outputs + first;
-            if (GRID_PIECES % (32 * FETCHING) == 0 || piece < GRID_PIECES)
-                copy_async_if(start < depth && first < outputs, to + 2 * HALF_BYTES + CODES_BYTES + piece * 16, grid);
+            if (of < 2 * GRIDS)
+                copy_async_if(start < depth && first < outputs, to + GRIDS_AT + (of * OUTPUTS + output) * 2, grid);
         }
     };
     auto fetch_x = [&](const Place& at, char* to) {
-        const int left = at.column + fetcher % 16 * 8 < depth ? rows - at.row - fetcher / 16 : 0;
+        const int left = at.column + x_piece * 8 < depth ? rows - at.row - x_row : 0;
         const u16* from = at.x;
+        constexpr int AT_ONCE = 32 * FETCHING / X_PIECES;
 #pragma unroll
-        for (int i = 0; i < ROWS; i += 2 * FETCHING, from += (u64)(2 * FETCHING) * depth)
-            if (ROWS % (2 * FETCHING) == 0 || i + fetcher / 16 < ROWS) copy_async_if(i < left, to + x_to + i * 128, from);
+        for (int i = 0; i < ROWS; i += AT_ONCE, from += (u64)AT_ONCE * depth)
+            if (ROWS % AT_ONCE == 0 || i + x_row < ROWS) copy_async_if(i < left, to + x_to + i * 128, from);
     };
 
     auto stage_of = [&](int index) { return (char*)dynamic + index % STAGES * STAGE_BYTES; };
     const Place start = place_of(begin / steps / row_tiles * OUTPUTS, begin / steps % row_tiles * ROWS, begin % steps * STEP);
-    auto fetch = [&] {
+    auto fetch = [&] {  // all steps, for the others
         Place ahead = start;
         for (int index = 0; index < min(AHEAD, count); index++, ahead = after(ahead)) fetch_codes(ahead, stage_of(index));
         if (CHAINED) await_inputs();
         ahead = start;
         for (int index = 0; index < count + AHEAD; index++) {
+            if (index >= AHEAD) {
+                await_groups<AHEAD - 1>();
+                if (TOGETHER) publish();
+                arrive(COME + (index - AHEAD) % STAGES, THREADS);
+            }
             if (index < count) {
                 if (index >= STAGES) meet(READ + index % STAGES, THREADS);
                 if (index >= AHEAD) fetch_codes(ahead, stage_of(index));
@@ -122,44 +156,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
                 ahead = after(ahead);
             }
             end_group();
-            if (index < AHEAD) continue;
-            await_groups<AHEAD>();
-            if (TOGETHER) publish();
-            arrive(COME + (index - AHEAD) % STAGES, THREADS);
         }
     };
 
-    auto release = [&](int index) {
+    auto release = [&](int index) {  // for a step that comes to its place
         if (index >= 0 && index + STAGES < count) arrive(READ + index % STAGES, THREADS);
     };
+    const int own = warp * (16 * TILES);  // the first output of this warp
+    u32 a[HELD][4];
+
     // With a step.
     auto multiply = [&](float(&total)[TILES][COLUMNS][4], int index) {
         const char* stage = stage_of(index);
-        const char* codes_of = stage + 2 * HALF_BYTES + (warp * (16 * TILES) + lane % 16) * (STEP / 2);
-        const u16* grid = (const u16*)(stage + 2 * HALF_BYTES + CODES_BYTES) + warp * (16 * TILES) + g;
+        const u16* grids = (const u16*)(stage + GRIDS_AT) + own + g;
         const u64 columns = TOGETHER ? shared_matrix(stage) : 0;
-        u32 codes[TILES][4], offset[TILES][2], scale[TILES][2], rest[TILES][2], a[HELD][4];
+        u32 codes[TILES][4];
+        Grid grid[TILES][2];
 #pragma unroll(TOGETHER ? 4 : 2)
         for (int run = 0; run < 4; run++) {
             if (run % 2 == 0)
 #pragma unroll
                 for (int i = 0; i < TILES; i++)
-                    read_matrices(codes[i], codes_of + i * 16 * (STEP / 2) + ((run + lane / 16) ^ lane % 8 / 2) * 16);
+                    read_matrices(codes[i], stage + codes_at(own + i * 16 + lane % 16, run + lane / 16));
             if (run % (4 / GRIDS) == 0)
 #pragma unroll
                 for (int i = 0; i < TILES; i++)
 #pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        const u16* of = grid + run * GRIDS / 4 * OUTPUTS + i * 16 + h * 8;
-                        const u32 zero = of[GRIDS * OUTPUTS] * 0x10001u, one = of[0] * 0x10001u;
-                        // Rounding to what OFFSET + code can be makes the zero whole, but for its sign.
-                        u32 whole = fused<BF16>(zero, ONES<BF16> ^ SIGNS, OFFSETS<BF16> ^ SIGNS);
-                        whole = fused<BF16>(whole, ONES<BF16>, OFFSETS<BF16>);
-                        const u32 more = fused<BF16>(zero, ONES<BF16> ^ SIGNS, whole ^ SIGNS);
-                        offset[i][h] = fused<BF16>(whole, LOWERED<BF16>, SIGNS);
-                        scale[i][h] = fused<BF16>(one, RAISE_LOWERED<BF16>, SIGNS);
-                        rest[i][h] = fused<BF16>(more, one, SIGNS);
-                    }
+                    for (int h = 0; h < 2; h++) grid[i][h] = Grid(grids + run * GRIDS / 4 * OUTPUTS + i * 16 + h * 8);
 #pragma unroll
             for (int s = 0; s < 2; s++)
 #pragma unroll
@@ -168,10 +191,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
 #pragma unroll
                     for (int h = 0; h < 2; h++)
 #pragma unroll
-                        for (int j = 0; j < 2; j++) {
-                            u32 pair = lowered_pair<BF16>(codes[i][run % 2 * 2 + h], s, j, offset[i][h]);
-                            held[2 * j + h] = fused<BF16>(pair, scale[i][h], rest[i][h]);
-                        }
+                        for (int j = 0; j < 2; j++) held[2 * j + h] = grid[i][h].weights(codes[i][run % 2 * 2 + h], s, j);
                     if constexpr (TOGETHER) {
                         start_products(held);
                         const u64 pairs = behind(columns, run / 2 * HALF_BYTES + (run % 2 * 2 + s) * 32);
@@ -214,9 +234,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
         };
         const bool keeps = blockIdx.x == first && others_have(0);  // its sums, which come first, where they are
         if (!keeps) {
-            float* own = slot(blockIdx.x);
+            float* to = slot(blockIdx.x);
             each(total, [&](float(&sums)[4], int fragment) {
-                *(Floats4*)(own + place(fragment)) = {sums[0], sums[1], sums[2], sums[3]};
+                *(Floats4*)(to + place(fragment)) = {sums[0], sums[1], sums[2], sums[3]};
             });
             __threadfence();
             meet(0, MULTIPLIERS);
@@ -236,7 +256,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) w4a16(
         return true;
     };
     auto write = [&](float(&total)[TILES][COLUMNS][4], int tile) {
-        const int output = tile / row_tiles * OUTPUTS + warp * (16 * TILES), row = tile % row_tiles * ROWS + g;
+        const int output = tile / row_tiles * OUTPUTS + own, row = tile % row_tiles * ROWS + g;
         each(total, [&](float(&sums)[4], int fragment) {
             const int first = output + fragment / COLUMNS * 16, of = row + fragment % COLUMNS * 8;
             for (int h = 0; h < 2; h++) {

@@ -72,10 +72,10 @@ LARGE = 32 << 20
 TILES: dict[tuple[bool, int], tuple[tuple[int, Tile], ...]] = {
     (False, 32): ((0, Tile(2, 4, 8, 4, 1)),),
     (False, 128): ((3 * LARGE, Tile(2, 8, 8, 3, 1)), (0, Tile(1, 8, 8, 4, 1))),
-    (True, 32): ((3 * LARGE, Tile(2, 4, 4, 4, 3)), (0, Tile(1, 4, 4, 7, 2))),
+    (True, 32): ((3 * LARGE, Tile(2, 4, 4, 4, 3)), (LARGE, Tile(2, 4, 4, 6, 2)), (0, Tile(1, 4, 4, 7, 2))),
     (True, 64): ((3 * LARGE, Tile(1, 8, 20, 5, 1)), (LARGE, Tile(1, 8, 8, 7, 1)), (0, Tile(1, 8, 4, 5, 2))),
     (True, 128): ((LARGE, Tile(1, 16, 12, 5, 1)), (0, Tile(1, 16, 4, 3, 2))),
-    (True, 1024): ((LARGE, Tile(1, 32, 8, 3, 1)), (0, Tile(1, 16, 8, 5, 1))),
+    (True, 1024): ((LARGE, Tile(1, 32, 8, 3, 1)), (0, Tile(1, 16, 12, 5, 1))),
 }
 
 
