@@ -19,8 +19,8 @@
 
 constexpr int THREADS = 32 * WARPS, OUTPUTS = 16 * TILES;
 constexpr int READ = GROUP % 128 == 0 ? 16 : GROUP % 64 == 0 ? 8 : 4;
-constexpr int CHUNK = 8 * READ, WORDS = READ / 4;         // columns, and of each lane words of 8 codes
-constexpr int RUNS = CHUNK / 32, PIECES = CHUNK / 8;      // of a chunk: runs of columns, and of a row of x 16 bytes each
+constexpr int CHUNK = 8 * READ, WORDS = READ / 4;  // columns, and of each lane words of 8 codes
+constexpr int RUNS = CHUNK / 32, PIECES = CHUNK / 8;  // of a chunk: runs of columns, and of a row of x 16 bytes each
 constexpr int CODES_BYTES = OUTPUTS * CHUNK / 2, GRID_BYTES = OUTPUTS * 4;  // of a chunk, with scales and zeros
 constexpr int STAGE_BYTES = CODES_BYTES + GRID_BYTES + ROWS * CHUNK * 2;
 constexpr int MEETING_ROW = OUTPUTS + 4;  // floats of a row of x where warps meet
