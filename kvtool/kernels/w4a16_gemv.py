@@ -19,7 +19,7 @@ SOURCE = source("w4a16.cuh", "w4a16_gemv.cu")
 _kernel = partial(load, SOURCE, "w4a16_gemv", carveout=-1)
 
 OUTPUTS = 2  # of which it takes multiples
-MAX_ROWS = 8  # with more, `w4a16_stream` is faster: at 16, on an H200, for a layer of Qwen2.5-7B
+MAX_ROWS = 8  # of a product on the tensor cores; more rows are for `w4a16_stream`
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Share:
     programs: int
 
 
-# By compute capability: the first entry of which a matrix has at least so many outputs. On an H200 (9), three of them
-# were timed with Qwen2.5-7B's matrices and 1 and 8 rows. That of 8 is not timed.
+# By compute capability: the first entry of which a matrix has at least so many outputs. Those of an H200 (9) are
+# the best of three that were timed with Qwen2.5-7B's matrices and 1 and 8 rows; that of 8 is not timed.
 TILES: dict[int, tuple[tuple[int, Tile], ...]] = {
     8: ((0, Tile(1, 8, 3, 2)),),
     9: ((16384, Tile(2, 16, 2, 1)), (4096, Tile(2, 8, 3, 2, 2)), (0, Tile(2, 16, 2, 1))),
