@@ -68,7 +68,7 @@ def text_windows(file: str | None, longest: int, model: ModelConfig, path: Path)
     """Pieces of a text, evenly spread over it, as ids of the model's tokenizer. All have one length, at most `longest`.
 
     Raises:
-        ConfigError: the file cannot be read, or is too short.
+        ConfigError: the file cannot be read, is no text, or is too short.
     """
     name = file or str(TEXT)
     try:
