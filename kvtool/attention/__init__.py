@@ -127,7 +127,8 @@ def select(layer: AttentionLayer, kv: LayerKV, asked: str = "auto") -> Attention
         known = ", ".join(["auto", *(backend.name for backend in BACKENDS)])
         raise UnsupportedError(f"--attention-backend {asked}: must be one of {known}")
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
-    raise UnsupportedError(f"no attention backend for {layer.describe()}: {reasons}")
+    hint = "" if asked == "auto" else "; --attention-backend auto takes one that can"
+    raise UnsupportedError(f"no attention backend for {layer.describe()}: {reasons}{hint}")
 
 
 # An H200 takes 206 µs a layer for 1,024 absorbed tokens of 16 heads. For half as many it is no more than what a graph
