@@ -344,7 +344,8 @@ def instead(form: Form, options: BenchOptions, results: ResultOptions, output: O
     elif results.plot:
         drawn = results_to_plot(form.command, results)
         rows = [{"result": name, **row} for name, result in drawn.items() for row in result]
-        columns = (Column("result", "result"), *form.columns)
+        settings = (Column("setting", "variant"),) if any("variant" in row for row in rows) else ()  # of --ablate
+        columns = (Column("result", "result"), *settings, *form.columns)
         stems = [Path(name).stem for name in drawn]
         charts = form.charts(list(zip(stems if len({*stems}) == len(stems) else drawn, drawn.values(), strict=True)))
         notes = [] if output.output else ["Only a table: charts are drawn with --output picture.html or .png."]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from kvtool.config import EngineConfig
 
 from .bench import BenchOptions, Form, drive, finish
+from .bench_charts import ablation_charts
 from .bench_results import ResultOptions
 from .output import Column, OutputOptions, Report, show
 
@@ -83,7 +84,7 @@ def ablation(
         scores = format_scores({row["variant"]: variants[row["variant"]] for row in result.rows})
         result = replace(result, rows=[row | scores[row["variant"]] for row in result.rows])
     added = SPECULATION if knob == "speculation" else ()
-    form = Form(command, (Column(knob, "variant"), *added, *ABLATION), lambda rows: (), lambda results: [])
+    form = Form(command, (Column(knob, "variant"), *added, *ABLATION), lambda rows: (), partial(ablation_charts, knob))
     told = result.rows if knob in FORMATS else ()
     notes = [f"{row['variant']}: {row['kv_format']}." for row in told]
     notes += [f"left out: {reason}" for reason in result.target.get("refused", ())]

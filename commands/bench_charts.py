@@ -52,6 +52,26 @@ def throughput_charts(results: Results) -> list[Chart]:
     return [chart for chart in charts if chart.series]
 
 
+def ablation_charts(knob: str, results: Results) -> list[Chart]:
+    """What each setting of a knob came to, side by side."""
+    figures = (
+        ("Throughput", "total tokens/s", "total_tok_s", 1),
+        ("Time to first token", "TTFT p50, ms", "ttft_ms.p50", 1),
+        ("Time per token", "TPOT p50, ms", "tpot_ms.p50", 1),
+        ("Perplexity", "change, %", "perplexity_change", 100),
+    )
+    return [
+        Chart(title, knob, unit, bars, kind="bar")
+        for title, unit, figure, scale in figures
+        if (bars := [bar for name, rows in results for bar in _bars(name, rows, figure, scale)])
+    ]
+
+
+def _bars(name: str, rows: Rows, figure: str, scale: float) -> list[Series]:
+    found = [(row["variant"], scale * value) for row in rows if (value := value_at(row, figure)) is not None]
+    return [Series(name, [variant for variant, _ in found], [value for _, value in found])] if found else []
+
+
 def _families(results: Results, *along: str) -> Results:
     """Rows whose points differ in nothing but what a line goes along, by what else tells them from others."""
     families: dict[tuple[str, ...], list[dict[str, Any]]] = {}
@@ -84,7 +104,8 @@ def _over_time(name: str, row: dict[str, Any], timeline: str, figure: str, scale
 
 def load_name(row: dict[str, Any]) -> str:
     """What a row was asked, in a few words."""
-    words = [f"{row[name]:,} tokens" for name in ("prompt_tokens",) if row.get(name) is not None]
+    words = [row["variant"]] if "variant" in row else []
+    words += [f"{row[name]:,} tokens" for name in ("prompt_tokens",) if row.get(name) is not None]
     words += [f"{row['concurrency']} at once"] if row.get("concurrency") is not None else []
     words += [f"{row['rate']} requests/s"] if row.get("rate") is not None else []
     return ", ".join(words)

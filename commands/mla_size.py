@@ -211,12 +211,16 @@ def mla_size(
         from kvtool.sizing.theory import Budget
 
         known = gpu is not None or gpu_memory is not None
+        if not known and (weight_memory or weight_bits != "16"):
+            raise ConfigError("--weight-bits and --weight-memory say what is left for a cache; add --gpu or --fit")
         budget = Budget(gpu, gpu_memory, gpu_memory_utilization, int(weight_bits), weight_memory) if known else None
         contexts = int_list("--context", context or "4096,32768")
         show(theory_report(names, kv, contexts, asked, tp or 1, budget), output)
         return
-    if gpu or gpu_memory or weight_memory or (tp or 1) > 1:
-        raise ConfigError("--gpu, --gpu-memory, --weight-memory and --tp are for --section theory; leave them out")
+    if gpu or gpu_memory or weight_memory or weight_bits != "16" or (tp or 1) > 1:
+        raise ConfigError(
+            "--gpu, --gpu-memory, --weight-bits, --weight-memory and --tp are for --section theory; leave them out"
+        )
     from kvtool.device import choose_device
 
     where = choose_device(device)
@@ -257,7 +261,7 @@ def fit_report(
         "contexts": list(contexts),
         "gpu_memory": gpu_memory,
         "weight_bits": weight_bits,
-        "engine": {name: value for name, value in asdict(engine).items() if name != "model"},
+        "engine": {name: value for name, value in asdict(engine).items() if name not in ("model", "max_model_len")},
     }
     shown = [fit_row(row) for row in rows]
     ranks = "".join(f" --{name} {count}" for name in ("tp", "ep", "pp") if (count := getattr(engine, name)) > 1)

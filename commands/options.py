@@ -237,7 +237,7 @@ def engine_config(
         ),
     ] = EngineConfig.prefix_caching,
     attention_backend: Annotated[
-        str, engine_option("--attention-backend", help="auto, or the name of a backend.")
+        str, engine_option("--attention-backend", help="auto, flash-attn, cuda, triton or torch.")
     ] = EngineConfig.attention_backend,
     cuda_graph: Annotated[
         bool, engine_option("--cuda-graph/--no-cuda-graph", help="On a GPU, launch decode steps whole.")

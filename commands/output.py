@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kvtool.errors import ConfigError
 
@@ -24,6 +24,7 @@ from .charts import Chart, png, svg
 
 Row = Mapping[str, Any]
 ABSENT = "n/a"
+BESIDE = 2  # spaces between columns
 PACKAGES = ("kvtool", "torch", "transformers", "triton", "flash-attn", "numpy")
 
 
@@ -262,7 +263,8 @@ def as_markdown(report: Report) -> str:
 
 
 def as_text(report: Report) -> str:
-    """Tables and notes, as wide as the terminal; piped, as wide as they are."""
+    """Tables and notes, as wide as the terminal; piped, as wide as they are. Lines end between words: a table that
+    would break figures goes on below, behind its first column."""
     from rich import box
     from rich.console import Console
     from rich.table import Table as RichTable
@@ -273,15 +275,42 @@ def as_text(report: Report) -> str:
         for table in report.all_tables:
             if table.title:
                 console.print(Text(table.title))
-            rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-            for column, right in zip(table.columns, _to_the_right(table), strict=True):
-                rich.add_column(Text(column.title), justify="right" if right else "left", overflow="fold")
-            for row in table.rows:
-                rich.add_row(*(Text(cell(row, column)) for column in table.columns))
-            console.print(rich)
+            for part, widths in _abreast(table, console.width):
+                rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+                for column, right, width in zip(part.columns, _to_the_right(part), widths, strict=True):
+                    side: Literal["right", "left"] = "right" if right else "left"
+                    rich.add_column(Text(column.title), justify=side, overflow="fold", width=width)
+                for row in part.rows:
+                    rich.add_row(*(Text(cell(row, column)) for column in part.columns))
+                console.print(rich)
         for note in report.notes:
             console.print(Text(note))
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _abreast(table: Table, width: int) -> Iterator[tuple[Table, list[int]]]:
+    """The table, or parts of it that have its first column and whichever others stand side by side within `width`, with
+    the widths of their columns."""
+    from rich.cells import cell_len
+
+    columns: list[tuple[Column, int, int]] = []  # with the least and the best width
+    for column in table.columns:
+        texts = [column.title, *(cell(row, column) for row in table.rows)]
+        least = max(cell_len(word) for text in texts for word in (text.split() or [""]))
+        columns.append((column, min(least, width // 2), max(map(cell_len, texts))))
+    parts = [columns[:1]]
+    for each in columns[1:]:
+        if sum(least + BESIDE for _, least, _ in (*parts[-1], each)) > width:
+            parts.append(columns[:1])
+        parts[-1].append(each)
+    for part in parts:
+        widths = [best for _, _, best in part]
+        while sum(best + BESIDE for best in widths) > width:
+            spare = [i for i, (_, least, _) in enumerate(part) if widths[i] > least]
+            if not spare:
+                break
+            widths[max(spare, key=widths.__getitem__)] -= 1
+        yield Table(table.title, [column for column, _, _ in part], table.rows), widths
 
 
 def as_html(report: Report) -> str:

@@ -1,5 +1,6 @@
 """How a model's weights are kept, as the options ask for it, and the text that some ways look at first."""
 
+from codecs import getincrementaldecoder
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,12 +68,15 @@ def text_windows(file: str | None, longest: int, model: ModelConfig, path: Path)
     """Pieces of a text, evenly spread over it, as ids of the model's tokenizer. All have one length, at most `longest`.
 
     Raises:
-        ConfigError: the file cannot be read, or is too short.
+        ConfigError: the file cannot be read, is no text, or is too short.
     """
     name = file or str(TEXT)
     try:
         with Path(name).open("rb") as stream:
-            text = stream.read(MOST_BYTES).decode(errors="ignore")
+            start = stream.read(MOST_BYTES)
+        text = getincrementaldecoder("utf-8-sig")().decode(start)  # which may end within a letter
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--calibration {name}: is no UTF-8 text (byte {error.start}); convert it") from error
     except OSError as error:
         raise ConfigError(f"--calibration {name}: cannot be read: {error.strerror}") from error
     ids = Tokenizer.load(path, model.vocab_size).encode(text)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import count, islice
 
 import msgspec
@@ -18,7 +17,6 @@ from kvtool.kv.batch import KVBatch, Span
 from kvtool.kv.codecs import check_fits
 from kvtool.kv.format import resolve
 from kvtool.kv.layout import KVLayout
-from kvtool.kv.store import KVStore
 from kvtool.memory import MemoryParts, allocate
 from kvtool.models import Attend, ModelConfig, weight_bytes
 from kvtool.models.kv import attention_layers, kv_spec
@@ -252,9 +250,9 @@ class ScoringModel:
             case Predict():
                 return [self._logits(order.num_rows, rows)]
             case DropStore():
-                paged = self._paged.pop(order.number, None)
-                if paged and self._profiler and self.parallel.rank == 0:
-                    self._profiler.rest(partial(self._held, paged.store))
+                if order.number in self._paged and self._profiler and self.parallel.rank == 0:
+                    self._profiler.rest(self._held)
+                self._paged.pop(order.number, None)
             case Walk():
                 ids, positions = (torch.tensor(x, device=self.device) for x in (order.token_ids, order.positions))
                 self.model(ids, positions, prepared(SharedHeads(self.model_config, self.parallel)))
@@ -299,7 +297,7 @@ class ScoringModel:
             hidden = paged(torch.tensor(read, device=self.device), kv_batch)
             paged.seal(kv_batch)
             if self._profiler:
-                self._profiler.end_step(partial(self._held, store))
+                self._profiler.end_step(self._held)
             for rows, piece in zip(hidden.split([span.length for span in spans]), pieces, strict=True):
                 piece.append(rows)
         (fault,) = self.parallel.total(int(store.take_fault().item()))
@@ -323,10 +321,21 @@ class ScoringModel:
             logits = torch.empty(num_rows, config.vocab_size, dtype=self.dtype, device=self.device)
         return logits if parallel.stage.count == 1 else parallel.broadcast(logits, parallel.first_of_last_stage)
 
-    def _held(self, store: KVStore) -> MemoryParts:
-        """What the device holds for the model and this store."""
-        tails = len(store.tails) // max(1, store.layout.tail_bytes)
-        return MemoryParts.of(store.layout, store.num_blocks, tails, weight_bytes(self.model), None)
+    def _held(self) -> MemoryParts:
+        """What the device holds for the model and all open stores."""
+        parts = [
+            MemoryParts.of(store.layout, store.num_blocks, len(store.tails) // max(1, store.layout.tail_bytes), 0, None)
+            for store in (paged.store for paged in self._paged.values())
+        ]
+        return MemoryParts(
+            weights=weight_bytes(self.model),
+            codes=sum(part.codes for part in parts),
+            metadata=sum(part.metadata for part in parts),
+            windows=sum(part.windows for part in parts),
+            workspace=None,
+            graphs=None,
+            reserve=None,
+        )
 
 
 class SharedHeads:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from commands import app
-from commands.bench_charts import throughput_charts
+from commands.bench_charts import ablation_charts, throughput_charts
 from kvtool.bench.bundle import repeat_script, repeatable, repeatable_variables
 from kvtool.bench.events import RequestRecord
 from kvtool.bench.timeline import Timeline
@@ -184,6 +184,19 @@ def test_a_line_goes_through_points_of_one_load() -> None:
     assert [line.label for line in curves.series] == ["a TTFT p50", "a TPOT p50", "b TTFT p50", "b TPOT p50"]
     curves, *_ = throughput_charts([("", rows[:2])])
     assert [line.label for line in curves.series] == ["TTFT p50", "TPOT p50"]
+
+
+def test_settings_of_a_knob_can_be_told_apart_in_pictures() -> None:
+    timeline = {"seconds": [0.0, 1.0], "kv_usage": [0.1, 0.2]}
+    rows = [
+        {"variant": name, "prompt_tokens": 8, "total_tok_s": speed, "timeline": timeline}
+        for name, speed in (("16 bits", 2.0), ("w8a8", 3.0))
+    ]
+    (bars,) = ablation_charts("quantization", [("", rows)])
+    assert (bars.kind, bars.x) == ("bar", "quantization")
+    assert [(list(line.x), list(line.y)) for line in bars.series] == [(["16 bits", "w8a8"], [2.0, 3.0])]
+    (usage,) = throughput_charts([("", rows)])
+    assert [line.label for line in usage.series] == ["16 bits, 8 tokens", "w8a8, 8 tokens"]
 
 
 def test_the_highest_rate_is_one_that_was_kept(server: ServerProcess) -> None:

@@ -190,6 +190,8 @@ def test_the_default_is_the_embedded_model_at_its_context(command: Command) -> N
         (["--fit", "H200", "--pp", "5"], "--pp 5"),
         (["--fit", "H200", "--model", "Qwen3-30B-A3B", "--tp", "4", "--ep", "3"], "--ep 3: does not divide --tp 4"),
         (["--pp", "2"], "are for --fit"),
+        (["--weight-bits", "4"], "add --gpu or --fit"),
+        (["--section", "measured", "--weight-bits", "4"], "are for --section theory"),
         (["--fit", "H200", "--weight-bits", "3"], "--weight-bits"),
         (["--fit", "H200", "--model", "/no/such/folder"], "/no/such/folder"),
     ],

@@ -15,12 +15,14 @@ from xml.etree import ElementTree
 import pytest
 import typer
 from conftest import REPOSITORY
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from commands.charts import Chart, Series, draw
 from commands.options import Command, shared
-from commands.output import Column, OutputOptions, Report, Table, check_output, show
+from commands.output import Column, OutputOptions, Report, Table, as_text, check_output, show
 from kvtool.errors import ConfigError
 
 ROWS: list[dict[str, Any]] = [
@@ -192,3 +194,18 @@ def test_names_below_bars_do_not_run_into_each_other() -> None:
     names = [f"a model with a long name, {i}" for i in range(9)]
     draw(Chart("", "", "bytes", [Series("MHA", names, [1.0] * 9)], kind="bar"), figure, ax)
     assert {label.get_rotation() for label in ax.get_xticklabels()} == {45.0}
+
+
+@given(st.integers(44, 200), st.integers(1, 14))
+def test_no_figure_is_broken_however_narrow_the_terminal_is(width: int, num_columns: int) -> None:
+    """What does not fit beside the rest stands below it, behind the first column, and nothing is lost."""
+    columns = [Column("model", "model"), *(Column(f"figure number {i}", f"x{i}", ",.1f") for i in range(num_columns))]
+    rows = [{"model": f"Model-{row}", **{f"x{i}": 1000.0 * row + i for i in range(num_columns)}} for row in (1, 2)]
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("COLUMNS", str(width))
+        lines = as_text(Report("x", {}, rows, columns)).splitlines()
+    assert max(map(len, lines)) <= width
+    for row in (1, 2):
+        found = [word for line in lines if f"Model-{row}" in line for word in line.split()]
+        assert [word for word in found if word != f"Model-{row}"] == [f"{row},{i:03}.0" for i in range(num_columns)]
+        assert found[0] == f"Model-{row}"

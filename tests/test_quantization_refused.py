@@ -115,6 +115,16 @@ def test_tensors_that_do_not_fit_are_refused(name: str, tmp_path: Path) -> None:
     assert "\n" not in str(refused.value)
 
 
+def test_eight_bits_without_scales_are_refused(tmp_path: Path) -> None:
+    make_checkpoint("llama", tmp_path, **SHAPE)
+    quantize(tmp_path, RECIPES["int8"])
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[f"{O_PROJ}weight_scale"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"o_proj\.weight is stored as I8 and has no .*o_proj\.weight_scale beside it"):
+        load(tmp_path)
+
+
 def test_groups_that_do_not_divide_a_matrix_are_refused(tmp_path: Path) -> None:
     make_checkpoint("llama", tmp_path, **SHAPE)
     quantize(tmp_path, gptq(128))

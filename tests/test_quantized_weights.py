@@ -274,11 +274,14 @@ def test_eight_bits_say_what_sixteen_say_on_tiny() -> None:
 
 
 def test_a_text_is_read_in_pieces_that_the_model_can_take(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_bytes(b"One two three four. \xff" * 100)
+    (tmp_path / "text.txt").write_bytes(b"One two three four. " * 100 + b"\xc3")  # cut within a letter
     config = load_config(resolve_model("tiny"))
     pieces = text_windows(str(tmp_path / "text.txt"), 96, config, resolve_model("tiny"))
     assert {len(piece) for piece in pieces} == {96}
     assert len(pieces) >= 4
+    (tmp_path / "binary.txt").write_bytes(b"One two \xff three")
+    with pytest.raises(ConfigError, match=r"binary\.txt: is no UTF-8 text \(byte 8\); convert it"):
+        text_windows(str(tmp_path / "binary.txt"), 96, config, resolve_model("tiny"))
     (tmp_path / "short.txt").write_text("One two three")
     with pytest.raises(ConfigError, match=r"short\.txt: holds 3 tokens; give at least 256"):
         text_windows(str(tmp_path / "short.txt"), 96, config, resolve_model("tiny"))

@@ -127,7 +127,8 @@ def select(layer: AttentionLayer, kv: LayerKV, asked: str = "auto") -> Attention
         known = ", ".join(["auto", *(backend.name for backend in BACKENDS)])
         raise UnsupportedError(f"--attention-backend {asked}: must be one of {known}")
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
-    raise UnsupportedError(f"no attention backend for {layer.describe()}: {reasons}")
+    hint = "" if asked == "auto" else "; --attention-backend auto takes one that can"
+    raise UnsupportedError(f"no attention backend for {layer.describe()}: {reasons}{hint}")
 
 
 # An H200 takes 206 µs a layer for 1,024 absorbed tokens of 16 heads. For half as many it is no more than what a graph
@@ -175,8 +176,8 @@ class PagedAttention:
     ) -> tuple[Tensor | LatentQueries, Near | None]:
         """Queries that are ready, and what `kv.write` returns."""
         if isinstance(q, RotaryHeads):
-            if kv.writer and not (batch.prompts or kv.key.format.rotate or kv.value.format.rotate):
-                return kv.rotate_and_write(q, batch), None
+            if kv.rotates(batch):
+                return kv.rotate_and_write(q, batch)
             q, key = rotated(q)
         if kv.key.format.rotate:
             key = hadamard(key)

@@ -1,6 +1,7 @@
 """From what a user calls a model to a folder on disk."""
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -85,6 +86,7 @@ def _download(name: str, asked: str, download: Callable[[], str], shapes: Sequen
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         known = ", ".join((*EMBEDDED, *shapes))
         raise ModelError(f"{asked}: no such folder, and no hub id; embedded models: {known}")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # not a line for each time it tries again
     try:
         return Path(download())
     except GatedRepoError:
@@ -95,4 +97,5 @@ def _download(name: str, asked: str, download: Callable[[], str], shapes: Sequen
         why = "no such folder, and the hub cannot be reached; download the model elsewhere and give its folder"
     except (OSError, httpx.HTTPError) as error:
         why = f"cannot be downloaded ({' '.join(str(error).split())}); try again, or give a folder"
-    raise ModelError(f"{asked}: {why}")
+    hint = f" (shapes that are known: {', '.join(shapes)})" if shapes and "/" not in name else ""
+    raise ModelError(f"{asked}: {why}{hint}")

@@ -365,7 +365,10 @@ def _match(
         if name in matched:
             raise ModelError(f"{tensor} is also in {matched[name].file.name}; download the checkpoint again")
         if tensor.dtype not in STORED_DTYPES:
-            raise ModelError(f"{tensor} is stored as {tensor.dtype}; convert it to one of {', '.join(STORED_DTYPES)}")
+            mark = config.quantization and f"{name.removesuffix('.weight')}.{marker(config.quantization)}"
+            lacks = f" and has no {mark} beside it; download the checkpoint again"
+            remedy = lacks if mark else f"; convert it to one of {', '.join(STORED_DTYPES)}"
+            raise ModelError(f"{tensor} is stored as {tensor.dtype}{remedy}")
         if tensor.shape != known[name]:
             raise ModelError(
                 f"{tensor} has shape {list(tensor.shape)}, but config.json makes it {list(known[name])}; "
