@@ -103,7 +103,7 @@ def draw(chart: Chart, figure: "Figure", ax: "Axes") -> None:
         _plain_numbers(ax.yaxis)
     ax.grid(alpha=0.3)
     if not named and any(series.label for series in chart.series):
-        if len(chart.series) <= MOST_WITHIN:
+        if len(chart.series) <= MOST_WITHIN and (chart.kind != "bar" or len(chart.series[0].x) <= MOST_WITHIN):
             ax.legend(fontsize="small")
         else:
             ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))

@@ -1,5 +1,6 @@
 """`kvtool mla-size`: how large a model's cache is, and would be with other attention."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -158,8 +159,11 @@ def mla_size(
         float, size_option("--gpu-memory-utilization", min=0.01, max=1.0, help="Share of it that may be used.")
     ] = 0.9,
     tp: Annotated[
-        int, size_option("--tp", min=1, max=1024, help="GPUs that share heads and weights (experts whole or not).")
-    ] = 1,
+        int | None,
+        size_option(
+            "--tp", min=1, max=1024, help="GPUs that share heads and weights (default: 1, or as --ep of --fit)."
+        ),
+    ] = None,
     weight_bits: Annotated[
         Literal["16", "8", "4"],
         size_option("--weight-bits", help="Of a weight; scales are left out, but of --fit counted."),
@@ -184,7 +188,7 @@ def mla_size(
             )
         engine = EngineConfig(
             kv=kv,
-            tp=tp,
+            tp=tp or ep or 1,
             ep=ep or 1,
             pp=pp or 1,
             max_num_seqs=batch or 1,
@@ -211,9 +215,9 @@ def mla_size(
             raise ConfigError("--weight-bits and --weight-memory say what is left for a cache; add --gpu or --fit")
         budget = Budget(gpu, gpu_memory, gpu_memory_utilization, int(weight_bits), weight_memory) if known else None
         contexts = int_list("--context", context or "4096,32768")
-        show(theory_report(names, kv, contexts, asked, tp, budget), output)
+        show(theory_report(names, kv, contexts, asked, tp or 1, budget), output)
         return
-    if gpu or gpu_memory or weight_memory or weight_bits != "16" or tp > 1:
+    if gpu or gpu_memory or weight_memory or weight_bits != "16" or (tp or 1) > 1:
         raise ConfigError(
             "--gpu, --gpu-memory, --weight-bits, --weight-memory and --tp are for --section theory; leave them out"
         )
@@ -257,7 +261,7 @@ def fit_report(
         "contexts": list(contexts),
         "gpu_memory": gpu_memory,
         "weight_bits": weight_bits,
-        "engine": {name: value for name, value in asdict(engine).items() if name not in ("model", "max_model_len")},
+        "engine": {name: value for name, value in asdict(engine).items() if name != "model"},
     }
     shown = [fit_row(row) for row in rows]
     ranks = "".join(f" --{name} {count}" for name in ("tp", "ep", "pp") if (count := getattr(engine, name)) > 1)
@@ -377,8 +381,15 @@ def latency_report(names: Sequence[str], kv: KVOptions, batch: int, context: int
         "Floor: bytes that must be read, at the rate of a plain sum. Error: of the output, against float64; of packed "
         "latents that are random, and so have no structure that packing could use.",
     ]
+    if any(row["share"] > 1 for row in rows):
+        lines.append(
+            "Above 100%: the processor's caches hold it and outdo memory; a longer --context does not fit there."
+        )
     forms = [f"{row['form']},\n{row['cache']}" for row in rows]
-    bars = [Series(name, forms, [row[name] * 1e6 for row in rows]) for name in ("seconds", "floor")]
+    bars = [
+        Series(name, forms, [row[path] * 1e6 for row in rows])
+        for name, path in (("measured", "seconds"), ("floor", "floor"))
+    ]
     shown = [{**row, "microseconds": row["seconds"] * 1e6, "mib": row["nbytes"] / 2**20} for row in rows]
     chart = Chart("Decode attention in one layer", "", "µs", bars, kind="bar", log_y=True)
     return Report("mla-size", config, rows, (), [Table("", LATENCY, shown)], [chart], lines)
@@ -422,7 +433,8 @@ def charts(rows: Sequence[Row], contexts: Sequence[int]) -> list[Chart]:
     stems = [Path(model.removesuffix("/config.json")).name for model in models]
     short = dict(zip(models, stems if len({*stems}) == len(stems) else models, strict=True))
     found = {(row["model"], row["scheme"]): row["bytes_per_token_per_layer"] for row in rows}
-    schemes = dict.fromkeys(row["scheme"] for row in rows)
+    heads = {"MHA": math.inf, "MQA": 1, "MLA": 0}
+    schemes = sorted({row["scheme"] for row in rows}, key=lambda s: -heads.get(s, int(s.partition("-")[2] or 0)))
     names = list(short.values())
     bars = [Series(scheme, names, [found.get((model, scheme)) for model in models]) for scheme in schemes]
     lines = [
@@ -431,7 +443,9 @@ def charts(rows: Sequence[Row], contexts: Sequence[int]) -> list[Chart]:
         if row["native"]
     ]
     return [
-        Chart("A token in a layer", "", "bytes", bars, kind="bar"),
+        Chart(
+            "A token in a layer", "", "bytes", bars, kind="bar", log_y=max(found.values()) > 100 * min(found.values())
+        ),
         Chart("A sequence", "tokens", "MiB", lines, log_x=True, log_y=True),
     ]
 
@@ -464,7 +478,10 @@ def notes(found: "Sequence[ModelSizes]") -> list[str]:
                 f"state, {state / 2**20:,.1f} MiB of a sequence."
             )
         if own.copies > 1:
-            lines.append(f"{shape.name}: {own.tp} GPUs keep each byte {own.copies:.3g} times.")
+            lines.append(
+                f"{shape.name}: {own.tp} GPUs hold its cache {own.copies:.3g} times over: none has less than a latent "
+                "or a KV head."
+            )
         if room:
             lines.append(
                 f"{shape.name}: each {room.gpu} has {room.memory / 2**30:,.1f} GiB to use, of which weights take "

@@ -184,8 +184,7 @@ def readable(row: Row) -> dict[str, Any]:
 def charts(found: "Findings") -> list[Chart]:
     """What the time goes to, and how evenly ranks are loaded."""
     timed = [row for row in found.rows if row.equal]
-    # One word a line, because the names stand beside each other.
-    names = [f"{row.variant} {row.placement.replace('in order', '')}".strip().replace(" ", "\n") for row in timed]
+    names = [f"{row.variant} {row.placement.replace('in order', '')}".strip() for row in timed]
     rows = [asdict(row) for row in timed]
     phases = [
         Series(phase, names, [row[f"{phase}_ms"]["p50"] for row in rows])
@@ -196,7 +195,7 @@ def charts(found: "Findings") -> list[Chart]:
     busiest = {(row.routing, row.placement): row.load.rank_imbalance for row in found.loads}
     loads = [Series(placement, kinds, [busiest[kind, placement] for kind in kinds]) for placement in placements]
     return [
-        Chart("Where the time goes, p50", "", "ms", phases, kind="bar"),
+        Chart("Where the time goes", "ms, p50 of each", "", phases, kind="timeline"),
         Chart("Busiest rank over the mean", "routing", "times", loads, kind="bar"),
     ]
 

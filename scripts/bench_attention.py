@@ -17,6 +17,7 @@ make.
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from unittest import mock
 
 import torch
@@ -34,12 +35,12 @@ from kvtool.kv.spec import KVSpec, StreamSpec
 from kvtool.kv.store import KVStore
 from kvtool.quantize.decode_speed import FOOTPRINT, fill, graph_seconds, read_bandwidth
 
-Workloads = Sequence[tuple[int, int]]  # sequences, tokens of each
-WORKLOADS = ((16, 32_000), (64, 4_096), (256, 1_024), (1, 131_072))
+Workloads = dict[str, list[int]]  # tokens of each sequence, by name
+WORKLOADS = "16x32000,64x4096,256x1024,200x100-1700,1x131072"
 PROMPTS = "128,256,512,1024,2048,4096,8192"  # tokens
 PROMPT_LAYERS = 8
 PAGE = 256  # tokens, the least that flash-attn takes
-SWEEP = ((4, 2, 3, 32), (4, 2, 3, 64), (6, 2, 2, 32), (6, 2, 2, 64), (8, 2, 2, 32))  # as `cuda_decode.TILES` has them
+SWEEP = ((4, 2, 3, 32), (4, 2, 3, 64), (6, 2, 2, 32), (6, 2, 2, 64), (3, 2, 4, 64))  # as `cuda_decode.TILES` has them
 SWEEP_TRITON = ((4, 3, 3, None), (4, 5, 2, None), (8, 5, 3, None))  # as `decode.TILES` has them
 
 
@@ -51,12 +52,12 @@ def main() -> None:
     parser.add_argument("--nbits", default="16,8,4,2", help="of the default recipes, or fp8")
     parser.add_argument("--attention-backend", default="auto", help="for decode")
     parser.add_argument("--phase", choices=("decode", "prefill"), default="decode")
-    parser.add_argument("--workloads", help="of decode: sequences × tokens as in 64x4096,1x131072")
+    parser.add_argument("--workloads", default=WORKLOADS, help="of decode: sequences × tokens, or × least-most")
     parser.add_argument("--tokens", default=PROMPTS, help="of each prompt")
     parser.add_argument("--context", default="0", help="tokens before each prompt")
     parser.add_argument("--sweep", action="store_true", help="time decode by tiles and splits, and nothing else")
     args = parser.parse_args()
-    asked = [tuple(map(int, one.split("x"))) for one in args.workloads.split(",")] if args.workloads else WORKLOADS
+    asked = {one: lengths_of(one) for one in args.workloads.split(",")}
     layer = AttentionLayer(args.num_q_heads, args.num_kv_heads, args.head_dim, args.head_dim**-0.5)
     if args.sweep:
         sweep_table(layer, args.nbits.split(","), asked)
@@ -67,42 +68,48 @@ def main() -> None:
         prefill_table(layer, args.nbits.split(","), bounds)
 
 
+def lengths_of(workload: str) -> list[int]:
+    """4,096 tokens of each sequence for "64x4096"; for "200x100-1700" evenly from 1,700 to 100, as a step has them."""
+    count, _, length = workload.partition("x")
+    shortest, _, longest = length.partition("-")
+    return torch.linspace(int(longest or shortest), int(shortest), int(count)).int().tolist()
+
+
 def decode_table(layer: AttentionLayer, formats: list[str], workloads: Workloads, asked: str) -> None:
     bandwidth = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}, {layer.describe()}, read {bandwidth / 1e12:.2f} TB/s")
     print(f"{'workload':>12} {'KV':>10} {'µs':>8} {'GB/s':>7} {'share':>6} {'× flash-attn':>12}")
-    for num_seqs, length in workloads:
-        peer = flash_attention_seconds(layer, num_seqs, length)
+    for name, lengths in workloads.items():
+        peer = flash_attention_seconds(layer, lengths)
         if peer is not None:
-            nbytes = num_seqs * length * 4 * layer.num_kv_heads * layer.head_dim
-            show(f"{num_seqs}×{length}", "flash-attn", peer, nbytes, bandwidth, peer)
+            show(name, "flash-attn", peer, sum(lengths) * 4 * layer.num_kv_heads * layer.head_dim, bandwidth, peer)
         for nbits in formats:
-            run, layers, nbytes = decode_step(layer, nbits, num_seqs, length, asked)
-            seconds = graph_seconds(run, layers)
-            show(f"{num_seqs}×{length}", nbits, seconds, nbytes, bandwidth, peer)
+            run, layers, nbytes = decode_step(layer, nbits, lengths, asked)
+            show(name, nbits, graph_seconds(run, layers), nbytes, bandwidth, peer)
 
 
 def sweep_table(layer: AttentionLayer, formats: list[str], workloads: Workloads) -> None:
     bandwidth, sms = read_bandwidth(), num_sms(torch.device("cuda"))
     print(f"{torch.cuda.get_device_name()}, {layer.describe()}, read {bandwidth / 1e12:.2f} TB/s")
     print(f"{'workload':>12} {'KV':>10} {'µs':>8} {'GB/s':>7} {'share':>6} {'× flash-attn':>12}  tile, splits")
-    for num_seqs, length in workloads:
-        peer = flash_attention_seconds(layer, num_seqs, length)
-        filling = {max(1, programs * sms // (num_seqs * layer.num_kv_heads)) for programs in range(5)}
+    for name, lengths in workloads.items():
+        peer = flash_attention_seconds(layer, lengths)
+        filling = {max(1, programs * sms // (len(lengths) * layer.num_kv_heads)) for programs in range(5)}
         for nbits in formats:
             in_triton = nbits in ("16", "fp8")
-            run, layers, nbytes = decode_step(layer, nbits, num_seqs, length, "triton" if in_triton else "cuda")
+            run, layers, nbytes = decode_step(layer, nbits, lengths, "triton" if in_triton else "cuda")
             kernel, sweep = (decode, SWEEP_TRITON) if in_triton else (cuda_decode, SWEEP)
             tiles, key = kernel.TILES, (9 if in_triton else 228, nbits)
             for tile in dict.fromkeys([tiles[key], *sweep]):
                 for splits in sorted(filling):
                     with (
                         mock.patch.dict(tiles, {key: tile}),
+                        mock.patch.dict(cuda_decode.MANY_TILES, {(228, nbits): tile}),
                         mock.patch.object(kernel, "num_splits", return_value=splits),
                     ):
                         seconds = graph_seconds(run, layers)
                     cut = f"{' '.join(map(str, tile))}, {splits}"
-                    show(f"{num_seqs}×{length}", nbits, seconds, nbytes, bandwidth, peer, cut)
+                    show(name, nbits, seconds, nbytes, bandwidth, peer, cut)
 
 
 def prefill_table(layer: AttentionLayer, formats: list[str], bounds: list[tuple[int, int]]) -> None:
@@ -198,45 +205,46 @@ def show(
 
 
 def decode_step(
-    layer: AttentionLayer, nbits: str, num_seqs: int, length: int, asked: str
+    layer: AttentionLayer, nbits: str, lengths: Sequence[int], asked: str
 ) -> tuple[Callable[[int], object], range, int]:
     """The decode step of a layer by its index, these, and the bytes that each must read."""
     stream = StreamSpec(layer.num_kv_heads, layer.head_dim)
     options = KVOptions(nbits=nbits)  # type: ignore[arg-type]
     single = KVLayout(spec := KVSpec(1, stream, stream, 2), resolve(options, spec))
-    held = num_seqs * (single.format.num_blocks(length) * single.block_bytes + single.tail_bytes)
+    ends = list(accumulate(map(single.format.num_blocks, lengths), initial=0))
+    held = ends[-1] * single.block_bytes + len(lengths) * single.tail_bytes
     spec = KVSpec(math.ceil(FOOTPRINT / held), stream, stream, 2)
     layout = KVLayout(spec, resolve(options, spec))
-    per_seq = layout.format.num_blocks(length)
-    store = KVStore(layout, num_seqs * per_seq, num_seqs, torch.bfloat16, "cuda")
+    store = KVStore(layout, ends[-1], len(lengths), torch.bfloat16, "cuda")
     fill(store)
-    ids = torch.randperm(num_seqs * per_seq).tolist()
-    spans = [Span(length - 1, length, ids[i * per_seq : (i + 1) * per_seq], i) for i in range(num_seqs)]
+    ids = torch.randperm(ends[-1]).tolist()
+    spans = [Span(n - 1, n, ids[ends[i] : ends[i + 1]], i) for i, n in enumerate(lengths)]
     batch = KVBatch.build(layout.format, spans, "cuda")
-    q = torch.randn(num_seqs, layer.num_heads, layer.head_dim, dtype=torch.bfloat16, device="cuda")
+    q = torch.randn(len(lengths), layer.num_heads, layer.head_dim, dtype=torch.bfloat16, device="cuda")
     out, backend = torch.empty_like(q), select(layer, store.layers[0], asked).decode
-    far = min(layout.format.visible(length - 1), length)
-    near = (length - far) * 2 * stream.elements * spec.element_size
-    nbytes = num_seqs * (far * layout.layer_block_bytes(0) // layout.format.block_size + near)
+    far = sum(min(layout.format.visible(n - 1), n) for n in lengths)
+    near = (sum(lengths) - far) * 2 * stream.elements * spec.element_size
+    nbytes = far * layout.layer_block_bytes(0) // layout.format.block_size + near
     return lambda index: backend.decode(q, store.layers[index], batch, layer, out), range(spec.num_layers), nbytes
 
 
-def flash_attention_seconds(layer: AttentionLayer, num_seqs: int, length: int) -> float | None:
+def flash_attention_seconds(layer: AttentionLayer, lengths: Sequence[int]) -> float | None:
     """Seconds of one layer of flash-attn's paged decode in bf16; None where it is not installed."""
     try:
         from flash_attn import flash_attn_with_kvcache
     except ImportError:
         return None
-    pages = math.ceil(length / PAGE)
-    shape = (num_seqs * pages, PAGE, layer.num_kv_heads, layer.head_dim)
+    pages = [math.ceil(length / PAGE) for length in lengths]
+    shape = (sum(pages), PAGE, layer.num_kv_heads, layer.head_dim)
     layers = math.ceil(FOOTPRINT / (4 * math.prod(shape)))
     cache = torch.randn(layers, 2, *shape, dtype=torch.bfloat16, device="cuda")
-    table = torch.randperm(num_seqs * pages, device="cuda").int().view(num_seqs, pages)
-    lengths = torch.full((num_seqs,), length, dtype=torch.int32, device="cuda")
-    q = torch.randn(num_seqs, 1, layer.num_heads, layer.head_dim, dtype=torch.bfloat16, device="cuda")
+    owned = torch.randperm(sum(pages), device="cuda").int().split(pages)
+    table = torch.nn.utils.rnn.pad_sequence(list(owned), batch_first=True)
+    cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    q = torch.randn(len(lengths), 1, layer.num_heads, layer.head_dim, dtype=torch.bfloat16, device="cuda")
     return graph_seconds(
         lambda index: flash_attn_with_kvcache(
-            q, cache[index, 0], cache[index, 1], cache_seqlens=lengths, block_table=table, causal=True
+            q, cache[index, 0], cache[index, 1], cache_seqlens=cache_seqlens, block_table=table, causal=True
         ),
         range(layers),
     )

@@ -242,13 +242,13 @@ def gemv_tiles(rows: int) -> Iterator[w4a16_gemv.Tile]:
 
 
 def stream_tiles(rows: int) -> Iterator[w4a16_stream.Tile]:
-    """Those of which so many run at once; as many stages as there is room for, up to eight."""
+    """Those of which so many run at once; as many stages as there are barriers and room for."""
     together, room = w4a16_stream.multiplies_together(DEVICE), shared_kib(DEVICE)
-    width = min(16 if together else 8, max(4, triton.next_power_of_2(triton.cdiv(rows, 8))))
+    width = min(32 if together else 8, max(4, triton.next_power_of_2(triton.cdiv(rows, 8))))
     for tiles, warps, per_sm in pairs_of((1, 2, 4), (4, 8, 12, 16), (1, 2, 3)):
         for columns in {width, max(4, width // 2)}:
-            if (4 * tiles * columns + 80) * warps * 32 * per_sm <= 1 << 16:
-                tile = w4a16_stream.Tile(tiles, columns, warps, 8, per_sm).fitted(GROUP, room)
+            if (4 * tiles * columns + 80) * warps * 32 + 40 * 128 <= (1 << 16) // per_sm:
+                tile = w4a16_stream.Tile(tiles, columns, warps, 7, per_sm).fitted(GROUP, room)
                 if tile.stages >= 3:
                     yield tile
 

@@ -50,8 +50,7 @@ def case_of(variant, kv_heads=2, lengths=(130,), window=None, seed=0, device="cp
 
 
 def macros_of(case: Decoding) -> dict[str, object]:
-    q, key, value, table, *_ = case.arguments()
-    return cuda_decode.constants(key, value, table, q.shape[1], q.device)
+    return cuda_decode.constants(*case.arguments()[:4])
 
 
 def error(out: torch.Tensor, case: Decoding) -> float:
@@ -94,15 +93,28 @@ def test_the_source_computes_its_definition(variant, kv_heads, lengths, window, 
     assert error(emulated(case, splits, merges, seed), case) < 5e-3
 
 
+def test_a_row_that_is_nobodys_reads_nothing():
+    """A graph of more rows than there are sequences gives the rest position -1."""
+    case = case_of(VARIANTS[1], lengths=(130, 40))
+    alone = emulated(case, 2, True, 0)
+    case.batch.positions[1], case.batch.visible[1], case.batch.tail_slots[1] = -1, 0, 10**6
+    out = emulated(case, 2, True, 0)
+    assert torch.equal(out[0], alone[0]) and not out[1].any()
+
+
 @pytest.mark.parametrize("bits", ["8", "4", "2"])
 @pytest.mark.parametrize("group_heads", [7, 12])
-@pytest.mark.parametrize(("architecture", "shared_kib"), [("sm_89", 100), ("sm_90", 228)])
-def test_programs_fit_a_multiprocessor_without_spills(architecture, shared_kib, group_heads, bits, monkeypatch):
+@pytest.mark.parametrize(
+    ("architecture", "shared_kib", "sequences"), [("sm_89", 100, 1), ("sm_90", 228, 1), ("sm_90", 228, 9)]
+)
+def test_programs_fit_a_multiprocessor_without_spills(
+    architecture, shared_kib, sequences, group_heads, bits, monkeypatch
+):
     """As many as the tables say, each with 1 KiB that the driver takes."""
     if reason := nvrtc.refuses_to_compile():
         pytest.skip(reason)
     monkeypatch.setattr(cuda_decode, "shared_kib", lambda device: shared_kib)
-    macros = macros_of(case_of((KVOptions(nbits=bits), 128, group_heads, torch.bfloat16)))
+    macros = macros_of(case_of((KVOptions(nbits=bits), 128, group_heads, torch.bfloat16), lengths=[1] * sequences))
     bounds = (
         f"{macros['PER_SM']} * (shared_bytes + 1024) <= {shared_kib << 10} && shared_bytes <= {shared_kib - 1 << 10}"
     )
@@ -135,7 +147,8 @@ def test_refusals_say_why(options, layer, reason):
     options=st.sampled_from(OPTIONS),
     head_dim=st.sampled_from(cuda_decode.HEAD_DIMS),
     heads=st.tuples(st.integers(1, 4), st.sampled_from([1, 7, 8, 9, 16])),
-    lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=9),
+    lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=9)
+    | st.lists(st.integers(1, 300), min_size=80, max_size=99),
     window=st.sampled_from([None, None, 1, 100]),
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
     within=st.sampled_from([0, 32, 1000]),

@@ -48,6 +48,7 @@ VARIANTS = [
     (SHAPES[4], torch.bfloat16, w4a16_stream.Tile(1, 4, 4, 3, 1), True),
     (SHAPES[5], torch.float16, w4a16_stream.Tile(1, 8, 4, 4, 1), True),
     ((136, 384, 384), torch.bfloat16, w4a16_stream.Tile(2, 16, 4, 4, 1), True),
+    ((40, 256, 128), torch.float16, w4a16_stream.Tile(1, 32, 4, 3, 1), True),
 ]
 SHAPES += [(4608, 3584, 128), (3584, 18944, 128), (1000, 1056, 32), (50000, 896, 896)] if ON_GPU else []
 STREAMED = [shape for shape in SHAPES if shape[0] % w4a16_stream.OUTPUTS == 0]
@@ -187,23 +188,26 @@ def test_linear(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "has_nvrtc", "together", "chosen"),
+    ("rows", "has_nvrtc", "together", "large", "chosen"),
     [
-        (1, True, False, "gemv"),
-        (16, True, False, "gemv"),
-        (17, True, False, "product"),
-        (128, True, False, "product"),
-        (129, True, False, "decoded_product"),
-        (129, True, True, "product"),
-        (513, True, True, "decoded_product"),
-        (0, True, True, "decoded_product"),
-        (1, False, False, "w4a16_reference"),
+        (1, True, False, False, "gemv"),
+        (16, True, False, True, "gemv"),
+        (17, True, False, False, "product"),
+        (128, True, False, True, "product"),
+        (129, True, False, True, "decoded_product"),
+        (512, True, True, False, "product"),
+        (513, True, True, False, "decoded_product"),
+        (1024, True, True, True, "product"),
+        (1025, True, True, True, "decoded_product"),
+        (0, True, True, False, "decoded_product"),
+        (1, False, False, False, "w4a16_reference"),
     ],
 )
 def test_linear_chooses_by_rows(
-    rows: int, has_nvrtc: bool, together: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+    rows: int, has_nvrtc: bool, together: bool, large: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = []
+    monkeypatch.setattr(w4a16_stream, "LARGE", 40 * 64 + 1 - large)
     monkeypatch.setattr(w4a16, "takes", lambda x: True)
     monkeypatch.setattr(w4a16_stream, "multiplies_together", lambda device: together)
     monkeypatch.setattr(w4a16_kernels, "compiles", lambda: has_nvrtc)
@@ -242,3 +246,5 @@ def test_programs_fit_a_multiprocessor_without_spills(major: int, shared: int) -
         used = usage(nvrtc.compile_cubin(source + bound, architecture, macros))
         assert used["REG"] * 32 * int(str(macros["WARPS"])) * int(str(macros["PER_SM"])) <= 65536
         assert used["STACK"] <= STACK and used["LOCAL"] == 0, macros
+        if macros.get("TOGETHER"):  # else warps would wait for ever for registers that others leave
+            assert used["REG"] == 65536 // (32 * int(str(macros["WARPS"])) * int(str(macros["PER_SM"]))) // 8 * 8

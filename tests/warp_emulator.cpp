@@ -38,7 +38,7 @@ static int current, num_threads;
 static bool eager, prompt;
 
 struct Copy { void* to; const void* from; };
-struct Product { void (*multiply)(const Product&); float (*d)[4]; u32 a[4]; u64 b; };
+struct Product { void (*multiply)(const Product&); float (*d)[4]; u32 a[4]; const u32* held; u64 b; };
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
@@ -149,6 +149,7 @@ static u64 shared_matrix(const void* from) { return (uintptr_t)from; }
 static u64 behind(u64 matrix, int bytes) { return matrix + bytes; }
 
 template <bool BFLOAT, int WIDE> static void multiply_now(const Product& product) {
+    if (memcmp(product.a, product.held, sizeof product.a)) fputs("an operand was replaced\n", stderr), abort();
     Lanes<4> all = exchange(product.a);
     int g = lane_id() / 4, t = lane_id() % 4;
     for (int n = 0; n < 8 * WIDE; n++) {
@@ -167,7 +168,7 @@ template <bool BFLOAT, int WIDE> static void multiply_now(const Product& product
 
 template <bool BFLOAT, int WIDE> static void multiply_add_async(float (*d)[4], const u32 (&a)[4], u64 b) {
     if (threadIdx.x / 128 * 128 + 128 > num_threads) fputs("four warps multiply\n", stderr), abort();
-    fibers[current].products.back().push_back({multiply_now<BFLOAT, WIDE>, d, {a[0], a[1], a[2], a[3]}, b});
+    fibers[current].products.back().push_back({multiply_now<BFLOAT, WIDE>, d, {a[0], a[1], a[2], a[3]}, a, b});
 }
 
 static void settle(float (&d)[4]) {}
@@ -183,6 +184,8 @@ template <int N> static void await_products() {
 }
 
 static void publish() {}
+template <int N> static void keep_registers() {}
+template <int N> static void take_registers() {}
 
 static u32 transpose(u32 x) {
     Lanes<1> all = exchange({x});

@@ -35,6 +35,13 @@ TILES: dict[tuple[int, str], tuple[int, int, int, int]] = {
     (228, "4"): (6, 2, 2, 64),
     (228, "2"): (6, 2, 2, 64),
 }
+# And where sequences times KV heads are more than programs of those run at once: smaller ones begin and end while more
+# of the others read.
+MANY_TILES: dict[tuple[int, str], tuple[int, int, int, int]] = {
+    (228, "8"): (4, 2, 3, 32),
+    (228, "4"): (4, 2, 3, 64),
+    (228, "2"): (4, 2, 3, 64),
+}
 WIDE_TILES: dict[int, tuple[int, int, int, int]] = {100: (2, 2, 2, 32), 228: (4, 2, 2, 32)}
 
 SOURCE = source("decode.cuh", "decode.cu")
@@ -78,7 +85,7 @@ def paged_decode(
     """
     n, num_heads, head_dim = q.shape
     kv_heads = key.codes.shape[1]
-    kernel = _kernel(q.device, tuple(constants(key, value, block_table, num_heads, q.device).items()))
+    kernel = _kernel(q.device, tuple(constants(q, key, value, block_table).items()))
     programs = kernel.programs_per_sm * num_sms(q.device)
     splits = num_splits(n * kv_heads, block_table.shape[1], key.tail.shape[2] > 0, programs)
     assert splits == 1 or n * kv_heads <= len(arrivals)
@@ -93,12 +100,11 @@ def paged_decode(
         merge(partial, lse, out)
 
 
-def constants(
-    key: PackedStream, value: PackedStream, block_table: Tensor, num_heads: int, device: torch.device
-) -> dict[str, object]:
+def constants(q: Tensor, key: PackedStream, value: PackedStream, block_table: Tensor) -> dict[str, object]:
     """Macros that the kernel is compiled with."""
-    columns = -(-num_heads // key.tail.shape[1] // 8)
-    warps, stages, per_sm, tokens = _tile(max(key.bits, value.bits, key=int), columns, shared_kib(device))
+    columns = -(-q.shape[1] // key.tail.shape[1] // 8)
+    bits = max(key.bits, value.bits, key=int)
+    warps, stages, per_sm, tokens = _tile(bits, columns, len(q) * key.tail.shape[1], q.device)
     return {
         "D": key.tail.shape[-1],
         "K_BITS": key.bits,
@@ -111,7 +117,7 @@ def constants(
         "WARPS": warps,
         "STAGES": stages,
         "PER_SM": per_sm,
-        "CHAINED": int(capability(device) >= 9),
+        "CHAINED": int(capability(q.device) >= 9),
         "Index": "int" if block_table.dtype == torch.int32 else "long\tlong",
     }
 
@@ -153,5 +159,9 @@ class StreamPointers(ctypes.Structure):
         return cls(*(x if x is None else x.data_ptr() for x in (stream.codes, stream.scale, stream.zero, stream.tail)))
 
 
-def _tile(bits: str, columns: int, shared_kib: int) -> tuple[int, int, int, int]:
-    return TILES[shared_kib, bits] if columns == 1 else WIDE_TILES[shared_kib]
+def _tile(bits: str, columns: int, rows: int, device: torch.device) -> tuple[int, int, int, int]:
+    kib = shared_kib(device)
+    if columns > 1:
+        return WIDE_TILES[kib]
+    tile = TILES[kib, bits]
+    return MANY_TILES.get((kib, bits), tile) if rows > tile[2] * num_sms(device) else tile

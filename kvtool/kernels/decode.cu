@@ -245,16 +245,21 @@ struct Warp {
         return part * V_ROW + piece * PIECE + g * V_WIDTH + 2 * b;
     }
 
-    // 16 rows of the tail from `row` on, at the model's precision. A row whose position is before `first` is not seen.
+    // 16 tokens of the tail, at the model's precision, from position `from` on; those behind `position` are not there.
     __device__ inline void add_tail(
-        const u16* query, const u16* key, const u16* value, int row, int position, int first, int tail_tokens,
-        int group_heads, float scale
+        const u16* query, const u16* key, const u16* value, int from, int position, int tail_tokens, int group_heads,
+        float scale
     ) {
+        const int start = from % tail_tokens, seen = position - from;
+        auto row_of = [&](int token) {
+            int row = start + min(token, seen);
+            return (row < tail_tokens ? row : row - tail_tokens) * D;
+        };
         float s[COLUMNS][4] = {};
 #pragma unroll
         for (int c = 0; c < D; c += 32) {
             u32 words[2][4];
-            for (int h = 0; h < 2; h++) read<16>(words[h], key + (row + g / 2 * 4 + 2 * h + g % 2) * D + c + 8 * t);
+            for (int h = 0; h < 2; h++) read<16>(words[h], key + row_of(g / 2 * 4 + 2 * h + g % 2) + c + 8 * t);
             for (int n = 0; n < COLUMNS; n++) {
                 u32 heads[4] = {};
                 if (n * 8 + g < group_heads) read<16>(heads, query + (n * 8 + g) * D + c + 8 * t);
@@ -265,13 +270,9 @@ struct Warp {
             }
         }
         float unit[COLUMNS][2], largest[COLUMNS][2];
-        for (int h = 0; h < 2; h++) {
-            int own = row + g / 2 * 4 + 2 * h + g % 2;
-            int at = position - (position - own + tail_tokens) % tail_tokens;  // the newest position that it can hold
-            for (int n = 0; n < COLUMNS; n++)
-                for (int e = 0; e < 2; e++)
-                    if (own >= tail_tokens || at < first) s[n][2 * h + e] = -1.0f / 0.0f;
-        }
+        for (int h = 0; h < 2; h++)
+            if (g / 2 * 4 + 2 * h + g % 2 > seen)
+                for (int n = 0; n < COLUMNS; n++) s[n][2 * h] = s[n][2 * h + 1] = -1.0f / 0.0f;
         for (int n = 0; n < COLUMNS; n++)
             for (int e = 0; e < 2; e++) {
                 unit[n][e] = scale;
@@ -296,7 +297,7 @@ struct Warp {
 #pragma unroll
                 for (int part = 0; part < V_PARTS; part++) {
                     u32 x[4];
-                    for (int j = 0; j < 4; j++) read<4>(x + j, value + (row + 4 * t + j) * D + channel_of(piece, b, part));
+                    for (int j = 0; j < 4; j++) read<4>(x + j, value + row_of(4 * t + j) + channel_of(piece, b, part));
                     u32 rows[4] = {
                         permute(x[0], x[1], 0x5410), permute(x[0], x[1], 0x7632),
                         permute(x[2], x[3], 0x5410), permute(x[2], x[3], 0x7632),
@@ -337,15 +338,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) paged_decode(
     const int seq = blockIdx.x / kv_heads, head = blockIdx.x % kv_heads, split = blockIdx.y, splits = gridDim.y;
     const int warp = threadIdx.x / 32, lane = lane_id();
     // Tables and what is packed were there before the kernel in front: fetching it begins while that still runs.
-    const int position = positions[seq];
-    const int near = visible[seq], far = min(near, position + 1);
-    const int first = max(0, position + 1 - window);
+    const int position = positions[seq], far = visible[seq];
+    const int first = max(0, position + 1 - window), near = max(first, far);
 
-    // Programs share the tiles, as many as there are shares. The last has the tail too, which weighs as much as a tile for
-    // each 16 tokens.
+    // Programs share the tiles, as many as there are shares. The last has the tail too (what is packed by the block has its
+    // newest token there), which weighs as much as a tile for each 16 tokens.
     const u64 row = (u64)blockIdx.x * group_heads;
     const int start = first / TOKENS, tiles = far > first ? (far + TOKENS - 1) / TOKENS - start : 0;
-    const int units = max(1, tiles + tail_tokens / 16), share = (units + splits - 1) / splits;
+    const int units = tiles + (position - near) / 16 + 1, share = (units + splits - 1) / splits;
     const int shares = (units + share - 1) / share;
     if (arrivals && split >= shares) return;
     const int begin = start + min(tiles, split * share), end = start + min(tiles, (split + 1) * share);
@@ -367,10 +367,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) paged_decode(
         end_group();
     };
     for (int k = 0; k < STAGES; k++) fetch_tile(k);
-    const bool has_tail = tail_tokens && split == shares - 1;
+    const bool has_tail = split == shares - 1 && near <= position;  // a row that is nobody's has nothing
     const u64 tail = has_tail ? (u64)slots[seq] * slot_units * 16 + (u64)head * tail_tokens * D * 2 : 0;
     if (CHAINED) {
-        if (has_tail && threadIdx.x < 2) prefetch((threadIdx.x ? value : key).tail + tail, tail_tokens * D * 2);
+        if (has_tail && threadIdx.x < 2) {
+            int row = near % tail_tokens, rows = min(position + 1 - near, tail_tokens - row);
+            prefetch((threadIdx.x ? value : key).tail + tail + row * D * 2, rows * D * 2);
+        }
         await_inputs();
     }
 
@@ -408,9 +411,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM) paged_decode(
 
     // The tail comes first, while tiles are on their way.
     if (has_tail)
-        for (int row = warp * 16; row < tail_tokens; row += WARPS * 16)
-            w.add_tail(query, (const u16*)(key.tail + tail), (const u16*)(value.tail + tail), row, position,
-                       max(near, first), tail_tokens, group_heads, scale);
+        for (int from = near + warp * 16; from <= position; from += WARPS * 16)
+            w.add_tail(query, (const u16*)(key.tail + tail), (const u16*)(value.tail + tail), from, position, tail_tokens,
+                       group_heads, scale);
 
     for (int k = 0; begin + warp + k * WARPS < end; k++) {
         await_groups<STAGES - 1>();

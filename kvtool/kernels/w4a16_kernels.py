@@ -20,13 +20,15 @@ _kernel = partial(load, SOURCE, "w4a16_decode", carveout=-1)
 
 LINES, COLUMNS, WARPS = 16, 512, 4  # outputs and columns of a program that decodes, and its warps
 
-# Rows up to which codes are decoded in registers, by whether four warps multiply together there (`w4a16_stream`).
-MOST_ROWS = {False: 128, True: 512}
+# Rows up to which codes are decoded in registers, where warps multiply by themselves and where four do together (see
+# `w4a16_stream`), of matrices that are not large and of those that are.
+MOST_ROWS = {False: (128, 128), True: (512, 1024)}
 
 
 def linear(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:
     """`w4a16.w4a16_linear` by the kernel for so many rows. x is of 16 bits, groups are multiples of 32."""
-    if not 0 < len(x) <= MOST_ROWS[w4a16_stream.multiplies_together(x.device)]:
+    large = 2 * weight.numel() >= w4a16_stream.LARGE
+    if not 0 < len(x) <= MOST_ROWS[w4a16_stream.multiplies_together(x.device)][large]:
         return decoded_product(x, weight, scales, zeros, bias)
     if len(x) <= w4a16_gemv.MAX_ROWS:
         return w4a16_gemv.gemv(x, weight, scales, zeros, bias, w4a16_gemv.tile_for(x, weight))

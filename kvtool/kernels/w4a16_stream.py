@@ -20,6 +20,7 @@ SOURCE = source("w4a16.cuh", "w4a16_stream.cu")
 _kernel = partial(load, SOURCE, "w4a16", carveout=-1)
 
 STEP = 128  # columns
+FETCHING = 4  # warps of a program, beside those that multiply
 OUTPUTS = 8  # of which it takes multiples
 WHOLE = 9 / 8  # of an even share, up to which it rather is of whole tiles, which nobody need add up
 WARPGROUPS = (9, 0)  # the compute capability that has products of four warps with what lies in shared memory
@@ -32,8 +33,8 @@ class Tile:
     Attributes:
         tiles: of 16 outputs each, that a warp multiplies.
         columns: of 8 rows of x each, that it multiplies them with.
-        warps: of a program.
-        stages: steps that a program holds at most, some of them under way.
+        warps: of a program, that multiply.
+        stages: steps that a program holds at most, some of them under way; up to seven, as there are 15 barriers.
         per_sm: programs that run at once on a multiprocessor.
     """
 
@@ -62,22 +63,27 @@ class Tile:
         return replace(self, stages=min(self.stages, room))
 
 
-# By whether four warps multiply together, and products of 8 rows: the first entry of which a matrix has at least so
-# many outputs.
+# Weights of a matrix, from which on it fills an H200 with wide tiles, few of which several programs share.
+LARGE = 32 << 20
+
+# By whether four warps multiply together, and rows up to which entries are for: the first of which a matrix has at
+# least so many weights. Those of True are the best found on an H200, for Qwen2.5-7B's matrices; those of False are for
+# an RTX 4090, on which none was timed.
 TILES: dict[tuple[bool, int], tuple[tuple[int, Tile], ...]] = {
-    (False, 4): ((0, Tile(2, 4, 8, 4, 1)),),
-    (False, 8): ((0, Tile(2, 8, 8, 3, 1)),),
-    (True, 4): ((16384, Tile(2, 4, 4, 6, 2)), (0, Tile(1, 4, 4, 8, 2))),
-    (True, 8): ((16384, Tile(2, 8, 8, 6, 1)), (0, Tile(1, 8, 8, 6, 1))),
-    (True, 16): ((16384, Tile(2, 16, 8, 4, 1)), (0, Tile(1, 16, 8, 5, 1))),
+    (False, 32): ((0, Tile(2, 4, 8, 4, 1)),),
+    (False, 128): ((3 * LARGE, Tile(2, 8, 8, 3, 1)), (0, Tile(1, 8, 8, 4, 1))),
+    (True, 32): ((3 * LARGE, Tile(2, 4, 4, 4, 3)), (LARGE, Tile(2, 4, 4, 6, 2)), (0, Tile(1, 4, 4, 7, 2))),
+    (True, 64): ((3 * LARGE, Tile(1, 8, 20, 5, 1)), (LARGE, Tile(1, 8, 8, 7, 1)), (0, Tile(1, 8, 4, 5, 2))),
+    (True, 128): ((LARGE, Tile(1, 16, 12, 5, 1)), (0, Tile(1, 16, 4, 3, 2))),
+    (True, 1024): ((LARGE, Tile(1, 32, 8, 3, 1)), (0, Tile(1, 16, 12, 5, 1))),
 }
 
 
 def tile_for(x: Tensor, weight: Tensor) -> Tile:
     """The tile for `product`."""
-    together = multiplies_together(x.device)
-    columns = 4 if len(x) <= 32 else 8 if len(x) <= 64 or not together else 16
-    return next(tile for least, tile in TILES[together, columns] if len(weight) >= least)
+    together, weights = multiplies_together(x.device), 2 * weight.numel()
+    entries = next(entries for (of, rows), entries in TILES.items() if of == together and len(x) <= rows)
+    return next(tile for least, tile in entries if weights >= least)
 
 
 @cache
@@ -125,7 +131,8 @@ def constants(x: Tensor, scales: Tensor, tile: Tile, together: bool, chain: bool
         "COLUMNS": tile.columns,
         "GROUP": x.shape[1] // scales.shape[1],
         "BF16": int(x.dtype == torch.bfloat16),
-        "WARPS": tile.warps,
+        "WARPS": tile.warps + FETCHING,
+        "FETCHING": FETCHING,
         "STAGES": tile.stages,
         "PER_SM": tile.per_sm,
         "TOGETHER": int(together),

@@ -81,6 +81,11 @@ template <bool BFLOAT> __device__ inline void multiply_add(float (&d)[4], const 
 #define SUMS_64                                                                                                        \
     SUMS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, "    \
             "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SUMS_128                                                                                                       \
+    SUMS_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "   \
+            "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, "       \
+            "%103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, "   \
+            "%120, %121, %122, %123, %124, %125, %126, %127"
 #define MULTIPLY_ASYNC(COLUMNS, TYPE, SUMS, A, B, ...)                                                                 \
     asm volatile("{ .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE "."   \
         TYPE " {" SUMS "}, {" A "}, " B ", p, 1, 1, 0; }"                                                              \
@@ -89,12 +94,16 @@ template <bool BFLOAT> __device__ inline void multiply_add(float (&d)[4], const 
     if constexpr (WIDE == 4) MULTIPLY_ASYNC("32", TYPE, SUMS_16, "%16, %17, %18, %19", "%20", SIXTEEN(d));             \
     else if constexpr (WIDE == 8)                                                                                      \
         MULTIPLY_ASYNC("64", TYPE, SUMS_32, "%32, %33, %34, %35", "%36", SIXTEEN(d), SIXTEEN(d + 4));                  \
-    else                                                                                                               \
+    else if constexpr (WIDE == 16)                                                                                     \
         MULTIPLY_ASYNC("128", TYPE, SUMS_64, "%64, %65, %66, %67", "%68", SIXTEEN(d), SIXTEEN(d + 4), SIXTEEN(d + 8),  \
-                       SIXTEEN(d + 12))
+                       SIXTEEN(d + 12));                                                                               \
+    else                                                                                                               \
+        MULTIPLY_ASYNC("256", TYPE, SUMS_128, "%128, %129, %130, %131", "%132", SIXTEEN(d), SIXTEEN(d + 4),            \
+                       SIXTEEN(d + 8), SIXTEEN(d + 12), SIXTEEN(d + 16), SIXTEEN(d + 20), SIXTEEN(d + 24),             \
+                       SIXTEEN(d + 28))
 template <bool BFLOAT, int WIDE>
 __device__ inline void multiply_add_async(float (*d)[4], const u32 (&a)[4], u64 b) {
-    static_assert(WIDE == 4 || WIDE == 8 || WIDE == 16);
+    static_assert(WIDE == 4 || WIDE == 8 || WIDE == 16 || WIDE == 32);
     if constexpr (BFLOAT) { MULTIPLY_ASYNC_WIDE("bf16"); }
     else { MULTIPLY_ASYNC_WIDE("f16"); }
 }
@@ -117,6 +126,10 @@ __device__ inline void end_products() { asm volatile("wgmma.commit_group.sync.al
 template <int N> __device__ inline void await_products() {  // all but the newest N groups
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
+
+// Of a program's registers, those that four warps do not keep are there for four others to take (sm_90a): N each, by now.
+template <int N> __device__ inline void keep_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> __device__ inline void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 
 // Let such products see what this thread has written to shared memory.
 __device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
