@@ -261,7 +261,7 @@ def fit_report(
         "contexts": list(contexts),
         "gpu_memory": gpu_memory,
         "weight_bits": weight_bits,
-        "engine": {name: value for name, value in asdict(engine).items() if name != "model"},
+        "engine": {name: value for name, value in asdict(engine).items() if name not in ("model", "max_model_len")},
     }
     shown = [fit_row(row) for row in rows]
     ranks = "".join(f" --{name} {count}" for name in ("tp", "ep", "pp") if (count := getattr(engine, name)) > 1)

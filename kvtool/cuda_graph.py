@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from math import prod
 from typing import NamedTuple, TypeVar
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from kvtool.gpus import GPU, GPUS
 from kvtool.kernels import takes
 from kvtool.kv.batch import ALIGNED, Cut, Integers, KVBatch, Span, each, integers, on_device
-from kvtool.kv.fixed import Room, fixed_batch
+from kvtool.kv.fixed import MOST_PROMPTS, Room, fixed_batch
 from kvtool.kv.format import KVFormat
 from kvtool.request import ScheduledBatch, ScheduledSpan
 from kvtool.sampler import greedy
@@ -28,7 +28,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 144, 160, 176, 192, 208, 224, 256,
 # µs at 256, 320 and 384. Decodes that are nobody's cost little, but the more there could be, the fewer programs share
 # one.
 TOKENS = (*range(128, 2048, 128), *range(2048, 4096, 256), *range(4096, 8193, 512))
-TOKENS_ALONE = range(192, 1024, 128)
+TOKENS_ALONE = (160, *range(192, 1024, 128))
 DECODES = (0, 16, 256)
 
 # What the host takes to launch the kernels of a layer one by one: 0.45 ms beside one H200, 1.1 beside another.
@@ -37,9 +37,10 @@ SUSTAINED = 0.7  # of a GPU's FLOP/s, in products of many rows
 
 # Tokens that the rows of prompts may read, each for itself; more is read faster by a prefill kernel.
 MOST_READ = 1 << 16
+FEW = 64  # tokens of prompts that come alone, more of which are read faster so
 
-# (ids [n], batch) → hidden states [n, hidden_size]
-Step = Callable[[Tensor, KVBatch], Tensor]
+# (ids [n], batch, tokens wanted [w] or None: all) → hidden states [n or w, hidden_size]
+Step = Callable[[Tensor, KVBatch, Tensor | None], Tensor]
 # (hidden states [n, hidden_size], memory for them or None) → logits [n, vocab_size]
 Head = Callable[[Tensor, Tensor | None], Tensor]
 Outputs = TypeVar("Outputs")
@@ -87,24 +88,24 @@ class BlockTable:
 
     def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
         self.rows = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int64, device=device)
-        self._lengths = [-1] * max_num_seqs  # blocks that each row holds; -1: of a sequence that is gone
+        self._lengths = [0] * max_num_seqs  # blocks that each row holds; 0: of nobody, or of who is gone
         self._owners: list[Sequence[int]] = [()] * max_num_seqs  # the list of blocks of each row's sequence, its own
 
     def forget(self, slots: Iterable[int]) -> None:
         """The sequences in these slots are new, or have moved."""
         for slot in slots:
-            self._lengths[slot] = -1
+            self._lengths[slot] = 0
 
     def send(self, spans: Sequence[ScheduledSpan]) -> None:
         """Send the blocks of sequences of which more than the newest block is unknown."""
         new = []
         for span in spans:
-            known, length = self._lengths[span.slot], len(span.blocks)
             is_other = span.token_ids and span.blocks is not self._owners[span.slot]
-            if is_other or not 0 <= known <= length <= known + 1:
+            known, length = 0 if is_other else self._lengths[span.slot], len(span.blocks)
+            if not known <= length <= known + 1:
                 new.append(span)
             self._lengths[span.slot], self._owners[span.slot] = length, span.blocks
-        if not any(span.blocks for span in new):
+        if not new:
             return
         counts = integers((len(span.blocks) for span in new), len(new))
         owners, columns = each(np.zeros_like(counts), counts)
@@ -259,7 +260,7 @@ class DecodeGraphs:
             tail_slots=inputs.slots,
             visible=inputs.visible,
         )
-        hidden = self._step(known(inputs.ids, self._recent), batch)
+        hidden = self._step(known(inputs.ids, self._recent), batch, None)
         if len(self._logits) < size:
             self._logits = torch.empty_like(self._head(hidden, None))
         logits = self._head(hidden, self._logits[:size])
@@ -314,104 +315,140 @@ def decode_rows(fmt: KVFormat, spans: Sequence[ScheduledSpan], ends: Integers, n
     return rows
 
 
-def room_ids(spans: Sequence[ScheduledSpan], decodes: int, width: int) -> dict[str, Integers]:
+def ids_of(spans: Sequence[ScheduledSpan], width: int) -> Integers:
+    """Of all tokens, as `known` takes them, `recent` being [1 + K, width]."""
+    ids = chain.from_iterable(span.token_ids or (place(span, width),) for span in spans)
+    return integers(ids, sum(span.length for span in spans))
+
+
+def lasts(spans: Sequence[ScheduledSpan]) -> Integers:
+    """The last token of each span, counted over all of them."""
+    return integers(accumulate(span.length for span in spans), len(spans)) - 1
+
+
+def has_targets(batch: ScheduledBatch) -> bool:
+    """Some of its tokens are scored, so that the hidden states of more than each span's last one are looked at."""
+    return any(span.targets for span in batch.spans)
+
+
+def room_ids(spans: Sequence[ScheduledSpan], decodes: int, rows: int, width: int) -> dict[str, Integers]:
     """What a step in a room takes from the scheduler alone.
 
     Args:
         spans: decodes first, at least one of them where the room holds any.
         decodes: that it holds; the last one's newest block stands for the missing ones' as well.
-        width: of `recent`.
+        rows: spans that it holds.
+        width: of `recent`, whose last column is nobody's.
 
     Returns:
-        ids: [T], as `known` takes them.
+        ids: [T], `ids_of` them.
+        wanted: [len(spans)], the last token of each.
+        targets: [rows], the slot of each, where its sample goes.
         newest: [3, decodes], slot, column and block of each decode.
     """
     single = [span for span in spans if span.length == 1]
-    ids = [id_ for span in spans for id_ in span.token_ids or [place(span, width)]]
     newest = [
         (span.slot, len(span.blocks) - 1, span.blocks[-1]) if span.blocks else (span.slot, 0, 0) for span in single
     ]
     nobody = newest[-1:] * (decodes - len(single))
-    return {"ids": np.array(ids, np.int64), "newest": np.array(newest + nobody, np.int64).reshape(-1, 3).T}
+    columns, targets = np.array(newest + nobody, np.int64).reshape(-1, 3).T, np.full(rows, width - 1)
+    targets[: len(spans)] = [span.slot for span in spans]
+    return {"ids": ids_of(spans, width), "wanted": lasts(spans), "targets": targets, "newest": columns}
 
 
 class CapturedRoom(NamedTuple):
-    """A graph and what it reads.
+    """A graph, what it reads, and what it writes.
 
     Attributes:
         how: its kernels cut prompts.
+        logits, greedy: of each span's last token: [rows, vocab_size], and ids as `kvtool.sampler.greedy` gives them.
         inputs: by name, in memory that all rooms share.
         staged: the same on the host, flat.
+        sent: all of them behind each other, on the host and on the device.
     """
 
     graph: torch.cuda.CUDAGraph
     how: Cut
+    logits: Tensor
+    greedy: Tensor
     inputs: dict[str, Tensor]
     staged: dict[str, Integers]
+    sent: tuple[Tensor, Tensor]
 
 
 class PromptGraphs:
-    """Hidden states of steps with prompts, beside which others may decode.
+    """Steps with prompts, beside which others may decode.
 
     A step runs in the smallest room that was captured and holds it; what is left over computes nothing that is stored.
     All inputs go to the device in one transfer, to memory that all graphs read, but for the block table of decodes.
 
     Args:
-        step: the model on a batch, up to its hidden states; it must not look at any value.
+        step, head: as those of `DecodeGraphs`.
         fmt: of the KV store.
-        recent: [1 + K, max_num_seqs + 1], ids that were sampled last and drafted, by slot.
+        recent: [1 + K, max_num_seqs + 1], ids that were sampled last and drafted, by slot, and of a slot that nobody
+            reads.
         rooms: the largest last.
     """
 
-    def __init__(self, step: Step, fmt: KVFormat, recent: Tensor, table: BlockTable, rooms: Sequence[Room]) -> None:
-        self._step, self._format, self._recent, self._table = step, fmt, recent, table
+    def __init__(
+        self, step: Step, head: Head, fmt: KVFormat, recent: Tensor, table: BlockTable, rooms: Sequence[Room]
+    ) -> None:
+        self._step, self._head, self._format, self._recent, self._table = step, head, fmt, recent, table
         self.rooms = rooms
         length = max((self._length(room) for room in self.rooms), default=0)
         self._memory = torch.zeros(length, dtype=torch.int64, device=recent.device)
         self._staged = torch.zeros(length, dtype=torch.int64).pin_memory()
         self._sent = torch.cuda.Event()
         self._captured: dict[Room, CapturedRoom] = {}
-        self._hidden = torch.empty(0, device=recent.device)  # of all rooms; the largest makes it
+        self._logits = torch.empty(0, device=recent.device)  # of all rooms; the largest makes it
 
     def capture(self, rooms: Sequence[Room], capturer: Capturer) -> None:
         """Capture some of `rooms`, the largest first, so that the smaller ones find its memory."""
         for room in sorted(rooms, key=lambda room: (room.tokens, room.decodes), reverse=True):
             inputs = self._cleared(room)
-            graph, how = capturer.capture(partial(self._run, room, inputs))
+            graph, outputs = capturer.capture(partial(self._run, room, inputs))
             staged = {name: piece.view(-1).numpy() for name, piece in self._inputs(room, self._staged).items()}
-            self._captured[room] = CapturedRoom(graph, how, inputs, staged)
+            sent = self._staged[: self._length(room)], self._memory[: self._length(room)]
+            self._captured[room] = CapturedRoom(graph, *outputs, inputs, staged, sent)
 
     def rehearse(self) -> None:
         """Launch what all graphs would hold; no memory of it stays."""
         for room in reversed(self.rooms):
             self._run(room, self._cleared(room))
-        self._hidden = self._hidden.new_empty(0)
+        self._logits = self._logits.new_empty(0)
 
     def room(self, batch: ScheduledBatch) -> Room | None:
         """Where the step runs, None if nowhere."""
         lengths = [span.length for span in batch.spans]
         decodes, tokens = lengths.count(1), sum(lengths)
-        fitting = (room for room in self._captured if decodes <= room.decodes and tokens <= room.tokens)
-        smallest = min(fitting, key=lambda room: (room.tokens, room.decodes), default=None)
-        holds = smallest and decodes < len(lengths) and smallest.holds(self._format, list(map(as_kv_span, batch.spans)))
+        fitting = (room for room in self.rooms if decodes <= room.decodes and tokens <= room.tokens)
+        smallest = next((room for room in fitting if room in self._captured), None)
+        holds = (
+            smallest
+            and decodes < len(lengths)
+            and not has_targets(batch)
+            and smallest.holds(self._format, list(map(as_kv_span, batch.spans)))
+        )
         return smallest if holds else None
 
-    def launch(self, batch: ScheduledBatch, room: Room) -> tuple[KVBatch, Tensor]:
-        """What ran, and hidden states [T, hidden_size] of its tokens; valid until the next launch."""
+    def launch(self, batch: ScheduledBatch, room: Room) -> tuple[KVBatch, Tensor, Tensor | None]:
+        """What ran, logits [n, vocab_size] and, unless there are forks, greedy ids [n] of the n samples; valid until
+        the next launch."""
         captured = self._captured[room]
         spans = tuple(map(as_kv_span, batch.spans))
         n = sum(span.length == 1 for span in spans)
         self._table.send(batch.spans[:n])
         arrays = room.lay_out(self._format, spans, captured.how)
-        arrays |= room_ids(batch.spans, room.decodes, self._recent.shape[1])
+        arrays |= room_ids(batch.spans, room.decodes, len(captured.greedy), self._recent.shape[1])
         self._sent.synchronize()  # what is staged has been read
+        staged, memory = captured.sent
+        staged.numpy().fill(-1)
         for name, piece in captured.staged.items():
-            count = arrays[name].size
-            piece[:count], piece[count:] = arrays[name].ravel(), -1
-        length = self._length(room)
-        self._memory[:length].copy_(self._staged[:length], non_blocking=True)
+            piece[: arrays[name].size] = arrays[name].ravel()
+        memory.copy_(staged, non_blocking=True)
         self._sent.record()
         captured.graph.replay()
+        self._table.forget(span.slot for span in batch.spans if span.token_ids)
         inputs = captured.inputs
         slots = inputs["newest"][0]
         ran = KVBatch(
@@ -425,19 +462,27 @@ class PromptGraphs:
             tail_slots=slots,
             visible=inputs["visible"],
         )
-        return ran, self._hidden[: arrays["ids"].size]
+        rows, count = [sample.span for sample in batch.samples], len(batch.samples)
+        if rows == list(range(count)):
+            logits, ids = captured.logits[:count], captured.greedy[:count]
+        else:
+            chosen = on_device({"rows": np.array(rows, np.int64)}, self._memory.device)["rows"]
+            logits, ids = captured.logits[chosen], captured.greedy[chosen]
+        return ran, logits, None if batch.forks else ids
 
     def _cleared(self, room: Room) -> dict[str, Tensor]:
         """The room's inputs, all of it nobody's."""
         self._memory.fill_(-1)
         inputs = self._inputs(room, self._memory)
         inputs["newest"].zero_()
+        inputs["targets"].fill_(self._recent.shape[1] - 1)
         return inputs
 
     def _shapes(self, room: Room) -> dict[str, tuple[int, ...]]:
-        """Of a step's inputs. ids: see `known`; newest: slot, column and block of each decode."""
-        shapes = room.shapes(self._format)
-        return shapes | {"ids": shapes["positions"], "newest": (3, room.decodes)}
+        """Of a step's inputs, as `Room.shapes` and `room_ids` have them."""
+        shapes, rows = room.shapes(self._format), (min(room.decodes + MOST_PROMPTS, room.tokens),)
+        others = {"ids": shapes["positions"], "wanted": rows, "targets": rows, "newest": (3, room.decodes)}
+        return shapes | others
 
     def _length(self, room: Room) -> int:
         """Elements that the inputs take."""
@@ -450,17 +495,18 @@ class PromptGraphs:
         named = zip(shapes.items(), pieces, strict=True)
         return {name: piece[: prod(shape)].view(shape) for (name, shape), piece in named}
 
-    def _run(self, room: Room, inputs: dict[str, Tensor]) -> Cut:
-        """Compute the step that is in `inputs`, to `_hidden`; how its kernels cut prompts."""
+    def _run(self, room: Room, inputs: dict[str, Tensor]) -> tuple[Cut, Tensor, Tensor]:
+        """Compute the step that is in `inputs`; how its kernels cut prompts, logits and greedy ids."""
         slots, columns, newest = inputs["newest"]
         if room.decodes:
             self._table.rows.index_put_((slots, columns), newest)
         batch, prompts = fixed_batch(self._format, room, inputs, slots, self._table.rows)
-        hidden = self._step(known(inputs["ids"], self._recent), batch)
-        if len(self._hidden) < len(hidden):
-            self._hidden = torch.empty_like(hidden)
-        self._hidden[: len(hidden)].copy_(hidden)
-        return prompts.how
+        rows, targets = len(inputs["targets"]), inputs["targets"]
+        hidden = self._step(known(inputs["ids"], self._recent), batch, inputs["wanted"])[:rows]
+        if len(self._logits) < rows:
+            self._logits = torch.empty_like(self._head(hidden, None))
+        logits = self._head(hidden, self._logits[:rows])
+        return prompts.how, logits, greedy(logits, self._recent[0], targets)
 
 
 class StepGraphs:
@@ -485,7 +531,7 @@ class StepGraphs:
     ) -> None:
         self._table = BlockTable(recent.shape[1] - 1, max_blocks, recent.device)
         self.decodes = DecodeGraphs(hidden_states, head, fmt, recent, self._table)
-        self.prompts = PromptGraphs(hidden_states, fmt, recent, self._table, rooms)
+        self.prompts = PromptGraphs(hidden_states, head, fmt, recent, self._table, rooms)
 
     def capture(self, *, largest: bool = False) -> None:
         """Capture all of them; `largest`: only those that need most memory."""
@@ -497,6 +543,21 @@ class StepGraphs:
         """Launch all steps that can be captured, on nothing."""
         self.prompts.rehearse()
         self.decodes.rehearse()
+
+    def launch(self, batch: ScheduledBatch) -> tuple[KVBatch, Tensor, Tensor | None] | None:
+        """What ran, logits [n, vocab_size] and, if it has found them, greedy ids [n] of the n samples, valid until the
+        next launch; None where no graph holds the step.
+
+        Beside decodes a short prompt is a few rows more. By itself it is read faster by a kernel for prompts, but for
+        the shortest, which the host would lay out for longer than that gains.
+        """
+        spans = batch.spans
+        as_rows = spans[0].length == 1 or sum(span.length for span in spans) <= FEW
+        if as_rows and self.decodes.holds(batch):
+            return self.decodes.launch(batch)
+        if room := self.prompts.room(batch):
+            return self.prompts.launch(batch, room)
+        return self.decodes.launch(batch) if self.decodes.holds(batch) else None
 
     def forget(self, slots: Iterable[int]) -> None:
         """The sequences in these slots are new, or have moved."""

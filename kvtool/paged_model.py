@@ -31,8 +31,14 @@ class PagedModel:
         self.attention = PagedAttention(store, attention_layers(model.config, parallel), backend)
         self._parallel, self._layers = parallel, parallel.stage.layers(model.config.num_layers)
 
-    def __call__(self, ids: Tensor, batch: KVBatch, on_layer: Callable[[int], None] | None = None) -> Tensor:
-        """Hidden states [T, hidden_size] of the tokens `ids` [T] int64, as `Decoder` returns them.
+    def __call__(
+        self,
+        ids: Tensor,
+        batch: KVBatch,
+        wanted: Tensor | None = None,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Hidden states of the tokens `ids` [T] int64, or of those `wanted` [n], as `Decoder` returns them.
 
         Args:
             on_layer: called with the store's index of each layer that has written its keys and values.
@@ -40,7 +46,7 @@ class PagedModel:
         Raises:
             UnsupportedError: the format cannot hold what the model makes of these tokens.
         """
-        hidden: Tensor = self.model(ids, batch.positions, partial(self._attend, batch, on_layer))
+        hidden: Tensor = self.model(ids, batch.positions, partial(self._attend, batch, on_layer), wanted)
         return hidden
 
     def seal(self, batch: KVBatch) -> None:

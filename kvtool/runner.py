@@ -14,7 +14,17 @@ from torch import Tensor
 from kvtool.attention import block_size
 from kvtool.chosen_model import choose_model
 from kvtool.config import EngineConfig
-from kvtool.cuda_graph import StepGraphs, as_kv_span, known, most_rows, place, prompt_rooms, worthwhile_tokens
+from kvtool.cuda_graph import (
+    StepGraphs,
+    as_kv_span,
+    has_targets,
+    ids_of,
+    known,
+    lasts,
+    most_rows,
+    prompt_rooms,
+    worthwhile_tokens,
+)
 from kvtool.draft_model import DraftModel, find_draft, share_cache
 from kvtool.errors import CapacityError
 from kvtool.gpus import find_gpu
@@ -281,40 +291,35 @@ class Runner:
             What the samples are chosen by, on the last stage logits; the likeliest tokens, where a graph has found them
             and kept them in `newest`; scores of the spans' targets.
         """
-        if self.graphs and self.graphs.decodes.holds(batch):
-            kv_batch, logits, greedy = self.graphs.decodes.launch(batch)
-            self._count_experts(kv_batch.num_decodes)
-            self.paged.seal(kv_batch)
-            return logits, greedy, []
-        kv_batch, hidden = self._hidden_states(batch, on_layer)
+        ran = self.graphs.launch(batch) if self.graphs else None
+        kv_batch, computed, greedy = ran or (*self._hidden_states(batch, on_layer), None)
+        self._count_experts(sum(span.length for span in batch.spans))
         self.paged.seal(kv_batch)
         for fork in batch.forks:
             self.store.fork(fork.source_block, fork.source_slot, fork.block, fork.slot)
         if self.graphs:
-            new = (span.slot for span in batch.spans if span.token_ids)
+            new = (span.slot for span in batch.spans if span.token_ids and not ran)
             self.graphs.forget([*new, *(fork.slot for fork in batch.forks)])
-        if not self.parallel.stage.is_last:
-            return hidden, None, []
-        prompt_scores = score_prompts(batch.spans, hidden, self.model.logits)
-        ends = list(accumulate(span.length for span in batch.spans))
-        rows = [ends[sample.span] - 1 for sample in batch.samples]
-        if rows != list(range(len(hidden))):
-            hidden = hidden[on_device({"rows": np.array(rows, np.int64)}, self.device)["rows"]]
-        return self.model.logits(hidden), None, prompt_scores
+        if ran or not self.parallel.stage.is_last:
+            return computed, greedy, []
+        prompt_scores, rows = [], [sample.span for sample in batch.samples]
+        if has_targets(batch):
+            prompt_scores = score_prompts(batch.spans, computed, self.model.logits)
+            ends = list(accumulate(span.length for span in batch.spans))
+            rows = [ends[span] - 1 for span in rows]
+        if rows != list(range(len(computed))):
+            computed = computed[on_device({"rows": np.array(rows, np.int64)}, self.device)["rows"]]
+        return self.model.logits(computed), None, prompt_scores
 
     def _hidden_states(self, batch: ScheduledBatch, on_layer: Callable[[int], None] | None) -> tuple[KVBatch, Tensor]:
-        """Where the step's tokens stand, and their hidden states."""
-        if self.graphs and (room := self.graphs.prompts.room(batch)):
-            kv_batch, hidden = self.graphs.prompts.launch(batch, room)
-            self._count_experts(len(hidden))
-            return kv_batch, hidden
+        """Where the step's tokens stand, and the hidden states of each span's last one; of all where some of them have
+        targets, or the stage is not the last."""
         kv_batch = KVBatch.build(self.store.format, list(map(as_kv_span, batch.spans)), self.device)
-        width = self.recent.shape[1]
-        ids = [token for span in batch.spans for token in span.token_ids or [place(span, width)]]
-        sent = on_device({"ids": np.array(ids, np.int64)}, self.device)["ids"]
-        hidden = self.paged(known(sent, self.recent), kv_batch, on_layer)
-        self._count_experts(len(ids))
-        return kv_batch, hidden
+        arrays = {"ids": ids_of(batch.spans, self.recent.shape[1]), "wanted": lasts(batch.spans)}
+        sent = on_device(arrays, self.device)
+        needs_all = has_targets(batch) or len(sent["ids"]) == len(batch.spans)
+        wanted = None if needs_all else sent["wanted"]
+        return kv_batch, self.paged(known(sent["ids"], self.recent), kv_batch, wanted, on_layer)
 
     def _count_experts(self, tokens: int) -> None:
         """So many have been computed; what stands behind them fills up a graph."""

@@ -1,5 +1,7 @@
 """What graphs are given: vectorised integers against a loop over tokens. And which steps there are graphs for."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtool.config import KVOptions
-from kvtool.cuda_graph import BlockTable, decode_rows, decode_sizes, known, prompt_rooms, room_ids, worthwhile_tokens
+from kvtool.cuda_graph import (
+    BlockTable,
+    StepGraphs,
+    decode_rows,
+    decode_sizes,
+    known,
+    prompt_rooms,
+    room_ids,
+    worthwhile_tokens,
+)
 from kvtool.gpus import GPUS
 from kvtool.kv.format import KVFormat, resolve
 from kvtool.kv.spec import KVSpec, StreamSpec
-from kvtool.request import ScheduledSpan
+from kvtool.request import ScheduledBatch, ScheduledSpan
 
 SPEC = KVSpec(1, StreamSpec(2, 64), StreamSpec(2, 64), 4)
 NOBODY = 99
@@ -74,12 +85,39 @@ def test_a_step_with_prompts_reads_each_token_from_where_it_is(
     for slot, length in enumerate(prompts, len(decodes)):
         spans.append(ScheduledSpan(id="", slot=slot, start=0, end=length, blocks=[], token_ids=list(range(length))))
     held = len(decodes) + nobody * bool(decodes)
-    given_ids = room_ids(spans, held, 11)
+    given_ids = room_ids(spans, held, len(spans) + nobody, 11)
     ids = known(torch.from_numpy(given_ids["ids"]), recent).tolist()
     assert ids == tokens + [token for length in prompts for token in range(length)]
+    assert given_ids["targets"].tolist() == [*range(len(spans)), *[10] * nobody]
+    owners = [slot for slot, span in enumerate(spans) for _ in range(span.length)]
+    last = given_ids["wanted"].tolist()
+    assert [owners[token] for token in last] == list(range(len(spans))) and last[-1] == len(owners) - 1
+    assert all(owners[token + 1] > owners[token] for token in last[:-1])
     newest = [(span.slot, max(0, len(span.blocks) - 1), (span.blocks or [0])[-1]) for span in spans[: len(decodes)]]
     assert given_ids["newest"].shape == (3, held)
     assert list(map(tuple, given_ids["newest"].T)) == newest + newest[-1:] * (held - len(decodes))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "has_room", "runs_in"),
+    [
+        ((1, 1, 30), True, "rows"),  # beside decodes
+        ((64,), True, "rows"),
+        ((65,), True, "room"),
+        ((40, 30), True, "room"),
+        ((65,), False, "rows"),
+        ((600,), False, "nothing"),
+    ],
+)
+def test_short_prompts_that_come_alone_have_a_room(lengths: tuple[int, ...], has_room: bool, runs_in: str) -> None:
+    spans = [
+        ScheduledSpan(id="", slot=slot, start=0, end=length, blocks=[], token_ids=[5] * length)
+        for slot, length in enumerate(lengths)
+    ]
+    graphs = StepGraphs.__new__(StepGraphs)
+    graphs.decodes = SimpleNamespace(holds=lambda batch: sum(lengths) <= 512, launch=lambda batch: "rows")
+    graphs.prompts = SimpleNamespace(room=lambda batch: has_room, launch=lambda batch, room: "room")
+    assert (graphs.launch(ScheduledBatch(spans=spans, samples=[])) or "nothing") == runs_in
 
 
 @given(

@@ -154,6 +154,21 @@ def test_sequences_laid_end_to_end_do_not_see_each_other(opened: Any) -> None:
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("case", ["qwen3", "phi3", "qwen2_moe", "qwen2_moe-step", "deepseek_v2"])
+def test_the_last_layer_computes_what_is_wanted(case: str, opened: Any) -> None:
+    """Behind its attention; experts see all tokens, because they are counted."""
+    model, rows = load(case, opened(case)[1], torch.float64), list[int]()
+    given, wanted = (torch.tensor(PROMPT), torch.arange(80)), torch.tensor([3, 40, -1])
+    for layer in model.layers.values():
+        layer.mlp.register_forward_pre_hook(lambda mlp, given: rows.append(len(given[1])))
+    with torch.inference_mode():
+        some = model(*given, prepared(DenseAttend(model.config)), wanted)
+        whole = model(*given, prepared(DenseAttend(model.config)))
+    torch.testing.assert_close(some, whole[wanted], rtol=0, atol=1e-10)
+    *others, last = rows[: len(model.layers)]
+    assert set(others) == {80} and last == (80 if model.config.experts[-1] else 3)
+
+
 @pytest.mark.parametrize("rows", [3, 70])
 def test_logits_go_where_they_are_asked_for(rows: int, opened: Any) -> None:
     model = load("llama3", opened("llama3")[1], torch.float64)

@@ -176,25 +176,32 @@ def test_formats_that_pack_on_write_leave_the_bytes_that_torch_leaves(drawn, kin
 
 @EXAMPLES
 @given(
-    layouts().filter(lambda drawn: drawn[0].spec.key == drawn[0].spec.value), st.integers(0, 2), st.integers(0, 2**31)
+    st.one_of(layouts(), layouts("token")).filter(lambda drawn: drawn[0].spec.key == drawn[0].spec.value),
+    st.integers(0, 2),
+    st.integers(0, 2**31),
 )
 def test_keys_are_turned_on_their_way_into_the_store(drawn, whole, seed):
-    """By quarters, which are exact, so that bytes can be compared."""
+    """By quarters, which are exact, so that bytes can be compared; a prompt's, too, where blocks take all tokens."""
     torch.manual_seed(seed)
     pair = Pair(*drawn)
     size, blocks, (heads, dim) = pair.format.block_size, torch.randperm(NUM_BLOCKS).tolist(), shape_of(pair)
     rotated = dim - 16 if whole == 0 else dim
     spans = [Span(size - 1, size, blocks[:1], 2), Span(0, 1, blocks[3:4], 0), Span(size, size + 1, blocks[6:8], 1)]
+    spans += [Span(3, 8, blocks[9:10], 1)] if pair.format.packs_on_write else []
+    count = sum(span.length for span in spans)
     batch, device_batch = KVBatch.build(pair.format, spans), KVBatch.build(pair.format, spans, DEVICE)
     for expected, layer in zip(pair.torch.layers, pair.kernels.layers, strict=True):
-        turns = torch.randint(4, (3, rotated // 2))
+        turns = torch.randint(4, (count, rotated // 2))
         cos, sin = (torch.tensor(x)[turns].to(pair.dtype) for x in ([1, 0, -1, 0], [0, 1, 0, -1]))
         cos, sin = torch.stack([cos, cos], 1)[:, None], torch.stack([-sin, sin], 1)[:, None]
-        made = RotaryHeads(pair.draw((3, 5 * heads, dim)), 3 * heads, cos, sin, None)
+        made = RotaryHeads(pair.draw((count, 5 * heads, dim)), 3 * heads, cos, sin, None)
         q, key = made.rotated()
-        expected.write(key, made.value, batch)
+        expected_near = expected.write(key, made.value, batch)
         on_device = RotaryHeads(made.made.to(DEVICE), 3 * heads, cos.to(DEVICE), sin.to(DEVICE), None)
-        assert same(q, layer.rotate_and_write(on_device, device_batch))
+        ready, near = layer.rotate_and_write(on_device, device_batch)
+        assert same(q, ready) and (near is None) == (expected_near is None)
+        if near and expected_near:
+            assert same(expected_near.key, near.key) and same(expected_near.value, near.value)
     pair.check()
 
 
@@ -214,7 +221,9 @@ def test_keys_are_normalised_on_their_way_into_the_store(dim, num_heads, kv_head
     exact_q, exact_key = RotaryHeads(made.double(), num_heads, cos.double(), sin.double(), norm).rotated()
     batch = KVBatch.build(layout.format, [Span(7, 8, [3], 0), Span(70, 71, [1, 5], 1)], DEVICE)
     heads = RotaryHeads(made.to(DEVICE), num_heads, cos.to(DEVICE), sin.to(DEVICE), rounded)
-    q = pair.kernels.layers[0].rotate_and_write(heads, batch).cpu().double()
+    q, near = pair.kernels.layers[0].rotate_and_write(heads, batch)
+    assert near is None
+    q = q.cpu().double()
     codes = pair.kernels.layers[0].key.arrays["codes"].cpu().double()
     key = torch.stack([codes[3, :, 7], codes[5, :, 6]])
     assert (q - exact_q).norm() / exact_q.norm() < 5e-3
@@ -315,7 +324,7 @@ from triton.compiler import ASTSource, compile
 from kvtool.kernels import encode, pack
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-ELEMENTS = {"key", "value", "tails", "near_key", "near_value", "made", "q", "cos", "sin", "gain"}
+ELEMENTS = {"key", "value", "tails", "near_key", "near_value", "made", "q", "ready_key", "cos", "sin", "gain"}
 POINTERS = {"memory": "*u8", "faults": "*i32"} | dict.fromkeys(
     ("tokens", "sources", "owners", "rows", "blocks", "positions", "tail_slots", "block_table", "starts"), "*i64")
 POINTERS["eps"] = "fp32"

@@ -184,6 +184,17 @@ def test_programs_share_the_keys_of_few_queries(options, monkeypatch):
 
 
 @runs
+@pytest.mark.parametrize("options", [OPTIONS[i] for i in (0, 2, 5, 9)], ids=["16", "4", "2, residual", "fp8"])
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_tiles_of_rows_are_copied_as_on_sm_90(options, head_dim, monkeypatch):
+    """A prompt behind a context, one without, and spans whose rows lie behind another's."""
+    monkeypatch.setattr(prefill, "capability", lambda device: 9)
+    for window in (None, 100):
+        bounds = [(130, 300), (0, 200), (0, 9), (64, 65)]
+        assert Prefilling(options, attention_layer((2, 2), head_dim, window), bounds, DTYPES[0], 0).error() < 5e-3
+
+
+@runs
 def test_what_others_have_left_in_a_block_or_behind_a_span_is_not_read():
     """Keys of other requests may be NaN."""
     for options in (KVOptions(), KVOptions(nbits="4")):

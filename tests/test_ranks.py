@@ -24,6 +24,7 @@ import torch
 from checkpoints import QWEN_MOE, make_checkpoint
 from conftest import REPOSITORY, ServerProcess, beginning_with, children, ended, in_time, kvtool, serving
 from prometheus_client.parser import text_string_to_metric_families
+from torch.distributed import HashStore
 
 from kvtool.config import EngineConfig, KVOptions
 from kvtool.engine import Engine
@@ -33,7 +34,7 @@ from kvtool.processes import frame
 from kvtool.ranks.leader import Ranks
 from kvtool.ranks.link import Link, watch
 from kvtool.ranks.messages import Beat, End
-from kvtool.ranks.rendezvous import Hello, read_hello, split_address
+from kvtool.ranks.rendezvous import INTERFACES, Hello, Meeting, read_hello, split_address
 from kvtool.request import SamplingParams
 
 SMALL = ("--dtype", "float64", "--device", "cpu", "--kv-cache-memory", "16MiB", "--max-num-seqs", "2")
@@ -416,6 +417,19 @@ def test_every_node_hears_which_rank_is_lost() -> None:
     assert [node.returncode for node in others] == [1, 1]
 
 
+def test_nodes_that_disagree_on_the_ranks_hear_so() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    options = [*SMALL, "--tp", "2", "--nnodes", "2", "--dist-init-addr", address]
+    nodes = [
+        kvtool("serve", *options, "--port", "0", "--node-rank", str(node), "--pp", pp) for node, pp in enumerate("21")
+    ]
+    (_, first), (_, second) = (node.communicate(timeout=200) for node in nodes)
+    assert [node.returncode for node in nodes] == [2, 2]
+    why = first.splitlines()[-1].removeprefix("error: ")
+    assert re.match(r"rank 1 \(process \d+ on .*\), of 2, is none of the 4 that are awaited: start all nodes with", why)
+    assert second.splitlines()[-1] == f"error: rank 0 has failed: {why}; rank 1 ends with it"
+
+
 def test_a_node_that_does_not_come_is_named() -> None:
     address = f"127.0.0.1:{free_port()}"
     process = kvtool(
@@ -519,6 +533,34 @@ def test_an_end_is_said_behind_what_is_being_said(linked: tuple[Link, Link]) -> 
     assert heard(rank_1_to_0) == [End(), "has ended"]
 
 
+def test_ranks_that_are_there_hear_from_rank_0_while_it_waits_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silence would end them long before --dist-timeout is over."""
+    for variable in INTERFACES:
+        monkeypatch.setenv(variable, "lo")
+    monkeypatch.setattr("kvtool.ranks.leader.BEAT_SECONDS", 0.1)
+    ranks, store = Ranks.__new__(Ranks), HashStore()
+    ranks._links, ranks._processes, ranks._answers = [], [], {}
+    config = EngineConfig(tp=3, device="cpu", dist_timeout=30)
+    gathering = Thread(target=ranks._gather, args=[store, config, "127.0.0.1:1"])
+    gathering.start()
+    meeting = msgspec.json.decode(store.get("meeting"), type=Meeting)
+
+    def come(rank: int) -> socket.socket:
+        connection = socket.create_connection((meeting.host, meeting.port))
+        connection.sendall(frame(Hello(rank, 3, 17, "host", meeting.secret)))
+        return connection
+
+    with come(1) as first:
+        link = Link(first, "rank 0")
+        first.settimeout(20)
+        assert msgspec.msgpack.decode(next(link.inbox.wait()), type=Beat) == Beat()
+        with come(2):
+            gathering.join(20)
+            assert not gathering.is_alive() and len(ranks._links) == 2
+    for each in ranks._links:
+        each.socket.close()
+
+
 def test_who_dismisses_the_ranks_a_second_time_waits_until_it_is_said(linked: tuple[Link, Link]) -> None:
     """An engine process ends in whichever of two threads sees first that its client is gone."""
     rank_0_to_1, rank_1_to_0 = linked
@@ -547,8 +589,8 @@ def test_strangers_are_no_ranks(said: bytes) -> None:
 
 def test_a_rank_is_known_by_its_hello() -> None:
     ours, theirs = socket.socketpair()
-    theirs.sendall(frame(Hello(3, 17, "host", "secret")))
-    assert read_hello(ours) == Hello(3, 17, "host", "secret")
+    theirs.sendall(frame(Hello(3, 4, 17, "host", "secret")))
+    assert read_hello(ours) == Hello(3, 4, 17, "host", "secret")
 
 
 def test_addresses() -> None:

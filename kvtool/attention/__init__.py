@@ -176,8 +176,8 @@ class PagedAttention:
     ) -> tuple[Tensor | LatentQueries, Near | None]:
         """Queries that are ready, and what `kv.write` returns."""
         if isinstance(q, RotaryHeads):
-            if kv.writer and not (batch.prompts or kv.key.format.rotate or kv.value.format.rotate):
-                return kv.rotate_and_write(q, batch), None
+            if kv.rotates(batch):
+                return kv.rotate_and_write(q, batch)
             q, key = rotated(q)
         if kv.key.format.rotate:
             key = hadamard(key)

@@ -49,12 +49,15 @@ class LayerWriter:
         """
         self._write(key, value, self.tails.view(torch.uint8), tokens, slots, rows, self.tail_key, self.tail_value)
 
-    def rotate_and_write(self, heads: RotaryHeads, owners: Tensor, rows: Tensor, *, to_tails: bool) -> Tensor:
+    def rotate_and_write(
+        self, heads: RotaryHeads, owners: Tensor, rows: Tensor, ready_key: Tensor | None, *, to_tails: bool
+    ) -> Tensor:
         """The queries of `heads`, ready [T, Hq, D]; keys, as ready, and values go into the store in the same kernel.
 
         Args:
             owners, rows: [T], the tail slot of each token or, unless `to_tails`, its block, -1 being nobody's; and its
                 row there.
+            ready_key: [T, Hkv, D], contiguous, where the keys go besides; None: nowhere.
         """
         memory = self.tails.view(torch.uint8) if to_tails else self.blocks
         key, value = (self.tail_key, self.tail_value) if to_tails else (self.key, self.value)
@@ -64,6 +67,7 @@ class LayerWriter:
             *rotation(heads),
             heads.num_heads,
             q,
+            ready_key,
             owners,
             rows,
             memory,
@@ -257,6 +261,7 @@ def _rotate_and_write(
     eps,
     num_heads,
     q,
+    ready_key,
     owners,
     rows,
     memory,
@@ -292,6 +297,8 @@ def _rotate_and_write(
             inside = (head < KEY.heads) & in_head(KEY)
             x = made + (num_heads + head) * D
             ready = rotated(x, channel, inside, cos, sin, gain + D, eps, D, ROTATED, NORM)
+            if ready_key is not None:
+                tl.store(ready_key + (token * KEY.heads + head) * D + channel, ready, mask=inside)
             encode_tile(ready, head < KEY.heads, block, head * KEY.tokens + row, 0, faults, KEY)
         else:
             write_token(made + (num_heads + KEY.heads) * D, D, block, row, faults, VALUE)

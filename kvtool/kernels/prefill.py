@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvtool.kernels import MOST_PIECES, WORKSPACE
 from kvtool.kernels.decode import HEAD_DIMS
@@ -27,7 +28,7 @@ TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
     (8, 128): (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)),
     (8, 256): (Tile(64, 16, 8, 2), Tile(64, 16, 8, 2)),
     (9, 64): (Tile(128, 128, 8, 3), Tile(64, 64, 4, 3, 2)),
-    (9, 128): (Tile(128, 128, 8, 2), Tile(64, 64, 4, 3, 2)),
+    (9, 128): (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3, 2)),
     (9, 256): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
 }
 
@@ -96,12 +97,16 @@ def paged_prefill(
             far_key, far_value = unpack(key, value, far_blocks, first_head, heads, q.dtype)
         nears = (q, q) if near_key is None or near_value is None else (near_key, near_value)
         assert nears[0].stride(-1) == nears[1].stride(-1) == 1
+        # Rows that all queries of a tile see, and that lie behind each other.
+        rows = nears if far_blocks is None else (far_key, far_value)
+        row_tiles = [_tiles(x, tile.keys) for x in rows]
         _prefill_kernel[(len(cut) * heads,)](
             q,
             out,
             partial,
             lse,
             *nears,
+            *row_tiles,
             far_key,
             far_value,
             table,
@@ -134,6 +139,7 @@ def paged_prefill(
             K_CODED=far_blocks is not None and key.bits != "16",
             WINDOWED=sliding_window is not None,
             SPLIT=split,
+            TILED=row_tiles[0] is not None,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
@@ -144,6 +150,15 @@ def _choose(num_tokens: int, device: torch.device, head_dim: int, group_heads: i
     large, small = TILES[capability(device), power_of_2(head_dim)]
     programs = -(-num_tokens // (large.rows // group_heads)) * kv_heads
     return large if programs >= num_sms(device) else small
+
+
+def _tiles(x: Tensor, rows: int) -> TensorDescriptor | None:
+    """Tiles of so many rows of one head of `x` [n, H, D], as an sm_90 copies them to shared memory by itself (TMA);
+    None where the GPU does not, or not from where they lie, or there are none."""
+    places = (x.data_ptr(), *(stride * x.itemsize for stride in x.stride()[:2]))
+    if capability(x.device) < 9 or len(x) == 0 or any(place % 16 for place in places):
+        return None
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, 1, power_of_2(x.shape[2])])
 
 
 def _heads_at_once(elements: int, kv_heads: int) -> int:
@@ -162,6 +177,8 @@ def _prefill_kernel(
     lse_ptr,
     near_k,
     near_v,
+    k_tiles,
+    v_tiles,
     far_k,
     far_v,
     table_ptr,
@@ -197,6 +214,7 @@ def _prefill_kernel(
     K_CODED: tl.constexpr,
     WINDOWED: tl.constexpr,
     SPLIT: tl.constexpr,
+    TILED: tl.constexpr,
 ):
     """Program (piece of a tile, head)."""
     PAD: tl.constexpr = next_power_of_2(D)
@@ -249,7 +267,11 @@ def _prefill_kernel(
     far_end = tl.minimum(v_last, end)
     SIZE: tl.constexpr = BLOCK if EXACT else 0
     EDGE: tl.constexpr = min(FAR_N, 64)  # where not all rows see all keys, fewer at a time
-    state = _read(state, far_q, far_to_log2, far, far_begin, far_full, first, v, FAR_N, D, D, D, SIZE, WINDOWED)
+    if TILED and not EXACT:
+        tiles = (k_tiles, v_tiles, far_row.to(tl.int32), head)
+        state = _read_tiles(state, far_q, far_to_log2, tiles, far_begin, far_full, first, v, FAR_N, PAD, WINDOWED)
+    else:
+        state = _read(state, far_q, far_to_log2, far, far_begin, far_full, first, v, FAR_N, D, D, D, SIZE, WINDOWED)
     state = _read(state, far_q, far_to_log2, far, far_full, far_end, first, v, EDGE, D, D, D, SIZE, True)
     if NEAR:
         near = (near_k, near_v, near_row, table_ptr, 0, 0)
@@ -262,7 +284,11 @@ def _prefill_kernel(
             near_full += tl.maximum(tl.minimum(t_first + 1, end) - near_begin, 0) // N * N
             K: tl.constexpr = K_STRIDE
             V: tl.constexpr = V_STRIDE
-            state = _read(state, q, to_log2, near, near_begin, near_full, from_, to, N, D, K, V, 0, WINDOWED)
+            if TILED:
+                tiles = (k_tiles, v_tiles, near_row.to(tl.int32), head)
+                state = _read_tiles(state, q, to_log2, tiles, near_begin, near_full, from_, to, N, PAD, WINDOWED)
+            else:
+                state = _read(state, q, to_log2, near, near_begin, near_full, from_, to, N, D, K, V, 0, WINDOWED)
             state = _read(state, q, to_log2, near, near_full, end, from_, to, EDGE, D, K, V, 0, True)
         else:
             by_k, by_v = near_k_stride, near_v_stride
@@ -351,4 +377,20 @@ def _read(
         keep = (at >= first[:, None]) & (at < past[:, None])
         acc, m, total = gather(acc, m, total, tl.dot(q, tl.trans(k)), v, to_log2, keep, MASKED)
         block = next_block
+    return acc, m, total
+
+
+@triton.jit
+def _read_tiles(
+    state, q, to_log2, memory, begin, end, first, past, N: tl.constexpr, PAD: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """`_read` of rows behind each other, whole tiles of them, of a head that descriptors find."""
+    acc, m, total = state
+    k_tiles, v_tiles, row, head = memory
+    for key in range(begin, end, N):
+        k = k_tiles.load([row + key, head, 0]).reshape(N, PAD)
+        v = v_tiles.load([row + key, head, 0]).reshape(N, PAD)
+        at = (key + tl.arange(0, N))[None, :]
+        keep = (at >= first[:, None]) & (at < past[:, None])
+        acc, m, total = gather(acc, m, total, tl.dot(q, tl.trans(k)), v, to_log2, keep, MASKED)
     return acc, m, total

@@ -245,9 +245,8 @@ class LaidOut:
     @classmethod
     def of(cls, fmt: KVFormat, spans: Sequence[Span]) -> "LaidOut":
         """Lay out `spans`, of which those of one token must come first."""
-        starts = integers((span.start for span in spans), len(spans))
-        ends = integers((span.end for span in spans), len(spans))
-        slots = integers((span.tail_slot for span in spans), len(spans))
+        bounds = np.array([(span.start, span.end, span.tail_slot) for span in spans], np.int64)
+        starts, ends, slots = bounds.reshape(-1, 3).T
         is_decode = ends - starts == 1
         num_decodes = int(is_decode.sum())
         assert is_decode[:num_decodes].all(), "spans of one token come first"
@@ -271,7 +270,9 @@ class LaidOut:
             writes |= _near_sources(fmt, start, end, slots[num_decodes:], tokens[num_decodes:])
             writes |= _sealed(fmt, start, end, table[num_decodes:])
         near_rows = exclusive_sums(end - first_near)
-        of_prompts = np.stack([tokens[num_decodes:], start, end, first_near, near_rows], 1)
+        of_prompts = np.empty((len(start), 5), np.int64)
+        for column, values in enumerate((tokens[num_decodes:], start, end, first_near, near_rows)):
+            of_prompts[:, column] = values
         return cls(num_decodes, arrays, of_prompts, writes, num_far)
 
     @property
@@ -297,8 +298,10 @@ def cut(spans: Integers, how: Cut) -> Integers:
     length = _piece_length(past, how.most_pieces)
     counts = -(-past // length)
     tile, index = each(np.zeros_like(counts), counts)
-    piece = np.stack([index, counts[tile], np.full_like(index, length)], 1)
-    return np.concatenate([np.stack([span, first], 1)[tile], spans[span[tile]], piece], 1)
+    span, rows = span[tile], np.empty((len(tile), 10), np.int64)
+    rows[:, 0], rows[:, 1], rows[:, 2:7] = span, first[tile], spans[span]
+    rows[:, 7], rows[:, 8], rows[:, 9] = index, counts[tile], length
+    return rows
 
 
 def _piece_length(keys: Integers, most: int) -> int:
@@ -339,8 +342,8 @@ def _block_table(spans: Sequence[Span]) -> Integers:
     table = np.zeros((len(spans), max(1, counts.max(initial=0))), np.int64)
     held = np.arange(table.shape[1]) < counts[:, None]
     table[held] = integers(chain.from_iterable(span.blocks for span in spans), int(counts.sum()))
-    last = np.take_along_axis(table, np.maximum(counts - 1, 0)[:, None], 1)
-    return np.where(held, table, last)
+    last = table[np.arange(len(spans)), np.maximum(counts - 1, 0)]
+    return np.where(held, table, last[:, None])
 
 
 def integers(values: Iterable[int], count: int) -> Integers:

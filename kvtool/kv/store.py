@@ -292,12 +292,20 @@ class LayerKV:
         self._write_tails(key, value, prompts.kept_tokens, prompts.kept_slots, prompts.kept_rows)
         return near
 
-    def rotate_and_write(self, heads: "RotaryHeads", batch: KVBatch) -> Tensor:
-        """`write` of keys and values of a step without prompts, and its queries [T, Hq, D], ready, in one kernel."""
-        assert self.writer and not batch.prompts
-        to_tails = not self.format.packs_on_write
-        owners = batch.tail_slots if to_tails else batch.token_blocks
-        return self.writer.rotate_and_write(heads, owners, batch.rows, to_tails=to_tails)
+    def rotates(self, batch: KVBatch) -> bool:
+        """`rotate_and_write` takes the step: every token goes to one place, and as the model made it."""
+        is_turned = self.key.format.rotate or self.value.format.rotate
+        return bool(self.writer) and not is_turned and (self.format.packs_on_write or not batch.prompts)
+
+    def rotate_and_write(self, heads: "RotaryHeads", batch: KVBatch) -> tuple[Tensor, Near | None]:
+        """The step's queries [T, Hq, D], ready, and what `write` of its keys and values returns, in one kernel."""
+        assert self.writer and self.rotates(batch)
+        to_tails, first = not self.format.packs_on_write, batch.first_prompt
+        owners, key = batch.tail_slots if to_tails else batch.token_blocks, None
+        if batch.prompts and self.is_exact:
+            key = torch.empty_like(heads.key, memory_format=torch.contiguous_format)
+        q = self.writer.rotate_and_write(heads, owners, batch.rows, key, to_tails=to_tails)
+        return q, None if key is None else Near(key[first:], heads.value[first:])
 
     def _read_near(self, key: Tensor, value: Tensor, batch: KVBatch) -> Near:
         prompts = batch.prompts

@@ -107,9 +107,18 @@ class DecoderLayer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Attend,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """What it makes of the stream [T, hidden_size]; of the tokens `wanted` [n] alone, where these are given."""
         x, residual = self.self_attn(self.input_layernorm, x, residual, cos, sin, attend)
+        if wanted is not None:
+            x, residual = x[wanted], residual[wanted]
         x, residual = self.mlp(self.post_attention_layernorm, x, residual)
         return x, residual
 
@@ -165,7 +174,7 @@ class Decoder(nn.Module):
         mixtures = {int(name): layer.mlp for name, layer in self.layers.items()}
         return {layer: mlp.gate for layer, mlp in mixtures.items() if isinstance(mlp, MoE)}
 
-    def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm, of T tokens of any number of sequences laid end to end.
 
         A stage that is not the first takes them up where the stage before left them, whatever `ids` are; one that is
@@ -175,9 +184,11 @@ class Decoder(nn.Module):
             ids: [T] int64.
             positions: [T] int64, each token's index in its own sequence, below `max_len`.
             attend: attention over what it keeps of earlier calls and the keys and values given.
+            wanted: [n] integers, the tokens whose states somebody will look at, so that the last layer computes no
+                others behind its attention; None: all. A stage that is not the last hands all of them on.
 
         Returns:
-            [T, hidden_size] in the model's dtype.
+            [T, hidden_size], or [n, hidden_size] of those wanted, in the model's dtype.
         """
         cos, sin = self.rotary(positions)
         x: Tensor
@@ -187,12 +198,16 @@ class Decoder(nn.Module):
             x = self.embed_tokens(ids)
         else:
             x = self.stage.receive(torch.empty(len(ids), self.config.hidden_size, dtype=self.dtype, device=ids.device))
-        for layer in self.layers.values():
+        *layers, last = self.layers.values()
+        for layer in layers:
             x, residual = layer(x, residual, cos, sin, attend)
+        # Experts see all tokens, because they are counted.
+        alone = wanted if self.norm is not None and isinstance(last.mlp, MLP) else None
+        x, residual = last(x, residual, cos, sin, attend, alone)
         if self.norm is None:
             return self.stage.send(x if residual is None else x + residual)
         x, _ = self.norm(x, residual)
-        return x
+        return x if alone is wanted else x[wanted]
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Scores of the next token: hidden [N, hidden_size] → [N, vocab_size], in the model's dtype, or in `out`."""

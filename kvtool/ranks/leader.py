@@ -179,16 +179,23 @@ class Ranks:
                         f"{ranks} {named} did not come to {address} within --dist-timeout {config.dist_timeout} s: are "
                         "all nodes started, with the same --tp, --ep, --pp, --nnodes and --dist-init-addr?"
                     )
+                for link in self._links:
+                    link.send_within(0, Beat())  # they would end long before --dist-timeout is over
                 with contextlib.suppress(TimeoutError):
                     connection, _ = listener.accept()
                     hello = read_hello(connection)
-                    if hello and hello.rank in missing and secrets.compare_digest(hello.secret, meeting.secret):
-                        missing.remove(hello.rank)
-                        name = f"rank {hello.rank} (process {hello.pid} on {hello.host})"
-                        self._links.append(link := Link(connection, name))
-                        self._answers |= {(link, kind): queue.SimpleQueue() for kind in ANSWERS}
-                    else:
+                    if not hello or not secrets.compare_digest(hello.secret, meeting.secret):
                         connection.close()
+                        continue
+                    link = Link(connection, f"rank {hello.rank} (process {hello.pid} on {hello.host})")
+                    self._links.append(link)
+                    if hello.size != config.num_ranks or hello.rank not in missing:
+                        raise ConfigError(
+                            f"{link.name}, of {hello.size}, is none of the {config.num_ranks} that are awaited: start "
+                            "all nodes with the same --tp, --ep, --pp and --nnodes, and each with its own --node-rank"
+                        )
+                    missing.remove(hello.rank)
+                    self._answers |= {(link, kind): queue.SimpleQueue() for kind in ANSWERS}
 
     def _receive(self, link: Link, body: bytes) -> None:
         message = msgspec.msgpack.decode(body, type=Ready | Launched | Done | Counted | Failed | Beat)

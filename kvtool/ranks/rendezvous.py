@@ -48,6 +48,7 @@ class Meeting(msgspec.Struct, frozen=True):
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     rank: int
+    size: int
     pid: int
     host: str
     secret: str
@@ -120,7 +121,7 @@ def meet(store: Store, seat: Seat) -> Link:
         meeting = msgspec.json.decode(store.get("meeting"), type=Meeting)
         use_interface(meeting.host)
         connection = socket.create_connection((meeting.host, meeting.port), seat.timeout)
-        connection.sendall(frame(Hello(seat.rank, os.getpid(), socket.gethostname(), meeting.secret)))
+        connection.sendall(frame(Hello(seat.rank, seat.size, os.getpid(), socket.gethostname(), meeting.secret)))
     except (RuntimeError, OSError) as error:
         raise ConfigError(f"rank {seat.rank}: rank 0 does not answer at {seat.address}: {error}") from error
     return Link(connection, "rank 0")
