@@ -269,7 +269,6 @@ template <int BYTES> static void read_once(u32* to, const void* from) { read<BYT
 static void prefetch(const void* from, u32 bytes) {
     if (((uintptr_t)from | bytes) % 16) fputs("a prefetch is not aligned\n", stderr), abort();
 }
-static void prefetch_sector(const void* from) {}
 static float load_written(const float* from) { return *from; }
 static Floats4 load_written4(const float* from) { return *(const Floats4*)from; }
 static void await_inputs() {}

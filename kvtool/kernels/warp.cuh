@@ -233,11 +233,6 @@ __device__ inline void prefetch(const void* from, u32 bytes) {
 #endif
 }
 
-// Ask for the 32 bytes around here, too.
-__device__ inline void prefetch_sector(const void* from) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
-}
-
 // What another program has written, past this multiprocessor's own cache.
 __device__ inline float load_written(const float* from) {
     float x;
